@@ -1,0 +1,190 @@
+"""What a caller may pass, and the errors that say so: argument, what was expected, what came."""
+
+import functools
+
+import torch
+
+from quantops.reference.uniform import GRIDS, MAX_BITS, RULES, acc_dtype
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _kind(v):
+    return f"{v.dtype} tensor of shape {tuple(v.shape)}" if isinstance(v, torch.Tensor) else type(v).__name__
+
+
+def tensors(name, value, dtypes=FLOATS):
+    """``value`` as a list of tensors that share one of ``dtypes`` and a device."""
+    if not isinstance(value, (list, tuple)) or not value:
+        raise TypeError(f"{name}: expected a non-empty list of tensors, got {_kind(value)}"
+                        + (" of length 0" if isinstance(value, (list, tuple)) else ""))
+    first = value[0]
+    for i, t in enumerate(value):
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{_entry(name, i, value)}: expected a tensor, got {_kind(t)}")
+        if t.dtype not in dtypes:
+            raise TypeError(f"{_entry(name, i, value)}: expected one of {_names(dtypes)}, got {t.dtype}")
+        if t.dtype != first.dtype:
+            raise TypeError(f"{name}: expected one dtype, got {first.dtype} in entry 0 and {t.dtype} in entry {i}")
+        if t.device != first.device:
+            raise ValueError(f"{name}: expected one device, got {first.device} in entry 0 and {t.device} in entry {i}")
+    return list(value)
+
+
+def _entry(name, i, value):
+    return name if len(value) == 1 else f"{name}[{i}]"
+
+
+def _names(dtypes):
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+@functools.lru_cache(maxsize=1024)
+def _constant(value, count, dtype, device):
+    return torch.full((count,), value, dtype=dtype, device=device)
+
+
+def _filled(value, count, dtype, device):
+    if torch.compiler.is_compiling():
+        return torch.full((count,), value, dtype=dtype, device=device)
+    if torch.is_inference_mode_enabled():  # a cached inference tensor would break later training
+        return torch.full((count,), value, dtype=dtype, device=device)
+    return _constant(value, count, dtype, device)
+
+
+def integers(name, value, w, low, high):
+    """``bits`` or ``k`` as an int32 tensor with one entry per weight, on the weights' device."""
+    count, device = len(w), w[0].device
+    if isinstance(value, torch.Tensor):
+        if value.dtype not in INTS:
+            raise TypeError(f"{name}: expected an integer or an integer tensor, got {_kind(value)}")
+        if value.numel() != count:
+            raise ValueError(f"{name}: expected one entry per weight ({count}), got shape {tuple(value.shape)}")
+        if value.device != device:
+            raise ValueError(f"{name}: expected device {device}, where the weights are, got {value.device}")
+        return value if value.dtype == torch.int32 else value.to(torch.int32)
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    if len(values) not in (1, count):
+        raise ValueError(f"{name}: expected one entry per weight ({count}), got {len(values)}")
+    for v in values:
+        if isinstance(v, bool) or not isinstance(v, (int, torch.SymInt)):
+            raise TypeError(f"{name}: expected an integer or an integer tensor, got {_kind(v)}")
+        if not low <= v <= high:
+            raise ValueError(f"{name}: expected {low}..{high}, got {v}")
+    if len(values) == 1:
+        return _filled(values[0], count, torch.int32, device)
+    return torch.tensor(values, dtype=torch.int32).to(device)
+
+
+def bits(value, w):
+    """Bit-widths 0..16; 0 means: the whole tensor is pruned."""
+    return integers("bits", value, w, 0, MAX_BITS)
+
+
+def bits_and_k(bits_value, k_value, w):
+    """Bit-widths and the number of LSBs looked at, 1 <= k < bits; k = 0: none, for weights with no bit to give."""
+    n, k = bits(bits_value, w), integers("k", k_value, w, 0, MAX_BITS - 1)
+    if isinstance(bits_value, int) and isinstance(k_value, int) and k_value >= bits_value and k_value != 0:
+        raise ValueError(f"k: expected 1 <= k < bits = {bits_value} (or 0 for no LSBs), got {k_value}")
+    return n, k
+
+
+def scales(value, w, dtype=None):
+    """One contiguous scale tensor per weight, of the arithmetic dtype: one element, or one per row."""
+    dtype, device = dtype or acc_dtype(w[0].dtype), w[0].device
+    if not isinstance(value, (list, tuple)) or len(value) != len(w):
+        got = f"{len(value)}" if isinstance(value, (list, tuple)) else _kind(value)
+        raise ValueError(f"scale: expected a list with one entry per weight ({len(w)}), got {got}")
+    return [_scale(_entry("scale", i, w), s, t, dtype, device) for i, (s, t) in enumerate(zip(value, w))]
+
+
+def decode_scales(value, codes, out_dtype):
+    """(scales, dtype of the weights): arithmetic is float64 where the first scale or ``out_dtype`` is, else float32."""
+    first = value[0] if isinstance(value, (list, tuple)) and value else None
+    double = torch.float64 in (out_dtype, getattr(first, "dtype", None))
+    acc = torch.float64 if double else torch.float32
+    return scales(value, codes, acc), dtype_of(out_dtype or acc, None)
+
+
+def _scale(name, s, t, dtype, device):
+    if not isinstance(s, torch.Tensor):
+        if isinstance(s, bool) or not isinstance(s, (int, float)):
+            raise TypeError(f"{name}: expected a number or a tensor, got {_kind(s)}")
+        if not 0 <= s < float("inf"):
+            raise ValueError(f"{name}: expected a finite value >= 0, got {s}")
+        return torch.full((), s, dtype=dtype, device=device)
+    if s.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected one of {_names(FLOATS)}, got {s.dtype}")
+    if s.device != device:
+        raise ValueError(f"{name}: expected device {device}, where the weights are, got {s.device}")
+    rows = t.shape[0] if t.dim() else 1
+    if s.numel() != 1 and (s.numel() != rows or s.shape[0] != rows):
+        raise ValueError(f"{name}: expected one element or one per row ({rows}) of a weight of shape "
+                         f"{tuple(t.shape)}, got shape {tuple(s.shape)}")
+    if s.dtype != dtype:
+        s = s.to(dtype)
+    return s if s.is_contiguous() else s.contiguous()
+
+
+def choice(name, value, allowed):
+    """``value`` where it is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def full_grid(grid):
+    """True for the full grid, False for the dyadic one, which is the default of round_clamp codes."""
+    return choice("grid", grid or GRIDS[0], GRIDS) == GRIDS[1]
+
+
+def rule_index(rule):
+    """A code rule as the ops take it."""
+    return RULES.index(choice("rule", rule, RULES))
+
+
+def dtype_of(out_dtype, w):
+    """The dtype of q: the one asked for, else what autocast asks for, else the weight's own."""
+    if out_dtype is not None:
+        if out_dtype not in FLOATS:
+            raise TypeError(f"out_dtype: expected one of {_names(FLOATS)}, got {out_dtype}")
+        return out_dtype
+    device = w[0].device.type
+    if w[0].dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return w[0].dtype
+
+
+def gradients(grad, w):
+    """``grad`` as gradients of ``w`` that may be added to in place."""
+    tensors("grad", grad, (w[0].dtype,))
+    for i, (g, t) in enumerate(zip(grad, w)):
+        if g.shape != t.shape or g.device != t.device or g.requires_grad or len(grad) != len(w):
+            raise ValueError(f"grad[{i}]: expected a tensor of shape {tuple(t.shape)} on {t.device} that does not "
+                             f"require grad, one for each of {len(w)} weights, got shape {tuple(g.shape)} on "
+                             f"{g.device}, requires_grad={g.requires_grad}, {len(grad)} in all")
+
+
+def outputs(out, w, dtype):
+    """``out`` as buffers that q may be written to."""
+    from quantops.layout import dense_rows
+
+    tensors("out", out)
+    if len(out) != len(w):
+        raise ValueError(f"out: expected one tensor per weight ({len(w)}), got {len(out)}")
+    for i, (o, t) in enumerate(zip(out, w)):
+        name = _entry("out", i, out)
+        if o.requires_grad or (torch.is_grad_enabled() and t.requires_grad):
+            raise ValueError(f"{name}: results written in place carry no gradient: expected an out that does not "
+                             "require grad, and a w that does not, or torch.no_grad(); got one that requires grad")
+        if o.shape != t.shape or o.device != t.device:
+            raise ValueError(f"{name}: expected shape {tuple(t.shape)} on {t.device}, got {tuple(o.shape)} on "
+                             f"{o.device}")
+        if dtype is not None and o.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype}, got {o.dtype}")
+        if o.stride() != t.stride() or not dense_rows(o):
+            raise ValueError(f"{name}: expected a dense tensor with w's strides {t.stride()}, got {o.stride()}")
+        if o.data_ptr() == t.data_ptr() and o.numel():
+            raise ValueError(f"{name}: expected memory of its own, got w's")
+    return list(out)

@@ -1,0 +1,133 @@
+"""The ops over lists of weights: a whole network in one launch.
+
+Same names, arguments and results as the single ops in ``functional``, where the equations are, with lists in the
+place of tensors: ``w`` is a list of weights of one dtype and device, ``scale`` a list with an entry per weight
+(None: max|w| of each), ``bits`` and ``k`` an integer, a list, or an integer tensor with an entry per weight. The
+sums of a list (penalty, nonzero, sq_error) come back as one tensor with an entry per weight.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from quantops import checks
+from quantops.library import ops
+
+
+class MSQ(NamedTuple):
+    """Result of :func:`msq`: q and its sums; for lists, a list of q and one tensor per sum."""
+
+    q: torch.Tensor
+    penalty: torch.Tensor  # R = sum |B_k| * (value of one code step); differentiable in w
+    nonzero: torch.Tensor  # int64: number of weights with B_k != 0; beta = nonzero / w.numel()
+    sq_error: torch.Tensor  # E = sum (q - w)^2, q before its cast to out_dtype
+
+
+def _reduce(op, w, per_row):
+    w = checks.tensors("w", w)
+    if not per_row:
+        return list(op(w, False).unbind())
+    for i, t in enumerate(w):
+        if t.dim() == 0:
+            raise ValueError(f"w[{i}]: expected at least one dimension for a scale per row, got a 0-dim tensor")
+    return list(op(w, True).split([t.shape[0] for t in w]))
+
+
+def absmax(w, *, per_row=False):
+    """max|w| of each weight: a list of 0-dim tensors, or of one entry per row. Constants for autograd."""
+    return _reduce(ops.absmax, w, per_row)
+
+
+def absmean(w, *, per_row=False):
+    """mean|w| of each weight: a list of 0-dim tensors, or of one entry per row. Constants for autograd."""
+    return _reduce(ops.absmean, w, per_row)
+
+
+def _scales(w, scale):
+    """(scales, covered): covered where they are max|w|, so that every weight is inside."""
+    if scale is None:
+        return list(ops.absmax(w, False).unbind()), True
+    return checks.scales(scale, w), False
+
+
+def round_clamp(w, scale, bits, *, signed=True, grid=None, out_dtype=None, out=None):
+    """Quantized weights, see :func:`quantops.round_clamp`."""
+    w = checks.tensors("w", w)
+    n, full = checks.bits(bits, w), checks.full_grid(grid)
+    scale, covered = _scales(w, scale)
+    covered = covered and signed
+    if out is not None:
+        out = checks.outputs(out, w, out_dtype)
+        ops.round_clamp_out(w, scale, n, full, signed, out)
+        return out
+    return ops.round_clamp(w, scale, n, full, signed, covered, checks.dtype_of(out_dtype, w))
+
+
+def msq(w, scale, bits, k=1, *, grid=None, out_dtype=None, out=None):
+    """Quantized weights and their LSB sums, see :func:`quantops.msq`."""
+    w = checks.tensors("w", w)
+    (n, k), full = checks.bits_and_k(bits, k, w), checks.full_grid(grid)
+    scale, covered = _scales(w, scale)
+    if out is not None:
+        out = checks.outputs(out, w, out_dtype)
+        sums = [torch.empty(len(w), dtype=t, device=w[0].device)
+                for t in (scale[0].dtype, torch.int64, scale[0].dtype)]
+        ops.msq_out(w, scale, n, k, full, out, *sums)
+        return MSQ(out, *sums)
+    return MSQ(*ops.msq(w, scale, n, k, full, covered, checks.dtype_of(out_dtype, w)))
+
+
+def lsb(w, scale, bits, k=1):
+    """LSB residuals, see :func:`quantops.lsb`."""
+    w = checks.tensors("w", w)
+    n, k = checks.bits_and_k(bits, k, w)
+    return ops.lsb(w, _scales(w, scale)[0], n, k)
+
+
+def lsb_stats(w, scale, bits, k=1, *, grid=None):
+    """(penalty, nonzero, sq_error) of :func:`msq` without writing q: one read of the weights."""
+    w = checks.tensors("w", w)
+    n, k = checks.bits_and_k(bits, k, w)
+    return ops.lsb_stats(w, *_scales(w, scale)[:1], n, k, checks.full_grid(grid), False)
+
+
+def lsb_penalty(w, scale, bits, k=1):
+    """LSB penalties R, one tensor with an entry per weight, see :func:`quantops.lsb_penalty`."""
+    return lsb_stats(w, scale, bits, k)[0]
+
+
+def add_lsb_grad_(grad, w, scale, bits, k, strength):
+    """grad += strength * sign(B_k) * inside, in place: the gradient of strength * R, without a graph.
+
+    ``grad``: list of tensors in the shapes and dtype of ``w``. ``strength``: a number or a one-element tensor.
+    """
+    w = checks.tensors("w", w)
+    n, k = checks.bits_and_k(bits, k, w)
+    checks.gradients(grad, w)
+    scale, _ = _scales(w, scale)
+    if not isinstance(strength, torch.Tensor):
+        strength = torch.full((), strength, dtype=scale[0].dtype, device=w[0].device)
+    # Autograd may have laid a gradient out in another way than its weight; the kernel walks both alike.
+    same = [g if g.stride() == t.stride() else torch.empty_like(t).copy_(g) for g, t in zip(grad, w)]
+    ops.add_lsb_grad_(same, w, scale, n, k, strength.to(scale[0].dtype))
+    for g, s in zip(grad, same):
+        if g is not s:
+            g.copy_(s)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(grad)
+    return grad
+
+
+def encode(w, scale, bits, *, rule="round_clamp", signed=True):
+    """Integer codes, see :func:`quantops.encode`."""
+    w = checks.tensors("w", w)
+    n = checks.bits(bits, w)
+    return ops.encode(w, _scales(w, scale)[0], n, checks.rule_index(rule), signed)
+
+
+def decode(codes, scale, bits, *, grid=None, signed=True, out_dtype=None):
+    """Weights of codes, see :func:`quantops.decode`."""
+    codes = checks.tensors("codes", codes, checks.INTS)
+    codes = [c if c.dtype == torch.int32 else c.to(torch.int32) for c in codes]
+    n, scale, dtype = checks.bits(bits, codes), *checks.decode_scales(scale, codes, out_dtype)
+    return ops.decode(codes, scale, n, checks.full_grid(grid), signed, dtype)

@@ -1,0 +1,107 @@
+"""The ops as a user calls them: one weight in, results out. ``foreach`` has the same names for lists of weights.
+
+Notation of the docstrings. ``w``: weight, float32, bfloat16, float16 or float64, any shape. ``scale`` s: a number, or
+a tensor with one element or one per row (dim 0) of ``w``; None: max|w|, where the backward without a penalty is the
+identity and costs nothing. ``bits`` n: 0..16, an int or an integer tensor on the weight's device, so that a change of
+bits recompiles nothing; 0 means: the whole tensor is pruned, q = 0. Arithmetic is float32 (float64 for float64), each
+operation rounded on its own, ``rint`` half to even. Codes and values are equal, bit for bit, on every backend.
+
+    u = clamp(w * (0.5/s) + 0.5, 0, 1)     signed             u = clamp(w * (1/s), 0, 1)     unsigned
+    c = min(rint(2^n u), 2^n - 1)          round_clamp, MSQ (arXiv 2507.22349)
+    q = m * step                           one rounded product
+        dyadic grid     m = c - 2^(n-1), step = s 2^(1-n) signed       m = c, step = s 2^-n unsigned
+        full grid       m = 2c - (2^n - 1), step = s / (2^n - 1) signed        m = c unsigned
+
+NaN in w gives NaN in q there (code 0), +-inf clamps. On CPU, values of bits, k or scale out of range raise; on other
+devices they are not read back and give NaN (integers: -2^31). Strided weights are copied unless their rows are dense
+(contiguous, channels_last). Gradients: straight-through, ``inside`` meaning |w| <= s (unsigned 0 <= w <= s).
+"""
+
+from quantops import foreach
+from quantops.foreach import MSQ
+
+def _one(scale):
+    return None if scale is None else [scale]
+
+
+def _outs(out):
+    return None if out is None else [out]
+
+
+def absmax(w, *, per_row=False):
+    """max|w|: 0-dim, or (rows,) with ``per_row``. float32 (float64 for float64). A constant for autograd.
+
+    0 for an empty weight; NaN if w has one.
+    """
+    return foreach.absmax([w], per_row=per_row)[0]
+
+
+def absmean(w, *, per_row=False):
+    """mean|w|: 0-dim, or (rows,) with ``per_row``. float32 (float64 for float64). A constant for autograd.
+
+    0 for an empty weight; NaN if w has one.
+    """
+    return foreach.absmean([w], per_row=per_row)[0]
+
+
+def round_clamp(w, scale, bits, *, signed=True, grid=None, out_dtype=None, out=None):
+    """The round-clamp quantizer of MSQ (arXiv 2507.22349): q = m * step, see the module's equations.
+
+    Scaling by 2^n, not 2^n - 1, nests the bins: those of n - k bits are unions of those of n bits.
+
+    Args:
+        grid: "dyadic" (default: exact zero, two's complement, dropping a zero LSB changes no value) or "full".
+        out_dtype: dtype of q; default w's own, under autocast the autocast dtype.
+        out: memory for q, with w's shape and strides; then no gradient flows.
+
+    Returns q in w's shape. dL/dw = g * inside; dL/ds = sum g * (q/s - (w/s) * inside). Saves nothing but its inputs.
+    Raises ValueError or TypeError naming the argument, what was expected and what came.
+    """
+    return foreach.round_clamp([w], _one(scale), bits, signed=signed, grid=grid, out_dtype=out_dtype,
+                               out=_outs(out))[0]
+
+
+def lsb(w, scale, bits, k=1):
+    """The LSB residual B_k = c_n - 2^k c_(n-k) (int32, w's shape), 1 <= k < n; arXiv 2507.22349.
+
+    0 means: representable with n - k bits. sign(B) points away from the nearest value whose k LSBs are zero.
+    ``k = 0`` gives zeros. No gradient.
+    """
+    return foreach.lsb([w], _one(scale), bits, k)[0]
+
+
+def lsb_penalty(w, scale, bits, k=1):
+    """R = sum |B_k| * s 2^(1-n) (0-dim), the L1 penalty on the k LSBs; arXiv 2507.22349.
+
+    dR/dw = sign(B_k) * inside; the step and the scale are constants in R. Double backward works.
+    """
+    return foreach.lsb_penalty([w], _one(scale), bits, k)[0]
+
+
+def msq(w, scale, bits, k=1, *, grid=None, out_dtype=None, out=None):
+    """:func:`round_clamp` and the sums that MSQ trains and prunes by, from one pass over w; arXiv 2507.22349.
+
+    Returns MSQ(q, penalty, nonzero, sq_error), the sums 0-dim. ``k`` as in :func:`lsb`. dL/dw = g * inside +
+    r * sign(B_k) * inside with g = dL/dq, r = dL/dR. Nothing is saved for backward but the inputs: B is computed again.
+    """
+    q, *sums = foreach.msq([w], _one(scale), bits, k, grid=grid, out_dtype=out_dtype, out=_outs(out))
+    return MSQ(q[0], *(v[0] for v in sums))
+
+
+def encode(w, scale, bits, *, rule="round_clamp", signed=True):
+    """Integer codes c in 0..2^n - 1 (int32, w's shape).
+
+    ``rule``: "round_clamp" min(rint(2^n u), 2^n - 1), "floor" min(floor(2^n u), 2^n - 1) of TruncQuant
+    (arXiv 2506.11431), "nearest" rint((2^n - 1) u) of DoReFa. NaN gives code 0. No gradient.
+    """
+    return foreach.encode([w], _one(scale), bits, rule=rule, signed=signed)[0]
+
+
+def decode(codes, scale, bits, *, grid=None, signed=True, out_dtype=None):
+    """q = m * step of integer codes: what the quantizer gave in training, bit for bit.
+
+    ``codes``: any integer dtype. ``out_dtype``: default float32 (float64 where the scale is). A code outside
+    0..2^n - 1 raises on CPU and gives NaN elsewhere. No gradient.
+    """
+    return foreach.decode([codes], [scale], bits, grid=grid, signed=signed, out_dtype=out_dtype)[0]
+

@@ -1,0 +1,34 @@
+"""The memory layout of results: dense, dim 0 outermost, so that a row is one run of memory."""
+
+import torch
+
+
+def dense_rows(t):
+    """True where ``t`` fills its memory without gaps or overlaps and dim 0 is outermost (contiguous, channels_last).
+
+    Such tensors are taken without a copy and their results have the same strides.
+    """
+    if t.is_contiguous():
+        return True
+    dims = [d for d in range(t.dim()) if t.shape[d] != 1]
+    order = sorted(dims, key=lambda d: t.stride(d), reverse=True)
+    if not order or (0 in dims and order[0] != 0):
+        return False
+    expected = 1
+    for d in reversed(order):
+        if t.stride(d) != expected:
+            return False
+        expected = expected * t.shape[d]
+    return True
+
+
+def dense(t):
+    """``t`` itself where its rows are dense, else a contiguous copy."""
+    return t if dense_rows(t) else t.contiguous()
+
+
+def empty_like(t, dtype):
+    """An uninitialised tensor of ``t``'s shape, in the layout of :func:`dense` of ``t``."""
+    if dense_rows(t):
+        return torch.empty_strided(t.shape, t.stride(), dtype=dtype, device=t.device)
+    return torch.empty(t.shape, dtype=dtype, device=t.device)

@@ -1,0 +1,368 @@
+"""The map of the package: schema, default kernel, fake and autograd of every registered op, ``torch.ops.quantops.*``.
+
+Every op takes a list of weights; a single weight is a list of one. In all schemas: the weights of a list share dtype
+and device; ``scale`` holds one contiguous tensor per weight, with one element or one per row (dim 0), of the
+arithmetic dtype (float64 for float64 weights, else float32); ``bits`` and ``k`` are int32 tensors on the weights'
+device with one element per weight; per-weight sums come back as one tensor with an element per weight. ``full``
+chooses the full grid over the dyadic one. ``covered`` promises that every weight is inside its scale (the scale is
+max|w|): the backward is then the identity but for the penalty.
+
+The default kernel of each op is the reference, on any device; compiled backends (see backends.py) take over theirs.
+"""
+
+import torch
+
+from quantops import reference
+from quantops.layout import empty_like
+from quantops.reference.uniform import GRIDS, RULES, acc_dtype
+
+_lib = torch.library.Library("quantops", "DEF")
+
+OPS = {
+    # name: schema of arguments and results. A family's ops stand together; kernels/<family>.py has functions of
+    # these names and arguments.
+    "uniform": {
+        "absmax": "(Tensor[] w, bool per_row) -> Tensor",
+        "absmean": "(Tensor[] w, bool per_row) -> Tensor",
+        "round_clamp": "(Tensor[] w, Tensor[] scale, Tensor bits, bool full, bool signed, bool covered, "
+        "ScalarType dtype) -> Tensor[]",
+        "round_clamp_out": "(Tensor[] w, Tensor[] scale, Tensor bits, bool full, bool signed, Tensor(a!)[] q) -> ()",
+        "msq": "(Tensor[] w, Tensor[] scale, Tensor bits, Tensor k, bool full, bool covered, ScalarType dtype) -> "
+        "(Tensor[] q, Tensor penalty, Tensor nonzero, Tensor sq_error)",
+        "msq_out": "(Tensor[] w, Tensor[] scale, Tensor bits, Tensor k, bool full, Tensor(a!)[] q, "
+        "Tensor(b!) penalty, Tensor(c!) nonzero, Tensor(d!) sq_error) -> ()",
+        "lsb": "(Tensor[] w, Tensor[] scale, Tensor bits, Tensor k) -> Tensor[]",
+        "lsb_stats": "(Tensor[] w, Tensor[] scale, Tensor bits, Tensor k, bool full, bool covered) -> "
+        "(Tensor penalty, Tensor nonzero, Tensor sq_error)",
+        "uniform_backward": "(Tensor[] grad, Tensor? grad_penalty, Tensor[] w, Tensor[] scale, Tensor bits, Tensor k, "
+        "bool full, bool signed, bool scale_grad) -> (Tensor[] grad_w, Tensor[] grad_scale)",
+        "add_lsb_grad_": "(Tensor(a!)[] grad, Tensor[] w, Tensor[] scale, Tensor bits, Tensor k, Tensor strength) "
+        "-> ()",
+        "encode": "(Tensor[] w, Tensor[] scale, Tensor bits, int rule, bool signed) -> Tensor[]",
+        "decode": "(Tensor[] codes, Tensor[] scale, Tensor bits, bool full, bool signed, ScalarType dtype) -> "
+        "Tensor[]",
+    },
+}
+
+for _family in OPS.values():
+    for _name, _schema in _family.items():
+        _lib.define(_name + _schema)
+
+ops = torch.ops.quantops
+
+
+def _default(fn):
+    """Registers ``fn`` as the kernel of the op of its name on every device that has no other."""
+    _lib.impl(fn.__name__[1:], fn, "CompositeExplicitAutograd")
+    return fn
+
+
+def _grid(full):
+    return GRIDS[1] if full else GRIDS[0]
+
+
+def _flat(results, per_row, w):
+    if per_row:
+        return torch.cat(results) if len(results) > 1 else results[0]
+    return torch.stack(results)
+
+
+def _laid_out(results, like):
+    """Results in the layout that the compiled kernels and the fakes give them."""
+    return [empty_like(t, r.dtype).copy_(r) for r, t in zip(results, like)]
+
+
+@_default
+def _absmax(w, per_row):
+    return _flat([reference.absmax(t, per_row=per_row) for t in w], per_row, w)
+
+
+@_default
+def _absmean(w, per_row):
+    return _flat([reference.absmean(t, per_row=per_row) for t in w], per_row, w)
+
+
+@_default
+def _round_clamp(w, scale, bits, full, signed, covered, dtype):
+    _check_values(scale, bits)
+    return _laid_out([reference.round_clamp(t, s, n, signed=signed, grid=_grid(full), out_dtype=dtype)
+                      for t, s, n in zip(w, scale, bits.reshape(-1))], w)
+
+
+@_default
+def _round_clamp_out(w, scale, bits, full, signed, q):
+    for out, value in zip(q, _round_clamp(w, scale, bits, full, signed, False, q[0].dtype)):
+        out.copy_(value)
+
+
+@_default
+def _msq(w, scale, bits, k, full, covered, dtype):
+    _check_values(scale, bits, k)
+    each = [reference.msq(t, s, n, kk, grid=_grid(full), out_dtype=dtype)
+            for t, s, n, kk in zip(w, scale, bits.reshape(-1), k.reshape(-1))]
+    q, *sums = zip(*each)
+    return _laid_out(q, w), *(torch.stack(v) for v in sums)
+
+
+@_default
+def _msq_out(w, scale, bits, k, full, q, penalty, nonzero, sq_error):
+    values, *sums = _msq(w, scale, bits, k, full, False, q[0].dtype)
+    for out, value in zip([*q, penalty, nonzero, sq_error], [*values, *sums]):
+        out.copy_(value)
+
+
+@_default
+def _lsb(w, scale, bits, k):
+    _check_values(scale, bits, k)
+    return _laid_out([reference.lsb(t, s, n, kk)
+                      for t, s, n, kk in zip(w, scale, bits.reshape(-1), k.reshape(-1))], w)
+
+
+@_default
+def _lsb_stats(w, scale, bits, k, full, covered):
+    return tuple(_msq(w, scale, bits, k, full, covered, w[0].dtype)[1:])
+
+
+@_default
+def _uniform_backward(grad, grad_penalty, w, scale, bits, k, full, signed, scale_grad):
+    _check_values(scale, bits, k)
+    each = [reference.uniform_backward(g, r, t, s, n, kk, grid=_grid(full), signed=signed)
+            for g, r, t, s, n, kk in zip(
+                grad or [None] * len(w), [None] * len(w) if grad_penalty is None else grad_penalty.reshape(-1),
+                w, scale, bits.reshape(-1), k.reshape(-1))]
+    grad_w, grad_scale = zip(*each)
+    return _laid_out(grad_w, w), list(grad_scale) if scale_grad else []
+
+
+@_default
+def _add_lsb_grad_(grad, w, scale, bits, k, strength):
+    _check_values(scale, bits, k)
+    for g, t, s, n, kk in zip(grad, w, scale, bits.reshape(-1), k.reshape(-1)):
+        g.copy_(reference.add_lsb_grad(g, strength.reshape(()), t, s, n, kk))
+
+
+@_default
+def _encode(w, scale, bits, rule, signed):
+    _check_values(scale, bits)
+    return _laid_out([reference.encode(t, s, n, rule=RULES[rule], signed=signed)
+                      for t, s, n in zip(w, scale, bits.reshape(-1))], w)
+
+
+@_default
+def _decode(codes, scale, bits, full, signed, dtype):
+    _check_values(scale, bits)
+    each = [reference.decode(c, s, n, grid=_grid(full), signed=signed, dtype=dtype)
+            for c, s, n in zip(codes, scale, bits.reshape(-1))]
+    for i, (c, n) in enumerate(zip(codes, bits.reshape(-1))):
+        if c.device.type == "cpu" and c.numel() and not 0 <= int(c.min()) <= int(c.max()) < 2 ** int(n):
+            raise ValueError(f"codes[{i}]: expected values in 0..2^{int(n)} - 1, got {int(c.min())}..{int(c.max())}")
+    return _laid_out(each, codes)
+
+
+def _check_values(scale, bits, k=None):
+    """On CPU, where reading costs nothing, values out of range raise before any work is done."""
+    if bits.device.type != "cpu":
+        return
+    n = bits.reshape(-1).tolist()
+    for i, v in enumerate(n):
+        if not 0 <= v <= reference.uniform.MAX_BITS:
+            raise ValueError(f"bits[{i}]: expected 0..{reference.uniform.MAX_BITS}, got {v}")
+    for i, v in enumerate([] if k is None else k.reshape(-1).tolist()):
+        if v and not 1 <= v < n[i]:
+            raise ValueError(f"k[{i}]: expected 1 <= k < bits = {n[i]} (or 0 for no LSBs), got {v}")
+    for i, s in enumerate(scale):
+        if not bool(((s >= 0) & (s < torch.inf)).all()):
+            raise ValueError(f"scale[{i}]: expected finite values >= 0, got {s.reshape(-1)[:8].tolist()}")
+
+
+# Fakes: shapes, dtypes and layouts of the results.
+
+
+def _fake(fn):
+    torch.library.register_fake("quantops::" + fn.__name__.removeprefix("_fake_"), fn, lib=_lib)
+    return fn
+
+
+def _sums(w, bits):
+    acc = w[0].new_empty(len(w), dtype=acc_dtype(w[0].dtype))
+    return acc, w[0].new_empty(len(w), dtype=torch.int64), torch.empty_like(acc)
+
+
+def _scales(w, per_row):
+    n = sum(t.shape[0] for t in w) if per_row else len(w)
+    return w[0].new_empty(n, dtype=acc_dtype(w[0].dtype))
+
+
+@_fake
+def _fake_absmax(w, per_row):
+    return _scales(w, per_row)
+
+
+@_fake
+def _fake_absmean(w, per_row):
+    return _scales(w, per_row)
+
+
+@_fake
+def _fake_round_clamp(w, scale, bits, full, signed, covered, dtype):
+    return [empty_like(t, dtype) for t in w]
+
+
+@_fake
+def _fake_round_clamp_out(w, scale, bits, full, signed, q):
+    return None
+
+
+@_fake
+def _fake_msq(w, scale, bits, k, full, covered, dtype):
+    return [empty_like(t, dtype) for t in w], *_sums(w, bits)
+
+
+@_fake
+def _fake_msq_out(w, scale, bits, k, full, q, penalty, nonzero, sq_error):
+    return None
+
+
+@_fake
+def _fake_lsb(w, scale, bits, k):
+    return [empty_like(t, torch.int32) for t in w]
+
+
+@_fake
+def _fake_lsb_stats(w, scale, bits, k, full, covered):
+    return _sums(w, bits)
+
+
+@_fake
+def _fake_uniform_backward(grad, grad_penalty, w, scale, bits, k, full, signed, scale_grad):
+    return [empty_like(t, t.dtype) for t in w], [torch.empty_like(s) for s in scale] if scale_grad else []
+
+
+@_fake
+def _fake_add_lsb_grad_(grad, w, scale, bits, k, strength):
+    return None
+
+
+@_fake
+def _fake_encode(w, scale, bits, rule, signed):
+    return [empty_like(t, torch.int32) for t in w]
+
+
+@_fake
+def _fake_decode(codes, scale, bits, full, signed, dtype):
+    return [empty_like(c, dtype) for c in codes]
+
+
+# Autograd. Only inputs are saved, so that nothing is kept for backward beyond the parameters themselves. Gradients of
+# list arguments are lists, of None where there is none.
+
+
+def _save(ctx, w, scale, bits, k):
+    ctx.set_materialize_grads(False)
+    ctx.sizes = len(w)
+    ctx.save_for_backward(*w, *scale, bits, *([] if k is None else [k]))
+
+
+def _saved(ctx):
+    n, t = ctx.sizes, ctx.saved_tensors
+    bits = t[2 * n]
+    return list(t[:n]), list(t[n: 2 * n]), bits, t[2 * n + 1] if len(t) > 2 * n + 1 else torch.zeros_like(bits)
+
+
+def _any(grads):
+    return grads is not None and any(g is not None for g in grads)
+
+
+def _materialize(grads, w):
+    """Gradients of a list output: [] where none is wanted, zeros for single entries that are not used."""
+    if not _any(grads):
+        return []
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(grads, w)]
+
+
+def _quantizer_backward(ctx, grad_q, grad_penalty, full, signed, covered):
+    """(grad_w, grad_scale) of any op that gives q, R or both."""
+    none = [None] * ctx.sizes
+    if grad_penalty is None and (covered or not _any(grad_q)):
+        return [None if g is None else g.to(ctx.dtype) for g in grad_q or none], none
+    w, scale, bits, k = _saved(ctx)
+    scale_grad = not covered and any(s.requires_grad for s in scale)
+    grad_w, grad_scale = ops.uniform_backward(
+        _materialize(grad_q, w), grad_penalty, w, scale, bits, k, full, signed, scale_grad)
+    return grad_w, grad_scale if scale_grad else none
+
+
+def _setup_round_clamp(ctx, inputs, output):
+    w, scale, bits, ctx.full, ctx.signed, ctx.covered, _ = inputs
+    ctx.dtype = w[0].dtype
+    _save(ctx, w, scale, bits, None)
+
+
+def _round_clamp_backward(ctx, grad_q):
+    grads = _quantizer_backward(ctx, grad_q, None, ctx.full, ctx.signed, ctx.covered)
+    return *grads, None, None, None, None, None
+
+
+def _setup_msq(ctx, inputs, output):
+    w, scale, bits, k, ctx.full, ctx.covered, _ = inputs
+    ctx.dtype = w[0].dtype
+    ctx.mark_non_differentiable(output[2], output[3])
+    _save(ctx, w, scale, bits, k)
+
+
+def _msq_backward(ctx, grad_q, grad_penalty, _nonzero, _sq_error):
+    grads = _quantizer_backward(ctx, grad_q, grad_penalty, ctx.full, True, ctx.covered)
+    return *grads, None, None, None, None, None
+
+
+def _setup_lsb_stats(ctx, inputs, output):
+    w, scale, bits, k, ctx.full, _ = inputs
+    ctx.dtype = w[0].dtype
+    ctx.mark_non_differentiable(output[1], output[2])
+    _save(ctx, w, scale, bits, k)
+
+
+def _lsb_stats_backward(ctx, grad_penalty, _nonzero, _sq_error):
+    # The scale is a constant in R.
+    return *_quantizer_backward(ctx, None, grad_penalty, ctx.full, True, True), None, None, None, None
+
+
+def _setup_uniform_backward(ctx, inputs, output):
+    grad, grad_penalty, w, scale, bits, k, ctx.full, ctx.signed, _ = inputs
+    ctx.has_grad, ctx.has_penalty = len(grad) > 0, grad_penalty is not None
+    ctx.grad_dtype = grad[0].dtype if grad else None
+    _save(ctx, w, scale, bits, k)
+
+
+def _uniform_backward_backward(ctx, gg_w, gg_scale):
+    """The backward is linear in g and r; w and s count as constants there, as the STE has it."""
+    w, scale, bits, k = _saved(ctx)
+    gg_w = _materialize(gg_w, w)
+    grad, grad_penalty, none = [None] * ctx.has_grad * ctx.sizes, None, [None] * ctx.sizes
+    if gg_w:
+        through, _ = ops.uniform_backward(gg_w, None, w, scale, bits, k, ctx.full, ctx.signed, False)
+        if ctx.has_grad:
+            grad = [t.to(ctx.grad_dtype) for t in through]
+        if ctx.has_penalty:
+            b = ops.lsb(w, scale, bits, k)
+            grad_penalty = torch.stack([(t * b_.sign()).sum(dtype=s.dtype) for t, b_, s in zip(through, b, scale)])
+    if ctx.has_grad and _any(gg_scale):
+        terms = [
+            torch.zeros_like(t) if g is None else reference.uniform.scale_grad_term(
+                t, s, n, _grid(ctx.full), ctx.signed) * reference.uniform.per_row(g, t)
+            for g, t, s, n in zip(gg_scale, w, scale, bits.reshape(-1))]
+        grad = [(t if g is None else g + t).to(ctx.grad_dtype) for g, t in zip(grad, terms)]
+    return grad, grad_penalty, none, none, None, None, None, None, None
+
+
+# No gradient flows through these: their results never require grad.
+for _op in ("absmax", "absmean", "round_clamp_out", "msq_out", "lsb", "add_lsb_grad_", "encode", "decode"):
+    _lib.impl(_op, torch.library.fallthrough_kernel, "Autograd")
+
+for _op, _backward, _setup in (
+    ("round_clamp", _round_clamp_backward, _setup_round_clamp),
+    ("msq", _msq_backward, _setup_msq),
+    ("lsb_stats", _lsb_stats_backward, _setup_lsb_stats),
+    ("uniform_backward", _uniform_backward_backward, _setup_uniform_backward),
+):
+    torch.library.register_autograd("quantops::" + _op, _backward, setup_context=_setup, lib=_lib)

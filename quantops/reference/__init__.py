@@ -1,0 +1,27 @@
+"""The specification: every op in plain PyTorch, any dtype, any device. The only oracle of tests and benches."""
+
+from quantops.reference.uniform import (
+    absmax,
+    absmean,
+    add_lsb_grad,
+    decode,
+    encode,
+    lsb,
+    lsb_penalty,
+    msq,
+    round_clamp,
+    uniform_backward,
+)
+
+__all__ = [
+    "absmax",
+    "absmean",
+    "add_lsb_grad",
+    "decode",
+    "encode",
+    "lsb",
+    "lsb_penalty",
+    "msq",
+    "round_clamp",
+    "uniform_backward",
+]
