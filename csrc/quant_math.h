@@ -41,19 +41,18 @@ QUANTOPS_INLINE A quiet_nan() {
 // computed from them is NaN too; integer results and gradients ask `valid`.
 template <class A>
 struct Quantizer {
-  A scale;
+  A scale, low;   // the weights whose codes differ lie in [low, scale]
   A inv;          // 0.5/s signed, 1/s unsigned; 0 where s = 0 or 1/s overflows
   A offset;       // 0.5 signed, 0 unsigned
   A mul, top;     // 2^n, 2^n - 1
   A mul_lo, top_lo, pow_k;  // 2^(n-k), 2^(n-k) - 1, 2^k
-  A a, b;         // m = a * c - b
+  A a, b;         // m = a * c + b
   A step;         // q = m * step
   A unit_step;    // the step of a scale of one
   A inv_scale;    // 1/s, 0 where s = 0 or 1/s overflows
   bool is_signed, valid;
 };
 
-template <class A>
 QUANTOPS_INLINE bool valid_bits(int64_t n, int64_t k) {
   return n >= 0 && n <= kMaxBits && (k == 0 || (k >= 1 && k < n));
 }
@@ -66,9 +65,10 @@ QUANTOPS_INLINE bool valid_scale(A s) {
 template <class A>
 QUANTOPS_INLINE Quantizer<A> make_quantizer(A s, int64_t n, int64_t k, bool full, bool is_signed) {
   Quantizer<A> p;
-  p.valid = valid_bits<A>(n, k) && valid_scale(s);
+  p.valid = valid_bits(n, k) && valid_scale(s);
   p.is_signed = is_signed;
   p.scale = s;
+  p.low = is_signed ? -s : A(0);
   if (!p.valid) n = k = 0;
   A inv_scale = A(1) / s;
   bool degenerate = !(inv_scale <= std::numeric_limits<A>::max());
@@ -80,7 +80,7 @@ QUANTOPS_INLINE Quantizer<A> make_quantizer(A s, int64_t n, int64_t k, bool full
   p.top_lo = p.mul_lo - A(1);
   p.pow_k = A(int64_t(1) << k);
   p.a = (is_signed && full) ? A(2) : A(1);
-  p.b = !is_signed || n == 0 ? A(0) : (full ? p.top : A(int64_t(1) << (n - 1)));
+  p.b = !is_signed || n == 0 ? A(0) : (full ? -p.top : -A(int64_t(1) << (n - 1)));
   if (full) {
     p.unit_step = n == 0 ? A(0) : A(1) / p.top;
     p.step = n == 0 ? A(0) : s / p.top;
@@ -93,7 +93,16 @@ QUANTOPS_INLINE Quantizer<A> make_quantizer(A s, int64_t n, int64_t k, bool full
   return p;
 }
 
-// u in [0, 1]; NaN where w is NaN.
+// u for the codes of round_clamp; NaN where w is NaN. It clamps w, not u: that takes infinities out before they meet
+// an inverse of 0, and leaves u at most a rounding error outside [0, 1], which rint and the clamp of the code remove.
+template <class A>
+QUANTOPS_INLINE A round_clamp_unit(A w, const Quantizer<A>& p) {
+  A v = w < p.low ? p.low : w;
+  v = v > p.scale ? p.scale : v;
+  return v * p.inv + p.offset;
+}
+
+// u in [0, 1] as any code rule takes it; NaN where w is NaN.
 template <class A>
 QUANTOPS_INLINE A unit(A w, const Quantizer<A>& p) {
   A t = w * p.inv;
@@ -119,40 +128,55 @@ QUANTOPS_INLINE A code(A u, Rule rule, const Quantizer<A>& p) {
 
 template <class A>
 QUANTOPS_INLINE A level(A c, const Quantizer<A>& p) {
-  return p.a * c - p.b;
+  return p.a * c + p.b;
 }
 
-// B_k of the weight with unit u and code c, as a float; 0 where it is NaN.
+// B_k of the weight with unit u and code c, as a float; NaN where w is, which magnitude and to_int take for 0.
 template <class A>
 QUANTOPS_INLINE A lsb_residual(A u, A c, const Quantizer<A>& p) {
-  A b = c - p.pow_k * round_clamp_code(u, p.mul_lo, p.top_lo);
-  return b == b ? b : A(0);
+  return c - p.pow_k * round_clamp_code(u, p.mul_lo, p.top_lo);
 }
 
+// |b|, 0 for NaN. As a sum of two maxima, since compilers make branches of the shorter forms and do not vectorize them.
 template <class A>
-QUANTOPS_INLINE A sign(A v) {
-  return v > A(0) ? A(1) : (v < A(0) ? A(-1) : A(0));
+QUANTOPS_INLINE A magnitude(A b) {
+  return (b > A(0) ? b : A(0)) + (b < A(0) ? -b : A(0));
+}
+
+// The sign of an integer b; NaN stays NaN.
+template <class A>
+QUANTOPS_INLINE A sign(A b) {
+  A s = b < A(-1) ? A(-1) : b;
+  return s > A(1) ? A(1) : s;
 }
 
 template <class A>
 QUANTOPS_INLINE bool inside(A w, const Quantizer<A>& p) {
-  A magnitude = w < A(0) ? -w : w;
-  return (magnitude <= p.scale) & (p.is_signed | (w >= A(0)));
+  return (w >= p.low) & (w <= p.scale);
+}
+
+// sign(B) * inside, the derivative of R.
+template <class A>
+QUANTOPS_INLINE A penalty_slope(A w, const Quantizer<A>& p) {
+  A u = round_clamp_unit(w, p);
+  A b = lsb_residual(u, round_clamp_code(u, p.mul, p.top), p);
+  return inside(w, p) ? sign(b) : A(0);
 }
 
 // dL/dw from g = dL/dq and r = dL/dR.
 template <class A>
 QUANTOPS_INLINE A grad_weight(A w, A g, A r, const Quantizer<A>& p) {
-  A u = unit(w, p);
+  A u = round_clamp_unit(w, p);
   A b = lsb_residual(u, round_clamp_code(u, p.mul, p.top), p);
-  A v = inside(w, p) ? g + r * sign(b) : A(0);
+  A v = g + r * sign(b);
+  v = inside(w, p) ? v : A(0);
   return p.valid ? v : quiet_nan<A>();
 }
 
 // dq/ds per element.
 template <class A>
 QUANTOPS_INLINE A scale_grad_term(A w, const Quantizer<A>& p) {
-  A ratio = level(round_clamp_code(unit(w, p), p.mul, p.top), p) * p.unit_step;
+  A ratio = level(round_clamp_code(round_clamp_unit(w, p), p.mul, p.top), p) * p.unit_step;
   return ratio - (inside(w, p) ? w * p.inv_scale : A(0));
 }
 

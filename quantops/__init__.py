@@ -1,8 +1,8 @@
 """Fused kernels for quantization-aware training: MSQ, TruncQuant, CPQ with DropBits."""
 
-__version__ = "0.1.0"
+from quantops.version import __version__
 
-from quantops import backends, foreach, reference
+from quantops import backends, foreach, layout, reference
 from quantops.backends import info
 from quantops.functional import MSQ, absmax, absmean, decode, encode, lsb, lsb_penalty, msq, round_clamp
 

@@ -119,7 +119,8 @@ def _prepare(w, scale, bits, k=0):
 
 def absmax(w, *, per_row=False):
     """max|w|, per tensor (0-dim) or per row; 0 for an empty one, NaN where w has a NaN."""
-    a = w.detach().to(acc_dtype(w.dtype)).abs().reshape(w.shape[0] if per_row else 1, -1)
+    a = w.detach().to(acc_dtype(w.dtype)).abs()
+    a = a.reshape(w.shape[0], w[:1].numel()) if per_row else a.reshape(1, -1)
     s = a.amax(1) if a.shape[1] else a.new_zeros(a.shape[0])
     return s if per_row else s.reshape(())
 
@@ -127,7 +128,8 @@ def absmax(w, *, per_row=False):
 def absmean(w, *, per_row=False):
     """mean|w|, per tensor (0-dim) or per row; 0 for an empty one. Summed in float64."""
     acc = acc_dtype(w.dtype)
-    a = w.detach().to(torch.float64).abs().reshape(w.shape[0] if per_row else 1, -1)
+    a = w.detach().to(torch.float64).abs()
+    a = a.reshape(w.shape[0], w[:1].numel()) if per_row else a.reshape(1, -1)
     s = (a.sum(1) / max(a.shape[1], 1)).to(acc)
     return s if per_row else s.reshape(())
 
@@ -216,7 +218,7 @@ def uniform_backward(grad, grad_penalty, w, scale, bits, k=0, *, grid=None, sign
         total = g + grad_penalty.to(w.dtype) * torch.sign(_lsb(w, s, bits, k))
     grad_w = _nan_where_not(valid, torch.where(_inside(w, s, signed), total, zero))
     term = (g * term).double()
-    grad_s = term.sum() if scale.numel() == 1 else term.reshape(scale.numel(), -1).sum(1)
+    grad_s = term.sum() if scale.numel() == 1 else term.reshape(shape.numel(), w[:1].numel()).sum(1)
     return grad_w.to(dtype), grad_s.to(s.dtype).reshape(shape)
 
 
@@ -224,6 +226,6 @@ def add_lsb_grad(grad, strength, w, scale, bits, k=1):
     """grad + strength * sign(B) * inside: the penalty's gradient, added to one that is already there."""
     dtype = grad.dtype
     w, s, bits, k, valid = _prepare(w, scale, bits, k)
-    r = torch.as_tensor(strength, device=w.device).to(w.dtype) * torch.sign(_lsb(w, s, bits, k))
+    r = torch.as_tensor(strength, dtype=w.dtype, device=w.device) * torch.sign(_lsb(w, s, bits, k))
     total = grad.to(w.dtype) + torch.where(_inside(w, s, True), r, torch.zeros_like(w))
     return _nan_where_not(valid, total).to(dtype)

@@ -1,0 +1,174 @@
+// Moves blocks of elements between storage (any dtype) and the arithmetic dtype, so that the arithmetic is written once.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/simd.h"
+
+namespace quantops {
+
+enum class Storage { f32, f64, bf16, f16 };
+
+inline int64_t item_size(Storage t) { return t == Storage::f64 ? 8 : t == Storage::f32 ? 4 : 2; }
+
+constexpr int64_t kBlock = 2048;  // elements: blocks of a few operands stay in the first-level cache
+
+template <class A>
+inline Storage native();
+template <>
+inline Storage native<float>() { return Storage::f32; }
+template <>
+inline Storage native<double>() { return Storage::f64; }
+
+namespace detail {
+
+template <class From, class To>
+QUANTOPS_SIMD void cast(const From* __restrict from, To* __restrict to, int64_t n) {
+  for (int64_t i = 0; i < n; i++) to[i] = static_cast<To>(from[i]);
+}
+
+inline uint32_t as_bits(float v) {
+  uint32_t u;
+  std::memcpy(&u, &v, 4);
+  return u;
+}
+
+QUANTOPS_SIMD inline void bf16_to_float(const uint16_t* __restrict from, float* __restrict to, int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t u = uint32_t(from[i]) << 16;
+    std::memcpy(to + i, &u, 4);
+  }
+}
+
+QUANTOPS_SIMD inline void float_to_bf16(const float* __restrict from, uint16_t* __restrict to, int64_t n) {
+  for (int64_t i = 0; i < n; i++) {  // to nearest even, NaN to the one that torch writes
+    uint32_t u;
+    std::memcpy(&u, from + i, 4);
+    uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    to[i] = uint16_t((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+  }
+}
+
+// Half precision goes through the conversion instructions, which compilers do not vectorize by themselves.
+#if defined(__x86_64__)
+__attribute__((target("f16c,avx"))) inline int64_t half_to_float_f16c(const uint16_t* from, float* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  return i;
+}
+__attribute__((target("f16c,avx"))) inline int64_t float_to_half_f16c(const float* from, uint16_t* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+  return i;
+}
+inline bool has_f16c() {
+  static const bool yes = __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avx");
+  return yes;
+}
+#endif
+
+inline void half_to_float(const uint16_t* from, float* to, int64_t n) {
+  int64_t i = 0;
+#if defined(__x86_64__)
+  if (has_f16c()) i = half_to_float_f16c(from, to, n);
+#endif
+  for (; i < n; i++) {
+    _Float16 h;
+    std::memcpy(&h, from + i, 2);
+    to[i] = static_cast<float>(h);
+  }
+}
+
+inline void float_to_half(const float* from, uint16_t* to, int64_t n) {
+  int64_t i = 0;
+#if defined(__x86_64__)
+  if (has_f16c()) i = float_to_half_f16c(from, to, n);
+#endif
+  for (; i < n; i++) {
+    _Float16 h = static_cast<_Float16>(from[i]);
+    std::memcpy(to + i, &h, 2);
+  }
+}
+
+}  // namespace detail
+
+// Elements [i, i + n) of `p` in the arithmetic dtype: in place where that is their storage, else in `buffer`.
+template <class A>
+const A* load_block(const void* p, Storage t, int64_t i, int64_t n, A* buffer) {
+  const char* from = static_cast<const char*>(p) + i * item_size(t);
+  if (t == native<A>()) return reinterpret_cast<const A*>(from);
+  if (t == Storage::f64) {
+    detail::cast(reinterpret_cast<const double*>(from), buffer, n);
+  } else if (t == Storage::f32) {
+    detail::cast(reinterpret_cast<const float*>(from), buffer, n);
+  } else {
+    float wide[kBlock];
+    float* to = sizeof(A) == 4 ? reinterpret_cast<float*>(buffer) : wide;
+    (t == Storage::bf16 ? detail::bf16_to_float : detail::half_to_float)(reinterpret_cast<const uint16_t*>(from), to, n);
+    if (sizeof(A) != 4) detail::cast(wide, buffer, n);
+  }
+  return buffer;
+}
+
+// Writes past the caches: what is larger than them is not read again before it is gone, and reading lines only to
+// overwrite them would cost a third of the bandwidth.
+inline void stream(void* to, const void* from, int64_t bytes) {
+  char* d = static_cast<char*>(to);
+  const char* s = static_cast<const char*>(from);
+#if defined(__x86_64__)
+  int64_t head = -reinterpret_cast<intptr_t>(d) & 63;
+  if (head > bytes) head = bytes;
+  std::memcpy(d, s, head);
+  int64_t i = head;
+  for (; i + 64 <= bytes; i += 64)
+    for (int64_t j = 0; j < 64; j += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(d + i + j), _mm_loadu_si128(reinterpret_cast<const __m128i*>(s + i + j)));
+  std::memcpy(d + i, s + i, bytes - i);
+#else
+  std::memcpy(d, s, bytes);
+#endif
+}
+
+inline void end_streaming() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// Where a kernel writes elements [i, i + n) of `p`: in place where that is their storage and they are to be cached.
+template <class A>
+A* store_target(void* p, Storage t, int64_t i, bool streaming, A* buffer) {
+  if (t == native<A>() && !streaming) return static_cast<A*>(p) + i;
+  return buffer;
+}
+
+// Completes store_target: moves the block to storage if it went to the buffer.
+template <class A>
+void store_block(void* p, Storage t, int64_t i, int64_t n, bool streaming, const A* block, const A* buffer) {
+  if (block != buffer) return;
+  char* to = static_cast<char*>(p) + i * item_size(t);
+  if (t == native<A>()) {
+    stream(to, block, n * int64_t(sizeof(A)));
+  } else if (t == Storage::f64) {
+    detail::cast(block, reinterpret_cast<double*>(to), n);
+  } else if (t == Storage::f32) {
+    detail::cast(block, reinterpret_cast<float*>(to), n);
+  } else {
+    float narrow[kBlock];
+    uint16_t half[kBlock];
+    if (sizeof(A) != 4) detail::cast(block, narrow, n);
+    const float* from = sizeof(A) == 4 ? reinterpret_cast<const float*>(block) : narrow;
+    uint16_t* out = streaming ? half : reinterpret_cast<uint16_t*>(to);
+    (t == Storage::bf16 ? detail::float_to_bf16 : detail::float_to_half)(from, out, n);
+    if (streaming) stream(to, half, 2 * n);
+  }
+}
+
+}  // namespace quantops

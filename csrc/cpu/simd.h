@@ -1,0 +1,15 @@
+// What makes a plain loop fast on CPU: compiled for three instruction sets, chosen when the library loads.
+#pragma once
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// Lambdas inside such a function are not cloned: keep loops in the function itself.
+#define QUANTOPS_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define QUANTOPS_SIMD
+#endif
+
+namespace quantops {
+
+constexpr int kLanes = 16;  // float sums run in this many lanes on every machine, so that their value is fixed
+
+}  // namespace quantops

@@ -1,0 +1,491 @@
+// Family `uniform` on CPU: the ops of quantops/library.py over lists of weights.
+#include "cpu/uniform_loops.h"
+
+#include <string>
+
+#include "cpu/blocks.h"
+#include "cpu/chunks.h"
+#include "stable_tensor.h"
+
+namespace quantops {
+namespace {
+
+// Outputs of a list beyond this size are written past the caches.
+constexpr int64_t kStreamBytes = int64_t(16) << 20;
+
+Storage storage(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double: return Storage::f64;
+    case ScalarType::BFloat16: return Storage::bf16;
+    case ScalarType::Half: return Storage::f16;
+    default: return Storage::f32;
+  }
+}
+
+// The part of a list's arguments that every op has, checked: weights (or codes) in dense rows, scales, bits, k.
+struct List {
+  Tensors w, parameters;  // parameters: bits and k, kept alive
+  std::vector<Rows> rows;
+  std::vector<const void*> data, scale;
+  Storage type;
+  const int32_t *bits, *k;
+  bool is_double;
+  std::vector<Chunk> chunks;
+
+  int64_t size() const { return int64_t(w.size()); }
+  int64_t numel() const {
+    int64_t total = 0;
+    for (const Rows& r : rows) total += r.rows * r.inner;
+    return total;
+  }
+};
+
+bool is_double_list(const Tensors& w) { return check_list("w", w, kFloats) == ScalarType::Double; }
+
+ScalarType acc_type(bool is_double) { return is_double ? ScalarType::Double : ScalarType::Float; }
+
+List make_list(const Tensors& w, bool is_double) {
+  List list;
+  list.w = dense(w);
+  list.is_double = is_double;
+  list.type = storage(w[0]);
+  list.bits = list.k = nullptr;
+  for (const Tensor& t : list.w) list.data.push_back(t.data_ptr());
+  return list;
+}
+
+template <class A>
+void check_scale_values(const Tensors& scale) {
+  for (size_t i = 0; i < scale.size(); i++) {
+    const A* s = static_cast<const A*>(scale[i].data_ptr());
+    for (int64_t j = 0; j < scale[i].numel(); j++)
+      if (!valid_scale(s[j]))
+        fail(entry_name("scale", i, scale.size()), ": expected finite values >= 0, got ", s[j], " at element ", j);
+  }
+}
+
+// On CPU the values of bits, k and scale are read, and those out of range raise before any work is done.
+List make_list(const Tensors& w, const Tensors& scale, const Tensor& bits, const Tensor* k, bool is_double) {
+  List list = make_list(w, is_double);
+  check_scales(scale, w, acc_type(is_double));
+  list.parameters.push_back(check_per_weight("bits", bits, list.size(), ScalarType::Int, w[0]));
+  if (k) list.parameters.push_back(check_per_weight("k", *k, list.size(), ScalarType::Int, w[0]));
+  list.bits = static_cast<const int32_t*>(list.parameters[0].data_ptr());
+  list.k = k ? static_cast<const int32_t*>(list.parameters[1].data_ptr()) : nullptr;
+  for (int64_t i = 0; i < list.size(); i++) {
+    int32_t n = list.bits[i];
+    if (n < 0 || n > kMaxBits)
+      fail(entry_name("bits", i, w.size()), ": expected 0..16, got ", n);
+    if (list.k && !valid_bits(n, list.k[i]))
+      fail(entry_name("k", i, w.size()), ": expected 1 <= k < bits = ", n, " (or 0 for no LSBs), got ", list.k[i]);
+    list.rows.push_back(rows_of(w[i], scale[i]));
+    list.scale.push_back(scale[i].data_ptr());
+  }
+  is_double ? check_scale_values<double>(scale) : check_scale_values<float>(scale);
+  list.chunks = make_chunks(list.rows);
+  return list;
+}
+
+template <class A>
+Quantizer<A> quantizer(const List& list, int64_t tensor, int64_t row, bool full, bool is_signed) {
+  int64_t k = list.k ? list.k[tensor] : 0;
+  return make_quantizer(static_cast<const A*>(list.scale[tensor])[list.rows[tensor].rows == 1 ? 0 : row],
+                        list.bits[tensor], k, full, is_signed);
+}
+
+// Calls f(chunk index, tensor, row, begin, end, quantizer) for every block of every row.
+template <class A, class F>
+void for_blocks(const List& list, bool full, bool is_signed, const F& f) {
+  for_chunks(list.chunks, [&](int64_t chunk) {
+    const Chunk& c = list.chunks[chunk];
+    for_rows(c, list.rows[c.tensor], [&](int64_t row, int64_t begin, int64_t end) {
+      const Quantizer<A> p = quantizer<A>(list, c.tensor, row, full, is_signed);
+      for (int64_t i = begin; i < end; i += kBlock) f(chunk, c.tensor, row, i, std::min(i + kBlock, end), p);
+    });
+    end_streaming();
+  });
+}
+
+struct Targets {
+  std::vector<void*> data;
+  Storage type;
+  bool streaming;
+};
+
+Targets targets(const Tensors& out, const List& list) {
+  Targets t{{}, storage(out[0]), false};
+  for (const Tensor& o : out) t.data.push_back(o.data_ptr());
+  t.streaming = list.numel() * item_size(t.type) > kStreamBytes;
+  return t;
+}
+
+// --- absmax, absmean -------------------------------------------------------------------------------------------
+
+template <class A>
+A absmax_of(uint64_t bits) {
+  A v;
+  if (sizeof(A) == 4) {
+    uint32_t narrow = uint32_t(bits);
+    std::memcpy(&v, &narrow, sizeof(A));
+  } else {
+    std::memcpy(&v, &bits, sizeof(A));
+  }
+  return v;
+}
+
+template <class A, class Bits>
+Tensor reduce_abs(List& list, bool mean) {
+  std::vector<int64_t> first;  // of each weight in the result
+  int64_t count = 0;
+  for (const Rows& r : list.rows) {
+    first.push_back(count);
+    count += r.rows;
+  }
+  Tensor out = empty_vector(count, acc_type(list.is_double), list.w[0]);
+  A* result = static_cast<A*>(out.data_ptr());
+  std::fill(result, result + count, A(0));
+  struct Part { uint64_t most = 0; double sum = 0; };
+  std::vector<Part> parts(list.chunks.size());
+  auto finish = [&](const Part& p, const Rows& r) { return mean ? A(p.sum / double(r.inner)) : absmax_of<A>(p.most); };
+  for_chunks(list.chunks, [&](int64_t chunk) {
+    const Chunk& c = list.chunks[chunk];
+    const Rows& rows = list.rows[c.tensor];
+    A buffer[kBlock];
+    for_rows(c, rows, [&](int64_t row, int64_t begin, int64_t end) {
+      Part part;
+      for (int64_t i = begin; i < end; i += kBlock) {
+        int64_t n = std::min(kBlock, end - i);
+        const A* w = load_block<A>(list.data[c.tensor], list.type, i, n, buffer);
+        if (mean) part.sum += abs_sum_loop<A>(w, n);
+        else part.most = std::max<uint64_t>(part.most, absmax_loop<A, Bits>(w, n));
+      }
+      if (row_in_parts(rows)) parts[chunk] = part;
+      else result[first[c.tensor] + row] = finish(part, rows);
+    });
+  });
+  for (size_t i = 0; i < list.chunks.size();) {  // rows in parts: their chunks follow one another
+    const Chunk& c = list.chunks[i];
+    const Rows& rows = list.rows[c.tensor];
+    if (!row_in_parts(rows)) {
+      i++;
+      continue;
+    }
+    int64_t row = c.begin / rows.inner;
+    Part total;
+    for (; i < list.chunks.size() && list.chunks[i].tensor == c.tensor && list.chunks[i].begin / rows.inner == row; i++) {
+      total.most = std::max(total.most, parts[i].most);
+      total.sum += parts[i].sum;
+    }
+    result[first[c.tensor] + row] = finish(total, rows);
+  }
+  return out;
+}
+
+Tensor reduce_abs(const Tensors& w, bool per_row, bool mean) {
+  bool is_double = is_double_list(w);
+  List list = make_list(w, is_double);
+  for (size_t i = 0; i < w.size(); i++) {
+    QUANTOPS_CHECK(!per_row || w[i].dim(), entry_name("w", i, w.size()), ": expected at least one dimension, got none");
+    list.rows.push_back(rows_of(w[i], per_row));
+  }
+  list.chunks = make_chunks(list.rows);
+  return is_double ? reduce_abs<double, uint64_t>(list, mean) : reduce_abs<float, uint32_t>(list, mean);
+}
+
+Tensor absmax(Tensors w, bool per_row) { return reduce_abs(w, per_row, false); }
+Tensor absmean(Tensors w, bool per_row) { return reduce_abs(w, per_row, true); }
+
+// --- forward ---------------------------------------------------------------------------------------------------
+
+template <class A>
+void round_clamp_into(const List& list, bool full, bool is_signed, const Targets& q) {
+  for_blocks<A>(list, full, is_signed, [&](int64_t, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
+    A in[kBlock], out[kBlock];
+    const A* w = load_block<A>(list.data[t], list.type, i, end - i, in);
+    A* y = store_target<A>(q.data[t], q.type, i, q.streaming, out);
+    quantize_loop(w, y, end - i, p);
+    store_block<A>(q.data[t], q.type, i, end - i, q.streaming, y, out);
+  });
+}
+
+void round_clamp_out(Tensors w, Tensors scale, Tensor bits, bool full, bool is_signed,
+                     Tensors q) {
+  bool is_double = is_double_list(w);
+  List list = make_list(w, scale, bits, nullptr, is_double);
+  check_results("q", q, list.w, kFloats);
+  is_double ? round_clamp_into<double>(list, full, is_signed, targets(q, list))
+            : round_clamp_into<float>(list, full, is_signed, targets(q, list));
+}
+
+Tensors round_clamp(Tensors w, Tensors scale, Tensor bits, bool full,
+                                bool is_signed, bool covered, ScalarType dtype) {
+  bool is_double = is_double_list(w);
+  check_float("dtype", dtype);
+  List list = make_list(w, scale, bits, nullptr, is_double);
+  Tensors q = empty_like(list.w, dtype);
+  is_double ? round_clamp_into<double>(list, full, is_signed, targets(q, list))
+            : round_clamp_into<float>(list, full, is_signed, targets(q, list));
+  return q;
+}
+
+// q may be null: the sums alone.
+template <class A>
+void msq_into(const List& list, bool full, const Targets* q, A* penalty, int64_t* nonzero, A* sq_error) {
+  std::vector<LsbSums> parts(list.chunks.size());
+  for_blocks<A>(list, full, true, [&](int64_t chunk, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
+    A in[kBlock], out[kBlock];
+    const A* w = load_block<A>(list.data[t], list.type, i, end - i, in);
+    A* y = q ? store_target<A>(q->data[t], q->type, i, q->streaming, out) : out;
+    msq_loop(w, y, end - i, p, parts[chunk]);
+    if (q) store_block<A>(q->data[t], q->type, i, end - i, q->streaming, y, out);
+  });
+  std::vector<LsbSums> sums(list.size());
+  for (size_t i = 0; i < parts.size(); i++) {
+    LsbSums& s = sums[list.chunks[i].tensor];
+    s.penalty += parts[i].penalty;
+    s.nonzero += parts[i].nonzero;
+    s.sq_error += parts[i].sq_error;
+  }
+  for (int64_t t = 0; t < list.size(); t++) {
+    penalty[t] = A(sums[t].penalty * (full ? 2 : 1));
+    nonzero[t] = sums[t].nonzero;
+    sq_error[t] = A(sums[t].sq_error);
+  }
+}
+
+void msq_into(const List& list, bool full, const Tensors& q, const Tensor& penalty, const Tensor& nonzero,
+              const Tensor& sq_error) {
+  Targets to;
+  if (!q.empty()) to = targets(q, list);
+  int64_t* count = static_cast<int64_t*>(nonzero.data_ptr());
+  if (list.is_double)
+    msq_into<double>(list, full, q.empty() ? nullptr : &to, static_cast<double*>(penalty.data_ptr()), count,
+                     static_cast<double*>(sq_error.data_ptr()));
+  else
+    msq_into<float>(list, full, q.empty() ? nullptr : &to, static_cast<float*>(penalty.data_ptr()), count,
+                    static_cast<float*>(sq_error.data_ptr()));
+}
+
+using Sums = std::tuple<Tensor, Tensor, Tensor>;
+
+Sums empty_sums(const List& list) {
+  ScalarType acc = acc_type(list.is_double);
+  return {empty_vector(list.size(), acc, list.w[0]), empty_vector(list.size(), ScalarType::Long, list.w[0]),
+          empty_vector(list.size(), acc, list.w[0])};
+}
+
+void msq_out(Tensors w, Tensors scale, Tensor bits, Tensor k, bool full, Tensors q,
+             Tensor penalty, Tensor nonzero, Tensor sq_error) {
+  bool is_double = is_double_list(w);
+  List list = make_list(w, scale, bits, &k, is_double);
+  check_results("q", q, list.w, kFloats);
+  ScalarType acc = acc_type(is_double);
+  check_result("penalty", penalty, list.size(), acc, w[0]);
+  check_result("nonzero", nonzero, list.size(), ScalarType::Long, w[0]);
+  check_result("sq_error", sq_error, list.size(), acc, w[0]);
+  msq_into(list, full, q, penalty, nonzero, sq_error);
+}
+
+std::tuple<Tensors, Tensor, Tensor, Tensor> msq(Tensors w, Tensors scale,
+                                                            Tensor bits, Tensor k, bool full, bool covered,
+                                                            ScalarType dtype) {
+  bool is_double = is_double_list(w);
+  check_float("dtype", dtype);
+  List list = make_list(w, scale, bits, &k, is_double);
+  Tensors q = empty_like(list.w, dtype);
+  auto [penalty, nonzero, sq_error] = empty_sums(list);
+  msq_into(list, full, q, penalty, nonzero, sq_error);
+  return {q, penalty, nonzero, sq_error};
+}
+
+Sums lsb_stats(Tensors w, Tensors scale, Tensor bits, Tensor k, bool full, bool covered) {
+  List list = make_list(w, scale, bits, &k, is_double_list(w));
+  Sums sums = empty_sums(list);
+  msq_into(list, full, {}, std::get<0>(sums), std::get<1>(sums), std::get<2>(sums));
+  return sums;
+}
+
+// --- integers --------------------------------------------------------------------------------------------------
+
+// f(w block, result block, n, quantizer)
+template <class A, class F>
+void integers_into(const List& list, bool is_signed, const Tensors& out, const F& f) {
+  for_blocks<A>(list, false, is_signed, [&](int64_t, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
+    A in[kBlock];
+    f(load_block<A>(list.data[t], list.type, i, end - i, in), static_cast<int32_t*>(out[t].data_ptr()) + i, end - i, p);
+  });
+}
+
+Tensors lsb(Tensors w, Tensors scale, Tensor bits, Tensor k) {
+  bool is_double = is_double_list(w);
+  List list = make_list(w, scale, bits, &k, is_double);
+  Tensors out = empty_like(list.w, ScalarType::Int);
+  if (is_double) integers_into<double>(list, true, out, lsb_loop<double>);
+  else integers_into<float>(list, true, out, lsb_loop<float>);
+  return out;
+}
+
+Tensors encode(Tensors w, Tensors scale, Tensor bits, int64_t rule,
+                           bool is_signed) {
+  bool is_double = is_double_list(w);
+  QUANTOPS_CHECK(rule >= kRoundClamp && rule <= kNearest, "rule: expected 0, 1 or 2, got ", rule);
+  List list = make_list(w, scale, bits, nullptr, is_double);
+  Tensors out = empty_like(list.w, ScalarType::Int);
+  auto run = [&](auto zero) {
+    using A = decltype(zero);
+    integers_into<A>(list, is_signed, out, [&](const A* w, int32_t* codes, int64_t n, const Quantizer<A>& p) {
+      encode_loop(w, codes, n, p, Rule(rule));
+    });
+  };
+  is_double ? run(0.0) : run(0.0f);
+  return out;
+}
+
+template <class A>
+void decode_into(const List& list, bool full, bool is_signed, const Targets& q) {
+  std::vector<int64_t> outside(list.chunks.size(), 0);
+  for_blocks<A>(list, full, is_signed, [&](int64_t chunk, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
+    A out[kBlock];
+    A* y = store_target<A>(q.data[t], q.type, i, q.streaming, out);
+    outside[chunk] += decode_loop(static_cast<const int32_t*>(list.data[t]) + i, y, end - i, p);
+    store_block<A>(q.data[t], q.type, i, end - i, q.streaming, y, out);
+  });
+  for (size_t i = 0; i < outside.size(); i++)
+    if (outside[i])
+      fail(entry_name("codes", list.chunks[i].tensor, list.size()), ": expected values in 0..2^",
+           list.bits[list.chunks[i].tensor], " - 1, got ", outside[i], " others");
+}
+
+Tensors decode(Tensors codes, Tensors scale, Tensor bits, bool full,
+                           bool is_signed, ScalarType dtype) {
+  check_list("codes", codes, {ScalarType::Int});
+  check_list("scale", scale, {ScalarType::Float, ScalarType::Double});
+  check_float("dtype", dtype);
+  bool is_double = scale[0].scalar_type() == ScalarType::Double;
+  List list = make_list(codes, scale, bits, nullptr, is_double);
+  Tensors q = empty_like(list.w, dtype);
+  is_double ? decode_into<double>(list, full, is_signed, targets(q, list))
+            : decode_into<float>(list, full, is_signed, targets(q, list));
+  return q;
+}
+
+// --- backward --------------------------------------------------------------------------------------------------
+
+// Adds up the parts of rows longer than a chunk; shorter ones have been written by their chunk.
+template <class A>
+void add_parts(const List& list, const std::vector<double>& parts, const std::vector<A*>& result) {
+  for (size_t i = 0; i < list.chunks.size();) {
+    const Chunk& c = list.chunks[i];
+    const Rows& rows = list.rows[c.tensor];
+    int64_t row = c.begin / rows.inner;
+    double total = 0;
+    size_t first = i;
+    for (; i < list.chunks.size() && list.chunks[i].tensor == c.tensor &&
+           (i == first || (row_in_parts(rows) && list.chunks[i].begin / rows.inner == row)); i++)
+      total += parts[i];
+    if (row_in_parts(rows)) result[c.tensor][row] = A(total);
+  }
+}
+
+template <class A>
+void backward_into(const List& list, const Tensors& grad, const A* penalty, bool full, bool is_signed,
+                   const Targets& out, const std::vector<A*>& grad_scale) {
+  std::vector<const void*> g_data;
+  for (const Tensor& g : grad) g_data.push_back(g.data_ptr());
+  Storage g_type = grad.empty() ? native<A>() : storage(grad[0]);
+  std::vector<double> parts(list.chunks.size(), 0);
+  for_chunks(list.chunks, [&](int64_t chunk) {
+    const Chunk& c = list.chunks[chunk];
+    const int64_t t = c.tensor;
+    A in[kBlock], gradient[kBlock], result[kBlock];
+    for_rows(c, list.rows[t], [&](int64_t row, int64_t begin, int64_t end) {
+      const Quantizer<A> p = quantizer<A>(list, t, row, full, is_signed);
+      double sum = 0;
+      for (int64_t i = begin; i < end; i += kBlock) {
+        int64_t n = std::min(kBlock, end - i);
+        const A* w = load_block<A>(list.data[t], list.type, i, n, in);
+        const A* g = gradient;
+        if (grad.empty()) std::fill(gradient, gradient + n, A(0));
+        else g = load_block<A>(g_data[t], g_type, i, n, gradient);
+        A* y = store_target<A>(out.data[t], out.type, i, out.streaming, result);
+        if (penalty) grad_penalty_loop(w, g, y, n, p, penalty[t]);
+        else grad_loop(w, g, y, n, p);
+        store_block<A>(out.data[t], out.type, i, n, out.streaming, y, result);
+        if (!grad_scale.empty()) sum += scale_grad_loop(w, g, n, p);
+      }
+      if (grad_scale.empty()) return;
+      if (row_in_parts(list.rows[t])) parts[chunk] = sum;
+      else grad_scale[t][row] = A(sum);
+    });
+    end_streaming();
+  });
+  if (!grad_scale.empty()) add_parts(list, parts, grad_scale);
+}
+
+std::tuple<Tensors, Tensors> uniform_backward(
+    Tensors grad, std::optional<Tensor> grad_penalty, Tensors w, Tensors scale,
+    Tensor bits, Tensor k, bool full, bool is_signed, bool scale_grad) {
+  bool is_double = is_double_list(w);
+  List list = make_list(w, scale, bits, &k, is_double);
+  Tensors g;
+  if (!grad.empty()) check_like("grad", grad, w, kFloats);
+  for (size_t i = 0; i < grad.size(); i++) g.push_back(in_layout_of(grad[i], list.w[i]));
+  Tensor penalty = w[0];
+  if (grad_penalty)
+    penalty = check_per_weight("grad_penalty", *grad_penalty, list.size(), acc_type(is_double), w[0]);
+  Tensors out = empty_like(list.w, w[0].scalar_type()), out_scale;
+  if (scale_grad)
+    for (const Tensor& s : scale) out_scale.push_back(torch::stable::empty_like(s));
+  auto run = [&](auto zero) {
+    using A = decltype(zero);
+    std::vector<A*> s;
+    for (size_t i = 0; i < out_scale.size(); i++) {
+      s.push_back(static_cast<A*>(out_scale[i].data_ptr()));
+      std::fill(s[i], s[i] + out_scale[i].numel(), A(0));
+    }
+    backward_into<A>(list, g, grad_penalty ? static_cast<const A*>(penalty.data_ptr()) : nullptr, full, is_signed,
+                     targets(out, list), s);
+  };
+  is_double ? run(0.0) : run(0.0f);
+  return {out, out_scale};
+}
+
+template <class A>
+void add_lsb_grad_into(const List& list, const Targets& grad, A strength) {
+  for_blocks<A>(list, false, true, [&](int64_t, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
+    A in[kBlock], before[kBlock], out[kBlock];
+    const A* w = load_block<A>(list.data[t], list.type, i, end - i, in);
+    const A* g = load_block<A>(grad.data[t], grad.type, i, end - i, before);
+    A* y = store_target<A>(grad.data[t], grad.type, i, false, out);
+    add_lsb_grad_loop(w, g, y, end - i, p, strength);
+    store_block<A>(grad.data[t], grad.type, i, end - i, false, y, out);
+  });
+}
+
+void add_lsb_grad_(Tensors grad, Tensors w, Tensors scale, Tensor bits, Tensor k,
+                   Tensor strength) {
+  bool is_double = is_double_list(w);
+  List list = make_list(w, scale, bits, &k, is_double);
+  check_results("grad", grad, list.w, kFloats);
+  check_result("strength", strength, 1, acc_type(is_double), w[0]);
+  if (is_double) add_lsb_grad_into(list, targets(grad, list), *static_cast<const double*>(strength.data_ptr()));
+  else add_lsb_grad_into(list, targets(grad, list), *static_cast<const float*>(strength.data_ptr()));
+}
+
+}  // namespace
+}  // namespace quantops
+
+STABLE_TORCH_LIBRARY_IMPL(quantops, CPU, m) {
+  m.impl("absmax", TORCH_BOX(&quantops::absmax));
+  m.impl("absmean", TORCH_BOX(&quantops::absmean));
+  m.impl("round_clamp", TORCH_BOX(&quantops::round_clamp));
+  m.impl("round_clamp_out", TORCH_BOX(&quantops::round_clamp_out));
+  m.impl("msq", TORCH_BOX(&quantops::msq));
+  m.impl("msq_out", TORCH_BOX(&quantops::msq_out));
+  m.impl("lsb", TORCH_BOX(&quantops::lsb));
+  m.impl("lsb_stats", TORCH_BOX(&quantops::lsb_stats));
+  m.impl("uniform_backward", TORCH_BOX(&quantops::uniform_backward));
+  m.impl("add_lsb_grad_", TORCH_BOX(&quantops::add_lsb_grad_));
+  m.impl("encode", TORCH_BOX(&quantops::encode));
+  m.impl("decode", TORCH_BOX(&quantops::decode));
+}

@@ -1,0 +1,373 @@
+// One launch over a list of tensors: the table that describes the list, the kernel that walks it, and the reductions.
+//
+// The unit of scheduling is an item: one warp on a run of at most `segment` elements that share one scale. A tensor is
+// `rows` rows of `inner` elements with a scale each (one row where it has one scale), and a row is cut into segments.
+// So a warp builds its quantizer once, the items of all tensors of a list form one index range, and any mix of sizes
+// fills the GPU. An item's partial sums go to scratch memory at the item's place; a second kernel adds them up in
+// a fixed order. No float atomics, hence the same bits every time.
+//
+// The table is a kernel parameter: no copy to the device, nothing to keep alive, safe in CUDA graphs. Parameters hold
+// 4 KB, and 32 KB since CUDA 12.1; a list that is longer than the large table takes ceil(length / kLargeTable) launches.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "../quant_math.h"
+#include "launch.cuh"
+
+namespace quantops::cuda {
+
+constexpr int kWarp = 32;
+constexpr int kThreads = 256;
+constexpr int kWarpsPerBlock = kThreads / kWarp;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+struct Entry {
+  const void* w;     // the tensor that is read
+  const void* grad;  // a second one, or null
+  void* out;         // written element by element, or null
+  const void* scale;
+  void* result;      // written once per scale, or null
+  int64_t rows, inner;
+};
+
+template <int kCapacity>
+struct Table {
+  int64_t segment;  // elements per item
+  int32_t count;    // of entries
+  int32_t base;     // the place in the whole list of entry 0
+  int64_t first_item[kCapacity + 1];
+  Entry entry[kCapacity];
+};
+
+constexpr int kSmallTable = 60;  // 4 KB: the weights of ResNet-50 or DeiT-S are one launch
+#if CUDART_VERSION >= 12010
+constexpr int kLargeTable = 500;  // 32 KB
+#else
+constexpr int kLargeTable = kSmallTable;
+#endif
+static_assert(sizeof(Table<kSmallTable>) <= 4096 - 192 && sizeof(Table<kLargeTable>) <= 32764 - 192,
+              "a table and 192 bytes of other arguments must fit the kernel parameters");
+
+// -------------------------------------------------------------------------------------------------------- elements
+
+struct None {};  // in the place of an element type: there is no such tensor
+
+__device__ __forceinline__ float widen(float v) { return v; }
+__device__ __forceinline__ double widen(double v) { return v; }
+__device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float widen(__half v) { return __half2float(v); }
+__device__ __forceinline__ int32_t widen(int32_t v) { return v; }
+
+// float64 goes to 16 bits through float32, as it does in torch.
+template <class T>
+struct Narrow {
+  template <class A>
+  static __device__ __forceinline__ T from(A v) { return static_cast<T>(v); }
+};
+template <>
+struct Narrow<__nv_bfloat16> {
+  template <class A>
+  static __device__ __forceinline__ __nv_bfloat16 from(A v) { return __float2bfloat16_rn(static_cast<float>(v)); }
+};
+template <>
+struct Narrow<__half> {
+  template <class A>
+  static __device__ __forceinline__ __half from(A v) { return __float2half_rn(static_cast<float>(v)); }
+};
+
+// kCount elements that are loaded and stored as words of up to 16 bytes.
+template <class T, int kCount>
+struct alignas(kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) Pack {
+  T v[kCount];
+};
+template <int kCount>
+struct Pack<None, kCount> {};
+
+template <class T, int kCount>
+__device__ __forceinline__ Pack<T, kCount> load_pack(const T* p) {
+  return *reinterpret_cast<const Pack<T, kCount>*>(p);
+}
+
+template <class T>
+constexpr int size_of = std::is_same_v<T, None> ? 0 : int(sizeof(T));
+
+// A vector is as many elements as fill 16 bytes of the smallest type, but of the largest no more than 32, for the sake
+// of registers.
+template <class X, class G, class O>
+constexpr int vector_elements() {
+  constexpr int g = size_of<G> ? size_of<G> : size_of<X>, o = size_of<O> ? size_of<O> : size_of<X>;
+  constexpr int smallest = std::min({size_of<X>, g, o}), largest = std::max({size_of<X>, g, o});
+  return std::min(16 / smallest, 32 / largest);
+}
+
+// Vectors that a lane loads before it needs the first of them.
+template <class Op>
+constexpr int loads_in_flight() {
+  using X = typename Op::X;
+  using G = typename Op::G;
+  return std::max(1, Op::kBytesInFlight / (vector_elements<X, G, typename Op::O>() * (size_of<X> + size_of<G>)));
+}
+
+// What every Op has.
+struct OpBase {
+  static constexpr int kBytesInFlight = 64;  // of loads, per lane
+
+  template <class State>
+  __device__ __forceinline__ void end(State&, int64_t, int) const {}
+};
+
+// ----------------------------------------------------------------------------------------------------------- items
+
+template <int N>
+__device__ __forceinline__ int find_entry(const Table<N>& table, int64_t item) {
+  int low = 0, high = table.count;  // first_item[low] <= item < first_item[high]; passes over empty tensors
+  while (high - low > 1) {
+    int middle = (low + high) / 2;
+    if (table.first_item[middle] <= item) low = middle;
+    else high = middle;
+  }
+  return low;
+}
+
+__device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
+  if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);  // several times faster
+  return a / b;
+}
+
+__device__ __forceinline__ int64_t segments_of(int64_t inner, int64_t segment) {
+  return inner <= segment ? (inner > 0) : divide(inner + segment - 1, segment);
+}
+
+// One warp per item. Op says what happens to an element:
+//   X, G, O                        types of w, of a second tensor read (or None), of the tensor written (or None)
+//   State begin(entry, row, which) what a lane keeps: the quantizer of the scale `row` of tensor `which`, and its sums
+//   O apply(x, g, state)           one element
+//   void end(state, item, lane)    writes the item's sums, if any; all lanes of the warp are there
+template <class Op, int N>
+__global__ void __launch_bounds__(kThreads)
+    items_kernel(const __grid_constant__ Table<N> table, const __grid_constant__ Op op) {
+  using X = typename Op::X;
+  using G = typename Op::G;
+  using O = typename Op::O;
+  constexpr bool kHasG = !std::is_same_v<G, None>, kHasO = !std::is_same_v<O, None>;
+  constexpr int V = vector_elements<X, G, O>(), U = loads_in_flight<Op>();
+
+  const int64_t item = int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
+  if (item >= table.first_item[table.count]) return;  // whole warps
+  const int lane = threadIdx.x % kWarp;
+  const int which = find_entry(table, item);
+  const Entry& entry = table.entry[which];
+
+  const int64_t local = item - table.first_item[which];
+  int64_t row = 0, part = local;
+  if (entry.rows > 1) {
+    const int64_t segments = segments_of(entry.inner, table.segment);
+    row = divide(local, segments);
+    part = local - row * segments;
+  }
+  const int64_t begin = row * entry.inner + part * table.segment;
+  const int64_t left = entry.inner - part * table.segment;
+  const int n = static_cast<int>(left < table.segment ? left : table.segment);
+
+  const X* x = static_cast<const X*>(entry.w) + begin;
+  const G* g = nullptr;
+  O* out = nullptr;
+  if constexpr (kHasG) g = entry.grad ? static_cast<const G*>(entry.grad) + begin : nullptr;
+  if constexpr (kHasO) out = static_cast<O*>(entry.out) + begin;
+
+  // `head` elements up to the first 16-byte boundary of w, then whole vectors where the other tensors are aligned
+  // there too, then the rest. Head and rest, or everything, go element by element.
+  int head = static_cast<int>((-reinterpret_cast<uintptr_t>(x) & 15) / sizeof(X));
+  int vectors = 0;
+  if (head < n) {
+    uintptr_t bits = reinterpret_cast<uintptr_t>(x + head);
+    if constexpr (kHasG) bits |= g ? reinterpret_cast<uintptr_t>(g + head) : 0;
+    if constexpr (kHasO) bits |= reinterpret_cast<uintptr_t>(out + head);
+    if ((bits & 15) == 0) vectors = (n - head) / V;
+  }
+
+  typename Op::State state = op.begin(entry, row, table.base + which);
+
+  auto load_x = [&](int v) { return load_pack<X, V>(x + head + v * V); };
+  auto load_g = [&](int v) {
+    Pack<G, V> p{};
+    if constexpr (kHasG) {
+      if (g) p = load_pack<G, V>(g + head + v * V);
+    }
+    return p;
+  };
+  auto apply_pack = [&](int v, const Pack<X, V>& xs, const Pack<G, V>& gs) {
+    Pack<O, V> os;
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      if constexpr (kHasG && kHasO) os.v[j] = op.apply(xs.v[j], gs.v[j], state);
+      else if constexpr (kHasO) os.v[j] = op.apply(xs.v[j], None{}, state);
+      else op.apply(xs.v[j], None{}, state);
+    }
+    if constexpr (kHasO) *reinterpret_cast<Pack<O, V>*>(out + head + v * V) = os;
+  };
+
+  int v = lane;
+  for (; v + (U - 1) * kWarp < vectors; v += U * kWarp) {
+    Pack<X, V> xs[U];
+    Pack<G, V> gs[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      xs[u] = load_x(v + u * kWarp);
+      gs[u] = load_g(v + u * kWarp);
+    }
+#pragma unroll
+    for (int u = 0; u < U; ++u) apply_pack(v + u * kWarp, xs[u], gs[u]);
+  }
+#pragma unroll 1
+  for (; v < vectors; v += kWarp) apply_pack(v, load_x(v), load_g(v));
+
+  const int whole = vectors * V, single = n - whole;
+  if (vectors == 0) head = n;
+#pragma unroll 1
+  for (int i = lane; i < single; i += kWarp) {
+    const int at = i < head ? i : i + whole;
+    if constexpr (kHasG && kHasO) out[at] = op.apply(x[at], g ? g[at] : G(), state);
+    else if constexpr (kHasO) out[at] = op.apply(x[at], None{}, state);
+    else op.apply(x[at], None{}, state);
+  }
+
+  op.end(state, item, lane);
+}
+
+// ------------------------------------------------------------------------------------------------------ reductions
+
+struct Add {
+  template <class T>
+  __device__ __forceinline__ T operator()(T a, T b) const { return a + b; }
+};
+struct Max {
+  template <class T>
+  __device__ __forceinline__ T operator()(T a, T b) const { return a > b ? a : b; }
+};
+
+// The combined value of a warp, in lane 0.
+template <class Combine, class T>
+__device__ __forceinline__ T warp_reduce(T v) {
+#pragma unroll
+  for (int d = kWarp / 2; d > 0; d /= 2) v = Combine()(v, __shfl_down_sync(kAllLanes, v, d));
+  return v;
+}
+
+// The combined value of a block of whole warps, in thread 0. T() is neutral: 0 for sums and for max of bit patterns.
+template <class Combine, class T>
+__device__ __forceinline__ T block_reduce(T v) {
+  __shared__ T of_warp[kWarp];
+  v = warp_reduce<Combine>(v);
+  __syncthreads();  // an earlier call has been read
+  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = v;
+  __syncthreads();
+  if (threadIdx.x >= kWarp) return v;
+  return warp_reduce<Combine>(threadIdx.x < blockDim.x / kWarp ? of_warp[threadIdx.x] : T());
+}
+
+// Combines the partial values of the items of each group: of each scale (Finish::kPerScale) or of each tensor.
+// blockIdx.y is the tensor, blockIdx.x strides over its groups.
+template <class Finish, int N>
+__global__ void __launch_bounds__(512)
+    finish_kernel(const __grid_constant__ Table<N> table, const __grid_constant__ Finish finish) {
+  const int which = blockIdx.y;
+  const Entry& entry = table.entry[which];
+  const int64_t items = table.first_item[which + 1] - table.first_item[which];
+  if constexpr (Finish::kPerScale) {
+    const int64_t segments = segments_of(entry.inner, table.segment);
+    for (int64_t row = blockIdx.x; row < entry.rows; row += gridDim.x)
+      finish.run(entry, row, table.first_item[which] + row * segments, segments, table.base + which);
+  } else if (blockIdx.x == 0) {
+    finish.run(entry, 0, table.first_item[which], items, table.base + which);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------ host
+
+// Elements per item. By size alone, so that sums have the same shape on every GPU: about 8192 items for a large list,
+// which is a few dozen per multiprocessor, and short ones for a small list, which would else leave most of them idle.
+inline int64_t segment_rule(int64_t elements) {
+  int64_t segment = 1024;
+  while (segment < 65536 && segment * 8192 < elements) segment *= 2;
+  return segment;
+}
+
+struct NoFinish {};
+
+// Runs Op over the entries, then Finish over its partial values. `with_scratch(op, finish, scratch)` points both to
+// scratch memory of `partial_bytes` per item.
+template <int N, class Op, class Finish, class WithScratch>
+void run_batches(const OnDevice& on, const Tensor& like, const std::vector<Entry>& entries, int64_t segment,
+                 int64_t partial_bytes, Op op, Finish finish, WithScratch with_scratch) {
+  constexpr bool kFinish = !std::is_same_v<Finish, NoFinish>;
+  for (size_t base = 0; base < entries.size(); base += N) {
+    Table<N> table;
+    table.segment = segment;
+    table.base = static_cast<int32_t>(base);
+    table.count = static_cast<int32_t>(std::min<size_t>(N, entries.size() - base));
+    int64_t items = 0, most_rows = 0;
+    for (int i = 0; i < table.count; ++i) {
+      const Entry& e = entries[base + i];
+      table.entry[i] = e;
+      table.first_item[i] = items;
+      items += e.rows * ((e.inner + segment - 1) / segment);
+      most_rows = std::max(most_rows, e.rows);
+    }
+    table.first_item[table.count] = items;
+
+    Tensor scratch;
+    if constexpr (kFinish) {
+      scratch = empty_vector(items * partial_bytes, ScalarType::Byte, like);
+      with_scratch(op, finish, scratch.data_ptr());
+    }
+    if (items > 0) {
+      const int64_t blocks = (items + kWarpsPerBlock - 1) / kWarpsPerBlock;
+      QUANTOPS_CHECK(blocks <= INT32_MAX, "w: expected at most 2^34 runs of one scale, got ", items);
+      launch(on, items_kernel<Op, N>, dim3(static_cast<unsigned>(blocks)), kThreads, table, op);
+    }
+    if constexpr (kFinish) {
+      const int64_t groups = Finish::kPerScale ? std::min<int64_t>(most_rows, 65535) : 1;
+      const bool long_groups = !Finish::kPerScale || most_rows == 1;  // else most are a partial value or a few
+      if (groups > 0)
+        launch(on, finish_kernel<Finish, N>, dim3(static_cast<unsigned>(groups), table.count), long_groups ? 512 : 32,
+               table, finish);
+    }
+  }
+}
+
+template <class Op, class Finish, class WithScratch>
+void run(const Tensor& like, const std::vector<Entry>& entries, int64_t partial_bytes, Op op, Finish finish,
+         WithScratch with_scratch) {
+  OnDevice on(like);
+  int64_t elements = 0;
+  for (const Entry& e : entries) elements += e.rows * e.inner;
+  const int64_t segment = segment_rule(elements);
+  if (entries.size() <= kSmallTable)
+    run_batches<kSmallTable>(on, like, entries, segment, partial_bytes, op, finish, with_scratch);
+  else
+    run_batches<kLargeTable>(on, like, entries, segment, partial_bytes, op, finish, with_scratch);
+}
+
+template <class Op>
+void run(const Tensor& like, const std::vector<Entry>& entries, Op op) {
+  run(like, entries, 0, op, NoFinish{}, [](Op&, NoFinish&, void*) {});
+}
+
+// f(T{}) with the element type of a floating dtype.
+template <class F>
+void with_float(ScalarType dtype, F f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(float());
+    case ScalarType::BFloat16: return f(__nv_bfloat16());
+    case ScalarType::Half: return f(__half());
+    case ScalarType::Double: return f(double());
+    default: fail("dtype: expected a floating dtype, got ", dtype_name(dtype));
+  }
+}
+
+}  // namespace quantops::cuda

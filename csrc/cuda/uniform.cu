@@ -1,0 +1,606 @@
+// Family `uniform` on CUDA: the ops of quantops/library.py over lists of tensors, one launch each (two with sums).
+// What happens to an element is in csrc/quant_math.h, how a list is walked in table.cuh. Values on the GPU are never
+// read back: bits, k or a scale out of range give NaN for that tensor (integers: kInvalid, a count: -1).
+#include <optional>
+#include <tuple>
+
+#include "table.cuh"
+
+namespace quantops::cuda {
+namespace {
+
+template <class T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// ---------------------------------------------------------------------------------------------- what an element does
+
+// Where the quantizer of a scale comes from.
+struct Source {
+  const int32_t* bits;
+  const int32_t* k;  // null: no LSBs
+  bool full, is_signed;
+
+  template <class A>
+  __device__ __forceinline__ Quantizer<A> get(const Entry& e, int64_t row, int which) const {
+    return make_quantizer<A>(static_cast<const A*>(e.scale)[row], bits[which], k ? k[which] : 0, full, is_signed);
+  }
+};
+
+template <class W, class Out>
+struct RoundClamp : OpBase {
+  using X = W;
+  using G = None;
+  using O = Out;
+  using State = Quantizer<Acc<W>>;
+  Source source;
+
+  __device__ __forceinline__ State begin(const Entry& e, int64_t row, int which) const {
+    return source.get<Acc<W>>(e, row, which);
+  }
+  __device__ __forceinline__ O apply(X w, None, const State& p) const {
+    auto c = round_clamp_code(round_clamp_unit(widen(w), p), p.mul, p.top);
+    return Narrow<O>::from(level(c, p) * p.step);
+  }
+};
+
+// The sums of an item, and of a tensor.
+struct Sums {
+  double penalty, sq_error;
+  int64_t nonzero;
+};
+
+// q and its sums; the sums alone where Out is None.
+template <class W, class Out>
+struct Msq : OpBase {
+  using X = W;
+  using G = None;
+  using O = Out;
+  using A = Acc<W>;
+  struct State {
+    Quantizer<A> p;
+    double sq_error;
+    int32_t levels, nonzero;  // sum |B| and the count of B != 0: a lane has < 2^12 elements, |B| <= 2^15
+  };
+  Source source;
+  Sums* partial;
+
+  __device__ __forceinline__ State begin(const Entry& e, int64_t row, int which) const {
+    return {source.get<A>(e, row, which), 0.0, 0, 0};
+  }
+  __device__ __forceinline__ auto apply(X x, None, State& s) const {
+    const A w = widen(x), u = round_clamp_unit(w, s.p), c = round_clamp_code(u, s.p.mul, s.p.top);
+    const A q = level(c, s.p) * s.p.step, b = magnitude(lsb_residual(u, c, s.p));
+    const A difference = q - w;
+    s.sq_error += static_cast<double>(difference * difference);
+    s.levels += static_cast<int32_t>(b);
+    s.nonzero += b != A(0);
+    if constexpr (std::is_same_v<O, None>) return None{};
+    else return Narrow<O>::from(q);
+  }
+  __device__ __forceinline__ void end(State& s, int64_t item, int lane) const {
+    const double code_step = static_cast<double>(s.p.step) * (source.full ? 2.0 : 1.0);
+    const int64_t levels = warp_reduce<Add>(static_cast<int64_t>(s.levels));
+    const double sq_error = warp_reduce<Add>(s.sq_error);
+    const int32_t nonzero = warp_reduce<Add>(s.nonzero);
+    if (lane == 0) partial[item] = {static_cast<double>(levels) * code_step, sq_error, nonzero};
+  }
+};
+
+template <class A>
+struct FinishMsq {
+  static constexpr bool kPerScale = false;
+  Source source;
+  const Sums* partial;
+  A* penalty;
+  int64_t* nonzero;
+  A* sq_error;
+
+  __device__ void run(const Entry& e, int64_t, int64_t first, int64_t items, int which) const {
+    Sums s = {0.0, 0.0, 0};
+#pragma unroll 4
+    for (int64_t i = threadIdx.x; i < items; i += blockDim.x) {
+      const Sums p = partial[first + i];
+      s.penalty += p.penalty;
+      s.sq_error += p.sq_error;
+      s.nonzero += p.nonzero;
+    }
+    int32_t bad = !valid_bits(source.bits[which], source.k ? source.k[which] : 0);
+    for (int64_t row = threadIdx.x; row < e.rows; row += blockDim.x)
+      bad |= !valid_scale(static_cast<const A*>(e.scale)[row]);
+    s.penalty = block_reduce<Add>(s.penalty);
+    s.sq_error = block_reduce<Add>(s.sq_error);
+    s.nonzero = block_reduce<Add>(s.nonzero);
+    bad = block_reduce<Max>(bad);
+    if (threadIdx.x == 0) {
+      penalty[which] = bad ? quiet_nan<A>() : static_cast<A>(s.penalty);
+      sq_error[which] = bad ? quiet_nan<A>() : static_cast<A>(s.sq_error);
+      nonzero[which] = bad ? -1 : s.nonzero;
+    }
+  }
+};
+
+template <class W>
+struct Lsb : OpBase {
+  using X = W;
+  using G = None;
+  using O = int32_t;
+  using State = Quantizer<Acc<W>>;
+  Source source;
+
+  __device__ __forceinline__ State begin(const Entry& e, int64_t row, int which) const {
+    return source.get<Acc<W>>(e, row, which);
+  }
+  __device__ __forceinline__ O apply(X w, None, const State& p) const {
+    auto u = round_clamp_unit(widen(w), p);
+    return to_int(lsb_residual(u, round_clamp_code(u, p.mul, p.top), p), p.valid);
+  }
+};
+
+template <class W>
+struct Encode : OpBase {
+  using X = W;
+  using G = None;
+  using O = int32_t;
+  using State = Quantizer<Acc<W>>;
+  Source source;
+  Rule rule;
+
+  __device__ __forceinline__ State begin(const Entry& e, int64_t row, int which) const {
+    return source.get<Acc<W>>(e, row, which);
+  }
+  __device__ __forceinline__ O apply(X w, None, const State& p) const {
+    return to_int(code(unit(widen(w), p), rule, p), p.valid);
+  }
+};
+
+template <class A, class Out>
+struct Decode : OpBase {
+  using X = int32_t;
+  using G = None;
+  using O = Out;
+  using State = Quantizer<A>;
+  Source source;
+
+  __device__ __forceinline__ State begin(const Entry& e, int64_t row, int which) const {
+    return source.get<A>(e, row, which);
+  }
+  __device__ __forceinline__ O apply(X code, None, const State& p) const {
+    const A c = static_cast<A>(code);
+    const A q = level(c, p) * p.step;
+    return Narrow<O>::from(c >= A(0) && c < p.mul ? q : quiet_nan<A>());
+  }
+};
+
+// dL/dw, and the sums of dL/ds where kScale. kPenalty: there is a dL/dR (with kScale: there may be).
+template <class W, class Grad, bool kPenalty, bool kScale>
+struct Backward : OpBase {
+  static constexpr int kBytesInFlight = kScale ? 32 : 64;  // no registers to spare
+  using X = W;
+  using G = Grad;
+  using O = W;
+  using A = Acc<W>;
+  struct State {
+    Quantizer<A> p;
+    A r;
+    double scale_grad;
+  };
+  Source source;
+  const A* grad_penalty;  // one per tensor, or null
+  double* partial;
+
+  __device__ __forceinline__ State begin(const Entry& e, int64_t row, int which) const {
+    return {source.get<A>(e, row, which), grad_penalty ? grad_penalty[which] : A(0), 0.0};
+  }
+  __device__ __forceinline__ O apply(X x, G gx, State& s) const {
+    const A w = widen(x), g = static_cast<A>(widen(gx));
+    if constexpr (kScale) s.scale_grad += static_cast<double>(g * scale_grad_term(w, s.p));
+    A v;
+    if (kPenalty && grad_penalty) v = grad_weight(w, g, s.r, s.p);
+    else v = s.p.valid ? (inside(w, s.p) ? g : A(0)) : quiet_nan<A>();
+    return Narrow<O>::from(v);
+  }
+  __device__ __forceinline__ void end(State& s, int64_t item, int lane) const {
+    if constexpr (kScale) {
+      const double sum = warp_reduce<Add>(s.scale_grad);
+      if (lane == 0) partial[item] = sum;
+    }
+  }
+};
+
+template <class W>
+struct AddLsbGrad : OpBase {
+  using X = W;
+  using G = W;
+  using O = W;
+  using A = Acc<W>;
+  struct State {
+    Quantizer<A> p;
+    A r;
+  };
+  Source source;
+  const A* strength;
+
+  __device__ __forceinline__ State begin(const Entry& e, int64_t row, int which) const {
+    return {source.get<A>(e, row, which), *strength};
+  }
+  __device__ __forceinline__ O apply(X x, G g, const State& s) const {
+    const A w = widen(x), total = widen(g) + (inside(w, s.p) ? s.r * penalty_slope(w, s.p) : A(0));
+    return Narrow<O>::from(s.p.valid ? total : quiet_nan<A>());
+  }
+};
+
+// |w| as a bit pattern, which orders as the number does and puts NaN on top.
+__device__ __forceinline__ unsigned magnitude_bits(float v) { return __float_as_uint(v) & 0x7fffffffu; }
+__device__ __forceinline__ unsigned long long magnitude_bits(double v) {
+  return static_cast<unsigned long long>(__double_as_longlong(v)) & 0x7fffffffffffffffull;
+}
+__device__ __forceinline__ float from_bits(unsigned v) { return __uint_as_float(v); }
+__device__ __forceinline__ double from_bits(unsigned long long v) {
+  return __longlong_as_double(static_cast<long long>(v));
+}
+
+template <class W>
+struct AbsMax : OpBase {
+  using X = W;
+  using G = None;
+  using O = None;
+  using Bits = decltype(magnitude_bits(Acc<W>()));
+  using State = Bits;
+  using Partial = Bits;
+  Bits* partial;
+
+  __device__ __forceinline__ State begin(const Entry&, int64_t, int) const { return 0; }
+  __device__ __forceinline__ None apply(X x, None, State& s) const {
+    s = Max()(s, magnitude_bits(widen(x)));
+    return {};
+  }
+  __device__ __forceinline__ void end(State& s, int64_t item, int lane) const {
+    const Bits most = warp_reduce<Max>(s);
+    if (lane == 0) partial[item] = most;
+  }
+};
+
+template <class W>
+struct AbsMean : OpBase {
+  using X = W;
+  using G = None;
+  using O = None;
+  using State = double;
+  using Partial = double;
+  double* partial;
+
+  __device__ __forceinline__ State begin(const Entry&, int64_t, int) const { return 0.0; }
+  __device__ __forceinline__ None apply(X x, None, State& s) const {
+    const double v = widen(x);
+    s += v < 0.0 ? -v : v;
+    return {};
+  }
+  __device__ __forceinline__ void end(State& s, int64_t item, int lane) const {
+    const double sum = warp_reduce<Add>(s);
+    if (lane == 0) partial[item] = sum;
+  }
+};
+
+// One number of type A per scale: the sum, the mean or the largest of its items.
+template <class A, class Partial, class Combine, bool kMean>
+struct FinishScale {
+  static constexpr bool kPerScale = true;
+  const Partial* partial;
+
+  __device__ void run(const Entry& e, int64_t row, int64_t first, int64_t items, int) const {
+    Partial v = 0;
+#pragma unroll 4
+    for (int64_t i = threadIdx.x; i < items; i += blockDim.x) v = Combine()(v, partial[first + i]);
+    v = block_reduce<Combine>(v);
+    if (threadIdx.x != 0) return;
+    A* result = static_cast<A*>(e.result) + row;
+    if constexpr (std::is_same_v<Combine, Max>) *result = from_bits(v);
+    else *result = static_cast<A>(kMean ? v / static_cast<double>(e.inner > 0 ? e.inner : 1) : v);
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------- arguments
+
+// The weights of a list, their scales, bits and k, checked and in the shape that kernels take.
+struct List {
+  Tensors w;  // dense
+  ScalarType dtype, acc;
+  Tensor bits, k;
+  Source source;
+  std::vector<Entry> entries;
+
+  List(const Tensors& weights, const Tensors& scale, const Tensor& bits_, const Tensor* k_, bool full, bool is_signed)
+      : dtype(check_list("w", weights, kFloats)), acc(acc_type(dtype)) {
+    fill(weights, scale, bits_, k_, full, is_signed);
+  }
+
+  // Codes: the arithmetic is that of the scales.
+  List(const Tensors& codes, const Tensors& scale, const Tensor& bits_, bool full, bool is_signed)
+      : dtype(check_list("codes", codes, {ScalarType::Int})), acc(ScalarType::Float) {
+    if (!scale.empty() && scale[0].scalar_type() == ScalarType::Double) acc = ScalarType::Double;
+    fill(codes, scale, bits_, nullptr, full, is_signed);
+  }
+
+  const Tensor& first() const { return w[0]; }
+  int64_t size() const { return static_cast<int64_t>(w.size()); }
+
+  void write_to(const Tensors& out) {
+    for (size_t i = 0; i < out.size(); ++i) entries[i].out = out[i].data_ptr();
+  }
+
+ private:
+  void fill(const Tensors& weights, const Tensors& scale, const Tensor& bits_, const Tensor* k_, bool full,
+            bool is_signed) {
+    const int64_t count = static_cast<int64_t>(weights.size());
+    check_scales(scale, weights, acc);
+    bits = check_per_weight("bits", bits_, count, ScalarType::Int, weights[0]);
+    if (k_) k = check_per_weight("k", *k_, count, ScalarType::Int, weights[0]);
+    source = {static_cast<const int32_t*>(bits.data_ptr()), k_ ? static_cast<const int32_t*>(k.data_ptr()) : nullptr,
+              full, is_signed};
+    w = dense(weights);
+    entries.reserve(weights.size());
+    for (size_t i = 0; i < w.size(); ++i) {
+      const Rows r = rows_of(w[i], scale[i]);
+      entries.push_back({w[i].data_ptr(), nullptr, nullptr, scale[i].data_ptr(), nullptr, r.rows, r.inner});
+    }
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------- ops
+
+template <template <class> class Op, class Combine, bool kMean>
+Tensor reduce(const Tensors& weights, bool per_row) {
+  const ScalarType dtype = check_list("w", weights, kFloats);
+  const Tensors w = dense(weights);
+  std::vector<Entry> entries;
+  int64_t scales = 0;
+  for (size_t i = 0; i < w.size(); ++i) {
+    QUANTOPS_CHECK(!per_row || w[i].dim() > 0, entry_name("w", i, w.size()),
+                   ": expected at least one dimension for a scale per row, got a 0-dim tensor");
+    const Rows r = rows_of(w[i], per_row);
+    entries.push_back({w[i].data_ptr(), nullptr, nullptr, nullptr, nullptr, r.rows, r.inner});
+    scales += r.rows;
+  }
+  const Tensor result = empty_vector(scales, acc_type(dtype), w[0]);
+  with_float(dtype, [&](auto element) {
+    using W = decltype(element);
+    using A = Acc<W>;
+    using Partial = typename Op<W>::Partial;
+    A* place = static_cast<A*>(result.data_ptr());
+    for (Entry& e : entries) {
+      e.result = place;
+      place += e.rows;
+    }
+    using Finish = FinishScale<A, Partial, Combine, kMean>;
+    run(w[0], entries, sizeof(Partial), Op<W>{}, Finish{}, [](Op<W>& op, Finish& finish, void* scratch) {
+      finish.partial = op.partial = static_cast<Partial*>(scratch);
+    });
+  });
+  return result;
+}
+
+Tensor absmax(Tensors w, bool per_row) { return reduce<AbsMax, Max, false>(w, per_row); }
+
+Tensor absmean(Tensors w, bool per_row) { return reduce<AbsMean, Add, true>(w, per_row); }
+
+void round_clamp_into(List& list, const Tensors& q, ScalarType q_dtype) {
+  list.write_to(q);
+  with_float(list.dtype, [&](auto element) {
+    using W = decltype(element);
+    with_float(q_dtype, [&](auto out) {
+      run(list.first(), list.entries, RoundClamp<W, decltype(out)>{{}, list.source});
+    });
+  });
+}
+
+Tensors round_clamp(Tensors w, Tensors scale, Tensor bits, bool full, bool is_signed, bool /*covered*/,
+                    ScalarType dtype) {
+  check_float("dtype", dtype);
+  List list(w, scale, bits, nullptr, full, is_signed);
+  Tensors q = empty_like(list.w, dtype);
+  round_clamp_into(list, q, dtype);
+  return q;
+}
+
+void round_clamp_out(Tensors w, Tensors scale, Tensor bits, bool full, bool is_signed, Tensors q) {
+  List list(w, scale, bits, nullptr, full, is_signed);
+  round_clamp_into(list, q, check_results("q", q, list.w, kFloats));
+}
+
+// The sums alone where q is null.
+void msq_into(List& list, const Tensors* q, ScalarType q_dtype, const Tensor& penalty, const Tensor& nonzero,
+              const Tensor& sq_error) {
+  if (q) list.write_to(*q);
+  with_float(list.dtype, [&](auto element) {
+    using W = decltype(element);
+    using A = Acc<W>;
+    auto go = [&](auto out) {
+      using Op = Msq<W, decltype(out)>;
+      using Finish = FinishMsq<A>;
+      Finish finish{list.source, nullptr, static_cast<A*>(penalty.data_ptr()),
+                    static_cast<int64_t*>(nonzero.data_ptr()), static_cast<A*>(sq_error.data_ptr())};
+      run(list.first(), list.entries, sizeof(Sums), Op{{}, list.source, nullptr}, finish,
+          [](Op& op, Finish& f, void* scratch) { f.partial = op.partial = static_cast<Sums*>(scratch); });
+    };
+    if (q) with_float(q_dtype, go);
+    else go(None{});
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> empty_sums(const List& list) {
+  return {empty_vector(list.size(), list.acc, list.first()),
+          empty_vector(list.size(), ScalarType::Long, list.first()),
+          empty_vector(list.size(), list.acc, list.first())};
+}
+
+std::tuple<Tensors, Tensor, Tensor, Tensor> msq(Tensors w, Tensors scale, Tensor bits, Tensor k, bool full,
+                                                bool /*covered*/, ScalarType dtype) {
+  check_float("dtype", dtype);
+  List list(w, scale, bits, &k, full, true);
+  Tensors q = empty_like(list.w, dtype);
+  auto [penalty, nonzero, sq_error] = empty_sums(list);
+  msq_into(list, &q, dtype, penalty, nonzero, sq_error);
+  return {q, penalty, nonzero, sq_error};
+}
+
+void msq_out(Tensors w, Tensors scale, Tensor bits, Tensor k, bool full, Tensors q, Tensor penalty, Tensor nonzero,
+             Tensor sq_error) {
+  List list(w, scale, bits, &k, full, true);
+  const ScalarType q_dtype = check_results("q", q, list.w, kFloats);
+  check_result("penalty", penalty, list.size(), list.acc, list.first());
+  check_result("nonzero", nonzero, list.size(), ScalarType::Long, list.first());
+  check_result("sq_error", sq_error, list.size(), list.acc, list.first());
+  msq_into(list, &q, q_dtype, penalty, nonzero, sq_error);
+}
+
+std::tuple<Tensor, Tensor, Tensor> lsb_stats(Tensors w, Tensors scale, Tensor bits, Tensor k, bool full,
+                                             bool /*covered*/) {
+  List list(w, scale, bits, &k, full, true);
+  auto sums = empty_sums(list);
+  msq_into(list, nullptr, list.dtype, std::get<0>(sums), std::get<1>(sums), std::get<2>(sums));
+  return sums;
+}
+
+Tensors lsb(Tensors w, Tensors scale, Tensor bits, Tensor k) {
+  List list(w, scale, bits, &k, false, true);
+  Tensors b = empty_like(list.w, ScalarType::Int);
+  list.write_to(b);
+  with_float(list.dtype, [&](auto element) {
+    run(list.first(), list.entries, Lsb<decltype(element)>{{}, list.source});
+  });
+  return b;
+}
+
+Tensors encode(Tensors w, Tensors scale, Tensor bits, int64_t rule, bool is_signed) {
+  QUANTOPS_CHECK(rule >= kRoundClamp && rule <= kNearest, "rule: expected 0..2, got ", rule);
+  List list(w, scale, bits, nullptr, false, is_signed);
+  Tensors c = empty_like(list.w, ScalarType::Int);
+  list.write_to(c);
+  with_float(list.dtype, [&](auto element) {
+    run(list.first(), list.entries, Encode<decltype(element)>{{}, list.source, static_cast<Rule>(rule)});
+  });
+  return c;
+}
+
+Tensors decode(Tensors codes, Tensors scale, Tensor bits, bool full, bool is_signed, ScalarType dtype) {
+  check_float("dtype", dtype);
+  List list(codes, scale, bits, full, is_signed);
+  Tensors q = empty_like(list.w, dtype);
+  list.write_to(q);
+  with_float(dtype, [&](auto out) {
+    using O = decltype(out);
+    if (list.acc == ScalarType::Double) run(list.first(), list.entries, Decode<double, O>{{}, list.source});
+    else run(list.first(), list.entries, Decode<float, O>{{}, list.source});
+  });
+  return q;
+}
+
+// The dtypes in which a gradient is read as it comes. Others are made float32 (float64) first.
+bool reads_grad(ScalarType w, ScalarType g) {
+  return g == w || g == acc_type(w) || (w == ScalarType::Float && g != ScalarType::Double);
+}
+
+template <class W, class F>
+void with_grad(ScalarType dtype, F f) {
+  if constexpr (std::is_same_v<W, double>) {
+    if (dtype == ScalarType::Double) return f(double());
+  } else {
+    if (dtype == ScalarType::Float) return f(float());
+    if constexpr (!std::is_same_v<W, __half>)
+      if (dtype == ScalarType::BFloat16) return f(__nv_bfloat16());
+    if constexpr (!std::is_same_v<W, __nv_bfloat16>)
+      if (dtype == ScalarType::Half) return f(__half());
+  }
+  fail("grad: no kernel for dtype ", dtype_name(dtype));
+}
+
+std::tuple<Tensors, Tensors> uniform_backward(Tensors grad, std::optional<Tensor> grad_penalty, Tensors w,
+                                              Tensors scale, Tensor bits, Tensor k, bool full, bool is_signed,
+                                              bool scale_grad) {
+  List list(w, scale, bits, &k, full, is_signed);
+  ScalarType grad_dtype = list.dtype;
+  Tensors laid_out;  // the gradients, kept alive
+  if (!grad.empty()) {
+    grad_dtype = check_like("grad", grad, list.w, kFloats);
+    const bool as_is = reads_grad(list.dtype, grad_dtype);
+    if (!as_is) grad_dtype = list.acc;
+    for (size_t i = 0; i < grad.size(); ++i) {
+      laid_out.push_back(in_layout_of(as_is ? grad[i] : torch::stable::to(grad[i], grad_dtype), list.w[i]));
+      list.entries[i].grad = laid_out[i].data_ptr();
+    }
+  }
+  Tensor r;
+  if (grad_penalty) {
+    check_float("grad_penalty", grad_penalty->scalar_type());
+    r = check_per_weight("grad_penalty", torch::stable::to(*grad_penalty, list.acc), list.size(), list.acc,
+                         list.first());
+  }
+  Tensors grad_w = empty_like(list.w, list.dtype), grad_scale;
+  list.write_to(grad_w);
+  if (scale_grad)
+    for (size_t i = 0; i < scale.size(); ++i) {
+      grad_scale.push_back(empty_like(scale[i], list.acc));
+      list.entries[i].result = grad_scale[i].data_ptr();
+    }
+
+  with_float(list.dtype, [&](auto element) {
+    using W = decltype(element);
+    using A = Acc<W>;
+    const A* penalty = grad_penalty ? static_cast<const A*>(r.data_ptr()) : nullptr;
+    with_grad<W>(grad_dtype, [&](auto grad_element) {
+      using G = decltype(grad_element);
+      if (scale_grad) {
+        using Op = Backward<W, G, true, true>;
+        using Finish = FinishScale<A, double, Add, false>;
+        run(list.first(), list.entries, sizeof(double), Op{{}, list.source, penalty, nullptr}, Finish{},
+            [](Op& op, Finish& finish, void* scratch) {
+              finish.partial = op.partial = static_cast<double*>(scratch);
+            });
+      } else if (penalty) {
+        run(list.first(), list.entries, Backward<W, G, true, false>{{}, list.source, penalty, nullptr});
+      } else {
+        run(list.first(), list.entries, Backward<W, G, false, false>{{}, list.source, nullptr, nullptr});
+      }
+    });
+  });
+  return {grad_w, grad_scale};
+}
+
+void add_lsb_grad_(Tensors grad, Tensors w, Tensors scale, Tensor bits, Tensor k, Tensor strength) {
+  List list(w, scale, bits, &k, false, true);
+  check_results("grad", grad, list.w, {list.dtype});
+  const Tensor s = check_per_weight("strength", strength, 1, list.acc, list.first());
+  list.write_to(grad);
+  for (Entry& e : list.entries) e.grad = e.out;
+  with_float(list.dtype, [&](auto element) {
+    using W = decltype(element);
+    run(list.first(), list.entries,
+        AddLsbGrad<W>{{}, list.source, static_cast<const Acc<W>*>(s.data_ptr())});
+  });
+}
+
+}  // namespace
+}  // namespace quantops::cuda
+
+#ifdef QUANTOPS_EMULATE
+#define QUANTOPS_KEY CPU
+#else
+#define QUANTOPS_KEY CUDA
+#endif
+#define QUANTOPS_REGISTER(key, m) STABLE_TORCH_LIBRARY_IMPL(quantops, key, m)
+
+QUANTOPS_REGISTER(QUANTOPS_KEY, m) {
+  using namespace quantops::cuda;
+  m.impl("absmax", TORCH_BOX(&absmax));
+  m.impl("absmean", TORCH_BOX(&absmean));
+  m.impl("round_clamp", TORCH_BOX(&round_clamp));
+  m.impl("round_clamp_out", TORCH_BOX(&round_clamp_out));
+  m.impl("msq", TORCH_BOX(&msq));
+  m.impl("msq_out", TORCH_BOX(&msq_out));
+  m.impl("lsb", TORCH_BOX(&lsb));
+  m.impl("lsb_stats", TORCH_BOX(&lsb_stats));
+  m.impl("uniform_backward", TORCH_BOX(&uniform_backward));
+  m.impl("add_lsb_grad_", TORCH_BOX(&add_lsb_grad_));
+  m.impl("encode", TORCH_BOX(&encode));
+  m.impl("decode", TORCH_BOX(&decode));
+}

@@ -1,0 +1,274 @@
+// Tensors of torch's stable ABI as the compiled kernels want them: argument checks whose errors name the argument, what
+// was expected and what came (std::invalid_argument, in Python a ValueError), and the memory layout of results, the
+// same as in quantops/layout.py. Nothing here knows a device; the CPU and the CUDA library both include it.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace quantops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+// ---------------------------------------------------------------------------------------------------------- errors
+
+template <class... Parts>
+[[noreturn]] inline void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::invalid_argument(text.str());
+}
+
+// The parts of the message are evaluated only where the check fails.
+#define QUANTOPS_CHECK(ok, ...)                \
+  do {                                         \
+    if (!(ok)) ::quantops::fail(__VA_ARGS__);  \
+  } while (0)
+
+inline std::string dtype_name(ScalarType t) {
+  switch (t) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    default: return torch::headeronly::toString(t);
+  }
+}
+
+inline std::string numbers(torch::headeronly::IntHeaderOnlyArrayRef values) {
+  std::ostringstream text;
+  text << "(";
+  for (size_t i = 0; i < values.size(); ++i) text << (i ? ", " : "") << values[i];
+  text << (values.size() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+struct DeviceId {
+  int32_t type, index;
+  bool operator==(const DeviceId& o) const { return type == o.type && index == o.index; }
+};
+
+inline DeviceId device_of(const Tensor& t) {
+  DeviceId d;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &d.type));
+  d.index = t.get_device_index();
+  return d;
+}
+
+inline std::string device_name(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  return std::string(t.is_cuda() ? "cuda" : "device") + ":" + std::to_string(t.get_device_index());
+}
+
+// "w[3]", or "w" for the only entry of a list.
+inline std::string entry_name(const char* name, size_t i, size_t count) {
+  return count == 1 ? name : std::string(name) + "[" + std::to_string(i) + "]";
+}
+
+// ---------------------------------------------------------------------------------------------------------- dtypes
+
+constexpr std::initializer_list<ScalarType> kFloats = {
+    ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double};
+
+inline bool is_float(ScalarType t) {
+  return t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half || t == ScalarType::Double;
+}
+
+// The dtype of all arithmetic on weights of dtype t, and of their scales.
+inline ScalarType acc_type(ScalarType t) { return t == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+// ---------------------------------------------------------------------------------------------------------- layout
+
+// True where t fills its memory without gaps or overlaps and dim 0 is outermost, so that a row is one run of memory.
+inline bool dense_rows(const Tensor& t) {
+  if (t.is_contiguous()) return true;
+  auto sizes = t.sizes(), strides = t.strides();
+  std::vector<size_t> order;
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] != 1) order.push_back(d);
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return strides[a] > strides[b]; });
+  if (order.empty() || (sizes[0] != 1 && order[0] != 0)) return false;
+  int64_t expected = 1;
+  for (auto d = order.rbegin(); d != order.rend(); ++d) {
+    if (strides[*d] != expected) return false;
+    expected *= sizes[*d];
+  }
+  return true;
+}
+
+// The same places of memory hold the same elements. Strides of dims of one element say nothing.
+inline bool same_layout(const Tensor& a, const Tensor& b) {
+  if (a.is_contiguous() && b.is_contiguous()) return true;
+  auto sizes = a.sizes(), sa = a.strides(), sb = b.strides();
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] != 1 && sa[d] != sb[d]) return false;
+  return true;
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  auto sa = a.sizes(), sb = b.sizes();
+  return sa.size() == sb.size() && std::equal(sa.begin(), sa.end(), sb.begin());
+}
+
+inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType dtype,
+                            const Tensor& device_like) {
+  DeviceId d = device_of(device_like);
+  int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle result;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, code, d.type, d.index, &result));
+  return Tensor(result);
+}
+
+// Uninitialised, one dimension of n elements, on the device of `device_like`.
+inline Tensor empty_vector(int64_t n, ScalarType dtype, const Tensor& device_like) {
+  int64_t stride = 1;
+  return empty_strided(&n, &stride, 1, dtype, device_like);
+}
+
+// Uninitialised, of t's shape, in the layout of dense(t).
+inline Tensor empty_like(const Tensor& t, ScalarType dtype) {
+  auto sizes = t.sizes();
+  if (dense_rows(t)) return empty_strided(sizes.data(), t.strides().data(), t.dim(), dtype, t);
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) strides[d] = stride;
+  return empty_strided(sizes.data(), strides.data(), t.dim(), dtype, t);
+}
+
+inline Tensors empty_like(const Tensors& list, ScalarType dtype) {
+  Tensors result;
+  result.reserve(list.size());
+  for (const Tensor& t : list) result.push_back(empty_like(t, dtype));
+  return result;
+}
+
+// t itself where its rows are dense, else a contiguous copy.
+inline Tensor dense(const Tensor& t) { return dense_rows(t) ? t : torch::stable::contiguous(t); }
+
+inline Tensors dense(const Tensors& list) {
+  Tensors result;
+  result.reserve(list.size());
+  for (const Tensor& t : list) result.push_back(dense(t));
+  return result;
+}
+
+// t itself where it is laid out as `like`, which is dense, else a copy that is.
+inline Tensor in_layout_of(const Tensor& t, const Tensor& like) {
+  if (same_layout(t, like)) return t;
+  Tensor copy = empty_like(like, t.scalar_type());
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+// What one scale covers: `rows` scales of `inner` elements each, contiguous runs of the memory of a dense w.
+struct Rows {
+  int64_t rows, inner;
+};
+
+inline Rows rows_of(const Tensor& w, bool per_row) {
+  int64_t rows = per_row && w.dim() > 0 ? w.size(0) : 1;
+  return {rows, rows ? w.numel() / rows : 0};
+}
+
+inline Rows rows_of(const Tensor& w, const Tensor& scale) { return rows_of(w, scale.numel() != 1); }
+
+// ---------------------------------------------------------------------------------------------------------- checks
+
+// A list of tensors that share one of the `allowed` dtypes and a device; gives back the dtype.
+inline ScalarType check_list(const char* name, const Tensors& list, std::initializer_list<ScalarType> allowed) {
+  QUANTOPS_CHECK(!list.empty(), name, ": expected a non-empty list of tensors, got length 0");
+  ScalarType dtype = list[0].scalar_type();
+  DeviceId device = device_of(list[0]);
+  if (std::find(allowed.begin(), allowed.end(), dtype) == allowed.end()) {
+    std::string names;
+    for (ScalarType t : allowed) names += (names.empty() ? "" : ", ") + dtype_name(t);
+    fail(entry_name(name, 0, list.size()), ": expected dtype ", names, ", got ", dtype_name(dtype));
+  }
+  for (size_t i = 1; i < list.size(); ++i) {
+    QUANTOPS_CHECK(list[i].scalar_type() == dtype, name, ": expected one dtype, got ", dtype_name(dtype),
+                   " in entry 0 and ", dtype_name(list[i].scalar_type()), " in entry ", i);
+    QUANTOPS_CHECK(device_of(list[i]) == device, name, ": expected one device, got ", device_name(list[0]),
+                   " in entry 0 and ", device_name(list[i]), " in entry ", i);
+  }
+  return dtype;
+}
+
+// One contiguous scale per weight, of one element or one per row.
+inline void check_scales(const Tensors& scale, const Tensors& w, ScalarType dtype) {
+  QUANTOPS_CHECK(scale.size() == w.size(), "scale: expected a list with one entry per weight (", w.size(), "), got ",
+                 scale.size());
+  DeviceId device = device_of(w[0]);
+  for (size_t i = 0; i < w.size(); ++i) {
+    const Tensor& s = scale[i];
+    auto name = [&] { return entry_name("scale", i, w.size()); };
+    QUANTOPS_CHECK(s.scalar_type() == dtype, name(), ": expected dtype ", dtype_name(dtype), ", got ",
+                   dtype_name(s.scalar_type()));
+    QUANTOPS_CHECK(device_of(s) == device, name(), ": expected device ", device_name(w[0]),
+                   ", where the weights are, got ", device_name(s));
+    int64_t rows = w[i].dim() ? w[i].size(0) : 1;
+    QUANTOPS_CHECK(s.numel() == 1 || s.numel() == rows, name(), ": expected one element or one per row (", rows,
+                   ") of a weight of shape ", numbers(w[i].sizes()), ", got shape ", numbers(s.sizes()));
+    QUANTOPS_CHECK(s.is_contiguous(), name(), ": expected a contiguous tensor, got strides ", numbers(s.strides()));
+  }
+}
+
+// `t` as a contiguous tensor with one element for each of `count` weights, on the device of w.
+inline Tensor check_per_weight(const char* name, const Tensor& t, int64_t count, ScalarType dtype, const Tensor& w) {
+  QUANTOPS_CHECK(t.scalar_type() == dtype, name, ": expected dtype ", dtype_name(dtype), ", got ",
+                 dtype_name(t.scalar_type()));
+  QUANTOPS_CHECK(t.numel() == count, name, ": expected ", count, " element", count == 1 ? "" : "s, one per weight",
+                 ", got shape ", numbers(t.sizes()));
+  QUANTOPS_CHECK(device_of(t) == device_of(w), name, ": expected device ", device_name(w),
+                 ", where the weights are, got ", device_name(t));
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+// As check_per_weight, for a tensor that is written: it must be contiguous as it is.
+inline void check_result(const char* name, const Tensor& t, int64_t count, ScalarType dtype, const Tensor& w) {
+  QUANTOPS_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor, got strides ", numbers(t.strides()));
+  check_per_weight(name, t, count, dtype, w);
+}
+
+// A list that matches w one to one in shape and device; gives back its dtype.
+inline ScalarType check_like(const char* name, const Tensors& list, const Tensors& w,
+                             std::initializer_list<ScalarType> allowed) {
+  QUANTOPS_CHECK(list.size() == w.size(), name, ": expected a list with one entry per weight (", w.size(), "), got ",
+                 list.size());
+  ScalarType dtype = check_list(name, list, allowed);
+  QUANTOPS_CHECK(device_of(list[0]) == device_of(w[0]), name, ": expected device ", device_name(w[0]),
+                 ", where the weights are, got ", device_name(list[0]));
+  for (size_t i = 0; i < w.size(); ++i)
+    QUANTOPS_CHECK(same_shape(list[i], w[i]), entry_name(name, i, w.size()), ": expected the weight's shape ",
+                   numbers(w[i].sizes()), ", got ", numbers(list[i].sizes()));
+  return dtype;
+}
+
+// As check_like, for tensors that are written: each must have the layout that dense(w) has. `dense_w` is that list.
+inline ScalarType check_results(const char* name, const Tensors& list, const Tensors& dense_w,
+                                std::initializer_list<ScalarType> allowed) {
+  ScalarType dtype = check_like(name, list, dense_w, allowed);
+  for (size_t i = 0; i < list.size(); ++i)
+    QUANTOPS_CHECK(same_layout(list[i], dense_w[i]), entry_name(name, i, list.size()),
+                   ": expected a dense tensor with strides ", numbers(dense_w[i].strides()), ", got ",
+                   numbers(list[i].strides()));
+  return dtype;
+}
+
+inline void check_float(const char* name, ScalarType dtype) {
+  QUANTOPS_CHECK(is_float(dtype), name, ": expected float32, bfloat16, float16 or float64, got ", dtype_name(dtype));
+}
+
+}  // namespace quantops

@@ -1,0 +1,10 @@
+"""The op families in Triton: one file per family, with a function for every op of that family in quantops/library.py.
+
+This folder is installed as the package ``quantops.kernels``.
+"""
+
+if __name__ == "kernels":
+    raise ImportError(
+        "kernels: this folder is the package quantops.kernels, not a top-level one. Install the project "
+        "(pip install -e .) and use 'from quantops.kernels import uniform'."
+    )

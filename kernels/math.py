@@ -1,0 +1,216 @@
+"""The uniform quantizers per element, in Triton: the statement of csrc/quant_math.h under the same names.
+
+Every operation is rounded on its own: the launches set enable_fp_fusion=False, division is IEEE, and NaN goes its way
+through comparisons. All functions take scalars and blocks alike, in float32 or float64.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+MAX_BITS = tl.constexpr(16)
+INVALID = tl.constexpr(-(2**31))  # integer results of a tensor whose bits, k or scale are out of range
+ROUND_CLAMP, FLOOR, NEAREST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # the order of RULES in the reference
+
+
+class Quantizer(NamedTuple):
+    """All that one scale and one (bits, k) fix. Values out of range make offset and steps NaN, and so every float."""
+
+    scale: tl.tensor
+    inv: tl.tensor  # 0.5/s signed, 1/s unsigned; 0 where s = 0 or 1/s overflows
+    offset: tl.tensor  # 0.5 signed, 0 unsigned
+    mul: tl.tensor  # 2^n
+    top: tl.tensor  # 2^n - 1
+    mul_lo: tl.tensor  # 2^(n-k)
+    top_lo: tl.tensor  # 2^(n-k) - 1
+    pow_k: tl.tensor  # 2^k
+    a: tl.tensor  # m = a * c - b
+    b: tl.tensor
+    step: tl.tensor  # q = m * step
+    unit_step: tl.tensor  # the step of a scale of one
+    code_step: tl.tensor  # the value of one code step, in float64: what |B| is weighed with in the penalty
+    inv_scale: tl.tensor  # 1/s; 0 where s = 0 or 1/s overflows
+    valid: tl.tensor
+
+
+@triton.jit
+def widen(v, T: tl.constexpr):
+    """A stored value in the dtype of the arithmetic; exact."""
+    if INTERPRETED and v.dtype == tl.bfloat16:  # the interpreter's own conversion loses denormals
+        return (v.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True).to(T)
+    else:
+        return v.to(T)
+
+
+@triton.jit
+def narrow(v, T: tl.constexpr):
+    """A result in the dtype of its storage, rounded to nearest even; float64 goes through float32, as in torch."""
+    if v.dtype == tl.float64 and (T == tl.bfloat16 or T == tl.float16):
+        v = v.to(tl.float32)
+    if INTERPRETED and T == tl.bfloat16:  # the interpreter's own conversion truncates
+        bits = v.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(v == v, bits, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return v.to(T)
+
+
+@triton.jit
+def divide(x, y):
+    """x / y in IEEE rounding, which plain / is in float64 only."""
+    if y.dtype == tl.float64:
+        return x / y
+    else:
+        return tl.math.div_rn(x, y)
+
+
+@triton.jit
+def rint_small(v):
+    """rint, half to even, for 0 <= v < 2^22: adding 1.5 * 2^(mantissa bits) leaves no room for a fraction."""
+    if v.dtype == tl.float64:
+        return (v + 6755399441055744.0) - 6755399441055744.0
+    else:
+        return (v + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def floor_small(v):
+    r = rint_small(v)
+    return tl.where(r > v, r - 1.0, r)
+
+
+@triton.jit
+def pow2(n, T: tl.constexpr):
+    return (tl.full([], 1, tl.int32) << n).to(T)
+
+
+@triton.jit
+def valid_bits(n, k):
+    return (n >= 0) & (n <= MAX_BITS) & ((k == 0) | ((k >= 1) & (k < n)))
+
+
+@triton.jit
+def valid_scale(s):
+    return (s >= 0.0) & (s < float("inf"))
+
+
+@triton.jit
+def make_quantizer(s, n, k, FULL: tl.constexpr, SIGNED: tl.constexpr):
+    T: tl.constexpr = s.dtype
+    in_range = valid_bits(n, k)
+    n = tl.where(in_range, n, 0)
+    k = tl.where(in_range, k, 0)
+    valid = in_range & valid_scale(s)
+    zero = tl.zeros([], T)
+    # 1/s overflows exactly where 0.5/s reaches 2^127 (2^1023): halving is exact there, and saves a second division.
+    if SIGNED:
+        inv = divide(0.5, s)
+        if T == tl.float64:
+            degenerate = inv >= 8.98846567431158e307
+        else:
+            degenerate = inv >= 1.7014118346046923e38
+    else:
+        inv = divide(1.0, s)
+        degenerate = inv == float("inf")
+    inv = tl.where(degenerate, 0.0, inv)
+    inv_scale = tl.where(degenerate, 0.0, divide(1.0, s))
+    mul = pow2(n, T)
+    top = mul - 1.0
+    mul_lo = pow2(n - k, T)
+    if not SIGNED:
+        a, b = zero + 1.0, zero
+    elif FULL:
+        a, b = zero + 2.0, top
+    else:
+        a, b = zero + 1.0, tl.where(n == 0, zero, pow2(tl.maximum(n - 1, 0), T))
+    if FULL:
+        unit_step = tl.where(n == 0, 0.0, divide(1.0, top))
+        step = tl.where(n == 0, 0.0, divide(s, top))
+    else:
+        if SIGNED:
+            unit_step = tl.where(n == 0, 0.0, divide(2.0, mul))
+        else:
+            unit_step = tl.where(n == 0, 0.0, divide(1.0, mul))
+        step = s * unit_step
+    step = tl.where(valid, step, float("nan"))
+    if SIGNED:
+        offset = tl.where(valid, zero + 0.5, float("nan"))
+    else:
+        offset = tl.where(valid, zero, float("nan"))
+    unit_step = tl.where(valid, unit_step, float("nan"))
+    code_step = step.to(tl.float64) * a.to(tl.float64)
+    return Quantizer(s, inv, offset, mul, top, mul_lo, mul_lo - 1.0, pow2(k, T), a, b, step, unit_step, code_step,
+                     inv_scale, valid)
+
+
+@triton.jit
+def unit(w, p):
+    """u in [0, 1]; NaN where w is NaN."""
+    t = w * p.inv
+    t = tl.where((t != t) & (w == w), 0.0, t)  # inf * 0
+    u = t + p.offset
+    u = tl.where(u < 0.0, 0.0, u)
+    return tl.where(u > 1.0, 1.0, u)
+
+
+@triton.jit
+def round_clamp_code(u, mul, top):
+    c = rint_small(mul * u)
+    return tl.where(c > top, top, c)
+
+
+@triton.jit
+def code(u, p, RULE: tl.constexpr):
+    if RULE == NEAREST:
+        return rint_small(p.top * u)
+    elif RULE == FLOOR:
+        c = floor_small(p.mul * u)
+        return tl.where(c > p.top, p.top, c)
+    else:
+        return round_clamp_code(u, p.mul, p.top)
+
+
+@triton.jit
+def level(c, p):
+    return p.a * c - p.b
+
+
+@triton.jit
+def lsb_residual(u, c, p):
+    """B_k of the weight with unit u and code c, as a float; 0 where it is NaN."""
+    b = c - p.pow_k * round_clamp_code(u, p.mul_lo, p.top_lo)
+    return tl.where(b == b, b, 0.0)
+
+
+@triton.jit
+def sign(v):
+    return tl.where(v > 0.0, 1.0, tl.where(v < 0.0, -1.0, 0.0)).to(v.dtype)
+
+
+@triton.jit
+def inside(w, p, SIGNED: tl.constexpr):
+    ok = tl.abs(w) <= p.scale
+    if not SIGNED:
+        ok = ok & (w >= 0.0)
+    return ok
+
+
+@triton.jit
+def lsb_sign(w, p):
+    u = unit(w, p)
+    return sign(lsb_residual(u, round_clamp_code(u, p.mul, p.top), p))
+
+
+@triton.jit
+def scale_grad_term(w, p, SIGNED: tl.constexpr):
+    """dq/ds per element."""
+    ratio = level(round_clamp_code(unit(w, p), p.mul, p.top), p) * p.unit_step
+    return ratio - tl.where(inside(w, p, SIGNED), w * p.inv_scale, 0.0)
+
+
+@triton.jit
+def to_int(c, valid):
+    """An integer result: 0 for NaN."""
+    return tl.where(valid, tl.where(c == c, c, 0.0).to(tl.int32), INVALID)

@@ -1,0 +1,601 @@
+"""Family ``uniform`` in Triton: the ops of quantops/library.py, each a single launch over a list of any tensors.
+
+Two kernels do all the work. :func:`flat` cuts every tensor into runs of BLOCK elements, one program each, for ops that
+go element by element. :func:`by_row` cuts along rows, for ops that give a number per row (or per tensor, which then is
+one row). Sums are taken in two stages of fixed shape, without float atomics: a program leaves a partial, and a second,
+tiny kernel adds those up in float64, in order.
+"""
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from quantops.kernels import math
+from quantops.kernels.table import on_device
+from quantops.layout import dense, empty_like
+from quantops.library import _check_values
+from quantops.reference.uniform import acc_dtype
+
+# Columns of the table: one row of int64 per tensor.
+FIELDS = tl.constexpr(12)
+W = tl.constexpr(0)  # addresses: the input,
+X = tl.constexpr(1)  # a second input, in w's layout,
+OUT = tl.constexpr(2)  # the output, in w's layout,
+SCALE = tl.constexpr(3)  # the scales,
+RESULT = tl.constexpr(4)  # the numbers per row
+NUMEL = tl.constexpr(5)
+ROWS = tl.constexpr(6)  # scales, or numbers per row
+INNER = tl.constexpr(7)  # elements per row
+FIRST = tl.constexpr(8)  # the tensor's first program
+ALIGNED = tl.constexpr(9)  # 1 where all addresses that matter are multiples of 16
+PIECES = tl.constexpr(10)  # programs per row; 0 where a program takes many rows (by_row only)
+PARTIAL = tl.constexpr(11)  # the tensor's first partial (by_row), or program of the second stage
+
+# What is done per element.
+QUANTIZE, LSB, ENCODE, DECODE, BACKWARD, ADD_LSB_GRAD = (tl.constexpr(i) for i in range(6))
+ABSMAX, ABSMEAN, SCALE_GRAD = (tl.constexpr(i) for i in range(6, 9))
+
+SUB = tl.constexpr(1024)  # elements at a time off the main path, where registers are dear
+SHORT_ROW = 512  # rows up to here share a program
+
+
+@triton.jit
+def _field(table, t, FIELD: tl.constexpr):
+    return tl.load(table + t.to(tl.int64) * FIELDS + FIELD)
+
+
+@triton.jit
+def _pointer(address, start, T: tl.constexpr):
+    return address.to(tl.pointer_type(T)) + start
+
+
+@triton.jit
+def _load(ptr, i, mask, T: tl.constexpr):
+    if mask is None:
+        return math.widen(tl.load(ptr + i), T)
+    else:
+        return math.widen(tl.load(ptr + i, mask=mask, other=0), T)
+
+
+@triton.jit
+def _element(w, x, r, p, OP: tl.constexpr, RULE: tl.constexpr, SIGNED: tl.constexpr, HAS_X: tl.constexpr,
+             HAS_R: tl.constexpr):
+    """The output of an op without sums at one element; w is the code (DECODE), x the gradient."""
+    if OP == LSB:
+        u = math.unit(w, p)
+        return math.to_int(math.lsb_residual(u, math.round_clamp_code(u, p.mul, p.top), p), p.valid)
+    elif OP == ENCODE:
+        return math.to_int(math.code(math.unit(w, p), p, RULE), p.valid)
+    elif OP == DECODE:
+        ok = p.valid & (w >= 0.0) & (w < p.mul)
+        return tl.where(ok, math.level(w, p) * p.step, float("nan"))
+    elif OP == ADD_LSB_GRAD:
+        total = x + tl.where(math.inside(w, p, SIGNED), r * math.lsb_sign(w, p), 0.0)
+        return tl.where(p.valid, total, float("nan"))
+    else:  # BACKWARD
+        total = tl.zeros_like(w)
+        if HAS_X:
+            total = x
+        if HAS_R:
+            total = total + r * math.lsb_sign(w, p)
+        return tl.where(p.valid, tl.where(math.inside(w, p, SIGNED), total, 0.0), float("nan"))
+
+
+@triton.jit
+def _block(w_ptr, x_ptr, out_ptr, i, mask, r, p, A: tl.constexpr, OUT_T: tl.constexpr, OP: tl.constexpr,
+           RULE: tl.constexpr, SIGNED: tl.constexpr, HAS_X: tl.constexpr, HAS_R: tl.constexpr, HAS_OUT: tl.constexpr,
+           STATS: tl.constexpr):
+    """Reads, computes and writes the elements at ``i``; gives |B| and (q - w)^2, for STATS."""
+    w = _load(w_ptr, i, mask, A)
+    b, error = w, w
+    if OP == QUANTIZE:
+        u = math.unit(w, p)
+        c = math.round_clamp_code(u, p.mul, p.top)
+        v = math.level(c, p) * p.step
+        if STATS:
+            b = tl.abs(math.lsb_residual(u, c, p))
+            error = (v - w) * (v - w)
+            if mask is not None:
+                b = tl.where(mask, b, 0.0)
+                error = tl.where(mask, error, 0.0)
+    else:
+        x = w
+        if HAS_X:
+            x = _load(x_ptr, i, mask, A)
+        v = _element(w, x, r, p, OP, RULE, SIGNED, HAS_X, HAS_R)
+    if HAS_OUT:
+        tl.store(out_ptr + i, math.narrow(v, OUT_T), mask=mask)
+    return b, error
+
+
+@triton.jit
+def flat(table, chunks, bits, k, r, penalty, nonzero, sq_error, A: tl.constexpr, W_T: tl.constexpr,
+         X_T: tl.constexpr, OUT_T: tl.constexpr, OP: tl.constexpr, RULE: tl.constexpr, FULL: tl.constexpr,
+         SIGNED: tl.constexpr, HAS_X: tl.constexpr, HAS_R: tl.constexpr, HAS_OUT: tl.constexpr, STATS: tl.constexpr,
+         BLOCK: tl.constexpr):
+    """One program per run of BLOCK elements of one tensor."""
+    pid = tl.program_id(0)
+    t = tl.load(chunks + pid)
+    numel, inner = _field(table, t, NUMEL), _field(table, t, INNER)
+    start = (pid - _field(table, t, FIRST)) * BLOCK
+    w_ptr = _pointer(_field(table, t, W), start, W_T)
+    x_ptr = _pointer(_field(table, t, X), start, X_T)
+    out_ptr = _pointer(_field(table, t, OUT), start, OUT_T)
+    row = start * 0
+    if inner < numel:
+        row = start // inner
+    left = inner - (start - row * inner)  # elements from start on that belong to the first row
+    s_ptr = _pointer(_field(table, t, SCALE), row, A)
+    n = tl.load(bits + t)
+    kk = n * 0
+    if k is not None:
+        kk = tl.load(k + t)
+    rr = tl.zeros([], A)
+    if HAS_R:
+        if OP == ADD_LSB_GRAD:
+            rr = tl.load(r)
+        else:
+            rr = tl.load(r + t)
+    whole = (_field(table, t, ALIGNED) != 0) & (numel - start >= BLOCK)
+
+    weighed = tl.zeros([], tl.float64)
+    count = tl.zeros([], tl.int32)
+    squares = tl.zeros([], A)
+    if whole & (left >= BLOCK):  # the main path: one scale, nothing masked, 128 bits at a time
+        i = tl.arange(0, BLOCK)
+        p = math.make_quantizer(tl.load(s_ptr), n, kk, FULL, SIGNED)
+        b, error = _block(tl.multiple_of(w_ptr, 16), tl.multiple_of(x_ptr, 16), tl.multiple_of(out_ptr, 16), i, None,
+                          rr, p, A, OUT_T, OP, RULE, SIGNED, HAS_X, HAS_R, HAS_OUT, STATS)
+        if STATS:
+            weighed = tl.sum(b.to(tl.int32)).to(tl.float64) * p.code_step  # at most 4096 * 2^16: exact
+            count = tl.sum((b != 0.0).to(tl.int32))
+            squares = tl.sum(error)
+    else:  # a tail, an odd address, or several rows: a scale per element
+        run = tl.minimum(inner, BLOCK).to(tl.int32)
+        lead = run - tl.minimum(left, run).to(tl.int32)  # so that (i + lead) // run is the row, counted from here
+        weighed_v = tl.zeros([SUB], tl.float64)
+        count_v = tl.zeros([SUB], tl.int32)
+        squares_v = tl.zeros([SUB], A)
+        for j in range(0, tl.minimum(numel - start, BLOCK).to(tl.int32), SUB):
+            i = j + tl.arange(0, SUB)
+            mask = i < numel - start
+            s = tl.load(s_ptr + (i + lead).to(tl.uint32) // run.to(tl.uint32), mask=mask, other=1.0)
+            p = math.make_quantizer(s, n, kk, FULL, SIGNED)
+            b, error = _block(w_ptr, x_ptr, out_ptr, i, mask, rr, p, A, OUT_T, OP, RULE, SIGNED, HAS_X, HAS_R, HAS_OUT,
+                              STATS)
+            if STATS:
+                weighed_v += b.to(tl.float64) * p.code_step
+                count_v += (b != 0.0).to(tl.int32)
+                squares_v += error
+        if STATS:
+            weighed = tl.sum(weighed_v)
+            count = tl.sum(count_v)
+            squares = tl.sum(squares_v)
+    if STATS:
+        tl.store(penalty + pid, weighed)
+        tl.store(nonzero + pid, count)
+        tl.store(sq_error + pid, squares)
+
+
+@triton.jit
+def finish_stats(table, bits, k, part_penalty, part_nonzero, part_sq_error, penalty, nonzero, sq_error,
+                 A: tl.constexpr, BLOCK: tl.constexpr):
+    """Second stage of the sums: one program per tensor."""
+    t = tl.program_id(0)
+    rows, first, programs = _field(table, t, ROWS), _field(table, t, FIRST), _field(table, t, PIECES)
+    s_ptr = _pointer(_field(table, t, SCALE), 0, A)
+    lanes = tl.arange(0, BLOCK)
+    bad = tl.zeros([BLOCK], tl.int32)
+    for j in range(0, rows, BLOCK):
+        s = tl.load(s_ptr + j + lanes, mask=j + lanes < rows, other=1.0)
+        bad |= tl.where(math.valid_scale(s), 0, 1)
+    valid = math.valid_bits(tl.load(bits + t), tl.load(k + t)) & (tl.max(bad) == 0)
+    weighed = tl.zeros([BLOCK], tl.float64)
+    count = tl.zeros([BLOCK], tl.int64)
+    squares = tl.zeros([BLOCK], tl.float64)
+    for j in range(0, programs, BLOCK):
+        mask = j + lanes < programs
+        weighed += tl.load(part_penalty + first + j + lanes, mask=mask, other=0.0)
+        count += tl.load(part_nonzero + first + j + lanes, mask=mask, other=0).to(tl.int64)
+        squares += tl.load(part_sq_error + first + j + lanes, mask=mask, other=0.0).to(tl.float64)
+    tl.store(penalty + t, tl.where(valid, tl.sum(weighed), float("nan")).to(A))
+    tl.store(nonzero + t, tl.where(valid, tl.sum(count), -1))
+    tl.store(sq_error + t, tl.where(valid, tl.sum(squares), float("nan")).to(A))
+
+
+@triton.jit
+def _zeros(shape: tl.constexpr, A: tl.constexpr, OP: tl.constexpr):
+    """Where a reduction starts. A maximum is taken over the bits of |w|: NaN is above infinity there."""
+    if OP == ABSMAX:
+        if A == tl.float64:
+            return tl.zeros(shape, tl.int64)
+        else:
+            return tl.zeros(shape, tl.int32)
+    else:
+        return tl.zeros(shape, A)
+
+
+@triton.jit
+def _bits_of(v, A: tl.constexpr):
+    if A == tl.float64:
+        return v.to(tl.int64, bitcast=True)
+    else:
+        return v.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _add(a, b, OP: tl.constexpr):
+    if OP == ABSMAX:
+        return tl.maximum(a, b)
+    else:
+        return a + b
+
+
+@triton.jit
+def _total(v, axis: tl.constexpr, OP: tl.constexpr):
+    if OP == ABSMAX:
+        return tl.max(v, axis)
+    else:
+        return tl.sum(v, axis)
+
+
+@triton.jit
+def _number(total, inner, A: tl.constexpr, OP: tl.constexpr):
+    """The number of a row from its total."""
+    if OP == ABSMAX:
+        return total.to(A, bitcast=True)
+    elif OP == ABSMEAN:
+        return (total.to(tl.float64) / inner.to(tl.float64)).to(A)
+    else:
+        return total.to(A)
+
+
+@triton.jit
+def _row_block(w_ptr, x_ptr, out_ptr, i, mask, r, p, A: tl.constexpr, OUT_T: tl.constexpr, OP: tl.constexpr,
+               SIGNED: tl.constexpr, HAS_X: tl.constexpr, HAS_R: tl.constexpr):
+    """What the elements at ``i`` add to their row; SCALE_GRAD also writes dL/dw."""
+    w = _load(w_ptr, i, mask, A)
+    if OP == ABSMAX:
+        v = _bits_of(tl.abs(w), A)
+    elif OP == ABSMEAN:
+        v = tl.abs(w)
+    else:
+        g = tl.zeros_like(w)
+        if HAS_X:
+            g = _load(x_ptr, i, mask, A)
+        grad_w = _element(w, g, r, p, BACKWARD, math.ROUND_CLAMP, SIGNED, HAS_X, HAS_R)
+        tl.store(out_ptr + i, math.narrow(grad_w, OUT_T), mask=mask)
+        v = g * math.scale_grad_term(w, p, SIGNED)
+        if mask is not None:
+            v = tl.where(mask, v, 0.0)
+    return v
+
+
+@triton.jit
+def _row_quantizer(s_ptr, i, mask, n, k, FULL: tl.constexpr, SIGNED: tl.constexpr, OP: tl.constexpr):
+    if OP == SCALE_GRAD:
+        if mask is None:
+            s = tl.load(s_ptr + i)
+        else:
+            s = tl.load(s_ptr + i, mask=mask, other=1.0)
+        return math.make_quantizer(s, n, k, FULL, SIGNED)
+    else:
+        return n
+
+
+@triton.jit
+def by_row(table, chunks, bits, k, r, partials, A: tl.constexpr, W_T: tl.constexpr, X_T: tl.constexpr,
+           OUT_T: tl.constexpr, OP: tl.constexpr, FULL: tl.constexpr, SIGNED: tl.constexpr, HAS_X: tl.constexpr,
+           HAS_R: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, TILE_ROWS: tl.constexpr):
+    """One program per piece of a long row, or per TILE_ROWS short rows."""
+    pid = tl.program_id(0)
+    t = tl.load(chunks + pid)
+    rows, inner, pieces = _field(table, t, ROWS), _field(table, t, INNER), _field(table, t, PIECES)
+    local = pid - _field(table, t, FIRST)
+    result = _field(table, t, RESULT).to(tl.pointer_type(A))
+    s_ptr = _pointer(_field(table, t, SCALE), 0, A)
+    n = pid * 0
+    kk = pid * 0
+    rr = tl.zeros([], A)
+    if OP == SCALE_GRAD:
+        n = tl.load(bits + t)
+        kk = tl.load(k + t)
+        if HAS_R:
+            rr = tl.load(r + t)
+
+    if pieces == 0:
+        row = local * TILE_ROWS + tl.arange(0, TILE_ROWS)
+        column = tl.arange(0, COLUMNS)
+        mask = (row < rows)[:, None] & (column < inner)[None, :]
+        i = row[:, None] * inner + column[None, :]
+        w_ptr = _pointer(_field(table, t, W), 0, W_T)
+        x_ptr = _pointer(_field(table, t, X), 0, X_T)
+        out_ptr = _pointer(_field(table, t, OUT), 0, OUT_T)
+        p = _row_quantizer(s_ptr, row[:, None], (row < rows)[:, None], n, kk, FULL, SIGNED, OP)
+        v = _row_block(w_ptr, x_ptr, out_ptr, i, mask, rr, p, A, OUT_T, OP, SIGNED, HAS_X, HAS_R)
+        tl.store(result + row, _number(_total(v, 1, OP), inner, A, OP), mask=row < rows)
+    else:
+        row = local // pieces
+        start = (local - row * pieces) * BLOCK
+        w_ptr = _pointer(_field(table, t, W), row * inner + start, W_T)
+        x_ptr = _pointer(_field(table, t, X), row * inner + start, X_T)
+        out_ptr = _pointer(_field(table, t, OUT), row * inner + start, OUT_T)
+        p = _row_quantizer(s_ptr, row, None, n, kk, FULL, SIGNED, OP)
+        if (_field(table, t, ALIGNED) != 0) & (inner - start >= BLOCK):
+            v = _row_block(tl.multiple_of(w_ptr, 16), tl.multiple_of(x_ptr, 16), tl.multiple_of(out_ptr, 16),
+                           tl.arange(0, BLOCK), None, rr, p, A, OUT_T, OP, SIGNED, HAS_X, HAS_R)
+            total = _total(v, 0, OP)
+        else:
+            sums = _zeros([SUB], A, OP)
+            for j in range(0, tl.minimum(inner - start, BLOCK).to(tl.int32), SUB):
+                i = j + tl.arange(0, SUB)
+                v = _row_block(w_ptr, x_ptr, out_ptr, i, i < inner - start, rr, p, A, OUT_T, OP, SIGNED, HAS_X, HAS_R)
+                sums = _add(sums, v, OP)
+            total = _total(sums, 0, OP)
+        if pieces == 1:
+            tl.store(result + row, _number(total, inner, A, OP))
+        else:
+            if OP == ABSMAX:
+                total = total.to(A, bitcast=True)
+            tl.store(partials + _field(table, t, PARTIAL) + local, total)
+
+
+@triton.jit
+def finish_rows(table, chunks, partials, A: tl.constexpr, OP: tl.constexpr, BLOCK: tl.constexpr):
+    """Second stage of the numbers per row: one program per row that is in several pieces."""
+    pid = tl.program_id(0)
+    t = tl.load(chunks + pid)
+    pieces = _field(table, t, PIECES)
+    row = pid - _field(table, t, NUMEL)  # by_row has no use for NUMEL: it holds the first program of this stage
+    first = partials + _field(table, t, PARTIAL) + row * pieces
+    lanes = tl.arange(0, BLOCK)
+    if OP == ABSMAX:
+        sums = _zeros([BLOCK], A, OP)
+    else:
+        sums = tl.zeros([BLOCK], tl.float64)
+    for j in range(0, pieces, BLOCK):
+        v = tl.load(first + j + lanes, mask=j + lanes < pieces, other=0.0)
+        if OP == ABSMAX:
+            sums = tl.maximum(sums, _bits_of(v, A))
+        else:
+            sums += v.to(tl.float64)
+    result = _field(table, t, RESULT).to(tl.pointer_type(A))
+    tl.store(result + row, _number(_total(sums, 0, OP), _field(table, t, INNER), A, OP))
+
+
+# Host side: lists of tensors into tables and launches.
+
+TYPES = {
+    torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16,
+    torch.int32: tl.int32,
+}
+
+
+def block_of(acc):
+    """Elements per program: 32 per thread, 16 in float64, are four or more 128-bit loads in flight."""
+    return 2048 if acc == torch.float64 else 4096
+
+
+def launch(kernel, programs, *args, **constants):
+    # Contraction into fused multiply-adds is off: plain float32 arithmetic is the specification.
+    if programs:
+        kernel[(programs,)](*args, **constants, num_warps=4, enable_fp_fusion=False)
+
+
+def _on_device_of(w):
+    """The launches of a call go to the device of its tensors."""
+    return torch.cuda.device_of(w[0])
+
+
+def _addresses(tensors, count):
+    return [0] * count if tensors is None else [t.data_ptr() for t in tensors]
+
+
+def _aligned(*addresses):
+    union = np.zeros(len(addresses[0]), np.int64)
+    for a in addresses:
+        union |= np.asarray(a, np.int64)
+    return union % 16 == 0
+
+
+def _chunks(counts, device):
+    """The tensor that each program works on."""
+    return on_device(np.repeat(np.arange(len(counts), dtype=np.int32), counts), device)
+
+
+def _starts(counts):
+    return np.concatenate([[0], np.cumsum(counts)[:-1]])
+
+
+def _ints(t):
+    return t if t.dtype == torch.int32 and t.is_contiguous() else t.to(torch.int32).contiguous()
+
+
+def _like(tensors, w):
+    """``tensors`` in the layouts of ``w``; those that have it already are taken as they are."""
+    return [t if t.stride() == v.stride() else torch.empty_strided(v.shape, v.stride(), dtype=t.dtype,
+                                                                  device=t.device).copy_(t)
+            for t, v in zip(tensors, w)]
+
+
+def _flat(op, w, scale, bits, k=None, *, acc, x=None, out=None, r=None, rule=0, full=False, signed=True, stats=None):
+    """Launches :func:`flat`; ``stats`` = (penalty, nonzero, sq_error) to fill, if any."""
+    count, device, block = len(w), w[0].device, block_of(acc)
+    bits, k = _ints(bits), None if k is None else _ints(k)
+    table = np.zeros((count, FIELDS.value), np.int64)
+    for column, tensors in ((W, w), (X, x), (OUT, out), (SCALE, scale)):
+        table[:, column.value] = _addresses(tensors, count)
+    table[:, NUMEL.value] = numel = np.array([t.numel() for t in w], np.int64)
+    table[:, ROWS.value] = rows = np.array([s.numel() for s in scale], np.int64)
+    table[:, INNER.value] = numel // np.maximum(rows, 1)
+    table[:, PIECES.value] = programs = -(-numel // block)
+    table[:, FIRST.value] = _starts(programs)
+    table[:, ALIGNED.value] = _aligned(*(table[:, c.value] for c in (W, X, OUT)))
+    total = int(programs.sum())
+    with _on_device_of(w):
+        rows_of = on_device(table, device)
+        partials = [None] * 3
+        if stats:
+            partials = [torch.empty(total, dtype=d, device=device) for d in (torch.float64, torch.int32, acc)]
+        launch(flat, total, rows_of, _chunks(programs, device), bits, k, r, *partials,
+               A=TYPES[acc], W_T=TYPES[w[0].dtype], X_T=TYPES[(x or w)[0].dtype], OUT_T=TYPES[(out or w)[0].dtype],
+               OP=op.value, RULE=rule, FULL=full, SIGNED=signed, HAS_X=x is not None, HAS_R=r is not None,
+               HAS_OUT=out is not None, STATS=stats is not None, BLOCK=block)
+        if stats:
+            launch(finish_stats, count, rows_of, bits, k, *partials, *stats, A=TYPES[acc], BLOCK=1024)
+
+
+def _by_row(op, w, result, rows, *, acc, scale=None, bits=None, k=None, x=None, out=None, r=None, full=False,
+            signed=True):
+    """Launches :func:`by_row`: ``rows`` numbers for each tensor, at the addresses ``result``."""
+    count, device, block = len(w), w[0].device, block_of(acc)
+    table = np.zeros((count, FIELDS.value), np.int64)
+    for column, tensors in ((W, w), (X, x), (OUT, out), (SCALE, scale)):
+        table[:, column.value] = _addresses(tensors, count)
+    numel, rows = np.array([t.numel() for t in w], np.int64), np.array(rows, np.int64)
+    inner = numel // np.maximum(rows, 1)
+    short = inner <= SHORT_ROW
+    columns = 32 if not short.any() or inner[short].max() <= 32 else SHORT_ROW
+    tile = 2048 // columns
+    pieces = np.where(short, 0, -(-inner // block))
+    programs = np.where(short, -(-rows // tile), rows * pieces) * (inner > 0)
+    second = rows * (pieces > 1)
+    narrowest = min(t[0].element_size() for t in (w, x, out) if t)
+    whole_rows = (rows == 1) | (inner * narrowest % 16 == 0)
+    table[:, RESULT.value], table[:, ROWS.value], table[:, INNER.value] = result, rows, inner
+    table[:, FIRST.value], table[:, PIECES.value] = _starts(programs), pieces
+    table[:, ALIGNED.value] = _aligned(*(table[:, c.value] for c in (W, X, OUT))) & whole_rows
+    table[:, PARTIAL.value] = _starts(programs * (pieces > 1))
+    table[:, NUMEL.value] = _starts(second)
+    with _on_device_of(w):
+        rows_of = on_device(table, device)
+        partials = torch.empty(int((programs * (pieces > 1)).sum()), dtype=acc, device=device)
+        launch(by_row, int(programs.sum()), rows_of, _chunks(programs, device), bits, k, r, partials,
+               A=TYPES[acc], W_T=TYPES[w[0].dtype], X_T=TYPES[(x or w)[0].dtype], OUT_T=TYPES[(out or w)[0].dtype],
+               OP=op.value, FULL=full, SIGNED=signed, HAS_X=x is not None, HAS_R=r is not None, BLOCK=block,
+               COLUMNS=columns, TILE_ROWS=tile)
+        if second.any():
+            launch(finish_rows, int(second.sum()), rows_of, _chunks(second, device), partials, A=TYPES[acc],
+                   OP=op.value, BLOCK=1024)
+
+
+def _reduce(op, w, per_row):
+    w, acc = [dense(t) for t in w], acc_dtype(w[0].dtype)
+    rows = [t.shape[0] if per_row else 1 for t in w]
+    out = torch.zeros(sum(rows), dtype=acc, device=w[0].device)  # empty rows have no program: they stay 0
+    _by_row(op, w, out.data_ptr() + out.element_size() * _starts(rows), rows, acc=acc)
+    return out
+
+
+def absmax(w, per_row):
+    return _reduce(ABSMAX, w, per_row)
+
+
+def absmean(w, per_row):
+    return _reduce(ABSMEAN, w, per_row)
+
+
+def _elementwise(op, w, dtype, scale, bits, k=None, **options):
+    """Runs an op without sums into new tensors."""
+    w = [dense(t) for t in w]
+    out = [empty_like(t, dtype) for t in w]
+    options.setdefault("acc", acc_dtype(w[0].dtype))
+    _flat(op, w, scale, bits, k, out=out, **options)
+    return out
+
+
+def round_clamp(w, scale, bits, full, signed, covered, dtype):
+    _check_values(scale, bits)
+    return _elementwise(QUANTIZE, w, dtype, scale, bits, full=full, signed=signed)
+
+
+def _write_back(q, out):
+    for to, value in zip(q, out):
+        if to is not value:
+            to.copy_(value)
+
+
+def _targets(q, w):
+    """Buffers in w's layout for results that go to ``q``: q itself where it has that layout."""
+    return [o if o.stride() == t.stride() else empty_like(t, o.dtype) for o, t in zip(q, w)]
+
+
+def round_clamp_out(w, scale, bits, full, signed, q):
+    _check_values(scale, bits)
+    w = [dense(t) for t in w]
+    out = _targets(q, w)
+    _flat(QUANTIZE, w, scale, bits, acc=acc_dtype(w[0].dtype), out=out, full=full, signed=signed)
+    _write_back(q, out)
+
+
+def _sums(w, acc):
+    return [torch.empty(len(w), dtype=d, device=w[0].device) for d in (acc, torch.int64, acc)]
+
+
+def _msq(w, scale, bits, k, full, out):
+    """Quantizes into ``out`` (None: nowhere), gives the sums."""
+    _check_values(scale, bits, k)
+    acc = acc_dtype(w[0].dtype)
+    stats = _sums(w, acc)
+    _flat(QUANTIZE, w, scale, bits, k, acc=acc, out=out, full=full, stats=stats)
+    return stats
+
+
+def msq(w, scale, bits, k, full, covered, dtype):
+    w = [dense(t) for t in w]
+    q = [empty_like(t, dtype) for t in w]
+    return q, *_msq(w, scale, bits, k, full, q)
+
+
+def msq_out(w, scale, bits, k, full, q, penalty, nonzero, sq_error):
+    w = [dense(t) for t in w]
+    out = _targets(q, w)
+    sums = _msq(w, scale, bits, k, full, out)
+    _write_back([*q, penalty, nonzero, sq_error], [*out, *sums])
+
+
+def lsb(w, scale, bits, k):
+    _check_values(scale, bits, k)
+    return _elementwise(LSB, w, torch.int32, scale, bits, k)
+
+
+def lsb_stats(w, scale, bits, k, full, covered):
+    return tuple(_msq([dense(t) for t in w], scale, bits, k, full, None))
+
+
+def uniform_backward(grad, grad_penalty, w, scale, bits, k, full, signed, scale_grad):
+    _check_values(scale, bits, k)
+    w, acc = [dense(t) for t in w], acc_dtype(w[0].dtype)
+    grad = _like(grad, w) if grad else None
+    r = None if grad_penalty is None else grad_penalty.to(acc).contiguous()
+    grad_w = [empty_like(t, t.dtype) for t in w]
+    options = dict(acc=acc, x=grad, out=grad_w, r=r, full=full, signed=signed)
+    if not scale_grad:
+        _flat(BACKWARD, w, scale, bits, k, **options)
+        return grad_w, []
+    grad_scale = [torch.empty_like(s) if t.numel() else torch.zeros_like(s) for s, t in zip(scale, w)]
+    _by_row(SCALE_GRAD, w, [s.data_ptr() for s in grad_scale], [s.numel() for s in scale], scale=scale,
+            bits=_ints(bits), k=_ints(k), **options)
+    return grad_w, grad_scale
+
+
+def add_lsb_grad_(grad, w, scale, bits, k, strength):
+    _check_values(scale, bits, k)
+    w, acc = [dense(t) for t in w], acc_dtype(w[0].dtype)
+    same = _like(grad, w)
+    _flat(ADD_LSB_GRAD, w, scale, bits, k, acc=acc, x=same, out=same, r=strength.to(acc))
+    _write_back(grad, same)
+
+
+def encode(w, scale, bits, rule, signed):
+    _check_values(scale, bits)
+    return _elementwise(ENCODE, w, torch.int32, scale, bits, rule=rule, signed=signed)
+
+
+def decode(codes, scale, bits, full, signed, dtype):
+    _check_values(scale, bits)
+    for i, (c, n) in enumerate(zip(codes, bits.reshape(-1))):
+        if c.device.type == "cpu" and c.numel() and not 0 <= int(c.min()) <= int(c.max()) < 2 ** int(n):
+            raise ValueError(f"codes[{i}]: expected values in 0..2^{int(n)} - 1, got {int(c.min())}..{int(c.max())}")
+    return _elementwise(DECODE, codes, dtype, scale, bits, acc=acc_dtype(scale[0].dtype), full=full, signed=signed)

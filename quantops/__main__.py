@@ -1,0 +1,24 @@
+"""``python -m quantops`` prints which kernels serve which device; ``python -m quantops demo`` trains on real data."""
+
+import argparse
+
+
+def main():
+    """Command line entry."""
+    parser = argparse.ArgumentParser(prog="python -m quantops", description=__doc__)
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("info", help="which implementation serves which device (the default)")
+    from quantops import demo
+
+    demo.add_arguments(commands.add_parser("demo", help=demo.__doc__))
+    args = parser.parse_args()
+    if args.command == "demo":
+        demo.run(args)
+    else:
+        import quantops
+
+        print(quantops.info())
+
+
+if __name__ == "__main__":
+    main()

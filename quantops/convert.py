@@ -1,0 +1,168 @@
+"""quantize_: puts a method's quantizers on the weights of a model. What the method is, its config says."""
+
+import dataclasses
+import fnmatch
+from typing import Any, ClassVar
+
+import torch
+from torch.nn.utils import parametrize
+
+from quantops.checks import FLOATS
+from quantops.nn import WEIGHT, WeightGroup
+from quantops.reference.uniform import MAX_BITS
+
+FUSE = ("model", "layer")
+POLICIES = ("quantize", "skip")
+
+
+def check_int(name, value, low, high):
+    """``value`` where it is an integer low..high; ValueError naming it otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name}: expected an integer {low}..{high}, got {value!r}")
+    return value
+
+
+def check_choice(name, value, allowed):
+    """``value`` where it is one of ``allowed``; ValueError naming it otherwise."""
+    if not any(type(value) is type(a) and value == a for a in allowed):
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """What the configs of all methods share; subclasses say how a layer's quantizer is made.
+
+    fuse: "model", all layers in one call at the start of each forward of the root, or "layer"; see quantops/nn.py.
+    cache: keep q while no weight and no bits change (gradient accumulation).
+    first, last: for the first and the last of the layers chosen, in module order: "quantize" as the others, "skip", or a
+        number of bits that stays fixed.
+    overrides: {pattern of layer names (fnmatch): {setting: value}}; later patterns win, and all win over first and last
+        but for "skip".
+    """
+
+    fuse: str = "model"
+    cache: bool = False
+    first: str | int = "quantize"
+    last: str | int = "quantize"
+    overrides: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    settings: ClassVar[tuple[str, ...]] = ()  # what an override may set
+
+    def __post_init__(self):
+        check_choice("fuse", self.fuse, FUSE)
+        check_choice("cache", self.cache, (True, False))
+        for end in ("first", "last"):
+            policy = getattr(self, end)
+            if isinstance(policy, str) or isinstance(policy, bool) or not isinstance(policy, int):
+                check_choice(end, policy, POLICIES)
+            else:
+                check_int(end, policy, 0, MAX_BITS)
+        if not isinstance(self.overrides, dict):
+            raise ValueError(f"overrides: expected a dict, got {type(self.overrides).__name__}")
+        for pattern, values in self.overrides.items():
+            if not isinstance(pattern, str) or not isinstance(values, dict):
+                raise ValueError(f"overrides[{pattern!r}]: expected a dict of settings under a pattern of layer names, "
+                                 f"got {values!r}")
+            for key in values:
+                check_choice(f"overrides[{pattern!r}]", key, self.settings)
+
+    def fixed(self, bits):
+        """Settings of a layer whose bits stay at ``bits``."""
+        raise NotImplementedError
+
+    def quantizer(self, name, weight, settings):
+        """The WeightQuantizer of layer ``name``. Raises ValueError naming what is wrong."""
+        raise NotImplementedError
+
+
+def is_linear_or_conv(name, module):
+    """The default filter of :func:`quantize_`: Linear and Conv1d, 2d, 3d."""
+    return isinstance(module, (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d))
+
+
+def quantize_(model, config, filter_fn=None):
+    """Makes a model train on quantized weights, in place, and returns it.
+
+    From then on ``layer.weight`` is q for each layer chosen, and ``layer.parametrizations.weight.original`` is the
+    float weight: the same Parameter object as before, so that optimizers made earlier stay valid. Precision lives in
+    integer buffers of the state dict; changing it recompiles nothing. Call before torch.compile or DDP.
+
+    Args:
+        config: MSQConfig.
+        filter_fn: (name, module) -> bool chooses the layers; default :func:`is_linear_or_conv`. Any module with a
+            floating-point parameter ``weight`` may be chosen.
+
+    With config.fuse = "model" the forward of ``model`` itself, not of a part of it, does the work for all layers. See
+    quantops/nn.py for memory, checkpointing, autocast, compiling and distributed training.
+
+    Raises ValueError, with the model untouched, for a filter or an override that matches nothing, a chosen module
+    without a floating-point weight, a weight that already has a parametrization, one Parameter in two chosen layers
+    (choose one), a weight on the meta device, and settings out of range. TypeError for what is not a config.
+    """
+    if not isinstance(config, QuantConfig):
+        raise TypeError(f"config: expected MSQConfig or another config of quantops, got {type(config).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("model: expected a model that is not compiled yet: quantize_ first, then torch.compile")
+    filter_fn = filter_fn or is_linear_or_conv
+    modules = {name: m for name, m in model.named_modules() if filter_fn(name, m)}
+    if not modules:
+        raise ValueError(f"filter_fn: matches none of the modules of {type(model).__name__}")
+    _check_weights(modules)
+    settings = _settings(list(modules), config)
+    made = [(modules[name], config.quantizer(name or "model", modules[name].weight, values))
+            for name, values in settings.items()]
+
+    layers = []
+    for module, quantizer in made:
+        parametrize.register_parametrization(module, WEIGHT, quantizer, unsafe=True)
+        layers.append((module.parametrizations[WEIGHT], quantizer))
+    if config.fuse == "model":
+        group = WeightGroup(layers, True, config.cache)
+        for _, quantizer in layers:
+            quantizer.group = group
+        model.register_forward_pre_hook(group)
+        model.register_forward_hook(group.end_trace, always_call=True)
+    else:
+        for layer in layers:
+            layer[1].group = WeightGroup([layer], False, config.cache)
+    return model
+
+
+def _check_weights(modules):
+    owners = {}
+    for name, module in modules.items():
+        label = name or "model"
+        if parametrize.is_parametrized(module, WEIGHT):
+            raise ValueError(f"{label}: the weight already has a parametrization")
+        w = module._parameters.get(WEIGHT)
+        if w is None:
+            raise ValueError(f"{label}: expected a module with a parameter 'weight', got {type(module).__name__} "
+                             "without one")
+        if isinstance(w, torch.nn.parameter.UninitializedParameter) or w.device.type == "meta":
+            raise ValueError(f"{label}: expected a weight with values, got one that is not initialized")
+        if w.dtype not in FLOATS or w.dim() == 0:
+            raise ValueError(f"{label}: expected a floating-point weight with at least one dimension, got {w.dtype} of "
+                             f"shape {tuple(w.shape)}")
+        if id(w) in owners:
+            raise ValueError(f"{label}: shares its weight with {owners[id(w)]}: let filter_fn choose one of them")
+        owners[id(w)] = label
+
+
+def _settings(names, config):
+    """{layer name: settings} of the layers that are quantized, by the policies and the overrides."""
+    ends = [(names[0], config.first), (names[-1], config.last)]
+    skipped = {name for name, policy in ends if policy == "skip"}
+    settings = {name: {} for name in names if name not in skipped}
+    if not settings:
+        raise ValueError("first, last: skip every layer that filter_fn chose")
+    for name, policy in ends:
+        if isinstance(policy, int) and name in settings:
+            settings[name] = dict(config.fixed(policy))
+    for pattern, values in config.overrides.items():
+        matched = [name for name in settings if fnmatch.fnmatchcase(name, pattern)]
+        if not matched:
+            raise ValueError(f"overrides[{pattern!r}]: matches none of the layers {', '.join(settings)}")
+        for name in matched:
+            settings[name].update(values)
+    return settings

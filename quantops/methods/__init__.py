@@ -1,0 +1,1 @@
+"""Training schemes, one file each: the config for quantize_, its quantizer, and what steers the training."""

@@ -1,0 +1,500 @@
+"""MSQ (arXiv 2507.22349): train with a penalty on the least significant bits, and drop the bits that fall silent."""
+
+import copy
+import dataclasses
+import math
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from quantops import checks, foreach
+from quantops.convert import QuantConfig, check_choice, check_int
+from quantops.hessian import hessian_trace
+from quantops.intweight import IntWeight, code_dtype
+from quantops.library import ops
+from quantops.nn import WeightQuantizer, batches, quantized
+from quantops.reference.uniform import GRIDS, MAX_BITS
+
+PENALTIES = ("loss", "decoupled")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MSQConfig(QuantConfig):
+    """Round-clamp weights with a scale of max|w|, for :func:`quantops.quantize_`; arXiv 2507.22349.
+
+    bits: n at the start, 0..16. k: LSBs under the penalty, 0 <= k < bits; 0: none, the layer keeps its bits.
+    grid: "dyadic" (exact zero; dropping a zero LSB changes no value) or "full".
+    per_row: a scale per row (dim 0: output channels of Linear and Conv, input channels of ConvTranspose).
+    penalty: "loss", for ``loss + strength * quantops.penalty(model)``, or "decoupled", for
+        ``quantops.add_penalty_grad_(model, strength)`` after backward, where the backward pass is the identity.
+    fuse, cache, first, last, overrides: see QuantConfig. Overrides may set "bits", "k" and "prune"; "prune": False
+        means that MSQControllers leave the bits alone, and k is then 0 unless set.
+
+    Raises ValueError naming the field for anything else.
+    """
+
+    bits: int = 8
+    k: int = 1
+    grid: str = GRIDS[0]
+    per_row: bool = False
+    penalty: str = "loss"
+
+    settings: ClassVar[tuple[str, ...]] = ("bits", "k", "prune")
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_precision("bits, k", self.bits, self.k)
+        check_choice("grid", self.grid, GRIDS)
+        check_choice("per_row", self.per_row, (True, False))
+        check_choice("penalty", self.penalty, PENALTIES)
+
+    def fixed(self, bits):
+        return {"bits": bits, "prune": False}
+
+    def quantizer(self, name, weight, settings):
+        prune = check_choice(f"{name}: prune", settings.get("prune", True), (True, False))
+        bits, k = settings.get("bits", self.bits), settings.get("k", self.k if prune else 0)
+        _check_precision(name, bits, k)
+        return MSQWeight(bits, k, weight.device, full=self.grid == GRIDS[1], per_row=self.per_row,
+                         decoupled=self.penalty == "decoupled", prune=prune)
+
+
+def _check_precision(name, bits, k):
+    check_int(f"{name}: bits", bits, 0, MAX_BITS)
+    check_int(f"{name}: k", k, 0, MAX_BITS)
+    if k >= max(bits, 1):
+        raise ValueError(f"{name}: expected k < bits = {bits} (0: no penalty), got k = {k}")
+
+
+class Quantized(NamedTuple):
+    """What one list call gives: q and what its penalty's gradient needs."""
+
+    q: list | None
+    penalty: torch.Tensor | None  # one entry per weight
+    scale: list
+    bits: torch.Tensor
+    k: torch.Tensor
+
+
+class MSQWeight(WeightQuantizer):
+    """original -> q by the round-clamp rule. ``bits`` and ``k`` are 0-dim int32 buffers that change in place."""
+
+    def __init__(self, bits, k, device, *, full, per_row, decoupled, prune):
+        super().__init__()
+        self.register_buffer("bits", torch.full((), bits, dtype=torch.int32, device=device))
+        self.register_buffer("k", torch.full((), k, dtype=torch.int32, device=device))
+        self.full, self.per_row, self.decoupled, self.prune = full, per_row, decoupled, prune
+        self.batch_key = ("msq", full, per_row, decoupled)
+
+    def set_precision(self, bits, k):
+        """Sets both in place: nothing recompiles. Raises ValueError out of range."""
+        _check_precision("set_precision", bits, k)
+        self.bits.fill_(bits)
+        self.k.fill_(k)
+
+    @staticmethod
+    def launch(quantizers, w):
+        scale, bits, k = _arguments(quantizers, w)
+        full, dtype = quantizers[0].full, checks.dtype_of(None, w)
+        if quantizers[0].decoupled:
+            return Quantized(ops.round_clamp(w, scale, bits, full, True, True, dtype), None, scale, bits, k)
+        q, penalty, _, _ = ops.msq(w, scale, bits, k, full, True, dtype)
+        return Quantized(q, penalty, scale, bits, k)
+
+    @staticmethod
+    def revive(quantizers, w, result):
+        out = _Revive.apply(result, quantizers[0].full, *w)
+        return result._replace(q=list(out[:len(w)]), penalty=None if result.penalty is None else out[-1])
+
+    def to_int(self, w):
+        bits, scale = int(self.bits), foreach.absmax([w], per_row=self.per_row)[0]
+        codes = foreach.encode([w], [scale], bits)[0].to(code_dtype(bits))
+        return IntWeight(codes, scale, bits, GRIDS[self.full], True, w.dtype)
+
+    def extra_repr(self):
+        return (f"bits={int(self.bits)}, k={int(self.k)}, grid={GRIDS[self.full]!r}, per_row={self.per_row}, "
+                f"prune={self.prune}")
+
+
+def _arguments(quantizers, w):
+    """(scales, bits, k) of a list call."""
+    if quantizers[0].per_row:
+        scale = list(ops.absmax(w, True).split([t.shape[0] for t in w]))
+    else:
+        scale = list(ops.absmax(w, False).unbind())
+    precision = torch.stack([p.bits for p in quantizers] + [p.k for p in quantizers])
+    return scale, precision[:len(w)], precision[len(w):]
+
+
+class _Revive(torch.autograd.Function):
+    """Gives a cached result a graph of its own, with the backward of ops.msq."""
+
+    @staticmethod
+    def forward(ctx, result, full, *w):
+        ctx.full, ctx.dtype, ctx.size = full, w[0].dtype, len(w)
+        ctx.has_penalty = result.penalty is not None
+        ctx.set_materialize_grads(False)
+        q = [t.detach() for t in result.q]
+        if not ctx.has_penalty:
+            return tuple(q)
+        ctx.save_for_backward(*w, *result.scale, result.bits, result.k)
+        return *q, result.penalty.detach()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        grad_q, r = grads[:ctx.size], grads[ctx.size] if ctx.has_penalty else None
+        if r is None:
+            return None, None, *(None if g is None else g.to(ctx.dtype) for g in grad_q)
+        *tensors, bits, k = ctx.saved_tensors
+        w, scale = tensors[:ctx.size], tensors[ctx.size:]
+        grad_q = [torch.zeros_like(t) if g is None else g for g, t in zip(grad_q, w)]
+        return None, None, *ops.uniform_backward(grad_q, r, w, scale, bits, k, ctx.full, True, False)[0]
+
+
+# The penalty.
+
+
+def _layers(model):
+    layers = [(name, owner, p) for name, owner, p in quantized(model) if isinstance(p, MSQWeight)]
+    if not layers:
+        raise ValueError(f"model: expected weights quantized with MSQConfig, {type(model).__name__} has none")
+    return layers
+
+
+def penalty(model):
+    """Sum of the LSB penalties R = sum |B_k| * (value of one code step) over the layers: 0-dim, differentiable.
+
+        (task_loss + strength * quantops.penalty(model)).backward()      dR/dw = sign(B_k)
+
+    Taken from the forward pass that just ran, without reading the weights again, where that one is still valid (same
+    weights and bits, graph not used up); computed otherwise, as for penalty="decoupled", where it serves to be looked
+    at. In a compiled step it is the same op on the same arguments, so that the compiler computes it once.
+    Layers with k = 0 count 0. See arXiv 2507.22349.
+
+    Raises ValueError for a model without MSQ weights.
+    """
+    layers = _layers(model)
+    parts = _traced_penalties(layers) if torch.compiler.is_compiling() else _penalties(layers)
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part.to(total.device)
+    return total
+
+
+def _penalties(layers):
+    taken, missing = {}, []
+    for _, owner, p in layers:
+        w, done, i = owner.original, p.slot.sums, p.slot.sums_index
+        if done is not None and done.unchanged(i, p, w) and _usable(done):
+            taken.setdefault(id(done.value.penalty), (done, []))[1].append(i)
+        else:
+            missing.append((p, w))
+    parts = [done.value.penalty.sum() if len(index) == len(done.w) else done.value.penalty[index].sum()
+             for done, index in taken.values()]
+    return parts + [_stats(quantizers, w)[0].sum() for quantizers, w in batches(missing)]
+
+
+def _usable(done):
+    r = done.value.penalty
+    if r is None:
+        return False
+    if torch.is_grad_enabled():
+        if r.requires_grad != any(t.requires_grad for t in done.w):
+            return False
+        try:
+            r.requires_grad and r.grad_fn._raw_saved_tensors  # raises once a backward pass has used the graph up
+        except RuntimeError:
+            return False
+    return True
+
+
+def _traced_penalties(layers):
+    groups = []
+    for _, _, p in layers:
+        if p.group not in groups:
+            groups.append(p.group)
+    parts = []
+    for group in groups:
+        for quantizers, w in group.batches():
+            if quantizers[0].decoupled:
+                parts.append(_stats(quantizers, w)[0].sum())
+            else:
+                parts.append(quantizers[0].launch(quantizers, w).penalty.sum())
+    return parts
+
+
+def _stats(quantizers, w):
+    """(penalty, nonzero, sq_error), an entry per weight."""
+    scale, bits, k = _arguments(quantizers, w)
+    return ops.lsb_stats(w, scale, bits, k, quantizers[0].full, True)
+
+
+@torch.no_grad()
+def add_penalty_grad_(model, strength):
+    """Adds strength * sign(B_k) to the ``.grad`` of every weight: the gradient of ``strength * penalty(model)``.
+
+    Call it between ``loss.backward()`` and ``optimizer.step()``, once per optimizer step, with MSQConfig(penalty=
+    "decoupled"): one list call, and nothing of the penalty in the backward pass. The gradients equal those of the loss
+    term bit for bit, where each ``.grad`` holds one backward pass (sums of several round in another order). Weights
+    without a ``.grad`` get one, as from the loss term; frozen weights do not.
+
+    strength: a number >= 0 or a tensor with one element. Raises ValueError for a model without MSQ weights.
+    """
+    if not isinstance(strength, torch.Tensor) and not 0 <= strength < math.inf:
+        raise ValueError(f"strength: expected a finite number >= 0, got {strength}")
+    pairs = [(p, owner.original) for _, owner, p in _layers(model) if owner.original.requires_grad]
+    for quantizers, w in batches(pairs):
+        for t in w:
+            if t.grad is None:
+                t.grad = torch.zeros_like(t)
+        scale, bits, k = _arguments(quantizers, w)
+        foreach.add_lsb_grad_([t.grad for t in w], w, scale, bits, k, strength)
+
+
+# Reports.
+
+
+class LayerBits(NamedTuple):
+    """One row of a :class:`BitReport`."""
+
+    name: str
+    shape: tuple
+    numel: int
+    bits: int
+    k: int
+    beta: float  # fraction of weights with B_k != 0
+    sq_error: float  # E = sum (q - w)^2
+    scale: float  # max|w|
+
+
+class BitReport(NamedTuple):
+    """Bits per layer; str() is a table."""
+
+    rows: tuple
+    average_bits: float
+    compression: float  # 32 * sum(numel) / sum(numel * bits)
+
+    def __str__(self):
+        head = ("layer", "shape", "weights", "bits", "k", "beta", "sq_error", "scale")
+        table = [head] + [(r.name, "x".join(map(str, r.shape)), str(r.numel), str(r.bits), str(r.k), f"{r.beta:.4f}",
+                           f"{r.sq_error:.4g}", f"{r.scale:.4g}") for r in self.rows]
+        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+        lines = ["  ".join(v.ljust(n) if i < 2 else v.rjust(n) for i, (v, n) in enumerate(zip(row, widths)))
+                 for row in table]
+        lines.insert(1, "-" * len(lines[0]))
+        return "\n".join([*lines, f"average {self.average_bits:.3f} bits, compression {self.compression:.2f}x of 32"])
+
+
+def _compression(sizes, bits):
+    used = sum(n * b for n, b in zip(sizes, bits))
+    return 32 * sum(sizes) / used if used else math.inf
+
+
+@torch.no_grad()
+def bit_report(model):
+    """Bits, k, beta, E and scale of each MSQ layer from its weights now, the average bits and the compression.
+
+    Only weights quantized by quantops count, those with fixed bits among them. One list call; reads the values back.
+    Raises ValueError for a model without MSQ weights.
+    """
+    layers = _layers(model)
+    measured = _measure([(p, owner.original) for _, owner, p in layers])
+    rows = [LayerBits(name or "model", tuple(owner.original.shape), owner.original.numel(), *measured[p])
+            for name, owner, p in layers]
+    sizes, bits = [r.numel for r in rows], [r.bits for r in rows]
+    average = sum(n * b for n, b in zip(sizes, bits)) / max(sum(sizes), 1)
+    return BitReport(tuple(rows), average, _compression(sizes, bits))
+
+
+def _measure(pairs):
+    """{quantizer: (bits, k, beta, sq_error, scale)} as Python numbers."""
+    found = {}
+    for quantizers, w in batches(pairs):
+        scale, bits, k = _arguments(quantizers, w)
+        _, nonzero, sq_error = ops.lsb_stats(w, scale, bits, k, quantizers[0].full, True)
+        top = [float(s.max()) if s.numel() else 0.0 for s in scale]
+        for p, t, *values, s in zip(quantizers, w, bits.tolist(), k.tolist(), nonzero.tolist(), sq_error.tolist(), top):
+            n, kk, count, error = values
+            found[p] = (n, kk, count / max(t.numel(), 1), error, s)
+    return found
+
+
+# The controller.
+
+
+class MSQController:
+    """Drops bits while training goes on, until the model is small enough; arXiv 2507.22349.
+
+        controller = MSQController(model, target=10.7, interval=100, threshold=0.3, strength=5e-5)
+        for x, y in batches:
+            (loss(model(x), y) + controller.strength * quantops.penalty(model)).backward()
+            optimizer.step(); optimizer.zero_grad()
+            controller.step(lambda: loss(model(x), y))
+
+    Every ``interval`` calls of :meth:`step` it decides, from the weights as they are:
+
+        E_l = sum (q - w)^2,  Omega_l = tr(H_l) * E_l                     tr(H_l) by :func:`quantops.hessian_trace`
+        k_l = 2 where Omega_l < mean(Omega) else 1,  with n_l - k_l >= min_bits, 0 where no bit can go
+        beta_l = fraction of weights with B_(k_l) != 0
+        n_l -= k_l where beta_l < threshold, in order of increasing Omega, until
+        compression = 32 * sum(numel) / sum(numel * n_l) >= target
+
+    so that no layer loses a bit after the target is reached. Omega, and its mean, are over the layers with "prune" on.
+    The compression is over all weights quantized with MSQConfig, those with fixed bits too; other weights do not count.
+    The new k_l stays, limited again, for the penalty of the steps that follow.
+
+    Args:
+        target: compression to reach, e.g. 32 / 3 for 3 bits on average.
+        interval: calls of step() per decision.
+        threshold: beta below which a layer loses k bits, in (0, 1].
+        strength: lambda of the penalty, read back through :attr:`strength`.
+        hessian: False: k stays 1, and layers are taken in order of increasing beta; so also where step() gets no
+            loss_fn.
+        samples: Hutchinson vectors per decision.
+        min_bits: bits that a layer keeps, at least 1.
+        seed: with the number of decisions taken, the seed of the vectors.
+
+    ``log`` is a list with a dict per decision, fit for JSON: step, compression_before, compression, done, and layers,
+    each with name, bits and k (those beta was measured at), beta, sq_error, trace and omega (None without Hessian),
+    pruned (bits dropped) and bits_after.
+
+    Checkpoints: the bits are in the model's state dict, the rest in :meth:`state_dict`. With model, optimizer and
+    controller restored, training goes on bit for bit.
+
+    Raises ValueError for a model without MSQ layers to prune, frozen ones among them, a target that min_bits keeps out
+    of reach, and options out of range.
+    """
+
+    def __init__(self, model, target, *, interval=1, threshold, strength, hessian=True, samples=8, min_bits=1, seed=0):
+        self._all = _layers(model)
+        self._layers = [entry for entry in self._all if entry[2].prune]
+        if not self._layers:
+            raise ValueError("model: expected MSQ layers with prune on, all of them have fixed bits")
+        for name, owner, _ in self._layers:
+            if not owner.original.requires_grad:
+                raise ValueError(f"{name or 'model'}: expected a weight that requires grad; set "
+                                 '{"prune": False} for it in MSQConfig.overrides')
+        self.interval = check_int("interval", interval, 1, 2**62)
+        self.samples = check_int("samples", samples, 1, 2**31)
+        self.min_bits = check_int("min_bits", min_bits, 1, MAX_BITS)
+        self.seed = check_int("seed", seed, 0, 2**32)
+        self.hessian = check_choice("hessian", hessian, (True, False))
+        self.target = _number("target", target, 1, math.inf)
+        self.threshold = _number("threshold", threshold, 0, 1)
+        self._strength = _number("strength", strength, 0, math.inf)
+        least = [min(n, self.min_bits) if p.prune else n for (_, _, p), n in zip(self._all, self._bits())]
+        if _compression(self._sizes(), least) < self.target:
+            raise ValueError(f"target: {self.target} is out of reach, min_bits = {self.min_bits} and the layers with "
+                             f"fixed bits allow {_compression(self._sizes(), least):.4g}")
+        self.log, self._steps, self._decisions = [], 0, 0
+        self._done = self.compression >= self.target
+
+    def _sizes(self):
+        return [owner.original.numel() for _, owner, _ in self._all]
+
+    def _bits(self):
+        return [int(p.bits) for _, _, p in self._all]
+
+    @property
+    def compression(self):
+        """32 * sum(numel) / sum(numel * bits) of the MSQ weights now."""
+        return _compression(self._sizes(), self._bits())
+
+    @property
+    def done(self):
+        """True once the target is reached: finetune from here."""
+        return self._done
+
+    @property
+    def strength(self):
+        """lambda while bits are being dropped, 0.0 once done."""
+        return 0.0 if self._done else self._strength
+
+    def step(self, loss_fn=None):
+        """Counts a training step; at every ``interval``-th decides and returns the log entry, otherwise None.
+
+        ``loss_fn``: called without arguments at a decision, gives the scalar task loss on some batch (leave the penalty
+        out: it is linear). Whatever else it changes (batch norm statistics, random state) is the caller's; ``.grad`` is
+        not touched.
+        """
+        self._steps += 1
+        if self._done or self._steps % self.interval:
+            return None
+        entry = self._decide(loss_fn if self.hessian else None)
+        self.log.append(entry)
+        return entry
+
+    def _decide(self, loss_fn):
+        traces = None if loss_fn is None else self._traces(loss_fn)
+        with torch.no_grad():
+            pairs = [(p, owner.original) for _, owner, p in self._layers]
+            bits = [int(p.bits) for p, _ in pairs]
+            omegas, wanted = [None] * len(pairs), [1] * len(pairs)
+            if traces is not None:
+                measured = _measure(pairs)
+                omegas = [t * measured[p][3] for t, (p, _) in zip(traces, pairs)]
+                mean = sum(omegas) / len(omegas)
+                wanted = [2 if v < mean else 1 for v in omegas]
+            for (p, _), n, k in zip(pairs, bits, wanted):
+                p.set_precision(n, self._limit(k, n))
+            measured = _measure(pairs)
+            rows = [{"name": name or "model", "bits": n, "k": measured[p][1], "beta": measured[p][2],
+                     "sq_error": measured[p][3], "trace": t, "omega": v, "pruned": 0, "bits_after": n}
+                    for (name, _, p), n, t, v in zip(self._layers, bits, traces or omegas, omegas)]
+            before = self.compression
+            self._prune(rows, [p for p, _ in pairs])
+        self._decisions += 1
+        self._done = self.compression >= self.target
+        return {"step": self._steps, "compression_before": before, "compression": self.compression,
+                "done": self._done, "layers": rows}
+
+    def _limit(self, k, bits):
+        return max(0, min(k, bits - self.min_bits))
+
+    def _prune(self, rows, quantizers):
+        order = sorted(range(len(rows)), key=lambda i: rows[i]["beta" if rows[i]["omega"] is None else "omega"])
+        for i in order:
+            row = rows[i]
+            if self.compression >= self.target:
+                break
+            if row["k"] and row["beta"] < self.threshold:
+                row.update(pruned=row["k"], bits_after=row["bits"] - row["k"])
+                quantizers[i].set_precision(row["bits_after"], self._limit(row["k"], row["bits_after"]))
+
+    def _traces(self, loss_fn):
+        with torch.enable_grad():
+            loss = loss_fn()
+            values = hessian_trace(loss, [owner.original for _, owner, _ in self._layers], self.samples,
+                                   seed=(self.seed * 1_000_003 + self._decisions) % 2**63).tolist()
+        for (name, _, _), v in zip(self._layers, values):
+            if not math.isfinite(v):
+                raise ValueError(f"loss_fn: the Hessian trace of {name or 'model'} is {v}; is the loss finite?")
+        return values
+
+    def state_dict(self):
+        """Steps, decisions, log and seed: plain Python values. Bits and k are in the model's own state dict."""
+        return {"version": 1, "names": [name for name, _, _ in self._layers], "steps": self._steps,
+                "decisions": self._decisions, "done": self._done, "seed": self.seed, "log": copy.deepcopy(self.log)}
+
+    def load_state_dict(self, state):
+        """Takes up :meth:`state_dict`; load the model's state dict too.
+
+        Raises ValueError where the names of the layers differ from this model's, with the controller untouched.
+        """
+        missing = {"version", "names", "steps", "decisions", "done", "seed", "log"} - set(state)
+        if missing or state["version"] != 1:
+            raise ValueError(f"state: expected version 1 of MSQController.state_dict(), got version "
+                             f"{state.get('version')!r}, missing {sorted(missing)}")
+        names = [name for name, _, _ in self._layers]
+        if list(state["names"]) != names:
+            raise ValueError(f"state: expected the layers {names}, got {list(state['names'])}")
+        self._steps, self._decisions, self._done = state["steps"], state["decisions"], state["done"]
+        self.seed, self.log = state["seed"], copy.deepcopy(state["log"])
+
+
+def _number(name, value, low, high):
+    """``value`` where it is a finite number above ``low`` (strength: from ``low`` on) and up to ``high``."""
+    inside = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not inside or value > high or value < low or (value == low and name != "strength"):
+        raise ValueError(f"{name}: expected a finite number above {low}, up to {high}, got {value!r}")
+    return float(value)

@@ -1,0 +1,239 @@
+"""Parametrizations that quantize weights in training, and the group that quantizes a whole network in one call.
+
+Nothing here knows a method. A method (quantops/methods/) subclasses :class:`WeightQuantizer` with what its ops need;
+:func:`quantops.quantize_` registers one instance per layer with torch.nn.utils.parametrize and puts the instances
+into a :class:`WeightGroup`. Who reads ``layer.weight`` gets q; the float weight is
+``layer.parametrizations.weight.original``, the same Parameter object as before.
+
+fuse="model". A forward pre-hook of the root quantizes all layers, one list call per method, dtype and device, and
+leaves each q with its quantizer. A read of ``layer.weight`` returns that q while it is valid: the same Parameter and
+version counter, the same bits, no optimizer step since, the same output dtype, a fitting grad mode. Otherwise the
+layer computes its own, so a submodule may be called alone and autocast may begin inside the model (enter it around
+the root's call, or the work of the hook is wasted). The q of all layers live until the next forward of the root begins:
+one copy of the weights, in q's dtype. They outlive the forward on purpose, since non-reentrant
+torch.utils.checkpoint reads ``layer.weight`` again in the backward pass and must find the same tensors.
+
+fuse="layer". Each layer quantizes its own weight when it is read, and no q is kept. Gradients become ready layer by
+layer, which DDP needs for overlap; with fuse="model" they all become ready at the end of the backward pass. Reentrant
+checkpointing, FSDP2 and torch.compile of single blocks want fuse="layer" too.
+
+cache=True. While no weight and no bits change (gradient accumulation, evaluation), q is computed once. Each forward
+still has an autograd graph of its own. Changes are seen by version counters and by torch.optim steps (fused
+optimizers leave version counters alone). Writes through ``param.data`` and replays of CUDA graphs are not seen.
+
+torch.compile traces both modes with fullgraph=True, without stash, cache or version counters. Compile the whole model or
+the function that calls it; of torch.compile(model) torch makes two graphs, since it keeps hooks outside of forward, of
+a function that calls the model one. The state dict holds ``original`` and the buffers; the model can be deep-copied but, like any
+model with parametrizations, not pickled whole.
+"""
+
+import torch
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from quantops import checks
+
+WEIGHT = "weight"
+
+_steps = [0]  # optimizer steps taken in this process; also the mark that the hook below is registered
+
+
+def _count_step(optimizer, args, kwargs):
+    _steps[0] += 1
+
+
+def _watch_optimizers():
+    if len(_steps) == 1:
+        _steps.append(register_optimizer_step_post_hook(_count_step))
+
+
+class Slot:
+    """What the last list call left for one layer. Never copied or pickled with its layer: results belong to a pass."""
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self):
+        self.result, self.index = None, 0  # a Pass that holds q, and this layer's place in it
+        self.sums = None  # the same, for what else the call gave (the penalty): a Pass without q
+        self.sums_index = 0
+        self.traced = None  # q inside the graph that torch.compile is tracing now
+
+    def __reduce__(self):
+        return Slot, ()
+
+
+class WeightQuantizer(torch.nn.Module):
+    """A parametrization original -> q. Its buffers and parameters are what q depends on besides the weight.
+
+    A method defines ``batch_key``, a tuple that is equal for layers that may share a list call, and the three
+    functions below. Registered by :func:`quantops.quantize_`, not by hand.
+    """
+
+    batch_key = ()
+
+    def __init__(self):
+        super().__init__()
+        self.slot = Slot()
+        self.group = None
+
+    @staticmethod
+    def launch(quantizers, w):
+        """One list call: a result with the list ``q``, in the dtype that autocast asks for."""
+        raise NotImplementedError
+
+    @staticmethod
+    def revive(quantizers, w, result):
+        """``result``, which has no graph, as the result of a new forward that has one."""
+        raise NotImplementedError
+
+    def to_int(self, w):
+        """The IntWeight whose dequantize() is the training forward, bit for bit."""
+        raise NotImplementedError
+
+    def forward(self, original):
+        if torch.compiler.is_compiling():
+            traced = self.slot.traced
+            return self.launch([self], [original]).q[0] if traced is None else traced
+        slot = self.slot
+        if slot.result is not None and slot.result.serves(slot.index, self, original):
+            return slot.result.value.q[slot.index]
+        return self.group.compute_one(self, original)
+
+    def right_inverse(self, value):
+        """``layer.weight = value`` sets the float weight."""
+        return value
+
+    def _apply(self, fn, recurse=True):
+        self.slot.clear()  # to(), half(), ... write through param.data, which no version counter sees
+        self.group.clear()
+        return super()._apply(fn, recurse)
+
+
+def _mark(quantizer, w):
+    """What changes whenever q would: None where that cannot be told."""
+    if type(w) not in (torch.Tensor, torch.nn.Parameter) or w.is_inference():
+        return None
+    state = [*quantizer._buffers.values(), *quantizer._parameters.values()]
+    return w.data_ptr(), w._version, *(v for t in state for v in (id(t), t._version))
+
+
+class Pass:
+    """The result of one list call, and the state of its inputs then."""
+
+    def __init__(self, quantizers, w, value):
+        self.quantizers, self.w, self.value = quantizers, w, value
+        self.marks = [_mark(p, t) for p, t in zip(quantizers, w)]
+        self.state = [[*p._buffers.values(), *p._parameters.values()] for p in quantizers]  # alive: ids stay theirs
+        self.steps, self.inference = _steps[0], torch.is_inference_mode_enabled()
+        self.dtype = checks.dtype_of(None, w)
+
+    def unchanged(self, i, quantizer, w):
+        """True where entry i would be computed from the same values now."""
+        return (w is self.w[i] and self.steps == _steps[0] and self.marks[i] is not None
+                and self.marks[i] == _mark(quantizer, w) and self.inference == torch.is_inference_mode_enabled())
+
+    def serves(self, i, quantizer, w):
+        """True where entry i is what a read of ``w`` would give now, in value, dtype and gradient."""
+        return (self.unchanged(i, quantizer, w) and self.dtype == checks.dtype_of(None, [w])
+                and (not torch.is_grad_enabled() or self.value.q[i].requires_grad == w.requires_grad))
+
+    def repeats(self, quantizers, w):
+        """True where the whole list call would give the same values now."""
+        return (len(w) == len(self.w) and self.dtype == checks.dtype_of(None, w)
+                and all(p is o for p, o in zip(quantizers, self.quantizers))
+                and all(self.unchanged(i, p, t) for i, (p, t) in enumerate(zip(quantizers, w))))
+
+    def without_q(self):
+        """The same without the list q, so that holding it holds no weights."""
+        light = object.__new__(Pass)
+        light.__dict__.update(self.__dict__, value=self.value._replace(q=None))
+        return light
+
+
+class WeightGroup:
+    """Layers that are quantized together. ``whole``: with fuse="model", as forward pre-hook of the root."""
+
+    def __init__(self, layers, whole, cache):
+        self.layers = layers  # [(ParametrizationList, WeightQuantizer)]
+        self.whole, self.cache, self.kept = whole, cache, {}
+        _watch_optimizers()
+
+    def __getstate__(self):
+        return {**self.__dict__, "kept": {}}
+
+    def clear(self):
+        """Forgets the cache."""
+        self.kept = {}
+
+    def batches(self):
+        """Lists (quantizers, weights) that one call can take."""
+        return batches((p, owner.original) for owner, p in self.layers)
+
+    def __call__(self, root, args):
+        """Forward pre-hook of the root: q of all layers."""
+        if torch.compiler.is_compiling():
+            for quantizers, w in self.batches():
+                q = quantizers[0].launch(quantizers, w).q
+                for p, t in zip(quantizers, q):
+                    p.slot.traced = t
+            return
+        for _, p in self.layers:
+            p.slot.clear()  # frees the last pass before the next is computed
+        for quantizers, w in self.batches():
+            # Sharded weights (FSDP2) and the like are quantized by their layers, once they are whole.
+            own = [i for i, (p, t) in enumerate(zip(quantizers, w)) if _mark(p, t) is not None]
+            if len(own) < len(w):
+                quantizers, w = [quantizers[i] for i in own], [w[i] for i in own]
+            if w:
+                self._leave(self._compute(quantizers, w))
+
+    def end_trace(self, root, args, output):
+        """Forward hook of the root: what was traced belongs to this forward, and must not become a graph's output."""
+        for _, p in self.layers:
+            p.slot.traced = None
+
+    def compute_one(self, p, w):
+        """q of one layer, when its weight is read and no valid q is there."""
+        done = self._compute([p], [w])
+        if not self.whole:
+            p.slot.sums, p.slot.sums_index = done.without_q(), 0
+        return done.value.q[0]
+
+    def _compute(self, quantizers, w):
+        if not self.cache:
+            return Pass(quantizers, w, quantizers[0].launch(quantizers, w))
+        key = tuple(id(p) for p in quantizers)
+        kept = self.kept.get(key)
+        if kept is None or not kept.repeats(quantizers, w):
+            kept = None
+            self.kept.pop(key, None)  # frees the old q before the new one is computed
+            with torch.no_grad():
+                kept = self.kept[key] = Pass(quantizers, w, quantizers[0].launch(quantizers, w))
+        if not torch.is_grad_enabled() or not any(t.requires_grad for t in w):
+            return kept
+        return Pass(quantizers, w, quantizers[0].revive(quantizers, w, kept.value))
+
+    def _leave(self, done):
+        for i, p in enumerate(done.quantizers):
+            p.slot.result, p.slot.index = done, i
+            p.slot.sums, p.slot.sums_index = done, i
+
+
+def batches(pairs):
+    """Groups (quantizer, weight) pairs into the lists (quantizers, weights) that one call can take, in order."""
+    found = {}
+    for p, w in pairs:
+        quantizers, weights = found.setdefault((p.batch_key, w.dtype, w.device, w.requires_grad), ([], []))
+        quantizers.append(p)
+        weights.append(w)
+    return list(found.values())
+
+
+def quantized(model):
+    """[(layer name, ParametrizationList, WeightQuantizer)] of a model, in module order."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, ParametrizationList) and isinstance(module[0], WeightQuantizer):
+            found.append((name.removesuffix("parametrizations." + WEIGHT).removesuffix("."), module, module[0]))
+    return found

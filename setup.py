@@ -1,0 +1,135 @@
+"""Builds the kernels: one stable-ABI library per device kind, quantops/_cpu.abi3.so and quantops/_cuda.abi3.so.
+
+They use torch's stable ABI (2.10 and newer) and link against torch alone, so one build loads on every later torch and
+Python. Only torch's headers and libraries are needed, so torch is not imported here and an isolated build uses the
+torch that is already in the environment.
+
+QUANTOPS_CUDA=auto|0|1 (default auto: where nvcc and a CUDA build of torch are found) and TORCH_CUDA_ARCH_LIST
+(default "8.0;9.0+PTX") say what is built. Without a C++ compiler the Python package installs alone and says so.
+"""
+
+import glob
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
+CXX_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", TORCH_TARGET]
+# Every operation is rounded on its own; neither errno nor floating-point traps are read.
+MATH_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+
+
+def torch_folder():
+    """The folder of the torch to build against, or None. An isolated build hides it from import, not from us."""
+    spec = importlib.util.find_spec("torch")
+    folders = [os.path.dirname(spec.origin)] if spec and spec.origin else []
+    folders += [os.path.join(sysconfig.get_path(kind), "torch") for kind in ("purelib", "platlib")]
+    return next((f for f in folders if os.path.isdir(os.path.join(f, "include"))), None)
+
+
+def nvcc():
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return (home and shutil.which("nvcc", path=os.path.join(home, "bin"))) or shutil.which("nvcc")
+
+
+def wants_cuda(torch):
+    choice = os.environ.get("QUANTOPS_CUDA", "auto").lower()
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"QUANTOPS_CUDA: expected auto, 0 or 1, got {choice!r}")
+    if choice == "1" and not nvcc():
+        raise SystemExit("QUANTOPS_CUDA=1: nvcc was not found; put it on PATH or set CUDA_HOME")
+    has_cuda = bool(glob.glob(os.path.join(torch or "", "lib", "libtorch_cuda.so")))
+    return choice == "1" or (choice == "auto" and has_cuda and bool(nvcc()))
+
+
+def gencode():
+    """nvcc's target flags from TORCH_CUDA_ARCH_LIST, e.g. "8.0;9.0+PTX"."""
+    flags = []
+    for arch in re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"):
+        match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", arch)
+        if not match:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: expected entries like 9.0 or 9.0+PTX, got {arch!r}")
+        number = match[1] + match[2]
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if match[3]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def includes(torch):
+    return ["csrc", os.path.join(torch, "include"), os.path.join(torch, "include", "torch", "csrc", "api", "include")]
+
+
+class BuildKernels(build_ext):
+    def build_extension(self, ext):
+        try:
+            if ext.name.endswith("_cuda"):
+                self.build_cuda(ext)
+            else:
+                super().build_extension(ext)
+        except Exception as error:
+            if os.environ.get("QUANTOPS_REQUIRE_BUILD") == "1" or ext.name.endswith("_cuda"):
+                raise
+            self.warn(f"{ext.name} was not built ({error}). quantops will run on its plain PyTorch reference, which is "
+                      "right but slow; install a C++ compiler (g++ or clang++) and install again.")
+
+    def build_cuda(self, ext):
+        target = self.get_ext_fullpath(ext.name)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        lib = os.path.join(torch_folder(), "lib")
+        has_cuda = os.path.exists(os.path.join(lib, "libtorch_cuda.so"))
+        subprocess.check_call([
+            nvcc(), "-shared", "-o", target, *ext.sources, *gencode(), "-std=c++17", "-O3", "-fmad=false", "-DUSE_CUDA",
+            TORCH_TARGET, "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off",
+            *(f"-I{i}" for i in includes(torch_folder())), f"-L{lib}", "-ltorch_cpu",
+            *(["-ltorch_cuda"] if has_cuda else []), "-cudart", "shared"])
+
+    def get_outputs(self):
+        return [f for f in super().get_outputs() if os.path.exists(f)]
+
+    def copy_extensions_to_source(self):
+        built = [e for e in self.extensions if os.path.exists(self.get_ext_fullpath(e.name)) or
+                 os.path.exists(os.path.join(self.build_lib, self.get_ext_filename(self.get_ext_fullname(e.name))))]
+        self.extensions, every = built, self.extensions
+        try:
+            super().copy_extensions_to_source()
+        finally:
+            self.extensions = every
+
+
+def extensions():
+    torch = torch_folder()
+    if torch is None:  # while pip asks what the build needs; see setup_requires
+        return []
+    found = [Extension(
+        "quantops._cpu", sorted(glob.glob("csrc/cpu/*.cpp")), py_limited_api=True, language="c++",
+        include_dirs=includes(torch), extra_compile_args=[*CXX_FLAGS, *MATH_FLAGS],
+        library_dirs=[os.path.join(torch, "lib")], libraries=["torch_cpu"],
+        depends=glob.glob("csrc/*.h") + glob.glob("csrc/cpu/*.h"))]
+    if wants_cuda(torch):
+        found.append(Extension(
+            "quantops._cuda", sorted(glob.glob("csrc/cuda/*.cu")), py_limited_api=True,
+            depends=glob.glob("csrc/*.h") + glob.glob("csrc/cuda/*.cuh")))
+    return found
+
+
+PACKAGES = {"quantops": "quantops", "quantops.reference": "quantops/reference", "quantops.methods": "quantops/methods",
+            "quantops.kernels": "kernels", "quantops.csrc": "csrc", "quantops.csrc.cpu": "csrc/cpu",
+            "quantops.csrc.cuda": "csrc/cuda"}
+
+setup(
+    packages=list(PACKAGES),
+    package_dir=PACKAGES,
+    package_data={"quantops.csrc": ["*.h"], "quantops.csrc.cpu": ["*.cpp", "*.h"],
+                  "quantops.csrc.cuda": ["*.cu", "*.cuh"]},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildKernels},
+    setup_requires=[] if torch_folder() else ["torch>=2.10"],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

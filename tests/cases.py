@@ -1,0 +1,55 @@
+"""Shared inputs: weights of every kind that a kernel must get right."""
+
+import torch
+
+SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-38, 3e38, -3e38, 1.0, -1.0, 0.5, -0.5, 0.25, 1 / 3, float("inf"),
+           -float("inf"), float("nan")]
+
+
+def weights(dtype=torch.float32, seed=0, special=True):
+    """Weights of many shapes, sizes and layouts; the last has NaN, infinities, huge and denormal values."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    made = [
+        randn(7),
+        randn(1),
+        randn(()),
+        randn(0),
+        randn(3, 0, 2),
+        randn(16, 5, 3, 3),
+        randn(16, 8, 3, 3).to(memory_format=torch.channels_last),
+        randn(33, 40).t(),
+        randn(20, 30)[::2, ::3],
+        randn(1, 9).expand(4, 9),
+        randn(40000)[3:],
+        randn(5, 33000),
+        torch.zeros(17, dtype=dtype),
+        torch.full((4, 4), 1e-39, dtype=torch.float64).to(dtype),
+        torch.arange(-512, 513, dtype=torch.float64).div(512).to(dtype),  # on the bin edges of every width
+    ]
+    if special:
+        made.append(torch.tensor(SPECIAL * 3, dtype=torch.float64).to(dtype).reshape(4, 12))
+    return made
+
+
+def scales(w, per_row, seed=1):
+    """A scale for each weight, somewhat below its maximum, so that some weights are outside; some are 0 or tiny."""
+    generator = torch.Generator().manual_seed(seed)
+    acc = torch.float64 if w[0].dtype == torch.float64 else torch.float32
+    out = []
+    for i, t in enumerate(w):
+        rows = t.shape[0] if per_row and t.dim() else 1
+        s = torch.rand(rows, generator=generator, dtype=torch.float64).mul(2).to(acc)
+        if i % 5 == 4:
+            s[:1] = [0.0, 1e-39, 1e-30, 3e38][i // 5 % 4]
+        out.append(s)
+    return out
+
+
+def same(a, b):
+    """Equal bit for bit, up to which NaN; and in layout."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.isnan(), b.isnan()) and torch.equal(
+        a.nan_to_num(), b.nan_to_num())

@@ -1,0 +1,304 @@
+"""Family ``uniform``: whatever kernels serve the CPU here against the reference, bit for bit; then its gradients.
+
+Run as it is, the compiled C++ kernels are tested; under QUANTOPS_BACKEND=triton TRITON_INTERPRET=1, the Triton ones.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+import quantops as Q
+from quantops import reference as ref
+from cases import SPECIAL, same, scales, weights
+
+GRIDS = ("dyadic", "full")
+
+
+def expected_layout(w, out):
+    dense = Q.layout.dense_rows(w)
+    return out.stride() == w.stride() if dense else out.is_contiguous()
+
+
+def bits_and_k(w, seed=2):
+    """A width for each weight, 0..16, and a legal k."""
+    generator = torch.Generator().manual_seed(seed)
+    n = torch.randint(0, 17, (len(w),), generator=generator, dtype=torch.int32)
+    k = torch.where(n > 1, 1 + torch.randint(0, 100, (len(w),), generator=generator) % (n - 1).clamp(min=1), 0)
+    return n, k.to(torch.int32)
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_forward_equals_reference(dtype, per_row):
+    w = weights(dtype)
+    s = scales(w, per_row)
+    for grid, seed in itertools.product(GRIDS, range(3)):
+        n, k = bits_and_k(w, seed)
+        for signed in (True, False):
+            q = Q.foreach.round_clamp(w, s, n, signed=signed, grid=grid)
+            for i, t in enumerate(w):
+                assert same(q[i], ref.round_clamp(t, s[i], n[i], signed=signed, grid=grid)), (i, n[i], signed, grid)
+                assert expected_layout(t, q[i])
+        for i, b in enumerate(Q.foreach.lsb(w, s, n, k)):
+            assert same(b, ref.lsb(w[i], s[i], n[i], k[i])), (i, n[i], k[i])
+        q = Q.foreach.msq(w, s, n, k, grid=grid).q
+        for i, t in enumerate(w):
+            assert same(q[i], ref.msq(t, s[i], n[i], k[i], grid=grid)[0])
+
+
+@pytest.mark.parametrize("bits", range(0, 17))
+def test_codes_equal_reference_and_decode_to_q(bits, dtype):
+    w = weights(dtype)
+    for per_row, rule, signed in itertools.product((False, True), ref.uniform.RULES, (True, False)):
+        s = scales(w, per_row)
+        codes = Q.foreach.encode(w, s, bits, rule=rule, signed=signed)
+        for i, t in enumerate(w):
+            assert same(codes[i], ref.encode(t, s[i], bits, rule=rule, signed=signed)), (i, rule, signed)
+            assert codes[i].numel() == 0 or 0 <= int(codes[i].min()) <= int(codes[i].max()) <= 2**bits - 1
+        for grid in GRIDS:
+            back = Q.foreach.decode(codes, s, bits, grid=grid, signed=signed, out_dtype=dtype)
+            for i, t in enumerate(w):
+                assert same(back[i], ref.decode(codes[i], s[i], bits, grid=grid, signed=signed, dtype=dtype))
+            if rule == "round_clamp":
+                for t, q, b in zip(w, Q.foreach.round_clamp(w, s, bits, signed=signed, grid=grid), back):
+                    assert same(torch.where(t.isnan(), torch.nan, b), q)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_out_dtype_and_out(dtype, out_dtype):
+    w = weights(dtype)
+    s = scales(w, True)
+    n, k = bits_and_k(w)
+    want = [ref.round_clamp(t, v, b, out_dtype=out_dtype) for t, v, b in zip(w, s, n)]
+    for got in (Q.foreach.round_clamp(w, s, n, out_dtype=out_dtype), Q.foreach.msq(w, s, n, k, out_dtype=out_dtype).q):
+        assert all(same(a, b) for a, b in zip(got, want))
+    dense = [t for t in w if Q.layout.dense_rows(t)]
+    keep = [i for i, t in enumerate(w) if Q.layout.dense_rows(t)]
+    buffers = [torch.empty_like(t, dtype=out_dtype).fill_(7) for t in dense]
+    args = dense, [s[i] for i in keep], n[keep]
+    Q.foreach.round_clamp(*args, out=buffers)
+    assert all(same(a, want[i]) for a, i in zip(buffers, keep))
+    buffers = [b.fill_(7) for b in buffers]
+    stats = Q.foreach.msq(*args, k[keep], out=buffers)
+    assert stats.q[0] is buffers[0] and all(same(a, want[i]) for a, i in zip(buffers, keep))
+    fresh = Q.foreach.msq(*args, k[keep])
+    assert all(torch.equal(a, b) for a, b in zip(stats[2:3], fresh[2:3]))
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_sums(dtype, per_row):
+    w = weights(dtype, special=False)
+    s = scales(w, per_row)
+    acc = s[0].dtype
+    for grid, seed in itertools.product(GRIDS, range(3)):
+        n, k = bits_and_k(w, seed)
+        got = Q.foreach.msq(w, s, n, k, grid=grid)
+        alone = Q.foreach.lsb_stats(w, s, n, k, grid=grid)
+        again = Q.foreach.msq(w, s, n, k, grid=grid)
+        for i, t in enumerate(w):
+            _, penalty, nonzero, sq_error = ref.msq(t, s[i], n[i], k[i], grid=grid)
+            assert got.nonzero[i] == nonzero and alone[1][i] == nonzero
+            for have, want in ((got.penalty[i], penalty), (got.sq_error[i], sq_error)):
+                assert have.dtype == acc
+                torch.testing.assert_close(have, want, rtol=4e-6 if acc == torch.float32 else 1e-12, atol=0)
+            assert torch.equal(got.penalty[i], again.penalty[i]) and torch.equal(got.sq_error[i], again.sq_error[i])
+            assert torch.equal(got.penalty[i], alone[0][i]) and torch.equal(got.sq_error[i], alone[2][i])
+
+
+def test_sums_error_is_within_four_times_torchs_own():
+    w = torch.randn(3_000_001, generator=torch.Generator().manual_seed(0))
+    r = Q.msq(w, None, 6, 1)
+    exact = (r.q.double() - w.double()).square()
+    wide = (r.q - w).square()
+    ours = (r.sq_error.double() - exact.sum()).abs()
+    bound = 4 * (wide.sum().double() - exact.sum()).abs() + exact.sum() * 2**-23
+    assert ours <= bound
+    mean, want = Q.absmean(w).double(), w.double().abs().mean()
+    assert (mean - want).abs() <= 4 * (w.abs().mean().double() - want).abs() + want * 2**-23
+
+
+def test_scales(dtype):
+    w = weights(dtype)
+    for name, per_row in itertools.product(("absmax", "absmean"), (False, True)):
+        some = [t for t in w if t.dim()] if per_row else w
+        for t, s in zip(some, getattr(Q.foreach, name)(some, per_row=per_row)):
+            want = getattr(ref, name)(t, per_row=per_row)
+            if name == "absmax":
+                assert same(s, want)
+            else:
+                torch.testing.assert_close(s, want, rtol=1e-6 if s.dtype == torch.float32 else 1e-12, atol=0,
+                                           equal_nan=True)
+            assert s.shape == want.shape and not s.requires_grad
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_backward_equals_reference(dtype, per_row):
+    w = weights(dtype)
+    s = scales(w, per_row)
+    for (grid, seed), signed in itertools.product(zip(GRIDS, range(2)), (True, False)):
+        n, k = bits_and_k(w, seed)
+        for g_dtype in {dtype, torch.float32}:
+            g = [torch.randn(t.shape, generator=torch.Generator().manual_seed(i)).to(g_dtype)
+                 for i, t in enumerate(w)]
+            r = torch.randn(len(w), dtype=s[0].dtype)
+            for grad, penalty in ((g, None), (g, r), ([], r)):
+                if penalty is not None and not signed:
+                    continue
+                got_w, got_s = torch.ops.quantops.uniform_backward(
+                    grad, penalty, w, s, n, k, grid == "full", signed, True)
+                for i, t in enumerate(w):
+                    want_w, want_s = ref.uniform_backward(
+                        grad[i] if grad else None, None if penalty is None else penalty[i], t, s[i], n[i], k[i],
+                        grid=grid, signed=signed)
+                    assert same(got_w[i], want_w), (i, n[i], k[i])
+                    torch.testing.assert_close(
+                        got_s[i], want_s, equal_nan=True,
+                        rtol=1e-4 if s[0].dtype == torch.float32 else 1e-10,
+                        atol=1e-4 if s[0].dtype == torch.float32 else 1e-9)
+                assert torch.ops.quantops.uniform_backward(
+                    grad, penalty, w, s, n, k, grid == "full", signed, False)[1] == []
+
+
+def test_add_lsb_grad(dtype):
+    w = [t for t in weights(dtype) if Q.layout.dense_rows(t)]
+    for per_row in (False, True):
+        s, (n, k) = scales(w, per_row), bits_and_k(w)
+        grad = [torch.randn_like(t) for t in w]
+        want = [ref.add_lsb_grad(g, 0.37, t, v, b, kk) for g, t, v, b, kk in zip(grad, w, s, n, k)]
+        version = grad[0]._version
+        Q.foreach.add_lsb_grad_(grad, w, s, n, k, 0.37)
+        assert all(same(a, b) for a, b in zip(grad, want))
+        assert grad[0]._version > version
+
+
+def test_add_lsb_grad_to_a_gradient_in_another_layout():
+    w = torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)
+    grad = torch.randn(8, 4, 3, 3)
+    want = ref.add_lsb_grad(grad, 0.5, w, ref.absmax(w), 4, 2)
+    Q.foreach.add_lsb_grad_([grad], [w], None, 4, 2, 0.5)
+    assert torch.equal(grad, want)
+
+
+def test_nested_bins():
+    """The reason for the rule: a weight with B_k = 0 keeps its value when k bits are dropped."""
+    w = torch.randn(10000)
+    s = Q.absmax(w)
+    for n, k in ((8, 1), (8, 3), (4, 2), (2, 1)):
+        zero = Q.lsb(w, s, n, k) == 0
+        assert 0 < zero.sum() < len(w)
+        assert torch.equal(Q.round_clamp(w, s, n)[zero], Q.round_clamp(w, s, n - k)[zero])
+
+
+def test_autograd_matches_reference():
+    torch.manual_seed(0)
+    w = torch.randn(40, 30, requires_grad=True)
+    s = torch.rand(40, 1, dtype=torch.float32).add(0.5).requires_grad_()
+    g = torch.randn(40, 30)
+    for grid in GRIDS:
+        r = Q.msq(w, s, 5, 2, grid=grid)
+        assert not r.sq_error.requires_grad and not r.nonzero.requires_grad
+        gw, gs = torch.autograd.grad((r.q * g).sum() + 0.3 * r.penalty, (w, s))
+        want_w, want_s = ref.uniform_backward(g, torch.tensor(0.3), w.detach(), s.detach(), 5, 2, grid=grid)
+        assert same(gw, want_w) and gs.shape == s.shape
+        torch.testing.assert_close(gs, want_s, rtol=1e-4, atol=1e-5)
+    gw, = torch.autograd.grad(Q.lsb_penalty(w, s, 5, 2), w)
+    assert same(gw, ref.uniform_backward(None, torch.tensor(1.0), w.detach(), s.detach(), 5, 2)[0])
+
+
+def test_identity_backward_is_the_gradient_itself():
+    w = torch.randn(64, 64, requires_grad=True)
+    q = Q.round_clamp(w, None, 4)
+    seen = []
+    q.register_hook(lambda g: seen.append(g.data_ptr()))
+    w.register_hook(lambda g: seen.append(g.data_ptr()))
+    (q * torch.randn(64, 64)).sum().backward()
+    assert seen[0] == seen[1]
+
+
+def test_unused_entries_of_a_list_get_no_gradient_or_zeros():
+    w = [torch.randn(5, requires_grad=True), torch.randn(6, requires_grad=True)]
+    Q.foreach.round_clamp(w, None, 3)[0].sum().backward()
+    assert torch.equal(w[0].grad, torch.ones(5)) and w[1].grad is None
+    w = [t.detach().requires_grad_() for t in w]
+    r = Q.foreach.msq(w, None, 3, 1)
+    (r.q[0].sum() + r.penalty[1]).backward()
+    assert torch.equal(w[0].grad, torch.ones(5))
+    assert same(w[1].grad, Q.lsb(w[1].detach(), None, 3).sign().float())
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_double_backward(learned):
+    """The backward is linear in g and r; second derivatives follow from that, as finite differences show."""
+    torch.manual_seed(0)
+    w = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    s = torch.full((6,), 1.1, dtype=torch.float64, requires_grad=learned)
+    g = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    r = torch.randn((), dtype=torch.float64, requires_grad=True)
+
+    def backward(g, r):
+        out = Q.msq(w, s, 4, 1)
+        wanted = (w, s) if learned else (w,)
+        return torch.autograd.grad((out.q * g).sum() + r * out.penalty, wanted, create_graph=True)
+
+    assert torch.autograd.gradcheck(backward, (g, r))
+
+
+def test_hessian_vector_product_through_the_quantizer():
+    """STE: the quantizer's Hessian is zero, so Hv is the loss's own Hessian at q where inside, else zero."""
+    torch.manual_seed(0)
+    w = torch.randn(12, requires_grad=True)
+    a = torch.randn(12, 12)
+    a = a @ a.t()
+    for scale, inside in ((None, torch.ones(12)), (torch.tensor(0.8), (w.detach().abs() <= 0.8).float())):
+        q = Q.round_clamp(w, scale, 4)
+        grad, = torch.autograd.grad(0.5 * q @ a @ q, w, create_graph=True)
+        v = torch.randn(12)
+        hv, = torch.autograd.grad(grad, w, v)
+        torch.testing.assert_close(hv, inside * (a @ (inside * v)))
+
+
+def test_more_tensors_than_one_table_holds():
+    w = [torch.randn(i % 7) for i in range(1500)]
+    n = torch.arange(1500, dtype=torch.int32) % 9
+    s = Q.foreach.absmax(w)
+    q = Q.foreach.msq(w, s, n, 0)
+    for i in range(0, 1500, 61):
+        assert same(q.q[i], ref.round_clamp(w[i], s[i], n[i]))
+        assert same(q.sq_error[i], ref.msq(w[i], s[i], n[i], 0)[3])
+
+
+def test_q_never_aliases_w():
+    w = torch.randn(8).round()
+    assert Q.round_clamp(w, 4.0, 16).data_ptr() != w.data_ptr()
+
+
+def test_nan_and_infinity():
+    w = torch.tensor(SPECIAL)
+    q = Q.round_clamp(w, 1.0, 4)
+    assert q[-1].isnan() and q[-3] == 1 - 2 / 16 and q[-2] == -1 and not q[:-1].isnan().any()
+    assert Q.encode(w, 1.0, 4)[-1] == 0
+    assert Q.absmax(w).isnan()
+
+
+def test_scale_zero_gives_zero():
+    w = torch.tensor([1.0, -2.0, float("inf"), 0.0])
+    for grid, signed in itertools.product(GRIDS, (True, False)):
+        assert torch.equal(Q.round_clamp(w, 0.0, 3, grid=grid, signed=signed), torch.zeros(4))
+
+
+def test_zero_bits_prune():
+    assert torch.equal(Q.round_clamp(torch.randn(9), 1.0, 0), torch.zeros(9))
+    assert torch.equal(Q.round_clamp(torch.randn(9), 1.0, 0, grid="full"), torch.zeros(9))
+
+
+def test_reference_marks_values_out_of_range():
+    """What a GPU gives where it cannot raise: NaN, or an integer that no code can be."""
+    w = torch.randn(4, 5)
+    good = torch.ones(())
+    for n, k, s in ((17, 0, good), (-1, 0, good), (3, 3, good), (3, -1, good), (3, 1, -good), (3, 1, good * torch.nan),
+                    (3, 1, good * torch.inf)):
+        q, penalty, nonzero, sq_error = ref.msq(w, s, n, k)
+        assert (q.isnan().all() or k) and penalty.isnan() and nonzero == -1 and sq_error.isnan()
+        assert (ref.lsb(w, s, n, k) == ref.uniform.INVALID).all()
+        grad_w, grad_s = ref.uniform_backward(w, good, w, s, n, k)
+        assert grad_w.isnan().all()
