@@ -69,8 +69,10 @@ inline DeviceId device_of(const Tensor& t) {
 }
 
 inline std::string device_name(const Tensor& t) {
-  if (t.is_cpu()) return "cpu";
-  return std::string(t.is_cuda() ? "cuda" : "device") + ":" + std::to_string(t.get_device_index());
+  DeviceId d = device_of(t);
+  if (d.type == aoti_torch_device_type_cpu()) return "cpu";
+  if (d.type == aoti_torch_device_type_meta()) return "meta";
+  return (d.type == aoti_torch_device_type_cuda() ? "cuda:" : "device:") + std::to_string(d.index);
 }
 
 // "w[3]", or "w" for the only entry of a list.

@@ -37,12 +37,8 @@ QUANTIZE, LSB, ENCODE, DECODE, BACKWARD, ADD_LSB_GRAD = (tl.constexpr(i) for i i
 ABSMAX, ABSMEAN, SCALE_GRAD = (tl.constexpr(i) for i in range(6, 9))
 
 SUB = tl.constexpr(1024)  # elements at a time off the main path, where registers are dear
-SHORT_ROW = 512  # rows up to here share a program
-
-
-@triton.jit
-def _field(table, t, FIELD: tl.constexpr):
-    return tl.load(table + t.to(tl.int64) * FIELDS + FIELD)
+SHORT_ROW = 256  # rows up to here share a program, in tiles:
+TILE_ROWS, COLUMNS = tl.constexpr(32), tl.constexpr(64)
 
 
 @triton.jit
@@ -113,20 +109,21 @@ def _block(w_ptr, x_ptr, out_ptr, i, mask, r, p, A: tl.constexpr, OUT_T: tl.cons
 def flat(table, chunks, bits, k, r, penalty, nonzero, sq_error, A: tl.constexpr, W_T: tl.constexpr,
          X_T: tl.constexpr, OUT_T: tl.constexpr, OP: tl.constexpr, RULE: tl.constexpr, FULL: tl.constexpr,
          SIGNED: tl.constexpr, HAS_X: tl.constexpr, HAS_R: tl.constexpr, HAS_OUT: tl.constexpr, STATS: tl.constexpr,
-         BLOCK: tl.constexpr):
+         WIDEST: tl.constexpr, BLOCK: tl.constexpr):
     """One program per run of BLOCK elements of one tensor."""
     pid = tl.program_id(0)
     t = tl.load(chunks + pid)
-    numel, inner = _field(table, t, NUMEL), _field(table, t, INNER)
-    start = (pid - _field(table, t, FIRST)) * BLOCK
-    w_ptr = _pointer(_field(table, t, W), start, W_T)
-    x_ptr = _pointer(_field(table, t, X), start, X_T)
-    out_ptr = _pointer(_field(table, t, OUT), start, OUT_T)
+    entry = table + t.to(tl.int64) * FIELDS
+    numel, inner = tl.load(entry + NUMEL), tl.load(entry + INNER)
+    start = (pid - tl.load(entry + FIRST)) * BLOCK
+    w_ptr = _pointer(tl.load(entry + W), start, W_T)
+    x_ptr = _pointer(tl.load(entry + X), start, X_T)
+    out_ptr = _pointer(tl.load(entry + OUT), start, OUT_T)
     row = start * 0
     if inner < numel:
         row = start // inner
     left = inner - (start - row * inner)  # elements from start on that belong to the first row
-    s_ptr = _pointer(_field(table, t, SCALE), row, A)
+    s_ptr = _pointer(tl.load(entry + SCALE), row, A)
     n = tl.load(bits + t)
     kk = n * 0
     if k is not None:
@@ -137,7 +134,7 @@ def flat(table, chunks, bits, k, r, penalty, nonzero, sq_error, A: tl.constexpr,
             rr = tl.load(r)
         else:
             rr = tl.load(r + t)
-    whole = (_field(table, t, ALIGNED) != 0) & (numel - start >= BLOCK)
+    whole = (tl.load(entry + ALIGNED) != 0) & (numel - start >= BLOCK)
 
     weighed = tl.zeros([], tl.float64)
     count = tl.zeros([], tl.int32)
@@ -145,8 +142,11 @@ def flat(table, chunks, bits, k, r, penalty, nonzero, sq_error, A: tl.constexpr,
     if whole & (left >= BLOCK):  # the main path: one scale, nothing masked, 128 bits at a time
         i = tl.arange(0, BLOCK)
         p = math.make_quantizer(tl.load(s_ptr), n, kk, FULL, SIGNED)
-        b, error = _block(tl.multiple_of(w_ptr, 16), tl.multiple_of(x_ptr, 16), tl.multiple_of(out_ptr, 16), i, None,
-                          rr, p, A, OUT_T, OP, RULE, SIGNED, HAS_X, HAS_R, HAS_OUT, STATS)
+        # Promised per type: 128 bits of the widest, as many elements of others, so that all accesses share a layout.
+        w_vec = tl.multiple_of(w_ptr, 16 * W_T.primitive_bitwidth // WIDEST)
+        x_vec = tl.multiple_of(x_ptr, 16 * X_T.primitive_bitwidth // WIDEST)
+        out_vec = tl.multiple_of(out_ptr, 16 * OUT_T.primitive_bitwidth // WIDEST)
+        b, error = _block(w_vec, x_vec, out_vec, i, None, rr, p, A, OUT_T, OP, RULE, SIGNED, HAS_X, HAS_R, HAS_OUT, STATS)
         if STATS:
             weighed = tl.sum(b.to(tl.int32)).to(tl.float64) * p.code_step  # at most 4096 * 2^16: exact
             count = tl.sum((b != 0.0).to(tl.int32))
@@ -183,8 +183,9 @@ def finish_stats(table, bits, k, part_penalty, part_nonzero, part_sq_error, pena
                  A: tl.constexpr, BLOCK: tl.constexpr):
     """Second stage of the sums: one program per tensor."""
     t = tl.program_id(0)
-    rows, first, programs = _field(table, t, ROWS), _field(table, t, FIRST), _field(table, t, PIECES)
-    s_ptr = _pointer(_field(table, t, SCALE), 0, A)
+    entry = table + t.to(tl.int64) * FIELDS
+    rows, first, programs = tl.load(entry + ROWS), tl.load(entry + FIRST), tl.load(entry + PIECES)
+    s_ptr = _pointer(tl.load(entry + SCALE), 0, A)
     lanes = tl.arange(0, BLOCK)
     bad = tl.zeros([BLOCK], tl.int32)
     for j in range(0, rows, BLOCK):
@@ -208,10 +209,7 @@ def finish_stats(table, bits, k, part_penalty, part_nonzero, part_sq_error, pena
 def _zeros(shape: tl.constexpr, A: tl.constexpr, OP: tl.constexpr):
     """Where a reduction starts. A maximum is taken over the bits of |w|: NaN is above infinity there."""
     if OP == ABSMAX:
-        if A == tl.float64:
-            return tl.zeros(shape, tl.int64)
-        else:
-            return tl.zeros(shape, tl.int32)
+        return tl.zeros(shape, tl.int64 if A == tl.float64 else tl.int32)
     else:
         return tl.zeros(shape, A)
 
@@ -287,14 +285,15 @@ def _row_quantizer(s_ptr, i, mask, n, k, FULL: tl.constexpr, SIGNED: tl.constexp
 @triton.jit
 def by_row(table, chunks, bits, k, r, partials, A: tl.constexpr, W_T: tl.constexpr, X_T: tl.constexpr,
            OUT_T: tl.constexpr, OP: tl.constexpr, FULL: tl.constexpr, SIGNED: tl.constexpr, HAS_X: tl.constexpr,
-           HAS_R: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, TILE_ROWS: tl.constexpr):
+           HAS_R: tl.constexpr, WIDEST: tl.constexpr, BLOCK: tl.constexpr):
     """One program per piece of a long row, or per TILE_ROWS short rows."""
     pid = tl.program_id(0)
     t = tl.load(chunks + pid)
-    rows, inner, pieces = _field(table, t, ROWS), _field(table, t, INNER), _field(table, t, PIECES)
-    local = pid - _field(table, t, FIRST)
-    result = _field(table, t, RESULT).to(tl.pointer_type(A))
-    s_ptr = _pointer(_field(table, t, SCALE), 0, A)
+    entry = table + t.to(tl.int64) * FIELDS
+    rows, inner, pieces = tl.load(entry + ROWS), tl.load(entry + INNER), tl.load(entry + PIECES)
+    local = pid - tl.load(entry + FIRST)
+    result = tl.load(entry + RESULT).to(tl.pointer_type(A))
+    s_ptr = _pointer(tl.load(entry + SCALE), 0, A)
     n = pid * 0
     kk = pid * 0
     rr = tl.zeros([], A)
@@ -306,25 +305,29 @@ def by_row(table, chunks, bits, k, r, partials, A: tl.constexpr, W_T: tl.constex
 
     if pieces == 0:
         row = local * TILE_ROWS + tl.arange(0, TILE_ROWS)
-        column = tl.arange(0, COLUMNS)
-        mask = (row < rows)[:, None] & (column < inner)[None, :]
-        i = row[:, None] * inner + column[None, :]
-        w_ptr = _pointer(_field(table, t, W), 0, W_T)
-        x_ptr = _pointer(_field(table, t, X), 0, X_T)
-        out_ptr = _pointer(_field(table, t, OUT), 0, OUT_T)
+        w_ptr = _pointer(tl.load(entry + W), 0, W_T)
+        x_ptr = _pointer(tl.load(entry + X), 0, X_T)
+        out_ptr = _pointer(tl.load(entry + OUT), 0, OUT_T)
         p = _row_quantizer(s_ptr, row[:, None], (row < rows)[:, None], n, kk, FULL, SIGNED, OP)
-        v = _row_block(w_ptr, x_ptr, out_ptr, i, mask, rr, p, A, OUT_T, OP, SIGNED, HAS_X, HAS_R)
-        tl.store(result + row, _number(_total(v, 1, OP), inner, A, OP), mask=row < rows)
+        sums = _zeros([TILE_ROWS, COLUMNS], A, OP)
+        for j in range(0, inner.to(tl.int32), COLUMNS):
+            column = j + tl.arange(0, COLUMNS)[None, :]
+            v = _row_block(w_ptr, x_ptr, out_ptr, row[:, None] * inner + column, (row < rows)[:, None] & (column < inner),
+                           rr, p, A, OUT_T, OP, SIGNED, HAS_X, HAS_R)
+            sums = _add(sums, v, OP)
+        tl.store(result + row, _number(_total(sums, 1, OP), inner, A, OP), mask=row < rows)
     else:
         row = local // pieces
         start = (local - row * pieces) * BLOCK
-        w_ptr = _pointer(_field(table, t, W), row * inner + start, W_T)
-        x_ptr = _pointer(_field(table, t, X), row * inner + start, X_T)
-        out_ptr = _pointer(_field(table, t, OUT), row * inner + start, OUT_T)
+        w_ptr = _pointer(tl.load(entry + W), row * inner + start, W_T)
+        x_ptr = _pointer(tl.load(entry + X), row * inner + start, X_T)
+        out_ptr = _pointer(tl.load(entry + OUT), row * inner + start, OUT_T)
         p = _row_quantizer(s_ptr, row, None, n, kk, FULL, SIGNED, OP)
-        if (_field(table, t, ALIGNED) != 0) & (inner - start >= BLOCK):
-            v = _row_block(tl.multiple_of(w_ptr, 16), tl.multiple_of(x_ptr, 16), tl.multiple_of(out_ptr, 16),
-                           tl.arange(0, BLOCK), None, rr, p, A, OUT_T, OP, SIGNED, HAS_X, HAS_R)
+        if (tl.load(entry + ALIGNED) != 0) & (inner - start >= BLOCK):
+            w_vec = tl.multiple_of(w_ptr, 16 * W_T.primitive_bitwidth // WIDEST)  # as in flat
+            x_vec = tl.multiple_of(x_ptr, 16 * X_T.primitive_bitwidth // WIDEST)
+            out_vec = tl.multiple_of(out_ptr, 16 * OUT_T.primitive_bitwidth // WIDEST)
+            v = _row_block(w_vec, x_vec, out_vec, tl.arange(0, BLOCK), None, rr, p, A, OUT_T, OP, SIGNED, HAS_X, HAS_R)
             total = _total(v, 0, OP)
         else:
             sums = _zeros([SUB], A, OP)
@@ -338,7 +341,7 @@ def by_row(table, chunks, bits, k, r, partials, A: tl.constexpr, W_T: tl.constex
         else:
             if OP == ABSMAX:
                 total = total.to(A, bitcast=True)
-            tl.store(partials + _field(table, t, PARTIAL) + local, total)
+            tl.store(partials + tl.load(entry + PARTIAL) + local, total)
 
 
 @triton.jit
@@ -346,9 +349,10 @@ def finish_rows(table, chunks, partials, A: tl.constexpr, OP: tl.constexpr, BLOC
     """Second stage of the numbers per row: one program per row that is in several pieces."""
     pid = tl.program_id(0)
     t = tl.load(chunks + pid)
-    pieces = _field(table, t, PIECES)
-    row = pid - _field(table, t, NUMEL)  # by_row has no use for NUMEL: it holds the first program of this stage
-    first = partials + _field(table, t, PARTIAL) + row * pieces
+    entry = table + t.to(tl.int64) * FIELDS
+    pieces = tl.load(entry + PIECES)
+    row = pid - tl.load(entry + NUMEL)  # by_row has no use for NUMEL: it holds the first program of this stage
+    first = partials + tl.load(entry + PARTIAL) + row * pieces
     lanes = tl.arange(0, BLOCK)
     if OP == ABSMAX:
         sums = _zeros([BLOCK], A, OP)
@@ -360,8 +364,8 @@ def finish_rows(table, chunks, partials, A: tl.constexpr, OP: tl.constexpr, BLOC
             sums = tl.maximum(sums, _bits_of(v, A))
         else:
             sums += v.to(tl.float64)
-    result = _field(table, t, RESULT).to(tl.pointer_type(A))
-    tl.store(result + row, _number(_total(sums, 0, OP), _field(table, t, INNER), A, OP))
+    result = tl.load(entry + RESULT).to(tl.pointer_type(A))
+    tl.store(result + row, _number(_total(sums, 0, OP), tl.load(entry + INNER), A, OP))
 
 
 # Host side: lists of tensors into tables and launches.
@@ -372,9 +376,14 @@ TYPES = {
 }
 
 
-def block_of(acc):
-    """Elements per program: 32 per thread, 16 in float64, are four or more 128-bit loads in flight."""
-    return 2048 if acc == torch.float64 else 4096
+def block_of(acc, inputs):
+    """Elements per program: 128 bytes of registers per thread for what is read, eight 128-bit loads in flight."""
+    return 4096 // inputs // (2 if acc == torch.float64 else 1)
+
+
+def _widest(*lists):
+    """Bits of the widest element type."""
+    return max(8 * t[0].element_size() for t in lists if t)
 
 
 def launch(kernel, programs, *args, **constants):
@@ -392,7 +401,7 @@ def _addresses(tensors, count):
     return [0] * count if tensors is None else [t.data_ptr() for t in tensors]
 
 
-def _aligned(*addresses):
+def _all_aligned(*addresses):
     union = np.zeros(len(addresses[0]), np.int64)
     for a in addresses:
         union |= np.asarray(a, np.int64)
@@ -421,7 +430,7 @@ def _like(tensors, w):
 
 def _flat(op, w, scale, bits, k=None, *, acc, x=None, out=None, r=None, rule=0, full=False, signed=True, stats=None):
     """Launches :func:`flat`; ``stats`` = (penalty, nonzero, sq_error) to fill, if any."""
-    count, device, block = len(w), w[0].device, block_of(acc)
+    count, device, block = len(w), w[0].device, block_of(acc, 1 if x is None else 2)
     bits, k = _ints(bits), None if k is None else _ints(k)
     table = np.zeros((count, FIELDS.value), np.int64)
     for column, tensors in ((W, w), (X, x), (OUT, out), (SCALE, scale)):
@@ -431,7 +440,7 @@ def _flat(op, w, scale, bits, k=None, *, acc, x=None, out=None, r=None, rule=0, 
     table[:, INNER.value] = numel // np.maximum(rows, 1)
     table[:, PIECES.value] = programs = -(-numel // block)
     table[:, FIRST.value] = _starts(programs)
-    table[:, ALIGNED.value] = _aligned(*(table[:, c.value] for c in (W, X, OUT)))
+    table[:, ALIGNED.value] = _all_aligned(*(table[:, c.value] for c in (W, X, OUT)))
     total = int(programs.sum())
     with _on_device_of(w):
         rows_of = on_device(table, device)
@@ -441,7 +450,7 @@ def _flat(op, w, scale, bits, k=None, *, acc, x=None, out=None, r=None, rule=0, 
         launch(flat, total, rows_of, _chunks(programs, device), bits, k, r, *partials,
                A=TYPES[acc], W_T=TYPES[w[0].dtype], X_T=TYPES[(x or w)[0].dtype], OUT_T=TYPES[(out or w)[0].dtype],
                OP=op.value, RULE=rule, FULL=full, SIGNED=signed, HAS_X=x is not None, HAS_R=r is not None,
-               HAS_OUT=out is not None, STATS=stats is not None, BLOCK=block)
+               HAS_OUT=out is not None, STATS=stats is not None, WIDEST=_widest(w, x, out), BLOCK=block)
         if stats:
             launch(finish_stats, count, rows_of, bits, k, *partials, *stats, A=TYPES[acc], BLOCK=1024)
 
@@ -449,23 +458,21 @@ def _flat(op, w, scale, bits, k=None, *, acc, x=None, out=None, r=None, rule=0, 
 def _by_row(op, w, result, rows, *, acc, scale=None, bits=None, k=None, x=None, out=None, r=None, full=False,
             signed=True):
     """Launches :func:`by_row`: ``rows`` numbers for each tensor, at the addresses ``result``."""
-    count, device, block = len(w), w[0].device, block_of(acc)
+    count, device, block = len(w), w[0].device, block_of(acc, 1 if x is None else 2)
     table = np.zeros((count, FIELDS.value), np.int64)
     for column, tensors in ((W, w), (X, x), (OUT, out), (SCALE, scale)):
         table[:, column.value] = _addresses(tensors, count)
     numel, rows = np.array([t.numel() for t in w], np.int64), np.array(rows, np.int64)
     inner = numel // np.maximum(rows, 1)
     short = inner <= SHORT_ROW
-    columns = 32 if not short.any() or inner[short].max() <= 32 else SHORT_ROW
-    tile = 2048 // columns
     pieces = np.where(short, 0, -(-inner // block))
-    programs = np.where(short, -(-rows // tile), rows * pieces) * (inner > 0)
+    programs = np.where(short, -(-rows // TILE_ROWS.value), rows * pieces) * (inner > 0)
     second = rows * (pieces > 1)
     narrowest = min(t[0].element_size() for t in (w, x, out) if t)
     whole_rows = (rows == 1) | (inner * narrowest % 16 == 0)
     table[:, RESULT.value], table[:, ROWS.value], table[:, INNER.value] = result, rows, inner
     table[:, FIRST.value], table[:, PIECES.value] = _starts(programs), pieces
-    table[:, ALIGNED.value] = _aligned(*(table[:, c.value] for c in (W, X, OUT))) & whole_rows
+    table[:, ALIGNED.value] = _all_aligned(*(table[:, c.value] for c in (W, X, OUT))) & whole_rows
     table[:, PARTIAL.value] = _starts(programs * (pieces > 1))
     table[:, NUMEL.value] = _starts(second)
     with _on_device_of(w):
@@ -473,8 +480,8 @@ def _by_row(op, w, result, rows, *, acc, scale=None, bits=None, k=None, x=None, 
         partials = torch.empty(int((programs * (pieces > 1)).sum()), dtype=acc, device=device)
         launch(by_row, int(programs.sum()), rows_of, _chunks(programs, device), bits, k, r, partials,
                A=TYPES[acc], W_T=TYPES[w[0].dtype], X_T=TYPES[(x or w)[0].dtype], OUT_T=TYPES[(out or w)[0].dtype],
-               OP=op.value, FULL=full, SIGNED=signed, HAS_X=x is not None, HAS_R=r is not None, BLOCK=block,
-               COLUMNS=columns, TILE_ROWS=tile)
+               OP=op.value, FULL=full, SIGNED=signed, HAS_X=x is not None, HAS_R=r is not None,
+               WIDEST=_widest(w, x, out), BLOCK=block)
         if second.any():
             launch(finish_rows, int(second.sum()), rows_of, _chunks(second, device), partials, A=TYPES[acc],
                    OP=op.value, BLOCK=1024)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from quantops import checks
-from quantops.library import ops
+from quantops.library import call, ops
 
 
 class MSQ(NamedTuple):
@@ -60,7 +60,7 @@ def round_clamp(w, scale, bits, *, signed=True, grid=None, out_dtype=None, out=N
         out = checks.outputs(out, w, out_dtype)
         ops.round_clamp_out(w, scale, n, full, signed, out)
         return out
-    return ops.round_clamp(w, scale, n, full, signed, covered, checks.dtype_of(out_dtype, w))
+    return call(ops.round_clamp, w, scale, n, full, signed, covered, checks.dtype_of(out_dtype, w))
 
 
 def msq(w, scale, bits, k=1, *, grid=None, out_dtype=None, out=None):
@@ -74,7 +74,7 @@ def msq(w, scale, bits, k=1, *, grid=None, out_dtype=None, out=None):
                 for t in (scale[0].dtype, torch.int64, scale[0].dtype)]
         ops.msq_out(w, scale, n, k, full, out, *sums)
         return MSQ(out, *sums)
-    return MSQ(*ops.msq(w, scale, n, k, full, covered, checks.dtype_of(out_dtype, w)))
+    return MSQ(*call(ops.msq, w, scale, n, k, full, covered, checks.dtype_of(out_dtype, w)))
 
 
 def lsb(w, scale, bits, k=1):
@@ -88,7 +88,8 @@ def lsb_stats(w, scale, bits, k=1, *, grid=None):
     """(penalty, nonzero, sq_error) of :func:`msq` without writing q: one read of the weights."""
     w = checks.tensors("w", w)
     n, k = checks.bits_and_k(bits, k, w)
-    return ops.lsb_stats(w, *_scales(w, scale)[:1], n, k, checks.full_grid(grid), False)
+    scale, covered = _scales(w, scale)
+    return call(ops.lsb_stats, w, scale, n, k, checks.full_grid(grid), covered)
 
 
 def lsb_penalty(w, scale, bits, k=1):

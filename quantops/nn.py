@@ -110,12 +110,19 @@ class WeightQuantizer(torch.nn.Module):
         return super()._apply(fn, recurse)
 
 
+def _trackable(w):
+    """True for plain tensors with a version counter."""
+    return type(w) in (torch.nn.Parameter, torch.Tensor) and not w.is_inference()
+
+
 def _mark(quantizer, w):
-    """What changes whenever q would: None where that cannot be told."""
-    if type(w) not in (torch.Tensor, torch.nn.Parameter) or w.is_inference():
-        return None
-    state = [*quantizer._buffers.values(), *quantizer._parameters.values()]
-    return w.data_ptr(), w._version, *(v for t in state for v in (id(t), t._version))
+    """What changes whenever q would: storage and version of the weight, identity and version of the rest."""
+    mark = [w.data_ptr(), w._version]
+    for t in quantizer._buffers.values():
+        mark += id(t), t._version
+    for t in quantizer._parameters.values():
+        mark += id(t), t._version
+    return mark
 
 
 class Pass:
@@ -123,15 +130,16 @@ class Pass:
 
     def __init__(self, quantizers, w, value):
         self.quantizers, self.w, self.value = quantizers, w, value
-        self.marks = [_mark(p, t) for p, t in zip(quantizers, w)]
+        self.marks = [_mark(p, t) if _trackable(t) else None for p, t in zip(quantizers, w)]
         self.state = [[*p._buffers.values(), *p._parameters.values()] for p in quantizers]  # alive: ids stay theirs
         self.steps, self.inference = _steps[0], torch.is_inference_mode_enabled()
         self.dtype = checks.dtype_of(None, w)
 
     def unchanged(self, i, quantizer, w):
         """True where entry i would be computed from the same values now."""
-        return (w is self.w[i] and self.steps == _steps[0] and self.marks[i] is not None
-                and self.marks[i] == _mark(quantizer, w) and self.inference == torch.is_inference_mode_enabled())
+        mark = self.marks[i]
+        return (w is self.w[i] and mark is not None and mark == _mark(quantizer, w) and self.steps == _steps[0]
+                and self.inference == torch.is_inference_mode_enabled())
 
     def serves(self, i, quantizer, w):
         """True where entry i is what a read of ``w`` would give now, in value, dtype and gradient."""
@@ -182,7 +190,7 @@ class WeightGroup:
             p.slot.clear()  # frees the last pass before the next is computed
         for quantizers, w in self.batches():
             # Sharded weights (FSDP2) and the like are quantized by their layers, once they are whole.
-            own = [i for i, (p, t) in enumerate(zip(quantizers, w)) if _mark(p, t) is not None]
+            own = [i for i, t in enumerate(w) if _trackable(t)]
             if len(own) < len(w):
                 quantizers, w = [quantizers[i] for i in own], [w[i] for i in own]
             if w:

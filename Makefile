@@ -1,0 +1,37 @@
+# Each target does all the set-up it needs: its own .venv, torch, the build.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   := .venv
+PY     := $(VENV)/bin/python
+SOURCES := setup.py pyproject.toml $(shell find csrc kernels quantops -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test bench info clean
+.NOTPARALLEL:
+
+# An installed torch >= 2.10 will do: PYTHON=... TORCH= VENV_FLAGS=--system-site-packages uses that of the system.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(if $(TORCH),$(PY) -m pip install -q --disable-pip-version-check "$(TORCH)")
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(PY) -m pip install -q --disable-pip-version-check -e ".[test]"
+	@touch $@
+
+info: $(VENV)/.installed
+	$(PY) -m quantops
+
+demo: $(VENV)/.installed
+	$(PY) -m quantops demo
+
+# Once with the compiled kernels, once with the Triton kernels in Triton's interpreter.
+test: $(VENV)/.installed
+	$(PY) -m quantops
+	QUANTOPS_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_uniform.py tests/test_errors.py
+	$(PY) -m pytest -q
+
+bench: $(VENV)/.installed
+	$(PY) bench/uniform.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info quantops/*.so

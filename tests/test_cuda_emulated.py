@@ -1,0 +1,500 @@
+"""The CUDA kernels of family ``uniform`` equal the reference, bit for bit: the very source file, run on the CPU.
+
+tests/cuda_on_cpu lets a plain C++ compiler build csrc/cuda/uniform.cu, whose ops then serve CPU tensors, warp by warp
+with shuffles and barriers. This file is also the program that loads that library and runs the checks below, in a
+process of its own, since the CPU has kernels of its own here. New memory is poisoned with NaN in it.
+"""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKS = {}
+
+
+def check(fn):
+    CHECKS[fn.__name__] = fn
+    return fn
+
+
+def build(folder):
+    """Compiles uniform.cu with the host compiler; gives back the library's path."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler to build the CUDA kernels for the CPU with: install g++, or set CXX")
+    library = Path(folder) / "uniform_on_cpu.so"
+    subprocess.run([
+        compiler, "-x", "c++", "-std=c++17", "-O1", "-w", "-ffp-contract=off", "-fno-strict-aliasing", "-shared",
+        "-fPIC", "-DQUANTOPS_EMULATE", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'tests/cuda_on_cpu'}",
+        *(f"-I{p}" for p in include_paths()), str(ROOT / "csrc/cuda/uniform.cu"), "-x", "none",
+        *(f"-L{p}" for p in library_paths()), "-ltorch_cpu", *os.environ.get("QUANTOPS_EMULATE_FLAGS", "").split(),
+        "-o", str(library)], check=True, timeout=600)
+    return library
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    library = build(tmp_path_factory.mktemp("cuda_on_cpu"))
+    env = {**os.environ, "QUANTOPS_BACKEND": "reference", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    out = subprocess.run([sys.executable, __file__, str(library)], env=env, cwd=library.parent, text=True,
+                         capture_output=True, timeout=600)
+    try:
+        return json.loads(out.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        pytest.fail(f"the emulation died with status {out.returncode}:\n{out.stdout}\n{out.stderr}")
+
+
+# ------------------------------------------------------------------------------ what runs in the process of its own
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def _exact(got, want, what):
+    """Equal bits, the sign of zero too, up to which NaN; and equal layout."""
+    import torch
+
+    assert got.dtype == want.dtype and got.shape == want.shape, f"{what}: {got.dtype} {got.shape}"
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
+    nan = (got != got) & (want != want)
+    wrong = (got.contiguous().view(bits) != want.contiguous().view(bits)) & ~nan
+    if wrong.any():
+        at = wrong.reshape(-1).nonzero().reshape(-1)
+        shown = [(int(i), got.reshape(-1)[i].item(), want.reshape(-1)[i].item()) for i in at[:4]]
+        raise AssertionError(f"{what}: {len(at)} of {got.numel()} differ (place, got, expected): {shown}")
+
+
+def _close(got, want, what):
+    """Sums are taken in float64 here and there, in another order."""
+    import torch
+
+    rtol = 1e-12 if got.dtype == torch.float64 else 3e-7
+    torch.testing.assert_close(got, want, rtol=rtol, atol=0, equal_nan=True, msg=lambda m: f"{what}: {m}")
+
+
+def _dense_like(t, w):
+    from quantops.layout import empty_like
+
+    assert t.stride() == empty_like(w, t.dtype).stride(), f"layout {t.stride()} of a result for {w.stride()}"
+
+
+def _bits(count, shift, low=0):
+    """(bits, k) that take all values in turn: every width with every k."""
+    import torch
+
+    pairs = [(n, k) for n in range(low, 17) for k in ([0] if n < 2 else range(1, n))]
+    chosen = [pairs[(shift * 7 + i * 11) % len(pairs)] for i in range(count)]
+    return [torch.tensor(v, dtype=torch.int32) for v in zip(*chosen)]
+
+
+def _weights(dtype, per_row):
+    import cases
+    import torch
+
+    dtype = getattr(torch, dtype)
+    w = [t if t.numel() < 5000 else t[3:3100] if t.dim() == 1 else t[:2, :2500] for t in cases.weights(dtype)]
+    return w, cases.scales(w, per_row)
+
+
+@check
+def reductions():
+    import torch
+
+    from quantops import reference
+    for dtype, per_row in itertools.product(DTYPES, (False, True)):
+        w, _ = _weights(dtype, False)
+        if per_row:
+            w = [t for t in w if t.dim()] + [torch.zeros(0, 4, dtype=w[0].dtype), torch.zeros(4, 0, dtype=w[0].dtype)]
+        size = [t.shape[0] if per_row else 1 for t in w]
+        for name, same in (("absmax", _exact), ("absmean", _close)):
+            got = getattr(torch.ops.quantops, name)(w, per_row).split(size)
+            for i, (g, t) in enumerate(zip(got, w)):
+                want = getattr(reference, name)(t, per_row=per_row).reshape(-1)
+                same(g, want, f"{name} {dtype} per_row={per_row} w[{i}]")
+
+
+@check
+def round_clamp():
+    import torch
+
+    from quantops import reference
+    for case, (dtype, per_row, full, signed) in enumerate(itertools.product(
+            DTYPES, (False, True), (False, True), (False, True))):
+        w, s = _weights(dtype, per_row)
+        bits, _ = _bits(len(w), case)
+        for out in DTYPES:
+            out = getattr(torch, out)
+            q = torch.ops.quantops.round_clamp(w, s, bits, full, signed, False, out)
+            for i, t in enumerate(w):
+                want = reference.round_clamp(t, s[i], bits[i], signed=signed, grid="full" if full else "dyadic",
+                                             out_dtype=out)
+                _exact(q[i], want, f"{dtype} to {out} full={full} signed={signed} bits={bits[i]} w[{i}]")
+                _dense_like(q[i], t)
+
+
+@check
+def msq_and_its_sums():
+    import torch
+
+    from quantops import reference
+    ops = torch.ops.quantops
+    for case, (dtype, per_row, full) in enumerate(itertools.product(DTYPES, (False, True), (False, True))):
+        w, s = _weights(dtype, per_row)
+        bits, k = _bits(len(w), case)
+        want = [reference.msq(*a, grid="full" if full else "dyadic") for a in zip(w, s, bits, k)]
+        for out in DTYPES:
+            out = getattr(torch, out)
+            q, *sums = ops.msq(w, s, bits, k, full, False, out)
+            for i, t in enumerate(w):
+                what = f"{dtype} to {out} full={full} bits={bits[i]} k={k[i]} w[{i}]"
+                value = want[i][0] if out == t.dtype else reference.round_clamp(
+                    t, s[i], bits[i], grid="full" if full else "dyadic", out_dtype=out)
+                _exact(q[i], value, what)
+                _dense_like(q[i], t)
+                _close(sums[0][i], want[i][1], f"penalty {what}")
+                _exact(sums[1][i], want[i][2], f"nonzero {what}")
+                _close(sums[2][i], want[i][3], f"sq_error {what}")
+        for name, again, first in zip(("penalty", "nonzero", "sq_error"), ops.lsb_stats(w, s, bits, k, full, False), sums):
+            _close(again, first, f"{name} of lsb_stats")
+
+
+@check
+def every_width_and_k():
+    import torch
+
+    from quantops import reference
+    pairs = [(n, k) for n in range(17) for k in range(max(n, 1))]
+    bits, k = (torch.tensor(v, dtype=torch.int32) for v in zip(*pairs))
+    edges = torch.arange(-512, 513).div(512)  # every bin edge of every narrow width
+    w = [torch.cat([edges, torch.randn(41) * 0.4]) for _ in pairs]
+    s = [torch.tensor(1.0)] * len(w)
+    b = torch.ops.quantops.lsb(w, s, bits, k)
+    q, penalty, nonzero, sq_error = torch.ops.quantops.msq(w, s, bits, k, False, False, torch.float32)
+    for i in range(len(w)):
+        _exact(b[i], reference.lsb(w[i], s[i], bits[i], k[i]), f"lsb {pairs[i]}")
+        want = reference.msq(w[i], s[i], bits[i], k[i])
+        _exact(q[i], want[0], f"q {pairs[i]}")
+        _close(penalty[i], want[1], f"penalty {pairs[i]}")
+        _exact(nonzero[i], want[2], f"nonzero {pairs[i]}")
+        _close(sq_error[i], want[3], f"sq_error {pairs[i]}")
+
+
+@check
+def lsb():
+    import torch
+
+    from quantops import reference
+    for case, (dtype, per_row) in enumerate(itertools.product(DTYPES, (False, True))):
+        w, s = _weights(dtype, per_row)
+        bits, k = _bits(len(w), case)
+        for i, b in enumerate(torch.ops.quantops.lsb(w, s, bits, k)):
+            _exact(b, reference.lsb(w[i], s[i], bits[i], k[i]), f"{dtype} bits={bits[i]} k={k[i]} w[{i}]")
+            _dense_like(b, w[i])
+
+
+@check
+def encode_and_decode():
+    import torch
+
+    from quantops import reference
+    for case, (dtype, per_row, signed, rule) in enumerate(itertools.product(
+            DTYPES, (False, True), (False, True), range(3))):
+        w, s = _weights(dtype, per_row)
+        bits, _ = _bits(len(w), case)
+        codes = torch.ops.quantops.encode(w, s, bits, rule, signed)
+        for i, c in enumerate(codes):
+            want = reference.encode(w[i], s[i], bits[i], rule=reference.uniform.RULES[rule], signed=signed)
+            _exact(c, want, f"encode {dtype} rule={rule} signed={signed} bits={bits[i]} w[{i}]")
+            _dense_like(c, w[i])
+            if c.numel() > 2:
+                c.view(-1).select(0, 0).fill_([-1, 2**16, 2**31 - 1, -(2**31)][i % 4]) if c.is_contiguous() else None
+        for full, out in itertools.product((False, True), DTYPES):
+            out = getattr(torch, out)
+            q = torch.ops.quantops.decode(codes, s, bits, full, signed, out)
+            for i, c in enumerate(codes):
+                want = reference.decode(c, s[i], bits[i], grid="full" if full else "dyadic", signed=signed, dtype=out)
+                _exact(q[i], want, f"decode {dtype} to {out} full={full} signed={signed} bits={bits[i]} codes[{i}]")
+                _dense_like(q[i], c)
+
+
+@check
+def backward():
+    import torch
+
+    from quantops import reference
+    for case, (dtype, per_row, full, signed) in enumerate(itertools.product(
+            DTYPES, (False, True), (False, True), (False, True))):
+        w, s = _weights(dtype, per_row)
+        bits, k = _bits(len(w), case)
+        r = torch.linspace(-2, 2, len(w), dtype=s[0].dtype)
+        for grad_dtype, penalty, scale_grad in (*itertools.product(DTYPES, (False, True), (False, True)),
+                                                (None, True, False), (None, True, True)):
+            if penalty and not signed:
+                continue  # LSBs are those of signed weights
+            grad = []
+            if grad_dtype:
+                grad = [torch.randn(t.shape).to(getattr(torch, grad_dtype)) for t in w]
+                grad[0] = torch.randn(()).to(grad[0].dtype).expand(w[0].shape)  # the gradient of a sum
+                grad[-1].view(-1)[::5] = torch.tensor(float("nan"))
+            gw, gs = torch.ops.quantops.uniform_backward(
+                grad, r if penalty else None, w, s, bits, k, full, signed, scale_grad)
+            assert len(gs) == (len(w) if scale_grad else 0)
+            for i, t in enumerate(w):
+                what = f"{dtype} grad {grad_dtype} r={penalty} full={full} signed={signed} bits={bits[i]} w[{i}]"
+                want_w, want_s = reference.uniform_backward(
+                    grad[i] if grad else None, r[i] if penalty else None, t, s[i], bits[i], k[i],
+                    grid="full" if full else "dyadic", signed=signed)
+                _exact(gw[i], want_w, what)
+                _dense_like(gw[i], t)
+                if scale_grad:
+                    assert gs[i].shape == s[i].shape and gs[i].dtype == s[i].dtype
+                    term = reference.uniform.scale_grad_term(t, s[i], bits[i], "full" if full else "dyadic", signed)
+                    room = (term * (grad[i].to(term.dtype) if grad else 0)).double().abs().sum().nan_to_num(0, 0, 0)
+                    torch.testing.assert_close(gs[i], want_s, rtol=1e-6 if s[i].dtype == torch.float32 else 1e-12,
+                                               atol=float(room) * 1e-14, equal_nan=True, msg=lambda m: f"{what}: {m}")
+
+
+@check
+def add_lsb_grad():
+    import torch
+
+    from quantops import reference
+    for case, (dtype, per_row) in enumerate(itertools.product(DTYPES, (False, True))):
+        w, s = _weights(dtype, per_row)
+        w = [t.contiguous() if not t.is_contiguous() and t.dim() == 2 else t for t in w]
+        bits, k = _bits(len(w), case)
+        for strength in (0.0, 0.37, -1e30, float("inf")):
+            strength = torch.tensor(strength, dtype=s[0].dtype)
+            grad = [torch.empty_like(t).copy_(torch.randn(t.shape)) for t in w]
+            want = [reference.add_lsb_grad(g, strength, *a) for g, *a in zip(grad, w, s, bits, k)]
+            torch.ops.quantops.add_lsb_grad_(grad, w, s, bits, k, strength)
+            for i, g in enumerate(grad):
+                _exact(g, want[i], f"{dtype} strength={strength} bits={bits[i]} k={k[i]} w[{i}]")
+
+
+@check
+def unaligned_memory_and_its_neighbours():
+    """Every alignment of input and output; what lies beside an output stays as it was."""
+    import torch
+
+    from quantops import reference
+    for w_dtype, q_dtype in itertools.product((torch.float32, torch.bfloat16, torch.float64), repeat=2):
+        for at_w, at_q, size in itertools.product(range(0, 9), (0, 1, 2, 4, 7), (1, 6, 31, 1030)):
+            w = torch.randn(size + 16).to(w_dtype)[at_w:at_w + size]
+            memory = torch.full((size + 16,), 7.0, dtype=q_dtype)
+            q, s, bits = memory[at_q:at_q + size], torch.ones((), dtype=torch.promote_types(w_dtype, torch.float32)), 5
+            bits = torch.tensor([bits], dtype=torch.int32)
+            sums = [torch.empty(1, dtype=t) for t in (s.dtype, torch.int64, s.dtype)]
+            for run in (lambda: torch.ops.quantops.round_clamp_out([w], [s], bits, False, True, [q]),
+                        lambda: torch.ops.quantops.msq_out([w], [s], bits, bits // 2, False, [q], *sums)):
+                q.fill_(float("nan"))
+                run()
+                what = f"{w_dtype} at {at_w} to {q_dtype} at {at_q}, {size}"
+                _exact(q, reference.round_clamp(w, s, 5, out_dtype=q_dtype), what)
+                assert (memory[:at_q] == 7).all() and (memory[at_q + size:] == 7).all(), f"neighbours of {what}"
+            want = reference.msq(w, s, 5, 2)
+            for got, value in zip(sums, want[1:]):
+                _close(got[0], value, f"sums of {w_dtype} at {at_w}, {size}")
+
+
+@check
+def rows_of_every_length():
+    import torch
+
+    from quantops import reference
+    for dtype in (torch.float32, torch.bfloat16):
+        w = [torch.randn(rows, inner).to(dtype) for rows, inner in itertools.product(
+            (1, 2, 37), (1, 3, 8, 27, 32, 147, 1023, 1024, 1025, 3000))]
+        s = [t.float().abs().amax(1) * 0.8 for t in w]
+        bits, k = _bits(len(w), 3)
+        q, *sums = torch.ops.quantops.msq(w, s, bits, k, True, False, dtype)
+        grad = [torch.randn(t.shape).to(dtype) for t in w]
+        gw, gs = torch.ops.quantops.uniform_backward(grad, None, w, s, bits, k, True, True, True)
+        for i, t in enumerate(w):
+            want = reference.msq(t, s[i], bits[i], k[i], grid="full")
+            _exact(q[i], want[0], f"q {t.shape}")
+            _close(sums[0][i], want[1], f"penalty {t.shape}")
+            _exact(sums[1][i], want[2], f"nonzero {t.shape}")
+            _close(sums[2][i], want[3], f"sq_error {t.shape}")
+            want = reference.uniform_backward(grad[i], None, t, s[i], bits[i], k[i], grid="full")
+            _exact(gw[i], want[0], f"grad_w {t.shape}")
+            torch.testing.assert_close(gs[i], want[1], rtol=1e-6, atol=1e-9)
+
+
+@check
+def long_lists():
+    """More tensors than the tables of one launch hold, empty ones among them."""
+    import torch
+
+    from quantops import reference
+    for count in (60, 61, 500, 501, 1203):
+        w = [torch.randn((i * 37) % 90 if i % 7 else 0) for i in range(count)]
+        s = [t.abs().amax() if t.numel() else torch.tensor(1.0) for t in w]
+        absmax = torch.ops.quantops.absmax(w, False)
+        bits, k = _bits(count, 1)
+        q, *sums = torch.ops.quantops.msq(w, s, bits, k, False, False, torch.float32)
+        for i, t in enumerate(w):
+            _exact(absmax[i], reference.absmax(t), f"absmax w[{i}] of {count}")
+            want = reference.msq(t, s[i], bits[i], k[i])
+            _exact(q[i], want[0], f"q[{i}] of {count}")
+            _close(sums[0][i], want[1], f"penalty[{i}] of {count}")
+            _exact(sums[1][i], want[2], f"nonzero[{i}] of {count}")
+            _close(sums[2][i], want[3], f"sq_error[{i}] of {count}")
+
+
+@check
+def longer_segments():
+    """A list of more than 8M elements, which is cut into longer runs; its sums are the same bits every time."""
+    import torch
+
+    from quantops import reference
+    w = [torch.randn(size).bfloat16() for size in ((8_500_003,), (3, 70001), (5,))]
+    s = list(torch.ops.quantops.absmax(w, False).unbind())
+    bits, k = (torch.tensor(v, dtype=torch.int32) for v in ([4, 8, 3], [1, 2, 1]))
+    q, *sums = torch.ops.quantops.msq(w, s, bits, k, False, False, torch.bfloat16)
+    for i, t in enumerate(w):
+        _exact(s[i], reference.absmax(t), "absmax")
+        want = reference.msq(t, s[i], bits[i], k[i])
+        _exact(q[i], want[0], f"q[{i}]")
+        for got, value in zip(sums, want[1:]):
+            _close(got[i], value, f"sums of w[{i}]")
+    for a, b in zip(sums, torch.ops.quantops.lsb_stats(w, s, bits, k, False, False)):
+        _exact(a, b, "the same sums again")
+
+
+@check
+def values_out_of_range():
+    """NaN for that tensor (integers: INVALID, a count: -1), as in the reference, and for no other."""
+    import torch
+
+    from quantops import reference
+    nan, inf = float("nan"), float("inf")
+    bad = [(8, 1, 1.0), (17, 1, 1.0), (-1, 0, 1.0), (2**31 - 1, 1, 1.0), (4, 4, 1.0), (4, -1, 1.0), (4, 2**31 - 1, 1.0),
+           (0, 1, 1.0), (4, 1, nan), (4, 1, -1.0), (4, 1, inf), (4, 1, -inf), (3, 1, 2.0)]
+    ops = torch.ops.quantops
+    for shape in ((6, 50), (3, 0), (0,)):
+        bits, k = (torch.tensor([b[i] for b in bad], dtype=torch.int32) for i in (0, 1))
+        for per_row in (False, True):
+            w = [torch.randn(shape) for _ in bad]
+            s = [torch.ones(shape[0] if per_row else 1) for _ in bad]
+            for t, b in zip(s, bad):
+                t[-1:] = b[2]
+            q, *sums = ops.msq(w, s, bits, k, False, False, torch.float32)
+            b, c = ops.lsb(w, s, bits, k), ops.encode(w, s, bits, 0, True)
+            d = ops.decode([torch.ones_like(t, dtype=torch.int32) for t in w], s, bits, False, True, torch.float32)
+            grad = [torch.randn(shape) for _ in bad]
+            gw, gs = ops.uniform_backward(grad, torch.ones(len(w)), w, s, bits, k, False, True, True)
+            ops.add_lsb_grad_(added := [g.clone() for g in grad], w, s, bits, k, torch.tensor(0.5))
+            for i, (t, what) in enumerate(zip(w, bad)):
+                want = reference.msq(t, s[i], bits[i], k[i])
+                what = f"{what} {shape} per_row={per_row}"
+                if k[i] == 0 or 1 <= k[i] < bits[i] or reference.uniform._valid(s[i], bits[i]).all():
+                    _exact(q[i], want[0], f"q {what}")
+                for got, value in zip(sums, want[1:]):
+                    _close(got[i], value, f"sums {what}")
+                _exact(b[i], reference.lsb(t, s[i], bits[i], k[i]), f"lsb {what}")
+                _exact(c[i], reference.encode(t, s[i], bits[i]), f"encode {what}")
+                _exact(d[i], reference.decode(torch.ones_like(t, dtype=torch.int32), s[i], bits[i]), f"decode {what}")
+                want = reference.uniform_backward(grad[i], torch.tensor(1.0), t, s[i], bits[i], k[i])
+                _exact(gw[i], want[0], f"grad_w {what}")
+                if t.numel() and not (k[i] == 0 or 1 <= k[i] < bits[i]):  # k says nothing about q alone: no matter
+                    assert gs[i].isnan().all(), f"grad_scale {what}"
+                else:
+                    torch.testing.assert_close(gs[i], want[1], rtol=1e-6, atol=1e-6, equal_nan=True)
+                _exact(added[i], reference.add_lsb_grad(grad[i], 0.5, t, s[i], bits[i], k[i]), f"add_lsb_grad {what}")
+
+
+@check
+def errors():
+    import torch
+
+    ops = torch.ops.quantops
+    w, s, n = [torch.randn(4, 6)], [torch.ones(())], torch.tensor([4], dtype=torch.int32)
+    f32 = torch.float32
+
+    def out(q, penalty=torch.empty(1)):
+        return ops.msq_out(w, s, n, n, False, q, penalty, torch.empty(1, dtype=torch.int64), torch.empty(1))
+
+    for text, call in {
+        "w: expected dtype float32": lambda: ops.absmax([w[0].int()], False),
+        "w: expected one dtype, got float32 in entry 0 and float64": lambda: ops.absmax([w[0], w[0].double()], False),
+        "w: expected at least one dimension": lambda: ops.absmax([torch.tensor(1.0)], True),
+        "scale: expected a list with one entry per weight (1), got 2": lambda: ops.lsb(w, s * 2, n, n),
+        "scale: expected dtype float32, got float64": lambda: ops.lsb(w, [s[0].double()], n, n),
+        "scale: expected one element or one per row (4)": lambda: ops.lsb(w, [torch.ones(6)], n, n),
+        "scale: expected a contiguous tensor": lambda: ops.lsb(w, [torch.ones(8)[::2]], n, n),
+        "bits: expected dtype int32, got int64": lambda: ops.encode(w, s, n.long(), 0, True),
+        "bits: expected 1 element, got shape (2,)": lambda: ops.encode(w, s, n.repeat(2), 0, True),
+        "bits: expected device cpu, where the weights are, got meta":
+            lambda: torch.ops.quantops.encode.default.redispatch(
+                torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), w, s, n.to("meta"), 0, True),
+        "k: expected 1 element": lambda: ops.lsb(w, s, n, n.repeat(3)),
+        "rule: expected 0..2, got 3": lambda: ops.encode(w, s, n, 3, True),
+        "dtype: expected float32": lambda: ops.round_clamp(w, s, n, False, True, False, torch.int32),
+        "codes: expected dtype int32, got float32": lambda: ops.decode(w, s, n, False, True, f32),
+        "q: expected a list with one entry per weight (1), got 2": lambda: out(w * 2),
+        "q: expected the weight's shape (4, 6), got (6, 4)": lambda: out([torch.empty(6, 4)]),
+        "q: expected a dense tensor with strides (6, 1), got (1, 4)": lambda: out([torch.empty(6, 4).t()]),
+        "penalty: expected 1 element, got shape (2,)": lambda: out([torch.empty(4, 6)], torch.empty(2)),
+        "grad: expected dtype float32, got float64":
+            lambda: ops.add_lsb_grad_([w[0].double()], w, s, n, n, torch.tensor(1.0)),
+        "grad: expected a dense tensor with strides (6, 1)":
+            lambda: ops.add_lsb_grad_([torch.empty(6, 4).t()], w, s, n, n, torch.tensor(1.0)),
+        "strength: expected 1 element": lambda: ops.add_lsb_grad_([w[0].clone()], w, s, n, n, torch.ones(2)),
+        "grad: expected the weight's shape (4, 6), got (5,)":
+            lambda: ops.uniform_backward([torch.ones(5)], None, w, s, n, n, False, True, False),
+        "grad_penalty: expected 1 element": lambda: ops.uniform_backward(
+            [], torch.ones(2), w, s, n, n, False, True, False),
+    }.items():
+        try:
+            call()
+        except ValueError as error:
+            assert text in str(error), f"expected {text!r} in {str(error)!r}"
+        else:
+            raise AssertionError(f"no error, expected {text!r}")
+
+
+def main(library):
+    import torch
+
+    import quantops  # noqa: F401  the schemas
+
+    torch.ops.load_library(library)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    assert torch.empty(5).isnan().all()
+    found = {}
+    with torch.inference_mode():  # leaves autograd out
+        for name, fn in CHECKS.items():
+            if len(sys.argv) > 2 and name not in sys.argv[2:]:
+                continue
+            torch.manual_seed(0)
+            start = time.time()
+            try:
+                fn()
+                found[name] = None
+            except Exception:
+                found[name] = traceback.format_exc()
+            print(f"{name}: {time.time() - start:.1f} s", file=sys.stderr)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_emulated(results, name):
+    """Each check of the child process."""
+    if results[name]:
+        pytest.fail(results[name], pytrace=False)

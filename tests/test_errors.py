@@ -1,0 +1,87 @@
+"""Bad input: each error names the argument, what was expected and what came, before any work is done."""
+
+import pytest
+import torch
+
+import quantops as Q
+
+W = torch.randn(4, 6)
+MIXED = [W, torch.randn(3).double()]
+
+BAD = {
+    "integer weight": (lambda: Q.round_clamp(torch.ones(3, dtype=torch.int64), 1.0, 4), TypeError, r"w: .*int64"),
+    "weight is no tensor": (lambda: Q.msq([1.0], 1.0, 4), TypeError, r"w: expected a tensor, got list"),
+    "empty list": (lambda: Q.foreach.msq([], None, 4), TypeError, r"w: expected a non-empty list"),
+    "mixed dtypes": (lambda: Q.foreach.msq(MIXED, None, 4), TypeError, r"w: expected one dtype, got .* in entry 1"),
+    "mixed devices": (lambda: Q.foreach.msq([W, W.to("meta")], None, 4), ValueError, r"w: expected one device"),
+    "bits above 16": (lambda: Q.round_clamp(W, 1.0, 17), ValueError, r"bits: expected 0\.\.16, got 17"),
+    "bits below 0": (lambda: Q.round_clamp(W, 1.0, -1), ValueError, r"bits: expected 0\.\.16, got -1"),
+    "bits above 16, tensor": (lambda: Q.round_clamp(W, 1.0, torch.tensor(17)), ValueError, r"bits.*0\.\.16, got 17"),
+    "bits float": (lambda: Q.round_clamp(W, 1.0, 4.0), TypeError, r"bits: expected an integer .*float"),
+    "bits float tensor": (lambda: Q.round_clamp(W, 1.0, torch.tensor(4.0)), TypeError, r"bits: expected an integer"),
+    "bits bool": (lambda: Q.round_clamp(W, 1.0, True), TypeError, r"bits: .*bool"),
+    "bits count": (lambda: Q.foreach.round_clamp([W, W], None, torch.tensor([3])), ValueError, r"bits: .*\(2\)"),
+    "bits device": (lambda: Q.round_clamp(W, 1.0, torch.empty((), dtype=torch.int32, device="meta")), ValueError,
+                    r"bits: expected device cpu"),
+    "k equals bits": (lambda: Q.msq(W, 1.0, 4, 4), ValueError, r"k: expected 1 <= k < bits = 4 .* got 4"),
+    "k equals bits, tensor": (lambda: Q.msq(W, 1.0, 4, torch.tensor(4)), ValueError, r"k.*1 <= k < bits = 4 .*got 4"),
+    "k negative": (lambda: Q.lsb(W, 1.0, 4, -1), ValueError, r"k: "),
+    "scale negative": (lambda: Q.round_clamp(W, -1.0, 4), ValueError, r"scale: expected a finite value >= 0, got -1"),
+    "scale NaN": (lambda: Q.round_clamp(W, float("nan"), 4), ValueError, r"scale: .*nan"),
+    "scale negative, tensor": (lambda: Q.round_clamp(W, torch.tensor(-1.0), 4), ValueError, r"scale.*>= 0, got.*-1"),
+    "scale NaN in a row": (lambda: Q.round_clamp(W, torch.tensor([1, 1, torch.nan, 1]), 4), ValueError, r"scale.*nan"),
+    "scale infinite": (lambda: Q.msq(W, torch.tensor(torch.inf), 4), ValueError, r"scale.*inf"),
+    "scale length": (lambda: Q.round_clamp(W, torch.ones(3), 4), ValueError, r"scale: .*per row \(4\).*shape \(3,\)"),
+    "scale per element": (lambda: Q.round_clamp(W, torch.ones(4, 6), 4), ValueError, r"scale: .*shape \(4, 6\)"),
+    "scale along dim 1": (lambda: Q.round_clamp(torch.ones(4, 4), torch.ones(1, 4), 4), ValueError, r"scale: "),
+    "scale integers": (lambda: Q.round_clamp(W, torch.ones((), dtype=torch.int32), 4), TypeError, r"scale: .*int32"),
+    "scale count": (lambda: Q.foreach.round_clamp([W, W], [torch.ones(())], 4), ValueError, r"scale: .*\(2\), got 1"),
+    "scale is a tensor for a list": (lambda: Q.foreach.msq([W, W], torch.ones(2), 4), ValueError, r"scale: .*list"),
+    "grid": (lambda: Q.round_clamp(W, 1.0, 4, grid="half"), ValueError, r"grid: expected one of 'dyadic', 'full'"),
+    "rule": (lambda: Q.encode(W, 1.0, 4, rule="ceil"), ValueError, r"rule: expected one of .*'ceil'"),
+    "out_dtype": (lambda: Q.round_clamp(W, 1.0, 4, out_dtype=torch.int8), TypeError, r"out_dtype: .*int8"),
+    "out requires grad": (lambda: Q.round_clamp(W, 1.0, 4, out=torch.empty(4, 6, requires_grad=True)), ValueError,
+                          r"out: .*requires grad"),
+    "w requires grad with out": (lambda: Q.msq(W.clone().requires_grad_(), 1.0, 4, out=torch.empty(4, 6)), ValueError,
+                                 r"out: .*requires grad"),
+    "out shape": (lambda: Q.round_clamp(W, 1.0, 4, out=torch.empty(6, 4)), ValueError, r"out: expected shape \(4, 6\)"),
+    "out strides": (lambda: Q.round_clamp(W, 1.0, 4, out=torch.empty(6, 4).t()), ValueError, r"out: .*strides"),
+    "out dtype": (lambda: Q.round_clamp(W, 1.0, 4, out_dtype=torch.float16, out=torch.empty(4, 6)), TypeError,
+                  r"out: expected torch.float16"),
+    "out is w": (lambda: Q.round_clamp(W, 1.0, 4, out=W), ValueError, r"out: .*memory of its own"),
+    "codes float": (lambda: Q.decode(W, 1.0, 4), TypeError, r"codes: .*float32"),
+    "codes too large": (lambda: Q.decode(torch.tensor([0, 16]), 1.0, 4), ValueError, r"codes.*0\.\.2\^4"),
+    "codes negative": (lambda: Q.decode(torch.tensor([-1, 1]), 1.0, 4), ValueError, r"codes.*0\.\.2\^4"),
+    "0-dim per row": (lambda: Q.absmax(torch.ones(()), per_row=True), ValueError, r"w.*dimension"),
+    "gradient shape": (lambda: Q.foreach.add_lsb_grad_([torch.ones(3)], [W], None, 4, 1, 0.1), ValueError, r"grad\[0\]"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_error(name):
+    call, kind, message = BAD[name]
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_failed_calls_leave_out_untouched():
+    out = torch.full((4, 6), 7.0)
+    for scale, bits in ((torch.tensor(-1.0), 4), (torch.tensor(1.0), torch.tensor(17))):
+        with pytest.raises(ValueError):
+            Q.round_clamp(W, scale, bits, out=out)
+    assert (out == 7).all()
+
+
+@pytest.mark.parametrize("args", [
+    ([W], [], torch.tensor([4], dtype=torch.int32)),
+    ([W], [torch.ones(3)], torch.tensor([4], dtype=torch.int32)),
+    ([W], [torch.ones((), dtype=torch.float64)], torch.tensor([4], dtype=torch.int32)),
+    ([W], [torch.ones(())], torch.tensor([4])),
+    ([W], [torch.ones(())], torch.tensor([4, 4], dtype=torch.int32)),
+    ([W, MIXED[1]], [torch.ones(()), torch.ones(())], torch.tensor([4, 4], dtype=torch.int32)),
+])
+def test_the_ops_themselves_read_nothing_out_of_bounds(args):
+    """Called past the Python checks, a compiled op checks shapes and dtypes on its own."""
+    with pytest.raises((ValueError, RuntimeError, TypeError)):
+        torch.ops.quantops.round_clamp(*args, False, True, False, torch.float32)
+        raise AssertionError("the op took arguments that do not fit")
