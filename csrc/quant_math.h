@@ -26,6 +26,29 @@ enum Rule : int64_t { kRoundClamp = 0, kFloor = 1, kNearest = 2 };  // the order
 QUANTOPS_INLINE float rint_small(float v) { return (v + 12582912.f) - 12582912.f; }
 QUANTOPS_INLINE double rint_small(double v) { return (v + 6755399441055744.) - 6755399441055744.; }
 
+// v, but no more than `top`, no less than `low`; NaN stays NaN. On a GPU one instruction, where the ternary takes two.
+template <class A>
+QUANTOPS_INLINE A at_most(A v, A top) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (sizeof(A) == 4) {
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(v) : "f"(top));
+    return v;
+  }
+#endif
+  return v > top ? top : v;
+}
+
+template <class A>
+QUANTOPS_INLINE A at_least(A v, A low) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (sizeof(A) == 4) {
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(v) : "f"(low));
+    return v;
+  }
+#endif
+  return v < low ? low : v;
+}
+
 template <class A>
 QUANTOPS_INLINE A floor_small(A v) {
   A r = rint_small(v);
@@ -97,8 +120,7 @@ QUANTOPS_INLINE Quantizer<A> make_quantizer(A s, int64_t n, int64_t k, bool full
 // an inverse of 0, and leaves u at most a rounding error outside [0, 1], which rint and the clamp of the code remove.
 template <class A>
 QUANTOPS_INLINE A round_clamp_unit(A w, const Quantizer<A>& p) {
-  A v = w < p.low ? p.low : w;
-  v = v > p.scale ? p.scale : v;
+  A v = at_most(at_least(w, p.low), p.scale);
   return v * p.inv + p.offset;
 }
 
@@ -114,8 +136,7 @@ QUANTOPS_INLINE A unit(A w, const Quantizer<A>& p) {
 
 template <class A>
 QUANTOPS_INLINE A round_clamp_code(A u, A mul, A top) {
-  A c = rint_small(mul * u);
-  return c > top ? top : c;
+  return at_most(rint_small(mul * u), top);
 }
 
 template <class A>
@@ -140,14 +161,16 @@ QUANTOPS_INLINE A lsb_residual(A u, A c, const Quantizer<A>& p) {
 // |b|, 0 for NaN. As a sum of two maxima, since compilers make branches of the shorter forms and do not vectorize them.
 template <class A>
 QUANTOPS_INLINE A magnitude(A b) {
+#if defined(__CUDA_ARCH__)
+  return fmax(fabs(b), A(0));  // NaN loses
+#endif
   return (b > A(0) ? b : A(0)) + (b < A(0) ? -b : A(0));
 }
 
 // The sign of an integer b; NaN stays NaN.
 template <class A>
 QUANTOPS_INLINE A sign(A b) {
-  A s = b < A(-1) ? A(-1) : b;
-  return s > A(1) ? A(1) : s;
+  return at_most(at_least(b, A(-1)), A(1));
 }
 
 template <class A>

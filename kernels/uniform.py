@@ -38,7 +38,7 @@ ABSMAX, ABSMEAN, SCALE_GRAD = (tl.constexpr(i) for i in range(6, 9))
 
 SUB = tl.constexpr(1024)  # elements at a time off the main path, where registers are dear
 SHORT_ROW = 256  # rows up to here share a program, in tiles:
-TILE_ROWS, COLUMNS = tl.constexpr(32), tl.constexpr(64)
+TILE_ROWS, COLUMNS = tl.constexpr(16), tl.constexpr(64)
 
 
 @triton.jit
@@ -239,6 +239,11 @@ def _total(v, axis: tl.constexpr, OP: tl.constexpr):
 
 
 @triton.jit
+def _partial(total, A: tl.constexpr, OP: tl.constexpr):
+    return total.to(A, bitcast=True) if OP == ABSMAX else total
+
+
+@triton.jit
 def _number(total, inner, A: tl.constexpr, OP: tl.constexpr):
     """The number of a row from its total."""
     if OP == ABSMAX:
@@ -304,18 +309,19 @@ def by_row(table, chunks, bits, k, r, partials, A: tl.constexpr, W_T: tl.constex
             rr = tl.load(r + t)
 
     if pieces == 0:
-        row = local * TILE_ROWS + tl.arange(0, TILE_ROWS)
-        w_ptr = _pointer(tl.load(entry + W), 0, W_T)
-        x_ptr = _pointer(tl.load(entry + X), 0, X_T)
-        out_ptr = _pointer(tl.load(entry + OUT), 0, OUT_T)
-        p = _row_quantizer(s_ptr, row[:, None], (row < rows)[:, None], n, kk, FULL, SIGNED, OP)
-        sums = _zeros([TILE_ROWS, COLUMNS], A, OP)
+        lines = local * TILE_ROWS + tl.arange(0, TILE_ROWS)
+        here = lines[:, None] < rows
+        w_all = _pointer(tl.load(entry + W), 0, W_T)
+        x_all = _pointer(tl.load(entry + X), 0, X_T)
+        out_all = _pointer(tl.load(entry + OUT), 0, OUT_T)
+        q = _row_quantizer(s_ptr, lines[:, None], here, n, kk, FULL, SIGNED, OP)
+        tile = _zeros([TILE_ROWS, COLUMNS], A, OP)
         for j in range(0, inner.to(tl.int32), COLUMNS):
             column = j + tl.arange(0, COLUMNS)[None, :]
-            v = _row_block(w_ptr, x_ptr, out_ptr, row[:, None] * inner + column, (row < rows)[:, None] & (column < inner),
-                           rr, p, A, OUT_T, OP, SIGNED, HAS_X, HAS_R)
-            sums = _add(sums, v, OP)
-        tl.store(result + row, _number(_total(sums, 1, OP), inner, A, OP), mask=row < rows)
+            v = _row_block(w_all, x_all, out_all, lines[:, None] * inner + column, here & (column < inner), rr, q, A,
+                           OUT_T, OP, SIGNED, HAS_X, HAS_R)
+            tile = _add(tile, v, OP)
+        tl.store(result + lines, _number(_total(tile, 1, OP), inner, A, OP), mask=lines < rows)
     else:
         row = local // pieces
         start = (local - row * pieces) * BLOCK
@@ -339,9 +345,7 @@ def by_row(table, chunks, bits, k, r, partials, A: tl.constexpr, W_T: tl.constex
         if pieces == 1:
             tl.store(result + row, _number(total, inner, A, OP))
         else:
-            if OP == ABSMAX:
-                total = total.to(A, bitcast=True)
-            tl.store(partials + tl.load(entry + PARTIAL) + local, total)
+            tl.store(partials + tl.load(entry + PARTIAL) + local, _partial(total, A, OP))
 
 
 @triton.jit

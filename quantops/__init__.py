@@ -1,12 +1,16 @@
 """Fused kernels for quantization-aware training: MSQ, TruncQuant, CPQ with DropBits."""
 
-from quantops.version import __version__
-
 from quantops import backends, foreach, layout, reference
 from quantops.backends import info
+from quantops.convert import quantize_
 from quantops.functional import MSQ, absmax, absmean, decode, encode, lsb, lsb_penalty, msq, round_clamp
+from quantops.hessian import hessian_trace
+from quantops.intweight import IntWeight, load_int, save_int, to_int
+from quantops.methods.msq import MSQConfig, MSQController, add_penalty_grad_, bit_report, penalty
+from quantops.version import __version__
 
 __all__ = [
-    "MSQ", "absmax", "absmean", "backends", "decode", "encode", "foreach", "info", "lsb", "lsb_penalty", "msq",
-    "reference", "round_clamp",
+    "IntWeight", "MSQ", "MSQConfig", "MSQController", "absmax", "absmean", "add_penalty_grad_", "backends",
+    "bit_report", "decode", "encode", "foreach", "hessian_trace", "info", "layout", "load_int", "lsb", "lsb_penalty",
+    "msq", "penalty", "quantize_", "reference", "round_clamp", "save_int", "to_int", "__version__",
 ]

@@ -13,12 +13,12 @@ def main():
     demo.add_arguments(commands.add_parser("demo", help=demo.__doc__))
     args = parser.parse_args()
     if args.command == "demo":
-        demo.run(args)
-    else:
-        import quantops
+        return demo.run(args)
+    import quantops
 
-        print(quantops.info())
+    print(quantops.info())
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

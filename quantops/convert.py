@@ -35,8 +35,8 @@ class QuantConfig:
 
     fuse: "model", all layers in one call at the start of each forward of the root, or "layer"; see quantops/nn.py.
     cache: keep q while no weight and no bits change (gradient accumulation).
-    first, last: for the first and the last of the layers chosen, in module order: "quantize" as the others, "skip", or a
-        number of bits that stays fixed.
+    first, last: for the first and the last of the layers chosen, in module order: "quantize" as the others, "skip", or
+        a number of bits that stays fixed.
     overrides: {pattern of layer names (fnmatch): {setting: value}}; later patterns win, and all win over first and last
         but for "skip".
     """

@@ -47,8 +47,8 @@ def to_int(model):
     """Integer weights of a model that :func:`quantops.quantize_` changed: {parameter name: IntWeight}.
 
     Names are those of the plain model's state dict ("conv1.weight"), tensors stay on their devices, and each
-    ``dequantize()`` equals the training forward bit for bit (without autocast). Biases and layers that are not quantized
-    are not in it.
+    ``dequantize()`` equals the training forward bit for bit (without autocast). Biases and layers that are not
+    quantized are not in it.
 
     Raises ValueError for a model without quantized weights and for weights with NaN or inf, naming the layer.
     """
@@ -72,7 +72,7 @@ def _safetensors():
 
 
 def save_int(weights, path):
-    """Writes integer weights to a safetensors file: tensors ``<name>.codes`` and ``<name>.scale``, the rest as metadata.
+    """Writes integer weights to a safetensors file: tensors ``<name>.codes``, ``<name>.scale``, the rest as metadata.
 
     ``weights``: what :func:`to_int` returns, or a model for it. The file appears whole or not at all: it is written
     beside ``path`` under another name and then renamed. Needs safetensors (``pip install 'quantops[io]'``).

@@ -5,26 +5,30 @@ Nothing here knows a method. A method (quantops/methods/) subclasses :class:`Wei
 into a :class:`WeightGroup`. Who reads ``layer.weight`` gets q; the float weight is
 ``layer.parametrizations.weight.original``, the same Parameter object as before.
 
-fuse="model". A forward pre-hook of the root quantizes all layers, one list call per method, dtype and device, and
-leaves each q with its quantizer. A read of ``layer.weight`` returns that q while it is valid: the same Parameter and
-version counter, the same bits, no optimizer step since, the same output dtype, a fitting grad mode. Otherwise the
-layer computes its own, so a submodule may be called alone and autocast may begin inside the model (enter it around
-the root's call, or the work of the hook is wasted). The q of all layers live until the next forward of the root begins:
-one copy of the weights, in q's dtype. They outlive the forward on purpose, since non-reentrant
-torch.utils.checkpoint reads ``layer.weight`` again in the backward pass and must find the same tensors.
+fuse="model". A forward pre-hook of the root quantizes all layers, one list call per method, dtype and device, and leaves
+each q with its quantizer. A read of ``layer.weight`` returns that q while it is valid: the same Parameter and version
+counter, the same bits, no optimizer step since, the same output dtype, a fitting grad mode. Otherwise the layer
+computes its own, so a submodule may be called alone and autocast may begin inside the model (enter it around the root's
+call, or the work of the hook is wasted). The q of all layers live until the next forward of the root begins: one copy
+of the weights, in q's dtype. They outlive the forward on purpose, since non-reentrant torch.utils.checkpoint reads
+``layer.weight`` again in the backward pass and must find the same tensors.
 
 fuse="layer". Each layer quantizes its own weight when it is read, and no q is kept. Gradients become ready layer by
-layer, which DDP needs for overlap; with fuse="model" they all become ready at the end of the backward pass. Reentrant
-checkpointing, FSDP2 and torch.compile of single blocks want fuse="layer" too.
+layer, which DDP needs to overlap communication; with fuse="model" they all become ready at the end of the backward
+pass. Reentrant checkpointing with the penalty in the loss, and torch.compile of single blocks, need fuse="layer".
+FSDP2: forward and backward work with either (sharded weights are quantized by their layers, once they are whole);
+penalties, reports and controllers need whole weights and do not.
 
 cache=True. While no weight and no bits change (gradient accumulation, evaluation), q is computed once. Each forward
 still has an autograd graph of its own. Changes are seen by version counters and by torch.optim steps (fused
 optimizers leave version counters alone). Writes through ``param.data`` and replays of CUDA graphs are not seen.
 
-torch.compile traces both modes with fullgraph=True, without stash, cache or version counters. Compile the whole model or
-the function that calls it; of torch.compile(model) torch makes two graphs, since it keeps hooks outside of forward, of
-a function that calls the model one. The state dict holds ``original`` and the buffers; the model can be deep-copied but, like any
-model with parametrizations, not pickled whole.
+torch.compile traces both modes with fullgraph=True, without stash, cache or version counters. Compile the whole model,
+or a function that calls it: torch traces the hooks of a compiled module apart from its forward (two graphs), those of a
+module that a compiled function calls with it (one graph).
+
+The state dict holds ``original`` and the buffers. The model can be deep-copied but, like any model with
+parametrizations, not pickled whole.
 """
 
 import torch

@@ -90,7 +90,7 @@ def _complex():
 
 @pytest.mark.parametrize("make, config, filter_fn, text", [
     (net, {}, lambda name, m: False, "filter_fn: matches none"),
-    (net, {"overrides": {"layer9.*": {"bits": 4}}}, None, r"overrides\['layer9\.\*'\]: matches none of the layers 0, 3"),
+    (net, {"overrides": {"layer9.*": {"bits": 4}}}, None, r"overrides\['layer9\.\*'\]: .* none of the layers 0, 3"),
     (net, {"first": "skip", "overrides": {"0": {"bits": 4}}}, None, r"overrides\['0'\]: matches none"),
     (lambda: nn.Linear(2, 2), {"first": "skip"}, None, "first, last: skip every layer"),
     (net, {"overrides": {"5": {"bits": 17}}}, None, "5: bits: expected an integer 0..16, got 17"),
@@ -235,7 +235,7 @@ def test_load_into_a_model_that_does_not_fit_touches_nothing(saved):
     other = net()
     other[6] = nn.Linear(8, 4)
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(ValueError, match=r"weights.safetensors: 6.weight: the file has shape \(3, 8\), the model \(4, 8"):
+    with pytest.raises(ValueError, match=r"weights.safetensors: 6.weight: .* shape \(3, 8\), the model \(4, 8\)"):
         load_int(path, other)
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
     with pytest.raises(ValueError, match="3.weight: the model has no parameter"):

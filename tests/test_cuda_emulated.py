@@ -218,8 +218,8 @@ def encode_and_decode():
             _dense_like(c, w[i])
             if c.numel() > 2:
                 c.view(-1).select(0, 0).fill_([-1, 2**16, 2**31 - 1, -(2**31)][i % 4]) if c.is_contiguous() else None
-        for full, out in itertools.product((False, True), DTYPES):
-            out = getattr(torch, out)
+        for j, out in enumerate(DTYPES):
+            out, full = getattr(torch, out), (case + case // 2 + j) % 2 == 0
             q = torch.ops.quantops.decode(codes, s, bits, full, signed, out)
             for i, c in enumerate(codes):
                 want = reference.decode(c, s[i], bits[i], grid="full" if full else "dyadic", signed=signed, dtype=out)
@@ -232,15 +232,15 @@ def backward():
     import torch
 
     from quantops import reference
-    for case, (dtype, per_row, full, signed) in enumerate(itertools.product(
-            DTYPES, (False, True), (False, True), (False, True))):
+    case = 0
+    for dtype, per_row in itertools.product(DTYPES, (False, True)):
         w, s = _weights(dtype, per_row)
-        bits, k = _bits(len(w), case)
         r = torch.linspace(-2, 2, len(w), dtype=s[0].dtype)
         for grad_dtype, penalty, scale_grad in (*itertools.product(DTYPES, (False, True), (False, True)),
                                                 (None, True, False), (None, True, True)):
-            if penalty and not signed:
-                continue  # LSBs are those of signed weights
+            case += 1
+            full, signed = case % 2 == 0, penalty or case % 3 > 0  # LSBs are those of signed weights
+            bits, k = _bits(len(w), case)
             grad = []
             if grad_dtype:
                 grad = [torch.randn(t.shape).to(getattr(torch, grad_dtype)) for t in w]
@@ -337,7 +337,7 @@ def long_lists():
     import torch
 
     from quantops import reference
-    for count in (60, 61, 500, 501, 1203):
+    for count in (61, 1001):
         w = [torch.randn((i * 37) % 90 if i % 7 else 0) for i in range(count)]
         s = [t.abs().amax() if t.numel() else torch.tensor(1.0) for t in w]
         absmax = torch.ops.quantops.absmax(w, False)
@@ -400,7 +400,7 @@ def values_out_of_range():
                 what = f"{what} {shape} per_row={per_row}"
                 if k[i] == 0 or 1 <= k[i] < bits[i] or reference.uniform._valid(s[i], bits[i]).all():
                     _exact(q[i], want[0], f"q {what}")
-                for got, value in zip(sums, want[1:]):
+                for got, value in zip(sums, want[1:]) if s[i].numel() else ():
                     _close(got[i], value, f"sums {what}")
                 _exact(b[i], reference.lsb(t, s[i], bits[i], k[i]), f"lsb {what}")
                 _exact(c[i], reference.encode(t, s[i], bits[i]), f"encode {what}")

@@ -10,6 +10,15 @@ from quantops.methods.msq import MSQConfig
 from quantops.nn import quantized
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The networks here are tiny."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def small_net(dtype=torch.float64):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)

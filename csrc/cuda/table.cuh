@@ -117,6 +117,8 @@ struct OpBase {
   static constexpr int kBytesInFlight = 64;  // of loads, per lane
 
   template <class State>
+  __device__ __forceinline__ void flush(State&) const {}
+  template <class State>
   __device__ __forceinline__ void end(State&, int64_t, int) const {}
 };
 
@@ -146,6 +148,7 @@ __device__ __forceinline__ int64_t segments_of(int64_t inner, int64_t segment) {
 //   X, G, O                        types of w, of a second tensor read (or None), of the tensor written (or None)
 //   State begin(entry, row, which) what a lane keeps: the quantizer of the scale `row` of tensor `which`, and its sums
 //   O apply(x, g, state)           one element
+//   void flush(state)              after each vector, and each element that is not in one
 //   void end(state, item, lane)    writes the item's sums, if any; all lanes of the warp are there
 template <class Op, int N>
 __global__ void __launch_bounds__(kThreads)
@@ -208,6 +211,7 @@ __global__ void __launch_bounds__(kThreads)
       else if constexpr (kHasO) os.v[j] = op.apply(xs.v[j], None{}, state);
       else op.apply(xs.v[j], None{}, state);
     }
+    op.flush(state);
     if constexpr (kHasO) *reinterpret_cast<Pack<O, V>*>(out + head + v * V) = os;
   };
 
@@ -234,6 +238,7 @@ __global__ void __launch_bounds__(kThreads)
     if constexpr (kHasG && kHasO) out[at] = op.apply(x[at], g ? g[at] : G(), state);
     else if constexpr (kHasO) out[at] = op.apply(x[at], None{}, state);
     else op.apply(x[at], None{}, state);
+    op.flush(state);
   }
 
   op.end(state, item, lane);

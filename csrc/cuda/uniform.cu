@@ -60,22 +60,28 @@ struct Msq : OpBase {
     Quantizer<A> p;
     double sq_error;
     int32_t levels, nonzero;  // sum |B| and the count of B != 0: a lane has < 2^12 elements, |B| <= 2^15
+    A vector_sq_error, vector_levels;  // of the vector at hand, so that it is converted once
   };
   Source source;
   Sums* partial;
 
   __device__ __forceinline__ State begin(const Entry& e, int64_t row, int which) const {
-    return {source.get<A>(e, row, which), 0.0, 0, 0};
+    return {source.get<A>(e, row, which), 0.0, 0, 0, A(0), A(0)};
   }
   __device__ __forceinline__ auto apply(X x, None, State& s) const {
     const A w = widen(x), u = round_clamp_unit(w, s.p), c = round_clamp_code(u, s.p.mul, s.p.top);
     const A q = level(c, s.p) * s.p.step, b = magnitude(lsb_residual(u, c, s.p));
     const A difference = q - w;
-    s.sq_error += static_cast<double>(difference * difference);
-    s.levels += static_cast<int32_t>(b);
+    s.vector_sq_error += difference * difference;
+    s.vector_levels += b;  // exact: an integer below 2^18
     s.nonzero += b != A(0);
     if constexpr (std::is_same_v<O, None>) return None{};
     else return Narrow<O>::from(q);
+  }
+  __device__ __forceinline__ void flush(State& s) const {
+    s.sq_error += static_cast<double>(s.vector_sq_error);
+    s.levels += static_cast<int32_t>(s.vector_levels);
+    s.vector_sq_error = s.vector_levels = A(0);
   }
   __device__ __forceinline__ void end(State& s, int64_t item, int lane) const {
     const double code_step = static_cast<double>(s.p.step) * (source.full ? 2.0 : 1.0);

@@ -1,0 +1,208 @@
+"""The machine code of every Triton kernel, compiled without a GPU for sm_80 and sm_90 and read back.
+
+What is compiled is what the ops launch: the launches of real calls are recorded, then compiled instead of run.
+"""
+
+import collections
+import os
+import re
+import subprocess
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+
+if triton.knobs.runtime.interpret:
+    pytest.skip("TRITON_INTERPRET is set, which replaces the compiler: unset it to run these tests",
+                allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from quantops.kernels import uniform  # noqa: E402
+
+TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+if not os.path.exists(os.path.join(TOOLS, "nvdisasm")):
+    pytest.skip(f"this Triton carries no NVIDIA tools ({TOOLS}/nvdisasm): install the CUDA build of Triton",
+                allow_module_level=True)
+
+THREADS = 128
+FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+def _inputs(dtype):
+    acc = uniform.acc_dtype(dtype)
+    # A long row, short rows, and a tensor in several pieces, so that every kernel has work.
+    w = [torch.ones(2, 9000, dtype=dtype), torch.ones(64, 9, dtype=dtype)]
+    n = torch.full((2,), 8, dtype=torch.int32)
+    return w, [torch.ones(t.shape[0], dtype=acc) for t in w], n, torch.ones_like(n), torch.ones(2, dtype=acc)
+
+
+def _round_clamp(dtype, out):
+    w, s, n, *_ = _inputs(dtype)
+    uniform.round_clamp(w, s, n, False, True, False, out)
+
+
+def _msq(dtype, out):
+    w, s, n, k, _ = _inputs(dtype)
+    uniform.msq(w, s, n, k, False, False, out)
+
+
+def _lsb_stats(dtype, full):
+    w, s, n, k, _ = _inputs(dtype)
+    uniform.lsb_stats(w, s, n, k, full, False)
+
+
+def _lsb(dtype):
+    w, s, n, k, _ = _inputs(dtype)
+    uniform.lsb(w, s, n, k)
+
+
+def _backward(dtype, grad_dtype, penalty, scale_grad):
+    w, s, n, k, r = _inputs(dtype)
+    grad = [torch.ones_like(t, dtype=grad_dtype) for t in w]
+    uniform.uniform_backward(grad, r if penalty else None, w, s, n, k, True, True, scale_grad)
+
+
+def _add_lsb_grad(dtype):
+    w, s, n, k, r = _inputs(dtype)
+    uniform.add_lsb_grad_([torch.ones_like(t) for t in w], w, s, n, k, r[0])
+
+
+def _encode(dtype, rule):
+    w, s, n, *_ = _inputs(dtype)
+    uniform.encode(w, s, n, rule, False)
+
+
+def _decode(out):
+    w, s, n, *_ = _inputs(out)
+    uniform.decode([t.to(torch.int32) for t in w], s, n, True, True, out)
+
+
+def _absmax(dtype):
+    uniform.absmax(_inputs(dtype)[0], True)
+
+
+def _absmean(dtype):
+    uniform.absmean(_inputs(dtype)[0], False)
+
+
+# A call, and the vectors per thread that its main path moves: (loads, stores) of each width in bits.
+CALLS = {
+    "round_clamp-fp32": ((_round_clamp, FP32, FP32), {128: (8, 8)}),
+    "round_clamp-bf16": ((_round_clamp, BF16, BF16), {128: (4, 4)}),
+    "round_clamp-fp32-bf16": ((_round_clamp, FP32, BF16), {128: (8, 0), 64: (0, 8)}),
+    "msq-fp32": ((_msq, FP32, FP32), {128: (8, 8)}),
+    "msq-bf16": ((_msq, BF16, BF16), {128: (4, 4)}),
+    "msq-fp16": ((_msq, FP16, FP16), {128: (4, 4)}),
+    "msq-fp64": ((_msq, FP64, FP64), {128: (8, 8)}),
+    "lsb_stats-fp32": ((_lsb_stats, FP32, True), {128: (8, 0)}),
+    "lsb-fp32": ((_lsb, FP32), {128: (8, 8)}),
+    "backward-fp32": ((_backward, FP32, FP32, True, False), {128: (8, 4)}),
+    "backward-bf16": ((_backward, BF16, BF16, True, False), {128: (4, 2)}),
+    "backward-fp32-bf16": ((_backward, FP32, BF16, False, False), {128: (4, 4), 64: (4, 0)}),
+    "backward-fp64": ((_backward, FP64, FP64, True, False), {128: (8, 4)}),
+    "scale_grad-fp32": ((_backward, FP32, FP32, True, True), {128: (8, 4)}),
+    "scale_grad-bf16": ((_backward, BF16, BF16, True, True), {128: (4, 2)}),
+    "scale_grad-fp64": ((_backward, FP64, FP64, True, True), {128: (8, 4)}),
+    "add_lsb_grad-fp32": ((_add_lsb_grad, FP32), {128: (8, 4)}),
+    "add_lsb_grad-bf16": ((_add_lsb_grad, BF16), {128: (4, 2)}),
+    "encode-fp32": ((_encode, FP32, 0), {128: (8, 8)}),
+    "encode-bf16-floor": ((_encode, BF16, 1), {64: (8, 0), 128: (0, 8)}),
+    "decode-fp32": ((_decode, FP32), {128: (8, 8)}),
+    "decode-bf16": ((_decode, BF16), {128: (8, 0), 64: (0, 8)}),
+    "absmax-fp32": ((_absmax, FP32), {128: (8, 0)}),
+    "absmax-bf16": ((_absmax, BF16), {128: (4, 0)}),
+    "absmax-fp64": ((_absmax, FP64), {128: (8, 0)}),
+    "absmean-fp32": ((_absmean, FP32), {128: (8, 0)}),
+}
+
+
+def _recorded(call, monkeypatch):
+    launches = []
+    monkeypatch.setattr(uniform, "launch", lambda kernel, programs, *args, **constants: launches.append(
+        (kernel, args, constants)))
+    call[0](*call[1:])
+    return launches
+
+
+def _compile(kernel, args, constants, arch, fusion=False):
+    """The launch as its key: types of the tensors, everything else constant."""
+    values = dict(zip(kernel.arg_names, args)) | constants
+    types = {n: "*" + {torch.bool: "i1"}.get(v.dtype, _name(v.dtype)) if isinstance(v, torch.Tensor) else "constexpr"
+             for n, v in values.items()}
+    fixed = {n: v for n, v in values.items() if not isinstance(v, torch.Tensor)}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if types[n] != "constexpr"}
+    return triton.compile(
+        ASTSource(kernel, {n: types[n] for n in kernel.arg_names}, fixed, aligned),
+        target=GPUTarget("cuda", arch, 32), options={"num_warps": THREADS // 32, "enable_fp_fusion": fusion})
+
+
+def _name(dtype):
+    return str(dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf").replace("int", "i")
+
+
+def _tool(name, *args):
+    return subprocess.run([os.path.join(TOOLS, name), *args], check=True, capture_output=True, text=True).stdout
+
+
+def _machine_code(binary, tmp_path):
+    """(counts of SASS opcodes, resource usage)."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(binary.asm["cubin"])
+    lines = _tool("nvdisasm", str(cubin)).splitlines()
+    code = [re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line) for line in lines]
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _tool("cuobjdump", "-res-usage", str(cubin))))
+    return collections.Counter(m[1] for m in code if m), {k: int(v) for k, v in usage.items()}
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", CALLS)
+def test_machine_code(name, arch, monkeypatch, tmp_path):
+    call, widths = CALLS[name]
+    launches = _recorded(call, monkeypatch)
+    for i, (kernel, args, constants) in enumerate(launches):
+        binary = _compile(kernel, args, constants, arch)
+        code, usage = _machine_code(binary, tmp_path)
+        print(f"{kernel.__name__}: {usage['REG']} registers, {sum(code.values())} instructions")
+        assert usage["STACK"] == 0 and usage["LOCAL"] == 0, f"{kernel.__name__} uses the stack: {usage}"
+        spills = {op: c for op, c in code.items() if op.startswith(("LDL", "STL"))}
+        assert not spills, f"{kernel.__name__} spills registers: {spills}"
+        ptx = binary.asm["ptx"]
+        assert ".ftz" not in ptx, "denormals would be flushed to zero"
+        assert not re.search(r"div\.(full|approx)", ptx), "division must round as IEEE says"
+        assert not re.search(r"\b(fma|mad)\.\w*\.?f(32|64)", ptx), "a product and a sum were contracted"
+        if i == 0:  # the second stages read little
+            for width, (loads, stores) in widths.items():
+                got = _count(code, "LDG", width), _count(code, "STG", width)
+                assert got[0] >= loads and got[1] >= stores, f"{width}-bit (loads, stores): {(loads, stores)}, got {got}"
+
+
+def _count(code, op, width):
+    return sum(c for name, c in code.items() if name.startswith(op) and name.endswith(f".{width}"))
+
+
+def test_contraction_is_off(monkeypatch, tmp_path):
+    """The assembler may contract too: it does when it is allowed to, and the launches do not allow it."""
+    (kernel, args, constants), = _recorded((_round_clamp, FP32, FP32), monkeypatch)
+    plain, fused = (_machine_code(_compile(kernel, args, constants, 80, fusion), tmp_path)[0]
+                    for fusion in (False, True))
+    # What is left are the steps inside IEEE divisions.
+    assert fused["FFMA"] >= plain["FFMA"] + 32
+
+
+def test_launches_forbid_contraction():
+    options = {}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: options.update(kwargs)
+
+    uniform.launch(Kernel(), 1)
+    assert options["enable_fp_fusion"] is False and options["num_warps"] == THREADS // 32
+
+
+def test_denormals_survive_division(monkeypatch):
+    (kernel, args, constants), = _recorded((_round_clamp, FP32, FP32), monkeypatch)
+    assert "div.rn.f32" in _compile(kernel, args, constants, 80).asm["ptx"]
