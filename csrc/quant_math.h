@@ -23,8 +23,13 @@ constexpr int32_t kInvalid = INT32_MIN;  // integer results of a tensor whose bi
 enum Rule : int64_t { kRoundClamp = 0, kFloor = 1, kNearest = 2 };  // the order of RULES in the reference
 
 // rint, half to even, for 0 <= v < 2^22: adding 1.5 * 2^(mantissa bits) leaves no room for a fraction.
+#if defined(__CUDACC__) || defined(QUANTOPS_EMULATE)
 QUANTOPS_INLINE float rint_small(float v) { return (v + 12582912.f) - 12582912.f; }
 QUANTOPS_INLINE double rint_small(double v) { return (v + 6755399441055744.) - 6755399441055744.; }
+#else  // CPUs have an instruction for it
+QUANTOPS_INLINE float rint_small(float v) { return __builtin_rintf(v); }
+QUANTOPS_INLINE double rint_small(double v) { return __builtin_rint(v); }
+#endif
 
 // v, but no more than `top`, no less than `low`; NaN stays NaN. On a GPU one instruction, where the ternary takes two.
 template <class A>
@@ -178,20 +183,31 @@ QUANTOPS_INLINE bool inside(A w, const Quantizer<A>& p) {
   return (w >= p.low) & (w <= p.scale);
 }
 
+// As round_clamp_unit, but NaN counts as the lowest weight, whose B is 0.
+template <class A>
+QUANTOPS_INLINE A round_clamp_unit_of_number(A w, const Quantizer<A>& p) {
+  A v = w > p.low ? w : p.low;
+  return at_most(v, p.scale) * p.inv + p.offset;
+}
+
+// The sign of B; 0 for NaN.
+template <class A>
+QUANTOPS_INLINE A lsb_sign(A w, const Quantizer<A>& p) {
+  A u = round_clamp_unit_of_number(w, p);
+  return sign(lsb_residual(u, round_clamp_code(u, p.mul, p.top), p));
+}
+
 // sign(B) * inside, the derivative of R.
 template <class A>
 QUANTOPS_INLINE A penalty_slope(A w, const Quantizer<A>& p) {
-  A u = round_clamp_unit(w, p);
-  A b = lsb_residual(u, round_clamp_code(u, p.mul, p.top), p);
-  return inside(w, p) ? sign(b) : A(0);
+  A b = lsb_sign(w, p);
+  return inside(w, p) ? b : A(0);
 }
 
 // dL/dw from g = dL/dq and r = dL/dR.
 template <class A>
 QUANTOPS_INLINE A grad_weight(A w, A g, A r, const Quantizer<A>& p) {
-  A u = round_clamp_unit(w, p);
-  A b = lsb_residual(u, round_clamp_code(u, p.mul, p.top), p);
-  A v = g + r * sign(b);
+  A v = g + r * lsb_sign(w, p);
   v = inside(w, p) ? v : A(0);
   return p.valid ? v : quiet_nan<A>();
 }

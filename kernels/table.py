@@ -7,6 +7,7 @@ is never freed or reused, and the device table belongs to the graph alone.
 """
 
 import collections
+import threading
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ import torch
 _KEPT_BYTES = 64 << 20
 _ARENA_BYTES = 1 << 20
 
+_lock = threading.Lock()  # autograd runs backward passes in threads of its own
 _kept = collections.OrderedDict()  # (device, stream, dtype, content) -> table
 _kept_size = 0
 _arenas = []  # pinned memory for captured copies, handed out once and never freed; the last one has room
@@ -22,9 +24,14 @@ _arena_used = _ARENA_BYTES
 
 def on_device(array, device):
     """The numpy ``array`` as a tensor on ``device``, ready for work on the current stream."""
-    global _kept_size
     if device.type == "cpu":
         return torch.from_numpy(array)
+    with _lock:
+        return _table(array, device)
+
+
+def _table(array, device):
+    global _kept_size
     if torch.cuda.is_current_stream_capturing():
         return _copy(_captured_host(array), array, device)
     key = (device, torch.cuda.current_stream(device).cuda_stream, array.dtype.char, array.tobytes())

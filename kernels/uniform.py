@@ -146,7 +146,8 @@ def flat(table, chunks, bits, k, r, penalty, nonzero, sq_error, A: tl.constexpr,
         w_vec = tl.multiple_of(w_ptr, 16 * W_T.primitive_bitwidth // WIDEST)
         x_vec = tl.multiple_of(x_ptr, 16 * X_T.primitive_bitwidth // WIDEST)
         out_vec = tl.multiple_of(out_ptr, 16 * OUT_T.primitive_bitwidth // WIDEST)
-        b, error = _block(w_vec, x_vec, out_vec, i, None, rr, p, A, OUT_T, OP, RULE, SIGNED, HAS_X, HAS_R, HAS_OUT, STATS)
+        b, error = _block(w_vec, x_vec, out_vec, i, None, rr, p, A, OUT_T, OP, RULE, SIGNED, HAS_X, HAS_R, HAS_OUT,
+                          STATS)
         if STATS:
             weighed = tl.sum(b.to(tl.int32)).to(tl.float64) * p.code_step  # at most 4096 * 2^16: exact
             count = tl.sum((b != 0.0).to(tl.int32))
@@ -456,7 +457,7 @@ def _flat(op, w, scale, bits, k=None, *, acc, x=None, out=None, r=None, rule=0, 
                OP=op.value, RULE=rule, FULL=full, SIGNED=signed, HAS_X=x is not None, HAS_R=r is not None,
                HAS_OUT=out is not None, STATS=stats is not None, WIDEST=_widest(w, x, out), BLOCK=block)
         if stats:
-            launch(finish_stats, count, rows_of, bits, k, *partials, *stats, A=TYPES[acc], BLOCK=1024)
+            launch(finish_stats, count, rows_of, bits, k, *partials, *stats, A=TYPES[acc], BLOCK=2048)
 
 
 def _by_row(op, w, result, rows, *, acc, scale=None, bits=None, k=None, x=None, out=None, r=None, full=False,
@@ -488,7 +489,7 @@ def _by_row(op, w, result, rows, *, acc, scale=None, bits=None, k=None, x=None, 
                WIDEST=_widest(w, x, out), BLOCK=block)
         if second.any():
             launch(finish_rows, int(second.sum()), rows_of, _chunks(second, device), partials, A=TYPES[acc],
-                   OP=op.value, BLOCK=1024)
+                   OP=op.value, BLOCK=4096)
 
 
 def _reduce(op, w, per_row):

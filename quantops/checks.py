@@ -46,9 +46,8 @@ def _constant(value, count, dtype, device):
 
 
 def _filled(value, count, dtype, device):
-    if torch.compiler.is_compiling():
-        return torch.full((count,), value, dtype=dtype, device=device)
-    if torch.is_inference_mode_enabled():  # a cached inference tensor would break later training
+    # A tensor made while tracing, under a dispatch mode (fake tensors) or for inference alone must not be kept.
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack():
         return torch.full((count,), value, dtype=dtype, device=device)
     return _constant(value, count, dtype, device)
 
@@ -164,6 +163,12 @@ def gradients(grad, w):
             raise ValueError(f"grad[{i}]: expected a tensor of shape {tuple(t.shape)} on {t.device} that does not "
                              f"require grad, one for each of {len(w)} weights, got shape {tuple(g.shape)} on "
                              f"{g.device}, requires_grad={g.requires_grad}, {len(grad)} in all")
+
+
+def strength(value):
+    """A factor of the penalty, as a Python number."""
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"strength: expected a finite number >= 0, got {value}")
 
 
 def outputs(out, w, dtype):

@@ -107,6 +107,7 @@ def add_lsb_grad_(grad, w, scale, bits, k, strength):
     checks.gradients(grad, w)
     scale, _ = _scales(w, scale)
     if not isinstance(strength, torch.Tensor):
+        checks.strength(strength)
         strength = torch.full((), strength, dtype=scale[0].dtype, device=w[0].device)
     # Autograd may have laid a gradient out in another way than its weight; the kernel walks both alike.
     same = [g if g.stride() == t.stride() else torch.empty_like(t).copy_(g) for g, t in zip(grad, w)]

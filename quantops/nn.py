@@ -5,8 +5,8 @@ Nothing here knows a method. A method (quantops/methods/) subclasses :class:`Wei
 into a :class:`WeightGroup`. Who reads ``layer.weight`` gets q; the float weight is
 ``layer.parametrizations.weight.original``, the same Parameter object as before.
 
-fuse="model". A forward pre-hook of the root quantizes all layers, one list call per method, dtype and device, and leaves
-each q with its quantizer. A read of ``layer.weight`` returns that q while it is valid: the same Parameter and version
+fuse="model". A forward pre-hook of the root quantizes all layers, one list call per method, dtype and device, and gives
+each q to its quantizer. A read of ``layer.weight`` returns that q while it is valid: the same Parameter and version
 counter, the same bits, no optimizer step since, the same output dtype, a fitting grad mode. Otherwise the layer
 computes its own, so a submodule may be called alone and autocast may begin inside the model (enter it around the root's
 call, or the work of the hook is wasted). The q of all layers live until the next forward of the root begins: one copy

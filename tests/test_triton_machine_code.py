@@ -176,7 +176,7 @@ def test_machine_code(name, arch, monkeypatch, tmp_path):
         if i == 0:  # the second stages read little
             for width, (loads, stores) in widths.items():
                 got = _count(code, "LDG", width), _count(code, "STG", width)
-                assert got[0] >= loads and got[1] >= stores, f"{width}-bit (loads, stores): {(loads, stores)}, got {got}"
+                assert got[0] >= loads and got[1] >= stores, f"{width}-bit loads, stores: {loads, stores}, got {got}"
 
 
 def _count(code, op, width):
@@ -203,6 +203,6 @@ def test_launches_forbid_contraction():
     assert options["enable_fp_fusion"] is False and options["num_warps"] == THREADS // 32
 
 
-def test_denormals_survive_division(monkeypatch):
+def test_division_rounds_as_ieee_says(monkeypatch):
     (kernel, args, constants), = _recorded((_round_clamp, FP32, FP32), monkeypatch)
     assert "div.rn.f32" in _compile(kernel, args, constants, 80).asm["ptx"]

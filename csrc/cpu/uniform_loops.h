@@ -1,5 +1,6 @@
 // Loops over a block of elements that share one quantizer. Each is compiled for three instruction sets (simd.h).
 #pragma once
+#include <cstdlib>
 #include <cstring>
 
 #include "cpu/simd.h"
@@ -20,41 +21,50 @@ QUANTOPS_SIMD void quantize_loop(const A* __restrict w, A* __restrict q, int64_t
   for (int64_t i = 0; i < n; i++) q[i] = level(round_clamp_code(round_clamp_unit(w[i], p), p.mul, p.top), p) * p.step;
 }
 
+// One weight of msq: q, |B| and the squared error. With k = 1, the usual case, |B| is the parity of the code: half of
+// the work.
+template <bool kOne, class A>
+QUANTOPS_INLINE void msq_element(A x, const Quantizer<A>& p, A& q, int32_t& size, A& error) {
+  A u = round_clamp_unit_of_number(x, p), c = round_clamp_code(u, p.mul, p.top), y = level(c, p) * p.step;
+  size = kOne ? static_cast<int32_t>(c) & 1 : std::abs(static_cast<int32_t>(lsb_residual(u, c, p)));
+  q = x == x ? y : x;
+  error = (q - x) * (q - x);
+}
+
 // |B| is below 2^16 and a lane sees 128 elements of a block, so an int32 holds its sum; blocks add up in double.
-template <class A>
+template <bool kOne, class A>
 QUANTOPS_SIMD void msq_loop(const A* __restrict w, A* __restrict q, int64_t n, const Quantizer<A>& quantizer,
                             LsbSums& sums) {
   const Quantizer<A> p = quantizer;
-  A error[kLanes] = {};
-  int32_t total[kLanes] = {}, nonzero[kLanes] = {};
+  A error[kLanes] = {}, e;
+  int32_t total[kLanes] = {}, nonzero[kLanes] = {}, size;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     for (int j = 0; j < kLanes; j++) {
-      A x = w[i + j], u = round_clamp_unit(x, p), c = round_clamp_code(u, p.mul, p.top), y = level(c, p) * p.step;
-      A size = magnitude(lsb_residual(u, c, p));
-      int32_t whole = static_cast<int32_t>(size);
-      q[i + j] = y;
-      total[j] += whole;
-      nonzero[j] += whole != 0;
-      error[j] += (y - x) * (y - x);
+      msq_element<kOne>(w[i + j], p, q[i + j], size, e);
+      total[j] += size;
+      if (!kOne) nonzero[j] += size < 1 ? size : 1;
+      error[j] += e;
     }
   }
   for (int j = 0; i < n; i++, j++) {
-    A x = w[i], u = round_clamp_unit(x, p), c = round_clamp_code(u, p.mul, p.top), y = level(c, p) * p.step;
-    A size = magnitude(lsb_residual(u, c, p));
-    int32_t whole = static_cast<int32_t>(size);
-    q[i] = y;
-    total[j] += whole;
-    nonzero[j] += whole != 0;
-    error[j] += (y - x) * (y - x);
+    msq_element<kOne>(w[i], p, q[i], size, e);
+    total[j] += size;
+    if (!kOne) nonzero[j] += size < 1 ? size : 1;
+    error[j] += e;
   }
   double b = 0;
   for (int j = 0; j < kLanes; j++) {
     b += total[j];
-    sums.nonzero += nonzero[j];
+    sums.nonzero += kOne ? total[j] : nonzero[j];
     sums.sq_error += error[j];
   }
   sums.penalty += b * double(p.step);
+}
+
+template <class A>
+void msq_loop(const A* w, A* q, int64_t n, const Quantizer<A>& p, LsbSums& sums) {
+  p.pow_k == A(2) ? msq_loop<true>(w, q, n, p, sums) : msq_loop<false>(w, q, n, p, sums);
 }
 
 template <class A>
@@ -104,7 +114,10 @@ template <class A>
 QUANTOPS_SIMD void grad_penalty_loop(const A* __restrict w, const A* __restrict g, A* __restrict out, int64_t n,
                                      const Quantizer<A>& quantizer, A r) {
   const Quantizer<A> p = quantizer;
-  for (int64_t i = 0; i < n; i++) out[i] = grad_weight(w[i], g[i], r, p);
+  for (int64_t i = 0; i < n; i++) {
+    A v = g[i] + r * lsb_sign(w[i], p);
+    out[i] = inside(w[i], p) ? v : A(0);
+  }
 }
 
 // out = g + r * sign(B) * inside; out may be g.

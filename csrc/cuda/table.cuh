@@ -13,6 +13,7 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
 
 #include "../quant_math.h"
@@ -87,9 +88,29 @@ struct alignas(kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) Pack {
 template <int kCount>
 struct Pack<None, kCount> {};
 
-template <class T, int kCount>
-__device__ __forceinline__ Pack<T, kCount> load_pack(const T* p) {
-  return *reinterpret_cast<const Pack<T, kCount>*>(p);
+// Moved as words, since of a struct the compiler may make a load or store per element.
+template <class P>
+using Word = std::conditional_t<sizeof(P) % 16 == 0, uint4, std::conditional_t<sizeof(P) == 8, uint2, unsigned>>;
+
+template <class P>
+__device__ __forceinline__ P load_pack(const void* from) {
+  constexpr int kWords = sizeof(P) / sizeof(Word<P>);
+  static_assert(kWords * sizeof(Word<P>) == sizeof(P));
+  Word<P> words[kWords];
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) words[i] = static_cast<const Word<P>*>(from)[i];
+  P pack;
+  memcpy(&pack, words, sizeof(P));
+  return pack;
+}
+
+template <class P>
+__device__ __forceinline__ void store_pack(void* to, const P& pack) {
+  constexpr int kWords = sizeof(P) / sizeof(Word<P>);
+  Word<P> words[kWords];
+  memcpy(words, &pack, sizeof(P));
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) static_cast<Word<P>*>(to)[i] = words[i];
 }
 
 template <class T>
@@ -195,11 +216,11 @@ __global__ void __launch_bounds__(kThreads)
 
   typename Op::State state = op.begin(entry, row, table.base + which);
 
-  auto load_x = [&](int v) { return load_pack<X, V>(x + head + v * V); };
+  auto load_x = [&](int v) { return load_pack<Pack<X, V>>(x + head + v * V); };
   auto load_g = [&](int v) {
     Pack<G, V> p{};
     if constexpr (kHasG) {
-      if (g) p = load_pack<G, V>(g + head + v * V);
+      if (g) p = load_pack<Pack<G, V>>(g + head + v * V);
     }
     return p;
   };
@@ -212,7 +233,7 @@ __global__ void __launch_bounds__(kThreads)
       else op.apply(xs.v[j], None{}, state);
     }
     op.flush(state);
-    if constexpr (kHasO) *reinterpret_cast<Pack<O, V>*>(out + head + v * V) = os;
+    if constexpr (kHasO) store_pack(out + head + v * V, os);
   };
 
   int v = lane;
