@@ -116,9 +116,7 @@ def flat(table, chunks, bits, k, r, penalty, nonzero, sq_error, A: tl.constexpr,
     entry = table + t.to(tl.int64) * FIELDS
     numel, inner = tl.load(entry + NUMEL), tl.load(entry + INNER)
     start = (pid - tl.load(entry + FIRST)) * BLOCK
-    w_ptr = _pointer(tl.load(entry + W), start, W_T)
-    x_ptr = _pointer(tl.load(entry + X), start, X_T)
-    out_ptr = _pointer(tl.load(entry + OUT), start, OUT_T)
+    w_at, x_at, out_at = tl.load(entry + W), tl.load(entry + X), tl.load(entry + OUT)
     row = start * 0
     if inner < numel:
         row = start // inner
@@ -143,9 +141,10 @@ def flat(table, chunks, bits, k, r, penalty, nonzero, sq_error, A: tl.constexpr,
         i = tl.arange(0, BLOCK)
         p = math.make_quantizer(tl.load(s_ptr), n, kk, FULL, SIGNED)
         # Promised per type: 128 bits of the widest, as many elements of others, so that all accesses share a layout.
-        w_vec = tl.multiple_of(w_ptr, 16 * W_T.primitive_bitwidth // WIDEST)
-        x_vec = tl.multiple_of(x_ptr, 16 * X_T.primitive_bitwidth // WIDEST)
-        out_vec = tl.multiple_of(out_ptr, 16 * OUT_T.primitive_bitwidth // WIDEST)
+        # The promise sticks to the sum it is made on: this path has sums of its own, and none comes out of a call.
+        w_vec = tl.multiple_of(w_at.to(tl.pointer_type(W_T)) + start, 16 * W_T.primitive_bitwidth // WIDEST)
+        x_vec = tl.multiple_of(x_at.to(tl.pointer_type(X_T)) + start, 16 * X_T.primitive_bitwidth // WIDEST)
+        out_vec = tl.multiple_of(out_at.to(tl.pointer_type(OUT_T)) + start, 16 * OUT_T.primitive_bitwidth // WIDEST)
         b, error = _block(w_vec, x_vec, out_vec, i, None, rr, p, A, OUT_T, OP, RULE, SIGNED, HAS_X, HAS_R, HAS_OUT,
                           STATS)
         if STATS:
@@ -158,6 +157,7 @@ def flat(table, chunks, bits, k, r, penalty, nonzero, sq_error, A: tl.constexpr,
         weighed_v = tl.zeros([SUB], tl.float64)
         count_v = tl.zeros([SUB], tl.int32)
         squares_v = tl.zeros([SUB], A)
+        w_ptr, x_ptr, out_ptr = _pointer(w_at, start, W_T), _pointer(x_at, start, X_T), _pointer(out_at, start, OUT_T)
         for j in range(0, tl.minimum(numel - start, BLOCK).to(tl.int32), SUB):
             i = j + tl.arange(0, SUB)
             mask = i < numel - start
@@ -300,6 +300,7 @@ def by_row(table, chunks, bits, k, r, partials, A: tl.constexpr, W_T: tl.constex
     local = pid - tl.load(entry + FIRST)
     result = tl.load(entry + RESULT).to(tl.pointer_type(A))
     s_ptr = _pointer(tl.load(entry + SCALE), 0, A)
+    w_at, x_at, out_at = tl.load(entry + W), tl.load(entry + X), tl.load(entry + OUT)
     n = pid * 0
     kk = pid * 0
     rr = tl.zeros([], A)
@@ -312,9 +313,9 @@ def by_row(table, chunks, bits, k, r, partials, A: tl.constexpr, W_T: tl.constex
     if pieces == 0:
         lines = local * TILE_ROWS + tl.arange(0, TILE_ROWS)
         here = lines[:, None] < rows
-        w_all = _pointer(tl.load(entry + W), 0, W_T)
-        x_all = _pointer(tl.load(entry + X), 0, X_T)
-        out_all = _pointer(tl.load(entry + OUT), 0, OUT_T)
+        w_all = _pointer(w_at, 0, W_T)
+        x_all = _pointer(x_at, 0, X_T)
+        out_all = _pointer(out_at, 0, OUT_T)
         q = _row_quantizer(s_ptr, lines[:, None], here, n, kk, FULL, SIGNED, OP)
         tile = _zeros([TILE_ROWS, COLUMNS], A, OP)
         for j in range(0, inner.to(tl.int32), COLUMNS):
@@ -326,18 +327,17 @@ def by_row(table, chunks, bits, k, r, partials, A: tl.constexpr, W_T: tl.constex
     else:
         row = local // pieces
         start = (local - row * pieces) * BLOCK
-        w_ptr = _pointer(tl.load(entry + W), row * inner + start, W_T)
-        x_ptr = _pointer(tl.load(entry + X), row * inner + start, X_T)
-        out_ptr = _pointer(tl.load(entry + OUT), row * inner + start, OUT_T)
+        at = row * inner + start
         p = _row_quantizer(s_ptr, row, None, n, kk, FULL, SIGNED, OP)
-        if (tl.load(entry + ALIGNED) != 0) & (inner - start >= BLOCK):
-            w_vec = tl.multiple_of(w_ptr, 16 * W_T.primitive_bitwidth // WIDEST)  # as in flat
-            x_vec = tl.multiple_of(x_ptr, 16 * X_T.primitive_bitwidth // WIDEST)
-            out_vec = tl.multiple_of(out_ptr, 16 * OUT_T.primitive_bitwidth // WIDEST)
+        if (tl.load(entry + ALIGNED) != 0) & (inner - start >= BLOCK):  # promises as in flat
+            w_vec = tl.multiple_of(w_at.to(tl.pointer_type(W_T)) + at, 16 * W_T.primitive_bitwidth // WIDEST)
+            x_vec = tl.multiple_of(x_at.to(tl.pointer_type(X_T)) + at, 16 * X_T.primitive_bitwidth // WIDEST)
+            out_vec = tl.multiple_of(out_at.to(tl.pointer_type(OUT_T)) + at, 16 * OUT_T.primitive_bitwidth // WIDEST)
             v = _row_block(w_vec, x_vec, out_vec, tl.arange(0, BLOCK), None, rr, p, A, OUT_T, OP, SIGNED, HAS_X, HAS_R)
             total = _total(v, 0, OP)
         else:
             sums = _zeros([SUB], A, OP)
+            w_ptr, x_ptr, out_ptr = _pointer(w_at, at, W_T), _pointer(x_at, at, X_T), _pointer(out_at, at, OUT_T)
             for j in range(0, tl.minimum(inner - start, BLOCK).to(tl.int32), SUB):
                 i = j + tl.arange(0, SUB)
                 v = _row_block(w_ptr, x_ptr, out_ptr, i, i < inner - start, rr, p, A, OUT_T, OP, SIGNED, HAS_X, HAS_R)
@@ -457,7 +457,7 @@ def _flat(op, w, scale, bits, k=None, *, acc, x=None, out=None, r=None, rule=0, 
                OP=op.value, RULE=rule, FULL=full, SIGNED=signed, HAS_X=x is not None, HAS_R=r is not None,
                HAS_OUT=out is not None, STATS=stats is not None, WIDEST=_widest(w, x, out), BLOCK=block)
         if stats:
-            launch(finish_stats, count, rows_of, bits, k, *partials, *stats, A=TYPES[acc], BLOCK=2048)
+            launch(finish_stats, count, rows_of, bits, k, *partials, *stats, A=TYPES[acc], BLOCK=1024)
 
 
 def _by_row(op, w, result, rows, *, acc, scale=None, bits=None, k=None, x=None, out=None, r=None, full=False,

@@ -88,7 +88,7 @@ struct alignas(kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) Pack {
 template <int kCount>
 struct Pack<None, kCount> {};
 
-// Moved as words, since of a struct the compiler may make a load or store per element.
+// Moved as words, and stored by the intrinsic of a plain store: else the compiler may make one store per element.
 template <class P>
 using Word = std::conditional_t<sizeof(P) % 16 == 0, uint4, std::conditional_t<sizeof(P) == 8, uint2, unsigned>>;
 
@@ -110,7 +110,7 @@ __device__ __forceinline__ void store_pack(void* to, const P& pack) {
   Word<P> words[kWords];
   memcpy(words, &pack, sizeof(P));
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) static_cast<Word<P>*>(to)[i] = words[i];
+  for (int i = 0; i < kWords; ++i) __stwb(static_cast<Word<P>*>(to) + i, words[i]);
 }
 
 template <class T>
@@ -125,12 +125,12 @@ constexpr int vector_elements() {
   return std::min(16 / smallest, 32 / largest);
 }
 
-// Vectors that a lane loads before it needs the first of them.
+// Vectors that a lane loads before it needs the first of them: 64 bytes, or 16 elements, for the sake of registers.
 template <class Op>
 constexpr int loads_in_flight() {
-  using X = typename Op::X;
-  using G = typename Op::G;
-  return std::max(1, Op::kBytesInFlight / (vector_elements<X, G, typename Op::O>() * (size_of<X> + size_of<G>)));
+  constexpr int elements = vector_elements<typename Op::X, typename Op::G, typename Op::O>();
+  constexpr int bytes = elements * (size_of<typename Op::X> + size_of<typename Op::G>);
+  return std::max(1, std::min(Op::kBytesInFlight / bytes, 16 / elements));
 }
 
 // What every Op has.
@@ -172,7 +172,7 @@ __device__ __forceinline__ int64_t segments_of(int64_t inner, int64_t segment) {
 //   void flush(state)              after each vector, and each element that is not in one
 //   void end(state, item, lane)    writes the item's sums, if any; all lanes of the warp are there
 template <class Op, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     items_kernel(const __grid_constant__ Table<N> table, const __grid_constant__ Op op) {
   using X = typename Op::X;
   using G = typename Op::G;

@@ -207,6 +207,12 @@ T __shfl_down_sync(unsigned, T value, int delta) {
   return cuda_on_cpu::shuffle_from(value, lane + delta < 32 ? lane + delta : lane);
 }
 
+template <class T>
+void __stwb(T* to, T value) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(T)) cuda_on_cpu::stop("a store that is not aligned");
+  *to = value;
+}
+
 inline unsigned __float_as_uint(float v) {
   unsigned r;
   std::memcpy(&r, &v, 4);

@@ -1,0 +1,107 @@
+"""The registry: an op is one entry, with its inputs, the bytes it must move, its check and its peers."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+import quantops
+from bench import peers
+from quantops import foreach, reference
+from quantops.library import ops
+
+BITS, K = 8, 1
+
+
+class Inputs:
+    """Weights of a workload with what the ops need beside them."""
+
+    def __init__(self, shapes, dtype, device):
+        torch.manual_seed(0)
+        self.w = [torch.randn(s, device=device).mul_(0.05).to(dtype) for s in shapes]
+        self.leaves = [t.clone().requires_grad_() for t in self.w]
+        self.grad = [torch.randn(s, device=device).to(dtype) for s in shapes]
+        self.scale = foreach.absmax(self.w)
+        self.bits = torch.full((len(shapes),), BITS, dtype=torch.int32, device=device)
+        self.k = torch.full_like(self.bits, K)
+        self.r = torch.full((len(shapes),), 1e-3, dtype=self.scale[0].dtype, device=device)
+        self.q = [torch.empty_like(t) for t in self.w]
+        self.codes = foreach.encode(self.w, self.scale, self.bits)
+        self.numel = sum(t.numel() for t in self.w)
+
+
+def step_of(quantize):
+    """Forward and backward of a quantizer of lists, (w, bits, k) -> (q, penalties)."""
+
+    def step(x):
+        q, penalty = quantize(x.leaves, BITS, K)
+        if penalty is None:
+            return torch.autograd.grad(q, x.leaves, x.grad)
+        penalty = penalty.sum() if isinstance(penalty, torch.Tensor) else sum(penalty)
+        return torch.autograd.grad([*q, penalty], x.leaves, [*x.grad, x.r[0].to(penalty.dtype)])
+
+    return step
+
+
+def _quantops_msq(w, bits, k):
+    return foreach.msq(w, None, bits, k)[:2]
+
+
+def _equal(got, want):
+    return all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def _reference_step(x):
+    r = x.r[0]
+    return [reference.uniform_backward(g, r, t, reference.absmax(t), BITS, K)[0] for g, t in zip(x.grad, x.w)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One op: ``run(x)`` is timed after ``check(run(x), x)`` held. ``bytes``: moved per weight of ``size`` bytes."""
+
+    name: str
+    bytes: Callable[[int], float]
+    run: Callable
+    check: Callable
+    peers: dict[str, Callable] = dataclasses.field(default_factory=dict)  # name -> () -> function of Inputs
+    forward: Callable | None = None  # where autograd keeps something: the forward pass alone
+    peer_forward: Callable | None = None
+
+
+CASES = [
+    Case("absmax", lambda s: s, lambda x: ops.absmax(x.w, False),
+         lambda got, x: torch.equal(got, torch.stack([reference.absmax(t) for t in x.w])),
+         {"eager": lambda: lambda x: [t.abs().max() for t in x.w]}),
+    Case("round_clamp", lambda s: 2 * s, lambda x: foreach.round_clamp(x.w, x.scale, x.bits, out=x.q),
+         lambda got, x: _equal(got, [reference.round_clamp(t, v, BITS) for t, v in zip(x.w, x.scale)])),
+    Case("msq forward", lambda s: 2 * s, lambda x: foreach.msq(x.w, x.scale, x.bits, x.k, out=x.q).q,
+         lambda got, x: _equal(got, [reference.round_clamp(t, v, BITS) for t, v in zip(x.w, x.scale)])),
+    Case("lsb_stats", lambda s: s, lambda x: foreach.lsb_stats(x.w, x.scale, x.bits, x.k)[1],
+         lambda got, x: torch.equal(got, torch.stack([reference.msq(t, v, BITS, K)[2] for t, v in zip(x.w, x.scale)]))),
+    Case("msq backward", lambda s: 3 * s,
+         lambda x: ops.uniform_backward(x.grad, x.r, x.w, x.scale, x.bits, x.k, False, True, False)[0],
+         lambda got, x: _equal(got, _reference_step(x))),
+    Case("add_lsb_grad_", lambda s: 3 * s,
+         lambda x: foreach.add_lsb_grad_(x.grad, x.w, x.scale, x.bits, x.k, x.r[0] * 0),
+         lambda got, x: got[0] is x.grad[0]),
+    Case("encode", lambda s: s + 4, lambda x: foreach.encode(x.w, x.scale, x.bits),
+         lambda got, x: _equal(got, [reference.encode(t, v, BITS) for t, v in zip(x.w, x.scale)])),
+    Case("decode", lambda s: 4 + s, lambda x: foreach.decode(x.codes, x.scale, x.bits, out_dtype=x.w[0].dtype),
+         lambda got, x: _equal(got, [reference.decode(c, v, BITS, dtype=x.w[0].dtype)
+                                     for c, v in zip(x.codes, x.scale)])),
+    # What training does per step: scales, q with its sums, and the gradient of both. Moves 8 + 12 bytes per fp32
+    # weight, were the scales known; that they are not costs 4 more, which the ratio to the copy leaves visible.
+    Case("msq step", lambda s: 5 * s, step_of(_quantops_msq), lambda got, x: _equal(got, _reference_step(x)),
+         {"eager": lambda: step_of(peers.eager), "compiled": lambda: step_of(peers.compiled_each()),
+          "compiled list": lambda: step_of(peers.compiled_list()), "fake_quantize": lambda: step_of(peers.fake_quantize)},
+         forward=lambda x: _quantops_msq(x.leaves, BITS, K), peer_forward=lambda x: list(peers.eager(x.leaves, BITS, K))),
+]
+
+
+def serving(device):
+    """The implementation that serves ``device``; the reference is not one that may be timed."""
+    implementation = quantops.info()["devices"][torch.device(device).type]["implementation"]
+    if implementation not in ("cpp", "cuda", "triton"):
+        raise SystemExit(f"bench: {device} is served by {implementation}, not by compiled kernels:\n{quantops.info()}")
+    return implementation
