@@ -164,8 +164,8 @@ def msq_and_its_sums():
                 _close(sums[0][i], want[i][1], f"penalty {what}")
                 _exact(sums[1][i], want[i][2], f"nonzero {what}")
                 _close(sums[2][i], want[i][3], f"sq_error {what}")
-        for name, again, first in zip(("penalty", "nonzero", "sq_error"), ops.lsb_stats(w, s, bits, k, full, False), sums):
-            _close(again, first, f"{name} of lsb_stats")
+        for again, first in zip(ops.lsb_stats(w, s, bits, k, full, False), sums):
+            _close(again, first, "lsb_stats")
 
 
 @check
@@ -398,8 +398,7 @@ def values_out_of_range():
             for i, (t, what) in enumerate(zip(w, bad)):
                 want = reference.msq(t, s[i], bits[i], k[i])
                 what = f"{what} {shape} per_row={per_row}"
-                if k[i] == 0 or 1 <= k[i] < bits[i] or reference.uniform._valid(s[i], bits[i]).all():
-                    _exact(q[i], want[0], f"q {what}")
+                _exact(q[i], want[0], f"q {what}")
                 for got, value in zip(sums, want[1:]) if s[i].numel() else ():
                     _close(got[i], value, f"sums {what}")
                 _exact(b[i], reference.lsb(t, s[i], bits[i], k[i]), f"lsb {what}")
