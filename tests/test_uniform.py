@@ -10,9 +10,10 @@ import torch
 
 import quantops as Q
 from quantops import reference as ref
-from cases import SPECIAL, same, scales, weights
+from cases import EXHAUSTIVE, SPECIAL, same, scales, weights
 
 GRIDS = ("dyadic", "full")
+SEEDS = range(3 if EXHAUSTIVE else 1)
 
 
 def expected_layout(w, out):
@@ -32,7 +33,7 @@ def bits_and_k(w, seed=2):
 def test_forward_equals_reference(dtype, per_row):
     w = weights(dtype)
     s = scales(w, per_row)
-    for grid, seed in itertools.product(GRIDS, range(3)):
+    for grid, seed in itertools.product(GRIDS, SEEDS):
         n, k = bits_and_k(w, seed)
         for signed in (True, False):
             q = Q.foreach.round_clamp(w, s, n, signed=signed, grid=grid)
@@ -46,16 +47,16 @@ def test_forward_equals_reference(dtype, per_row):
             assert same(q[i], ref.msq(t, s[i], n[i], k[i], grid=grid)[0])
 
 
-@pytest.mark.parametrize("bits", range(0, 17))
+@pytest.mark.parametrize("bits", range(17) if EXHAUSTIVE else (1, 8, 16))
 def test_codes_equal_reference_and_decode_to_q(bits, dtype):
     w = weights(dtype)
-    for per_row, rule, signed in itertools.product((False, True), ref.uniform.RULES, (True, False)):
+    for per_row, rule, signed in itertools.product((False, True)[: 1 + EXHAUSTIVE], ref.uniform.RULES, (True, False)):
         s = scales(w, per_row)
         codes = Q.foreach.encode(w, s, bits, rule=rule, signed=signed)
         for i, t in enumerate(w):
             assert same(codes[i], ref.encode(t, s[i], bits, rule=rule, signed=signed)), (i, rule, signed)
             assert codes[i].numel() == 0 or 0 <= int(codes[i].min()) <= int(codes[i].max()) <= 2**bits - 1
-        for grid in GRIDS:
+        for grid in GRIDS if EXHAUSTIVE else GRIDS[:1]:
             back = Q.foreach.decode(codes, s, bits, grid=grid, signed=signed, out_dtype=dtype)
             for i, t in enumerate(w):
                 assert same(back[i], ref.decode(codes[i], s[i], bits, grid=grid, signed=signed, dtype=dtype))
@@ -90,7 +91,7 @@ def test_sums(dtype, per_row):
     w = weights(dtype, special=False)
     s = scales(w, per_row)
     acc = s[0].dtype
-    for grid, seed in itertools.product(GRIDS, range(3)):
+    for grid, seed in itertools.product(GRIDS, SEEDS):
         n, k = bits_and_k(w, seed)
         got = Q.foreach.msq(w, s, n, k, grid=grid)
         alone = Q.foreach.lsb_stats(w, s, n, k, grid=grid)
@@ -106,7 +107,7 @@ def test_sums(dtype, per_row):
 
 
 def test_sums_error_is_within_four_times_torchs_own():
-    w = torch.randn(3_000_001, generator=torch.Generator().manual_seed(0))
+    w = torch.randn(3_000_001 if EXHAUSTIVE else 30_001, generator=torch.Generator().manual_seed(0))
     r = Q.msq(w, None, 6, 1)
     exact = (r.q.double() - w.double()).square()
     wide = (r.q - w).square()
@@ -258,11 +259,12 @@ def test_hessian_vector_product_through_the_quantizer():
 
 
 def test_more_tensors_than_one_table_holds():
-    w = [torch.randn(i % 7) for i in range(1500)]
-    n = torch.arange(1500, dtype=torch.int32) % 9
+    count = 1500 if EXHAUSTIVE else 150
+    w = [torch.randn(i % 7) for i in range(count)]
+    n = torch.arange(count, dtype=torch.int32) % 9
     s = Q.foreach.absmax(w)
     q = Q.foreach.msq(w, s, n, 0)
-    for i in range(0, 1500, 61):
+    for i in range(0, count, 61):
         assert same(q.q[i], ref.round_clamp(w[i], s[i], n[i]))
         assert same(q.sq_error[i], ref.msq(w[i], s[i], n[i], 0)[3])
 
@@ -298,7 +300,7 @@ def test_reference_marks_values_out_of_range():
     for n, k, s in ((17, 0, good), (-1, 0, good), (3, 3, good), (3, -1, good), (3, 1, -good), (3, 1, good * torch.nan),
                     (3, 1, good * torch.inf)):
         q, penalty, nonzero, sq_error = ref.msq(w, s, n, k)
-        assert (q.isnan().all() or k) and penalty.isnan() and nonzero == -1 and sq_error.isnan()
+        assert q.isnan().all() and penalty.isnan() and nonzero == -1 and sq_error.isnan()
         assert (ref.lsb(w, s, n, k) == ref.uniform.INVALID).all()
         grad_w, grad_s = ref.uniform_backward(w, good, w, s, n, k)
-        assert grad_w.isnan().all()
+        assert grad_w.isnan().all() and grad_s.isnan().all()

@@ -194,9 +194,9 @@ def lsb_penalty(w, scale, bits, k=1):
     return msq(w, scale, bits, k)[1]
 
 
-def scale_grad_term(w, scale, bits, grid, signed):
+def scale_grad_term(w, scale, bits, grid, signed, k=0):
     """dq/ds per element: q/s - (w/s) * inside, where q/s is m times the step of a scale of one."""
-    w, s, bits, _, valid = _prepare(w, scale, bits)
+    w, s, bits, _, valid = _prepare(w, scale, bits, k)
     c = _code(_unit(w, s, signed), bits)
     ratio = _level(c, bits, grid, signed) * _unit_step(bits, w.dtype, grid, signed)
     return _nan_where_not(valid, ratio - torch.where(_inside(w, s, signed), w * _inverse(s), torch.zeros_like(w)))
@@ -208,7 +208,7 @@ def uniform_backward(grad, grad_penalty, w, scale, bits, k=0, *, grid=None, sign
     dL/dw = g * inside + r * sign(B) * inside;  dL/ds = sum g * (q/s - (w/s) * inside), taken in float64 and
     rounded once, in the shape of ``scale``.
     """
-    term = scale_grad_term(w, scale, bits, grid or "dyadic", signed)
+    term = scale_grad_term(w, scale, bits, grid or "dyadic", signed, k)
     dtype, shape = w.dtype, scale.shape
     w, s, bits, k, valid = _prepare(w, scale, bits, k)
     zero = torch.zeros_like(w)
