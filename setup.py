@@ -83,12 +83,13 @@ class BuildKernels(build_ext):
         target = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         lib = os.path.join(torch_folder(), "lib")
-        has_cuda = os.path.exists(os.path.join(lib, "libtorch_cuda.so"))
+        # A CPU build of torch has no libtorch_cuda to name; in a CUDA build libtorch stands for it.
+        cuda = ["-ltorch_cuda"] if os.path.exists(os.path.join(lib, "libtorch_cuda.so")) else []
         subprocess.check_call([
-            nvcc(), "-shared", "-o", target, *ext.sources, *gencode(), "-std=c++17", "-O3", "-fmad=false", "-DUSE_CUDA",
-            TORCH_TARGET, "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off",
-            *(f"-I{i}" for i in includes(torch_folder())), f"-L{lib}", "-ltorch_cpu",
-            *(["-ltorch_cuda"] if has_cuda else []), "-cudart", "shared"])
+            nvcc(), "-shared", "-o", target, *ext.sources, *gencode(), "-std=c++17", "-O3", "-fmad=false",
+            "--expt-relaxed-constexpr", "-DUSE_CUDA", TORCH_TARGET, "--threads", "2",
+            "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off", *(f"-I{i}" for i in includes(torch_folder())),
+            f"-L{lib}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", *cuda, "-cudart", "shared"])
 
     def get_outputs(self):
         return [f for f in super().get_outputs() if os.path.exists(f)]
