@@ -18,22 +18,23 @@ def weights(dtype=torch.float32, seed=0, special=True):
     def randn(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
+    long, channels, edges = (40000, 16, 512) if EXHAUSTIVE else (5000, 4, 64)
     made = [
         randn(7),
         randn(1),
         randn(()),
         randn(0),
         randn(3, 0, 2),
-        randn(16, 5, 3, 3),
-        randn(16, 8, 3, 3).to(memory_format=torch.channels_last),
-        randn(33, 40).t(),
+        randn(channels, 5, 3, 3),
+        randn(channels, 8, 3, 3).to(memory_format=torch.channels_last),
+        randn(2 * channels + 1, 10).t(),
         randn(20, 30)[::2, ::3],
         randn(1, 9).expand(4, 9),
-        randn(40000 if EXHAUSTIVE else 5000)[3:],  # not aligned, several chunks
-        randn(5, 33000) if EXHAUSTIVE else randn(3, 4200),
+        randn(2, long)[:, 3:],
+        randn(long)[3:].view(1, -1),  # dense, not aligned, more than one chunk
         torch.zeros(17, dtype=dtype),
         torch.full((4, 4), 1e-39, dtype=torch.float64).to(dtype),
-        torch.arange(-512, 513, dtype=torch.float64).div(512).to(dtype),  # on the bin edges of every width
+        torch.arange(-edges, edges + 1, dtype=torch.float64).div(edges).to(dtype),  # on the bin edges of every width
     ]
     if special:
         made.append(torch.tensor(SPECIAL * 3, dtype=torch.float64).to(dtype).reshape(4, 12))
