@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from quantops.library import OPS, _lib
+from quantops import checks
+from quantops.library import OPS, _lib, ops
 from quantops.version import __version__
 
 CHOICES = ("cuda", "triton", "reference")
@@ -50,7 +51,10 @@ def _register_triton(key):
 
 
 def _lazy(family, name):
+    names = [a.name for a in getattr(ops, name).default._schema.arguments]
+
     def kernel(*args):
+        checks.structure(dict(zip(names, args)))
         return getattr(importlib.import_module(f"quantops.kernels.{family}"), name)(*args)
 
     return kernel

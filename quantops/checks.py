@@ -193,3 +193,33 @@ def outputs(out, w, dtype):
         if o.data_ptr() == t.data_ptr() and o.numel():
             raise ValueError(f"{name}: expected memory of its own, got w's")
     return list(out)
+
+
+def structure(arguments):
+    """Whether an op's arguments, {name: value}, fit each other, so that a kernel stays within them.
+
+    The functions of ``foreach`` have checked more than this by then; the ops can also be called directly.
+    """
+    w = tensors("codes", arguments["codes"], INTS) if "codes" in arguments else tensors("w", arguments["w"])
+    for name in ("grad", "q"):
+        listed = arguments.get(name)
+        if listed and [t.shape for t in tensors(name, listed)] != [t.shape for t in w]:
+            raise ValueError(f"{name}: expected the shapes of the weights, got {[tuple(t.shape) for t in listed]}")
+        if listed and listed[0].device != w[0].device:
+            raise ValueError(f"{name}: expected device {w[0].device}, got {listed[0].device}")
+    if "scale" not in arguments:
+        return
+    first = arguments["scale"][0] if arguments["scale"] else None
+    acc = first.dtype if "codes" in arguments and first is not None else acc_dtype(w[0].dtype)
+    for given, fit in zip(arguments["scale"], scales(arguments["scale"], w, acc)):
+        if given is not fit:
+            raise ValueError(f"scale: expected contiguous {acc} tensors, got {given.dtype}, strides {given.stride()}")
+    for name in ("bits", "k"):
+        n = arguments.get(name)
+        if n is not None and integers(name, n, w, 0, MAX_BITS) is not n:
+            raise ValueError(f"{name}: expected int32, got {n.dtype}")
+    for name, dtype, count in (("grad_penalty", acc, len(w)), ("strength", acc, 1), ("penalty", acc, len(w)),
+                               ("nonzero", torch.int64, len(w)), ("sq_error", acc, len(w))):
+        t = arguments.get(name)
+        if t is not None and (t.dtype != dtype or t.numel() != count or t.device != w[0].device):
+            raise ValueError(f"{name}: expected {count} elements of {dtype} on {w[0].device}, got {_kind(t)} on {t.device}")
