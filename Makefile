@@ -27,11 +27,11 @@ demo: $(VENV)/.installed
 # Once with the compiled kernels, once with the Triton kernels in Triton's interpreter.
 test: $(VENV)/.installed
 	$(PY) -m quantops
-	QUANTOPS_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_uniform.py tests/test_errors.py
 	$(PY) -m pytest -q
+	QUANTOPS_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_uniform.py tests/test_errors.py
 
 bench: $(VENV)/.installed
-	$(PY) bench/uniform.py
+	$(PY) -m bench run
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info quantops/*.so

@@ -195,9 +195,10 @@ def draw(path, log, start, end):
     axes[0, 0].legend()
     for axis, (weights, q, title) in zip(axes[1], (start, end)):
         axis.hist(weights.flatten().numpy(), bins=201, color="0.6")
-        for v in q.unique().tolist():
-            axis.axvline(v, color="tab:red", lw=0.6)
-        axis.set(title=title, xlabel="weight", yscale="log")
+        levels = q.unique().tolist()
+        for v in levels if len(levels) <= 32 else []:  # more would hide the weights
+            axis.axvline(v, color="tab:red", lw=1)
+        axis.set(title=title, xlabel="weight", ylabel="weights")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
