@@ -4,6 +4,7 @@ Run as it is, the compiled C++ kernels are tested; under QUANTOPS_BACKEND=triton
 """
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -310,3 +311,19 @@ def test_reference_marks_values_out_of_range():
         assert (ref.lsb(w, s, n, k) == ref.uniform.INVALID).all()
         grad_w, grad_s = ref.uniform_backward(w, good, w, s, n, k)
         assert grad_w.isnan().all() and grad_s.isnan().all()
+
+
+@pytest.mark.skipif(not EXHAUSTIVE, reason="billions of elements: not for Triton's interpreter")
+@pytest.mark.skipif(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 12 << 30, reason="needs 12 GB free")
+def test_more_than_two_to_the_31_elements():
+    part = torch.zeros(2**30 + 7, dtype=torch.bfloat16)  # 2 GiB; a list may hold it three times
+    part[-3:] = torch.tensor([0.9, -1.0, 0.26])
+    penalty, nonzero, sq_error = Q.foreach.lsb_stats([part] * 3, None, 3, 1)
+    few = Q.foreach.lsb_stats([part[-3:]], None, 3, 1)
+    assert nonzero.tolist() == few[1].tolist() * 3 and few[1] > 0
+    assert torch.equal(penalty, few[0].expand(3)) and torch.allclose(sq_error, few[2].expand(3))
+    del part
+    long = torch.zeros(2**31 + 9, dtype=torch.bfloat16)
+    long[-1] = -3.0
+    q = Q.round_clamp(long, None, 2, out=torch.empty_like(long))
+    assert q[-1] == -3.0 and q[-2] == 0 and Q.absmax(long) == 3.0
