@@ -20,7 +20,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
-CXX_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", TORCH_TARGET]
+CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", TORCH_TARGET]
 # Every operation is rounded on its own; neither errno nor floating-point traps are read.
 MATH_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 

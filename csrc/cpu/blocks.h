@@ -15,7 +15,7 @@ enum class Storage { f32, f64, bf16, f16 };
 
 inline int64_t item_size(Storage t) { return t == Storage::f64 ? 8 : t == Storage::f32 ? 4 : 2; }
 
-constexpr int64_t kBlock = 2048;  // elements: blocks of a few operands stay in the first-level cache
+constexpr int64_t kBlock = 1024;  // elements: the blocks of all operands stay in the first-level cache
 
 template <class A>
 inline Storage native();

@@ -31,7 +31,7 @@ QUANTOPS_INLINE void msq_element(A x, const Quantizer<A>& p, A& q, int32_t& size
   error = (q - x) * (q - x);
 }
 
-// |B| is below 2^16 and a lane sees 128 elements of a block, so an int32 holds its sum; blocks add up in double.
+// |B| is below 2^16 and a lane sees 64 elements of a block, so an int32 holds its sum; blocks add up in double.
 template <bool kOne, class A>
 QUANTOPS_SIMD void msq_loop(const A* __restrict w, A* __restrict q, int64_t n, const Quantizer<A>& quantizer,
                             LsbSums& sums) {
