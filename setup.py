@@ -9,12 +9,11 @@ QUANTOPS_CUDA=auto|0|1 (default auto: where nvcc and a CUDA build of torch are f
 """
 
 import glob
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
-import sysconfig
+import sys
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -27,10 +26,14 @@ MATH_FLAGS = ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 
 def torch_folder():
     """The folder of the torch to build against, or None. An isolated build hides it from import, not from us."""
-    spec = importlib.util.find_spec("torch")
-    folders = [os.path.dirname(spec.origin)] if spec and spec.origin else []
-    folders += [os.path.join(sysconfig.get_path(kind), "torch") for kind in ("purelib", "platlib")]
-    return next((f for f in folders if os.path.isdir(os.path.join(f, "include"))), None)
+    find = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s else '')"
+    # -I leaves out PYTHONPATH, through which pip isolates builds, and finds what the environment itself has.
+    for options in ([], ["-I"]):
+        found = subprocess.run([sys.executable, *options, "-c", find], capture_output=True, text=True).stdout.strip()
+        folder = os.path.dirname(found)
+        if found and os.path.isdir(os.path.join(folder, "include")):
+            return folder
+    return None
 
 
 def nvcc():
@@ -74,10 +77,13 @@ class BuildKernels(build_ext):
             else:
                 super().build_extension(ext)
         except Exception as error:
-            if os.environ.get("QUANTOPS_REQUIRE_BUILD") == "1" or ext.name.endswith("_cuda"):
-                raise
-            self.warn(f"{ext.name} was not built ({error}). quantops will run on its plain PyTorch reference, which is "
-                      "right but slow; install a C++ compiler (g++ or clang++) and install again.")
+            if ext.name.endswith("_cuda"):
+                if os.environ.get("QUANTOPS_CUDA") == "1":
+                    raise
+                self.warn(f"{ext.name} was not built ({error}). GPUs will be served by Triton.")
+            else:
+                self.warn(f"{ext.name} was not built ({error}). quantops will run on its plain PyTorch reference, which "
+                          "is right but slow; install a C++ compiler (g++) and install again.")
 
     def build_cuda(self, ext):
         target = self.get_ext_fullpath(ext.name)
@@ -91,12 +97,14 @@ class BuildKernels(build_ext):
             "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off", *(f"-I{i}" for i in includes(torch_folder())),
             f"-L{lib}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", *cuda, "-cudart", "shared"])
 
+    # What failed to build is left out, instead of failing the installation.
+
     def get_outputs(self):
         return [f for f in super().get_outputs() if os.path.exists(f)]
 
     def copy_extensions_to_source(self):
-        built = [e for e in self.extensions if os.path.exists(self.get_ext_fullpath(e.name)) or
-                 os.path.exists(os.path.join(self.build_lib, self.get_ext_filename(self.get_ext_fullname(e.name))))]
+        built = [e for e in self.extensions if os.path.exists(
+            os.path.join(self.build_lib, self.get_ext_filename(self.get_ext_fullname(e.name))))]
         self.extensions, every = built, self.extensions
         try:
             super().copy_extensions_to_source()

@@ -93,6 +93,7 @@ QUANTOPS_INLINE bool valid_scale(A s) {
 template <class A>
 QUANTOPS_INLINE Quantizer<A> make_quantizer(A s, int64_t n, int64_t k, bool full, bool is_signed) {
   Quantizer<A> p;
+  s = s + A(0);  // -0 is 0
   p.valid = valid_bits(n, k) && valid_scale(s);
   p.is_signed = is_signed;
   p.scale = s;

@@ -99,6 +99,7 @@ def valid_scale(s):
 @triton.jit
 def make_quantizer(s, n, k, FULL: tl.constexpr, SIGNED: tl.constexpr):
     T: tl.constexpr = s.dtype
+    s = s + 0.0  # -0 is 0
     in_range = valid_bits(n, k)
     n = tl.where(in_range, n, 0)
     k = tl.where(in_range, k, 0)

@@ -1,23 +1,18 @@
 """What a launch over a list of tensors knows of each: a table in device memory, moved there by one copy.
 
-Tables hold numbers (addresses, sizes), never references. They are kept by content, so that a training loop whose
-tensors stay where they are rebuilds nothing, and by stream, so that no other stream reads one before it is filled.
-While a CUDA graph is captured, the copy becomes a node that reads its host memory again at every replay: that memory
-is never freed or reused, and the device table belongs to the graph alone.
+Tables hold numbers (addresses, sizes), never references, and belong to one launch: pinned host memory and device memory
+come from torch's caching allocators, which know when the stream is done with them. While a CUDA graph is captured, the
+copy becomes a node that reads its host memory again at every replay: that memory is never freed or reused.
 """
 
-import collections
 import threading
 
 import numpy as np
 import torch
 
-_KEPT_BYTES = 64 << 20
-_ARENA_BYTES = 1 << 20
+_ARENA_BYTES = 16 << 20
 
 _lock = threading.Lock()  # autograd runs backward passes in threads of its own
-_kept = collections.OrderedDict()  # (device, stream, dtype, content) -> table
-_kept_size = 0
 _arenas = []  # pinned memory for captured copies, handed out once and never freed; the last one has room
 _arena_used = _ARENA_BYTES
 
@@ -27,25 +22,12 @@ def on_device(array, device):
     if device.type == "cpu":
         return torch.from_numpy(array)
     with _lock:
-        return _table(array, device)
-
-
-def _table(array, device):
-    global _kept_size
-    if torch.cuda.is_current_stream_capturing():
-        return _copy(_captured_host(array), array, device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream, array.dtype.char, array.tobytes())
-    table = _kept.get(key)
-    if table is not None:
-        _kept.move_to_end(key)
-        return table
-    _reserve()
-    table = _copy(torch.empty(array.nbytes, dtype=torch.uint8, pin_memory=True), array, device)
-    _kept[key] = table
-    _kept_size += array.nbytes
-    while _kept_size > _KEPT_BYTES and len(_kept) > 1:
-        _kept_size -= _kept.popitem(last=False)[1].nbytes
-    return table
+        if torch.cuda.is_current_stream_capturing():
+            host = _captured_host(array)
+        else:
+            _reserve()
+            host = torch.empty(array.nbytes, dtype=torch.uint8, pin_memory=True)
+        return _copy(host, array, device)
 
 
 def _copy(host, array, device):

@@ -23,6 +23,8 @@ def tensors(name, value, dtypes=FLOATS):
     for i, t in enumerate(value):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{_entry(name, i, value)}: expected a tensor, got {_kind(t)}")
+        if t.layout != torch.strided:
+            raise TypeError(f"{_entry(name, i, value)}: expected a dense tensor, got layout {t.layout}")
         if t.dtype not in dtypes:
             raise TypeError(f"{_entry(name, i, value)}: expected one of {_names(dtypes)}, got {t.dtype}")
         if t.dtype != first.dtype:
@@ -46,8 +48,10 @@ def _constant(value, count, dtype, device):
 
 
 def _filled(value, count, dtype, device):
-    # A tensor made while tracing, under a dispatch mode (fake tensors) or for inference alone must not be kept.
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or torch._C._len_torch_dispatch_stack():
+    # A tensor made while tracing, under a dispatch mode (fake tensors) or for inference alone must not be kept, nor on
+    # a GPU, where it may belong to a graph that is being captured, or to another stream.
+    if (device.type != "cpu" or torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
+            or torch._C._len_torch_dispatch_stack()):
         return torch.full((count,), value, dtype=dtype, device=device)
     return _constant(value, count, dtype, device)
 
@@ -62,7 +66,8 @@ def integers(name, value, w, low, high):
             raise ValueError(f"{name}: expected one entry per weight ({count}), got shape {tuple(value.shape)}")
         if value.device != device:
             raise ValueError(f"{name}: expected device {device}, where the weights are, got {value.device}")
-        return value if value.dtype == torch.int32 else value.to(torch.int32)
+        # Clamped first: 2^32 + 4 must not become a plausible 4.
+        return value if value.dtype == torch.int32 else value.clamp(low - 1, high + 1).to(torch.int32)
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     if len(values) not in (1, count):
         raise ValueError(f"{name}: expected one entry per weight ({count}), got {len(values)}")
@@ -73,7 +78,13 @@ def integers(name, value, w, low, high):
             raise ValueError(f"{name}: expected {low}..{high}, got {v}")
     if len(values) == 1:
         return _filled(values[0], count, torch.int32, device)
-    return torch.tensor(values, dtype=torch.int32).to(device)
+    made = torch.tensor(values, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return made.to(device, non_blocking=True)
+
+
+def _repeated(value, w):
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    return values * len(w) if len(values) == 1 else values
 
 
 def bits(value, w):
@@ -84,8 +95,10 @@ def bits(value, w):
 def bits_and_k(bits_value, k_value, w):
     """Bit-widths and the number of LSBs looked at, 1 <= k < bits; k = 0: none, for weights with no bit to give."""
     n, k = bits(bits_value, w), integers("k", k_value, w, 0, MAX_BITS - 1)
-    if isinstance(bits_value, int) and isinstance(k_value, int) and k_value >= bits_value and k_value != 0:
-        raise ValueError(f"k: expected 1 <= k < bits = {bits_value} (or 0 for no LSBs), got {k_value}")
+    if not isinstance(bits_value, torch.Tensor) and not isinstance(k_value, torch.Tensor):
+        for b, v in zip(_repeated(bits_value, w), _repeated(k_value, w)):
+            if v >= b and v != 0:
+                raise ValueError(f"k: expected 1 <= k < bits = {b} (or 0 for no LSBs), got {v}")
     return n, k
 
 
@@ -110,8 +123,8 @@ def _scale(name, s, t, dtype, device):
     if not isinstance(s, torch.Tensor):
         if isinstance(s, bool) or not isinstance(s, (int, float)):
             raise TypeError(f"{name}: expected a number or a tensor, got {_kind(s)}")
-        if not 0 <= s < float("inf"):
-            raise ValueError(f"{name}: expected a finite value >= 0, got {s}")
+        if not 0 <= s <= torch.finfo(dtype).max:
+            raise ValueError(f"{name}: expected a finite value >= 0 of {dtype}, got {s}")
         return torch.full((), s, dtype=dtype, device=device)
     if s.dtype not in FLOATS:
         raise TypeError(f"{name}: expected one of {_names(FLOATS)}, got {s.dtype}")
@@ -135,7 +148,7 @@ def choice(name, value, allowed):
 
 def full_grid(grid):
     """True for the full grid, False for the dyadic one, which is the default of round_clamp codes."""
-    return choice("grid", grid or GRIDS[0], GRIDS) == GRIDS[1]
+    return grid is not None and choice("grid", grid, GRIDS) == GRIDS[1]
 
 
 def rule_index(rule):
@@ -150,7 +163,7 @@ def dtype_of(out_dtype, w):
             raise TypeError(f"out_dtype: expected one of {_names(FLOATS)}, got {out_dtype}")
         return out_dtype
     device = w[0].device.type
-    if w[0].dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if w[0].dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return w[0].dtype
 
@@ -167,6 +180,8 @@ def gradients(grad, w):
 
 def strength(value):
     """A factor of the penalty, as a Python number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"strength: expected a number or a tensor, got {_kind(value)}")
     if not 0 <= value < float("inf"):
         raise ValueError(f"strength: expected a finite number >= 0, got {value}")
 
@@ -190,9 +205,28 @@ def outputs(out, w, dtype):
             raise TypeError(f"{name}: expected {dtype}, got {o.dtype}")
         if o.stride() != t.stride() or not dense_rows(o):
             raise ValueError(f"{name}: expected a dense tensor with w's strides {t.stride()}, got {o.stride()}")
-        if o.data_ptr() == t.data_ptr() and o.numel():
-            raise ValueError(f"{name}: expected memory of its own, got w's")
+    if not torch.compiler.is_compiling():
+        _no_overlap(out, w)
     return list(out)
+
+
+def _no_overlap(out, w):
+    """No memory of ``out`` may be that of a weight or of another out: the launch reads and writes in no order."""
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), i) for i, t in enumerate([*out, *map(
+        _extent, w)]) if t.numel())
+    last, owner = 0, -1
+    for start, end, i in spans:
+        if start < last and min(i, owner) < len(out):
+            raise ValueError(f"{_entry('out', min(i, owner), out)}: expected memory of its own, got some that a weight or "
+                             "another out has too")
+        if end > last:
+            last, owner = end, i
+
+
+def _extent(t):
+    """The memory that ``t`` reaches, as one flat tensor."""
+    size = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride())) if t.numel() else 0
+    return t.as_strided((size,), (1,))
 
 
 def structure(arguments):

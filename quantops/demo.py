@@ -25,7 +25,7 @@ def add_arguments(parser):
 
 
 class Net(nn.Module):
-    """Three convolutions and a linear layer, 60,000 weights, for 8 x 8 images."""
+    """Three convolutions and a linear layer, 56,224 weights, for 8 x 8 images."""
 
     def __init__(self):
         super().__init__()
@@ -209,6 +209,8 @@ def run(args):
     from tqdm import tqdm
 
     print(quantops.info())
+    if args.seeds < 1 or args.epochs < 4:
+        raise SystemExit(f"--seeds, --epochs: expected at least 1 and 4, got {args.seeds} and {args.epochs}")
     data, results = Digits(), []
     with tqdm(total=3 * args.seeds * args.epochs, desc="training", unit="epoch") as bar:
         for seed in range(args.seeds):

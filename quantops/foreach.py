@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from quantops import checks
+from quantops.layout import dense_rows, empty_like
 from quantops.library import call, ops
 
 
@@ -50,15 +51,23 @@ def _scales(w, scale):
     return checks.scales(scale, w), False
 
 
+def _written(tensors):
+    """Tells autograd, which ops that write to their arguments do not do by themselves."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(tensors)
+
+
 def round_clamp(w, scale, bits, *, signed=True, grid=None, out_dtype=None, out=None):
     """Quantized weights, see :func:`quantops.round_clamp`."""
     w = checks.tensors("w", w)
     n, full = checks.bits(bits, w), checks.full_grid(grid)
+    checks.choice("signed", signed, (True, False))
     scale, covered = _scales(w, scale)
     covered = covered and signed
     if out is not None:
         out = checks.outputs(out, w, out_dtype)
         ops.round_clamp_out(w, scale, n, full, signed, out)
+        _written(out)
         return out
     return call(ops.round_clamp, w, scale, n, full, signed, covered, checks.dtype_of(out_dtype, w))
 
@@ -73,6 +82,7 @@ def msq(w, scale, bits, k=1, *, grid=None, out_dtype=None, out=None):
         sums = [torch.empty(len(w), dtype=t, device=w[0].device)
                 for t in (scale[0].dtype, torch.int64, scale[0].dtype)]
         ops.msq_out(w, scale, n, k, full, out, *sums)
+        _written(out)
         return MSQ(out, *sums)
     return MSQ(*call(ops.msq, w, scale, n, k, full, covered, checks.dtype_of(out_dtype, w)))
 
@@ -110,13 +120,13 @@ def add_lsb_grad_(grad, w, scale, bits, k, strength):
         checks.strength(strength)
         strength = torch.full((), strength, dtype=scale[0].dtype, device=w[0].device)
     # Autograd may have laid a gradient out in another way than its weight; the kernel walks both alike.
-    same = [g if g.stride() == t.stride() else torch.empty_like(t).copy_(g) for g, t in zip(grad, w)]
+    same = [g if g.stride() == t.stride() and dense_rows(t) else empty_like(t, g.dtype).copy_(g)
+            for g, t in zip(grad, w)]
     ops.add_lsb_grad_(same, w, scale, n, k, strength.to(scale[0].dtype))
     for g, s in zip(grad, same):
         if g is not s:
             g.copy_(s)
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(grad)
+    _written(grad)
     return grad
 
 
@@ -130,6 +140,7 @@ def encode(w, scale, bits, *, rule="round_clamp", signed=True):
 def decode(codes, scale, bits, *, grid=None, signed=True, out_dtype=None):
     """Weights of codes, see :func:`quantops.decode`."""
     codes = checks.tensors("codes", codes, checks.INTS)
-    codes = [c if c.dtype == torch.int32 else c.to(torch.int32) for c in codes]
+    if codes[0].dtype != torch.int32:  # clamped first: 2^32 + 3 must not become a plausible 3
+        codes = [c.to(torch.int32) if c.element_size() < 4 else c.clamp(-1, 1 << 16).to(torch.int32) for c in codes]
     n, scale, dtype = checks.bits(bits, codes), *checks.decode_scales(scale, codes, out_dtype)
     return ops.decode(codes, scale, n, checks.full_grid(grid), signed, dtype)

@@ -2,7 +2,7 @@
 
 Notation of the docstrings. ``w``: weight, float32, bfloat16, float16 or float64, any shape. ``scale`` s: a number, or
 a tensor with one element or one per row (dim 0) of ``w``; None: max|w|, where the backward without a penalty is the
-identity and costs nothing. ``bits`` n: 0..16, an int or an integer tensor on the weight's device, so that a change of
+identity and costs nothing (a NaN or infinity in w then leaves no usable scale: an error on CPU, NaN elsewhere). ``bits`` n: 0..16, an int or an integer tensor on the weight's device, so that a change of
 bits recompiles nothing; 0 means: the whole tensor is pruned, q = 0. Arithmetic is float32 (float64 for float64), each
 operation rounded on its own, ``rint`` half to even. Codes and values are equal, bit for bit, on every backend.
 
@@ -100,7 +100,7 @@ def encode(w, scale, bits, *, rule="round_clamp", signed=True):
 def decode(codes, scale, bits, *, grid=None, signed=True, out_dtype=None):
     """q = m * step of integer codes: what the quantizer gave in training, bit for bit.
 
-    ``codes``: any integer dtype. ``out_dtype``: default float32 (float64 where the scale is). A code outside
+    ``codes``: any integer dtype; others than int32 are converted first. ``out_dtype``: default float32 (float64 where the scale is). A code outside
     0..2^n - 1 raises on CPU and gives NaN elsewhere. No gradient.
     """
     return foreach.decode([codes], [scale], bits, grid=grid, signed=signed, out_dtype=out_dtype)[0]

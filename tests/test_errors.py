@@ -6,6 +6,7 @@ import torch
 import quantops as Q
 
 W = torch.randn(4, 6)
+LONG = torch.randn(30)
 MIXED = [W, torch.randn(3).double()]
 
 BAD = {
@@ -26,7 +27,7 @@ BAD = {
     "k equals bits": (lambda: Q.msq(W, 1.0, 4, 4), ValueError, r"k: expected 1 <= k < bits = 4 .* got 4"),
     "k equals bits, tensor": (lambda: Q.msq(W, 1.0, 4, torch.tensor(4)), ValueError, r"k.*1 <= k < bits = 4 .*got 4"),
     "k negative": (lambda: Q.lsb(W, 1.0, 4, -1), ValueError, r"k: "),
-    "scale negative": (lambda: Q.round_clamp(W, -1.0, 4), ValueError, r"scale: expected a finite value >= 0, got -1"),
+    "scale negative": (lambda: Q.round_clamp(W, -1.0, 4), ValueError, r"scale: expected a finite value >= 0 .*got -1"),
     "scale NaN": (lambda: Q.round_clamp(W, float("nan"), 4), ValueError, r"scale: .*nan"),
     "scale negative, tensor": (lambda: Q.round_clamp(W, torch.tensor(-1.0), 4), ValueError, r"scale.*>= 0, got.*-1"),
     "scale NaN in a row": (lambda: Q.round_clamp(W, torch.tensor([1, 1, torch.nan, 1]), 4), ValueError, r"scale.*nan"),
@@ -49,6 +50,19 @@ BAD = {
     "out dtype": (lambda: Q.round_clamp(W, 1.0, 4, out_dtype=torch.float16, out=torch.empty(4, 6)), TypeError,
                   r"out: expected torch.float16"),
     "out is w": (lambda: Q.round_clamp(W, 1.0, 4, out=W), ValueError, r"out: .*memory of its own"),
+    "out overlaps w": (lambda: Q.round_clamp(LONG[:-1], 1.0, 4, out=LONG[1:]), ValueError, r"out: .*memory of its own"),
+    "out is another weight": (lambda: Q.foreach.round_clamp([W, W + 1], None, 4, out=[torch.empty(4, 6), W]), ValueError,
+                              r"out\[1\]: .*memory of its own"),
+    "out twice": (lambda: Q.foreach.round_clamp([W + 1, W + 2], None, 4, out=[W, W]), ValueError, r"out\[0\]: .*its own"),
+    "bits 2^32 + 4": (lambda: Q.round_clamp(W, 1.0, torch.tensor(2**32 + 4)), ValueError, r"bits.*0\.\.16"),
+    "codes 2^32 + 3": (lambda: Q.decode(torch.tensor([2**32 + 3]), 1.0, 4), ValueError, r"codes.*0\.\.2\^4"),
+    "k in a list": (lambda: Q.foreach.lsb([W, W], None, [4, 2], [1, 2]), ValueError, r"k: .* bits = 2 .* got 2"),
+    "scale above float32": (lambda: Q.round_clamp(W, 1e39, 4), ValueError, r"scale: .*1e\+39"),
+    "sparse weight": (lambda: Q.round_clamp(W.to_sparse(), 1.0, 4), TypeError, r"w: .*sparse"),
+    "signed": (lambda: Q.round_clamp(W, 1.0, 4, signed=None), ValueError, r"signed: "),
+    "empty grid": (lambda: Q.round_clamp(W, 1.0, 4, grid=""), ValueError, r"grid: "),
+    "strength": (lambda: Q.foreach.add_lsb_grad_([W.clone()], [W], None, 4, 1, "x"), TypeError, r"strength: .*str"),
+    "strength negative": (lambda: Q.foreach.add_lsb_grad_([W.clone()], [W], None, 4, 1, -1.0), ValueError, r"strength: "),
     "codes float": (lambda: Q.decode(W, 1.0, 4), TypeError, r"codes: .*float32"),
     "codes too large": (lambda: Q.decode(torch.tensor([0, 16]), 1.0, 4), ValueError, r"codes.*0\.\.2\^4"),
     "codes negative": (lambda: Q.decode(torch.tensor([-1, 1]), 1.0, 4), ValueError, r"codes.*0\.\.2\^4"),

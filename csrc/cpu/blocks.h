@@ -1,5 +1,7 @@
 // Moves blocks of elements between storage (any dtype) and the arithmetic dtype, so that the arithmetic is written once.
 #pragma once
+#include <torch/headeronly/util/Half.h>
+
 #include <cstdint>
 #include <cstring>
 
@@ -25,6 +27,8 @@ template <>
 inline Storage native<double>() { return Storage::f64; }
 
 namespace detail {
+
+using torch::headeronly::Half;
 
 template <class From, class To>
 QUANTOPS_SIMD void cast(const From* __restrict from, To* __restrict to, int64_t n) {
@@ -80,7 +84,7 @@ inline void half_to_float(const uint16_t* from, float* to, int64_t n) {
   if (has_f16c()) i = half_to_float_f16c(from, to, n);
 #endif
   for (; i < n; i++) {
-    _Float16 h;
+    Half h;
     std::memcpy(&h, from + i, 2);
     to[i] = static_cast<float>(h);
   }
@@ -92,7 +96,7 @@ inline void float_to_half(const float* from, uint16_t* to, int64_t n) {
   if (has_f16c()) i = float_to_half_f16c(from, to, n);
 #endif
   for (; i < n; i++) {
-    _Float16 h = static_cast<_Float16>(from[i]);
+    Half h = static_cast<Half>(from[i]);
     std::memcpy(to + i, &h, 2);
   }
 }

@@ -315,6 +315,8 @@ def _measure(pairs):
         top = [float(s.max()) if s.numel() else 0.0 for s in scale]
         for p, t, *values, s in zip(quantizers, w, bits.tolist(), k.tolist(), nonzero.tolist(), sq_error.tolist(), top):
             n, kk, count, error = values
+            if count < 0 or not math.isfinite(error):  # what a GPU says of weights that have a NaN or an infinity
+                raise ValueError(f"weight of shape {tuple(t.shape)}: expected finite values, got NaN or infinity")
             found[p] = (n, kk, count / max(t.numel(), 1), error, s)
     return found
 
