@@ -1,6 +1,7 @@
 """The registry: an op is one entry, with its inputs, the bytes it must move, its check and its peers."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -25,6 +26,8 @@ class Inputs:
         self.bits = torch.full((len(shapes),), BITS, dtype=torch.int32, device=device)
         self.k = torch.full_like(self.bits, K)
         self.r = torch.full((len(shapes),), 1e-3, dtype=self.scale[0].dtype, device=device)
+        self.total = [t.clone() for t in self.grad]
+        self.strengths = itertools.cycle([self.r[0], -self.r[0]])
         self.q = [torch.empty_like(t) for t in self.w]
         self.codes = foreach.encode(self.w, self.scale, self.bits)
         self.numel = sum(t.numel() for t in self.w)
@@ -51,6 +54,14 @@ def _equal(got, want):
     return all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+def _msq(got, x):
+    """q, the number of nonzero LSBs, and both sums to within the rounding of float32."""
+    want = [reference.msq(t, v, BITS, K) for t, v in zip(x.w, x.scale)]
+    penalty, nonzero, sq_error = (torch.stack([r[i] for r in want]) for i in (1, 2, 3))
+    return (_equal(got.q, [r[0] for r in want]) and torch.equal(got.nonzero, nonzero)
+            and torch.allclose(got.penalty, penalty, rtol=4e-6) and torch.allclose(got.sq_error, sq_error, rtol=4e-6))
+
+
 def _reference_step(x):
     r = x.r[0]
     return [reference.uniform_backward(g, r, t, reference.absmax(t), BITS, K)[0] for g, t in zip(x.grad, x.w)]
@@ -75,16 +86,17 @@ CASES = [
          {"eager": lambda: lambda x: [t.abs().max() for t in x.w]}),
     Case("round_clamp", lambda s: 2 * s, lambda x: foreach.round_clamp(x.w, x.scale, x.bits, out=x.q),
          lambda got, x: _equal(got, [reference.round_clamp(t, v, BITS) for t, v in zip(x.w, x.scale)])),
-    Case("msq forward", lambda s: 2 * s, lambda x: foreach.msq(x.w, x.scale, x.bits, x.k, out=x.q).q,
-         lambda got, x: _equal(got, [reference.round_clamp(t, v, BITS) for t, v in zip(x.w, x.scale)])),
+    Case("msq forward", lambda s: 2 * s, lambda x: foreach.msq(x.w, x.scale, x.bits, x.k, out=x.q), lambda got, x: _msq(got, x)),
     Case("lsb_stats", lambda s: s, lambda x: foreach.lsb_stats(x.w, x.scale, x.bits, x.k)[1],
          lambda got, x: torch.equal(got, torch.stack([reference.msq(t, v, BITS, K)[2] for t, v in zip(x.w, x.scale)]))),
     Case("msq backward", lambda s: 3 * s,
          lambda x: ops.uniform_backward(x.grad, x.r, x.w, x.scale, x.bits, x.k, False, True, False)[0],
          lambda got, x: _equal(got, _reference_step(x))),
+    # In turn with either sign, so that the gradient stays what it is but for rounding.
     Case("add_lsb_grad_", lambda s: 3 * s,
-         lambda x: foreach.add_lsb_grad_(x.grad, x.w, x.scale, x.bits, x.k, x.r[0] * 0),
-         lambda got, x: got[0] is x.grad[0]),
+         lambda x: foreach.add_lsb_grad_(x.total, x.w, x.scale, x.bits, x.k, next(x.strengths)),
+         lambda got, x: _equal(got, [reference.add_lsb_grad(g, x.r[0], t, v, BITS, K)
+                                     for g, t, v in zip(x.grad, x.w, x.scale)])),
     Case("encode", lambda s: s + 4, lambda x: foreach.encode(x.w, x.scale, x.bits),
          lambda got, x: _equal(got, [reference.encode(t, v, BITS) for t, v in zip(x.w, x.scale)])),
     Case("decode", lambda s: 4 + s, lambda x: foreach.decode(x.codes, x.scale, x.bits, out_dtype=x.w[0].dtype),

@@ -212,8 +212,7 @@ def outputs(out, w, dtype):
 
 def _no_overlap(out, w):
     """No memory of ``out`` may be that of a weight or of another out: the launch reads and writes in no order."""
-    spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), i) for i, t in enumerate([*out, *map(
-        _extent, w)]) if t.numel())
+    spans = sorted((t.data_ptr(), t.data_ptr() + _reach(t), i) for i, t in enumerate([*out, *w]) if t.numel())
     last, owner = 0, -1
     for start, end, i in spans:
         if start < last and min(i, owner) < len(out):
@@ -223,10 +222,11 @@ def _no_overlap(out, w):
             last, owner = end, i
 
 
-def _extent(t):
-    """The memory that ``t`` reaches, as one flat tensor."""
-    size = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride())) if t.numel() else 0
-    return t.as_strided((size,), (1,))
+def _reach(t):
+    """Bytes from the first to the last element of a tensor that has any."""
+    if t.is_contiguous():
+        return t.numel() * t.element_size()
+    return (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))) * t.element_size()
 
 
 def structure(arguments):
