@@ -455,13 +455,15 @@ class MSQController:
 
     def _prune(self, rows, quantizers):
         order = sorted(range(len(rows)), key=lambda i: rows[i]["beta" if rows[i]["omega"] is None else "omega"])
+        left = {p: n for (_, _, p), n in zip(self._all, self._bits())}  # read once: on a GPU each read waits
         for i in order:
             row = rows[i]
-            if self.compression >= self.target:
+            if _compression(self._sizes(), left.values()) >= self.target:
                 break
             if row["k"] and row["beta"] < self.threshold:
                 row.update(pruned=row["k"], bits_after=row["bits"] - row["k"])
                 quantizers[i].set_precision(row["bits_after"], self._limit(row["k"], row["bits_after"]))
+                left[quantizers[i]] = row["bits_after"]
 
     def _traces(self, loss_fn):
         with torch.enable_grad():

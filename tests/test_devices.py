@@ -1,0 +1,126 @@
+"""The same calls on every device at hand: a GPU must give what the CPU gives, bit for bit, with each of its backends.
+
+``python tests/test_devices.py FILE`` writes this machine's GPU results to FILE; the tests run it once per backend.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cases import same, scales, weights  # noqa: E402
+
+import quantops as Q  # noqa: E402
+from quantops.reference.uniform import INVALID, RULES  # noqa: E402
+
+BACKENDS = ("cuda", "triton")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+EXACT, SUMS = "exact", "sums"
+
+
+def _arguments(dtype, per_row, device):
+    w = weights(dtype, special=False)
+    s = scales(w, per_row)
+    generator = torch.Generator().manual_seed(5)
+    n = torch.randint(0, 17, (len(w),), generator=generator, dtype=torch.int32)
+    k = torch.where(n > 1, n // 2, 0).to(torch.int32)
+    g = [torch.randn(t.shape, generator=generator).to(dtype) for t in w]
+    r = torch.randn(len(w), generator=generator).to(s[0].dtype)
+    lists = [[t.to(device) for t in v] for v in (w, s, g)]
+    return *lists, n.to(device), k.to(device), r.to(device)
+
+
+def results(device):
+    """{(kind, name): list of tensors on CPU} of every op of the family."""
+    ops, out = torch.ops.quantops, {}
+    for dtype, per_row, grid in itertools.product(
+            (torch.float32, torch.bfloat16, torch.float16, torch.float64), (False, True), ("dyadic", "full")):
+        w, s, g, n, k, r = _arguments(dtype, per_row, device)
+        key = f"{dtype} per_row={per_row} {grid}"
+        msq = Q.foreach.msq(w, s, n, k, grid=grid)
+        codes = Q.foreach.encode(w, s, n)
+        back = ops.uniform_backward(g, r, w, s, n, k, grid == "full", True, True)
+        found = {
+            "q": msq.q, "nonzero": [msq.nonzero], "B": Q.foreach.lsb(w, s, n, k), "grad_w": back[0],
+            "unsigned": Q.foreach.round_clamp(w, s, n, signed=False, grid=grid), "absmax": Q.foreach.absmax(w),
+            "narrow": Q.foreach.round_clamp(w, s, n, out_dtype=torch.bfloat16),
+            "decoded": Q.foreach.decode(codes, s, n, grid=grid, out_dtype=dtype),
+            "added": Q.foreach.add_lsb_grad_([t.clone() for t in g], w, s, n, k, 0.25),
+            **{rule: Q.foreach.encode(w, s, n, rule=rule) for rule in RULES},
+        }
+        sums = {"penalty": [msq.penalty], "sq_error": [msq.sq_error], "grad_s": back[1], "absmean": Q.foreach.absmean(w)}
+        for kind, results_of in ((EXACT, found), (SUMS, sums)):
+            for name, tensors in results_of.items():
+                out[kind, f"{name} {key}"] = [t.detach().cpu() for t in tensors]
+    return out
+
+
+def compare(got, want):
+    """Asserts equality: bit for bit, or for sums to the rounding of their dtype."""
+    assert got.keys() == want.keys()
+    for (kind, name), tensors in want.items():
+        for i, (a, b) in enumerate(zip(got[kind, name], tensors, strict=True)):
+            if kind == EXACT:
+                assert same(a, b), (name, i)
+            else:
+                wide = b.dtype == torch.float64
+                torch.testing.assert_close(a, b, rtol=1e-10 if wide else 1e-4, atol=1e-9 if wide else 1e-4, msg=name)
+
+
+def test_the_comparison_itself():
+    got, want = results("cpu"), results("cpu")
+    compare(got, want)
+    next(t for t in got[EXACT, "q torch.float32 per_row=False dyadic"] if t.numel()).view(-1)[0] += 1
+    with pytest.raises(AssertionError):
+        compare(got, want)
+
+
+@needs_gpu
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gpu_equals_cpu(backend, tmp_path):
+    path = tmp_path / "results.pt"
+    run = subprocess.run([sys.executable, __file__, path], capture_output=True, text=True,
+                         env={**os.environ, "QUANTOPS_BACKEND": backend})
+    assert run.returncode == 0, run.stderr[-3000:]
+    compare(torch.load(path), results("cpu"))
+
+
+@needs_gpu
+def test_values_out_of_range_give_nan_on_a_gpu():
+    w = torch.randn(5, 3, device="cuda")
+    bits, k, good = (torch.tensor(v, device="cuda") for v in (17, 4, 1.0))
+    for q, penalty, nonzero, sq_error in (Q.msq(w, good, bits, 0), Q.msq(w, -good, 4), Q.msq(w, good, k, k)):
+        assert q.isnan().all() and penalty.isnan() and sq_error.isnan() and nonzero == -1
+    assert (Q.encode(w, good, bits) == INVALID).all()
+
+
+@needs_gpu
+def test_graph_capture_and_streams():
+    w = [torch.randn(1000, 7, device="cuda"), torch.randn(33, device="cuda")]
+    bits = torch.tensor([8, 8], dtype=torch.int32, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            Q.foreach.msq(w, None, bits, 1)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = Q.foreach.msq(w, None, bits, 1)
+    for n in (8, 3):
+        bits.fill_(n)  # precision is data: the graph stays
+        w[0].normal_()
+        graph.replay()
+        torch.cuda.synchronize()
+        fresh = Q.foreach.msq([t.cpu() for t in w], None, bits.cpu(), 1)
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(captured.q, fresh.q))
+        assert torch.equal(captured.nonzero.cpu(), fresh.nonzero)
+
+
+if __name__ == "__main__":
+    torch.save(results("cuda"), sys.argv[1])
