@@ -77,13 +77,14 @@ class BuildKernels(build_ext):
             else:
                 super().build_extension(ext)
         except Exception as error:
+            self.remove_stale(ext)
             if ext.name.endswith("_cuda"):
                 if os.environ.get("QUANTOPS_CUDA") == "1":
                     raise
                 self.warn(f"{ext.name} was not built ({error}). GPUs will be served by Triton.")
             else:
-                self.warn(f"{ext.name} was not built ({error}). quantops will run on its plain PyTorch reference, which "
-                          "is right but slow; install a C++ compiler (g++) and install again.")
+                self.warn("quantops will run on its plain PyTorch reference, which is right but slow: install a C++ "
+                          f"compiler (g++) and install again. {ext.name} was not built: {error}")
 
     def build_cuda(self, ext):
         target = self.get_ext_fullpath(ext.name)
@@ -96,6 +97,13 @@ class BuildKernels(build_ext):
             "--expt-relaxed-constexpr", "-DUSE_CUDA", TORCH_TARGET, "--threads", "2",
             "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off", *(f"-I{i}" for i in includes(torch_folder())),
             f"-L{lib}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", *cuda, "-cudart", "shared"])
+
+    def remove_stale(self, ext):
+        """A library of an earlier build must not pass for this one."""
+        name = self.get_ext_filename(self.get_ext_fullname(ext.name))
+        for path in {os.path.join(self.build_lib, name), os.path.join(os.path.dirname(__file__), name)}:
+            if os.path.exists(path):
+                os.remove(path)
 
     # What failed to build is left out, instead of failing the installation.
 

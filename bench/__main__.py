@@ -122,20 +122,15 @@ def line(row):
 
 
 def table(result):
-    """Markdown: one row a workload and dtype, the share of a copy of each op; then the training step and its peers."""
-    rows = result["rows"]
+    """Markdown: the training step and its peers; then the share of a copy of each op; then the cost of a call."""
+    rows, device = result["rows"], result["machine"]["device"]
     cases = list(dict.fromkeys(r["case"] for r in rows))
     kinds = list(dict.fromkeys((r["workload"], r["dtype"]) for r in rows))
     found = {(r["case"], r["workload"], r["dtype"]): r for r in rows}
-    lines = [f"Share of a copy's speed ({result['machine']['device']}; 1.00: as fast as copying the bytes that the op must "
-             "move).", "", "| weights | " + " | ".join(cases) + " |", "|---|" + "---|" * len(cases)]
-    for workload, dtype in kinds:
-        cells = [found.get((c, workload, dtype)) for c in cases]
-        lines.append(f"| {workload} {dtype} | " + " | ".join("" if r is None else f"{r['share_of_copy']:.2f}" for r in cells)
-                     + " |")
-    lines += ["", "The MSQ step (scales, forward, sums, backward) as a multiple of a copy of 5 elements per weight (20 bytes in fp32):", "",
-              "| weights | quantops | torch.compile | eager chain | kept for backward, B/weight | eager keeps |",
-              "|---|---|---|---|---|---|"]
+    lines = [f"{device}. The MSQ step (scales, forward, sums, backward) as a multiple of a copy of 5 elements per weight "
+             "(20 bytes in fp32), and what it keeps for backward beyond the parameters:", "",
+             "| weights | quantops | torch.compile | eager chain | quantops keeps, B/weight | eager keeps |",
+             "|---|---|---|---|---|---|"]
     for r in (r for r in rows if r["case"] == "msq step"):
         times = {name: t["median"] / r["copy_seconds"] for name, t in r["times"].items()}
         compiled = min((times[n] for n in ("compiled", "compiled list") if n in times), default=None)
@@ -143,6 +138,12 @@ def table(result):
         lines.append(f"| {r['workload']} {r['dtype']} | {times['quantops']:.2f}x | "
                      f"{'' if compiled is None else f'{compiled:.1f}x'} | {times['eager']:.1f}x | "
                      f"{saved['quantops']:.2f} | {saved['eager']:.0f} |")
+    lines += ["", "Share of a copy's speed (1.00: as fast as torch copies the bytes that the op must move):", "",
+              "| weights | " + " | ".join(cases) + " |", "|---|" + "---|" * len(cases)]
+    for workload, dtype in kinds:
+        cells = [found.get((c, workload, dtype)) for c in cases]
+        lines.append(f"| {workload} {dtype} | " + " | ".join("" if r is None else f"{r['share_of_copy']:.2f}" for r in cells)
+                     + " |")
     calls = ", ".join(f"`{name}` {v:.1f}" for name, v in result["call_microseconds"].items())
     lines += ["", f"Microseconds of an eager call on a weight of 64 elements: {calls}."]
     return "\n".join(lines)

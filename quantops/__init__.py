@@ -1,4 +1,4 @@
-"""Fused kernels for quantization-aware training: MSQ, TruncQuant, CPQ with DropBits."""
+"""Fused kernels for quantization-aware training with MSQ."""
 
 from quantops import backends, foreach, layout, reference
 from quantops.backends import info

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import warnings
 from pathlib import Path
 
 import torch
@@ -32,7 +33,10 @@ def _load_library(kind):
     """Loads a compiled library, whose kernels register themselves. Returns why it could not, or None."""
     path = library_path(kind)
     if not path.exists():
-        return f"{path.name} was not built (it needs {'nvcc' if kind == 'cuda' else 'a C++ compiler'} at installation)"
+        why = f"{path.name} was not built (it needs {'nvcc' if kind == 'cuda' else 'a C++ compiler'} at installation)"
+        if (Path(__file__).parents[1] / "setup.py").exists():
+            why += f"; this is the source tree {path.parents[1]}: pip install -e . builds it in place"
+        return why
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -74,11 +78,15 @@ def _setup_cpu(forced):
     if forced == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         return "triton", _require(forced, _register_triton("CPU")) or "the Triton interpreter, TRITON_INTERPRET=1"
     why = _load_library("cpu")
+    if why:
+        warnings.warn(f"quantops runs on its plain PyTorch reference, which is right but slow: {why}", stacklevel=2)
     return ("reference", why) if why else ("cpp", "")
 
 
 def _setup_cuda(forced):
     if not torch.backends.cuda.is_built():
+        interpreted = forced == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        _require(None if interpreted else forced, "this torch is built without CUDA")
         return "none", "this torch is built without CUDA"
     if forced == "reference":
         return "reference", "QUANTOPS_BACKEND=reference"

@@ -8,7 +8,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from quantops.checks import FLOATS
-from quantops.nn import WEIGHT, WeightGroup
+from quantops.nn import WEIGHT, WeightGroup, check_module
 from quantops.reference.uniform import MAX_BITS
 
 FUSE = ("model", "layer")
@@ -102,6 +102,9 @@ def quantize_(model, config, filter_fn=None):
     """
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config: expected MSQConfig or another config of quantops, got {type(config).__name__}")
+    check_module(model)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn: expected a function of (name, module), got {type(filter_fn).__name__}")
     if hasattr(model, "_orig_mod"):
         raise ValueError("model: expected a model that is not compiled yet: quantize_ first, then torch.compile")
     filter_fn = filter_fn or is_linear_or_conv

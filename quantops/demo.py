@@ -206,8 +206,13 @@ def draw(path, log, start, end):
 def run(args):
     """The whole demo; prints tables, writes demo.png and demo.json to ``args.out``."""
     import quantops
-    from tqdm import tqdm
 
+    try:
+        import matplotlib  # noqa: F401
+        import sklearn  # noqa: F401
+        from tqdm import tqdm
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"the demo needs {error.name}: pip install 'quantops[demo]', or make demo") from None
     print(quantops.info())
     if args.seeds < 1 or args.epochs < 4:
         raise SystemExit(f"--seeds, --epochs: expected at least 1 and 4, got {args.seeds} and {args.epochs}")

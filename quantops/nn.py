@@ -242,8 +242,15 @@ def batches(pairs):
     return list(found.values())
 
 
+def check_module(model):
+    """TypeError for what is not a module."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
 def quantized(model):
     """[(layer name, ParametrizationList, WeightQuantizer)] of a model, in module order."""
+    check_module(model)
     found = []
     for name, module in model.named_modules():
         if isinstance(module, ParametrizationList) and isinstance(module[0], WeightQuantizer):

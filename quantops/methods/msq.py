@@ -240,8 +240,8 @@ def add_penalty_grad_(model, strength):
 
     strength: a number >= 0 or a tensor with one element. Raises ValueError for a model without MSQ weights.
     """
-    if not isinstance(strength, torch.Tensor) and not 0 <= strength < math.inf:
-        raise ValueError(f"strength: expected a finite number >= 0, got {strength}")
+    if not isinstance(strength, torch.Tensor):
+        checks.strength(strength)
     pairs = [(p, owner.original) for _, owner, p in _layers(model) if owner.original.requires_grad]
     for quantizers, w in batches(pairs):
         for t in w:
@@ -419,6 +419,8 @@ class MSQController:
         out: it is linear). Whatever else it changes (batch norm statistics, random state) is the caller's; ``.grad`` is
         not touched.
         """
+        if loss_fn is not None and not callable(loss_fn):
+            raise TypeError(f"loss_fn: expected a function without arguments, got {type(loss_fn).__name__}")
         self._steps += 1
         if self._done or self._steps % self.interval:
             return None

@@ -113,7 +113,7 @@ def _nan_where_not(valid, v):
 def _prepare(w, scale, bits, k=0):
     acc = acc_dtype(w.dtype)
     bits, k = _as_int(bits, w), _as_int(k, w)
-    scale = per_row(torch.as_tensor(scale, dtype=acc, device=w.device), w)
+    scale = per_row(torch.as_tensor(scale, dtype=acc, device=w.device), w) + 0.0  # -0 is 0
     return w.to(acc), scale, bits, k, _valid(scale, bits, k)
 
 
@@ -144,7 +144,7 @@ def decode(codes, scale, bits, *, grid=None, signed=True, dtype=None):
     """q = m * step of integer codes; NaN where a code is outside 0..2^n - 1."""
     acc = acc_dtype(scale.dtype)
     bits = _as_int(bits, codes)
-    scale = per_row(torch.as_tensor(scale, dtype=acc, device=codes.device), codes)
+    scale = per_row(torch.as_tensor(scale, dtype=acc, device=codes.device), codes) + 0.0  # -0 is 0
     c = codes.to(acc)
     valid = _valid(scale, bits) & (c >= 0) & (c < _pow2(bits, acc))
     q = _level(c, bits, grid or "dyadic", signed) * _step(scale, bits, grid or "dyadic", signed)
