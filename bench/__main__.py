@@ -49,7 +49,7 @@ def measure_one(case, workload, dtype, device, budget):
     if not case.check(case.run(x), x):
         raise SystemExit(f"bench: {case.name} on {workload} {dtype} differs from the reference; it is not timed")
     bytes_per_weight = case.bytes(x.w[0].element_size())
-    copy, factor = copier(x.w, bytes_per_weight)
+    copy, factor = copier(x.w, x.q, bytes_per_weight)
     functions = {"quantops": lambda: case.run(x), "copy": copy}
     for name, make in case.peers.items():
         if name == "compiled list" and workload not in COMPILED_LISTS:
