@@ -61,7 +61,7 @@ def _grid(full):
     return GRIDS[1] if full else GRIDS[0]
 
 
-def _flat(results, per_row, w):
+def _flat(results, per_row):
     if per_row:
         return torch.cat(results) if len(results) > 1 else results[0]
     return torch.stack(results)
@@ -74,12 +74,12 @@ def _laid_out(results, like):
 
 @_default
 def _absmax(w, per_row):
-    return _flat([reference.absmax(t, per_row=per_row) for t in w], per_row, w)
+    return _flat([reference.absmax(t, per_row=per_row) for t in w], per_row)
 
 
 @_default
 def _absmean(w, per_row):
-    return _flat([reference.absmean(t, per_row=per_row) for t in w], per_row, w)
+    return _flat([reference.absmean(t, per_row=per_row) for t in w], per_row)
 
 
 @_default
@@ -183,7 +183,7 @@ def _fake(fn):
     return fn
 
 
-def _sums(w, bits):
+def _sums(w):
     acc = w[0].new_empty(len(w), dtype=acc_dtype(w[0].dtype))
     return acc, w[0].new_empty(len(w), dtype=torch.int64), torch.empty_like(acc)
 
@@ -215,7 +215,7 @@ def _fake_round_clamp_out(w, scale, bits, full, signed, q):
 
 @_fake
 def _fake_msq(w, scale, bits, k, full, covered, dtype):
-    return [empty_like(t, dtype) for t in w], *_sums(w, bits)
+    return [empty_like(t, dtype) for t in w], *_sums(w)
 
 
 @_fake
@@ -230,7 +230,7 @@ def _fake_lsb(w, scale, bits, k):
 
 @_fake
 def _fake_lsb_stats(w, scale, bits, k, full, covered):
-    return _sums(w, bits)
+    return _sums(w)
 
 
 @_fake

@@ -35,12 +35,6 @@ QUANTOPS_SIMD void cast(const From* __restrict from, To* __restrict to, int64_t 
   for (int64_t i = 0; i < n; i++) to[i] = static_cast<To>(from[i]);
 }
 
-inline uint32_t as_bits(float v) {
-  uint32_t u;
-  std::memcpy(&u, &v, 4);
-  return u;
-}
-
 QUANTOPS_SIMD inline void bf16_to_float(const uint16_t* __restrict from, float* __restrict to, int64_t n) {
   for (int64_t i = 0; i < n; i++) {
     uint32_t u = uint32_t(from[i]) << 16;
