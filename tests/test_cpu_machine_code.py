@@ -9,19 +9,25 @@ import pytest
 
 from quantops.backends import library_path
 
-# What a 16-lane (AVX-512) and an 8-lane (AVX2) clone of each float loop must do on whole registers.
+# What the AVX-512 and the AVX2 clone of each loop must do on whole registers.
 LOOPS = {
-    "quantize_loop<float>": ("mulps", "minps", "addps"),
-    "msq_loop<true, float>": ("mulps", "minps", "addps", "paddd"),
-    "msq_loop<false, float>": ("mulps", "minps", "addps", "paddd"),
-    "encode_loop<float>": ("mulps", "minps", "cvttps2dq"),
-    "lsb_loop<float>": ("mulps", "minps", "cvttps2dq"),
-    "decode_loop<float>": ("cvtdq2ps", "mulps"),
-    "grad_loop<float>": ("cmp\\w*ps",),
-    "grad_penalty_loop<float>": ("mulps", "minps", "cmp\\w*ps"),
-    "add_lsb_grad_loop<float>": ("mulps", "minps", "cmp\\w*ps"),
-    "scale_grad_loop<float>": ("mulps", "addps", "cmp\\w*ps"),
-    "absmax_loop<float, unsigned int>": ("pmaxud",),
+    "quantize_loop<float, float, float>": ("mulps", "minps", "addps"),
+    "quantize_loop<BFloat16, BFloat16, float>": ("mulps", "minps", "addps", "pslld", "psrld"),
+    "msq_loop<true, float, float, float>": ("mulps", "minps", "addps", "paddd"),
+    "msq_loop<false, float, float, float>": ("mulps", "minps", "addps", "paddd"),
+    "msq_loop<true, BFloat16, BFloat16, float>": ("mulps", "minps", "addps", "paddd"),
+    "encode_loop<(Rule)0, float, float>": ("mulps", "minps", "cvttps2dq"),
+    "encode_loop<(Rule)1, float, float>": ("mulps", "minps", "cvttps2dq"),
+    "encode_loop<(Rule)2, float, float>": ("mulps", "(rndscale|round)ps", "cvttps2dq"),
+    "lsb_loop<float, float>": ("mulps", "minps", "cvttps2dq"),
+    "decode_loop<float, float>": ("cvtdq2ps", "mulps"),
+    "grad_loop<float, float, float>": ("cmp\\w*ps",),
+    "grad_penalty_loop<float, float, float>": ("mulps", "minps", "cmp\\w*ps"),
+    "grad_penalty_loop<BFloat16, BFloat16, float>": ("mulps", "minps", "cmp\\w*ps"),
+    "add_lsb_grad_loop<float, float, float>": ("mulps", "minps", "cmp\\w*ps"),
+    "scale_grad_loop<float, float, float>": ("mulps", "addps", "cmp\\w*ps"),
+    "absmax_loop<unsigned int>": ("pmaxud",),
+    "absmax_loop<unsigned short>": ("pmaxuw",),
     "abs_sum_loop<float>": ("addps",),
     "bf16_to_float": ("pslld",),
     "float_to_bf16": ("psrld", "paddd"),
@@ -38,10 +44,10 @@ def functions():
                           check=True).stdout
     found = {}
     for block in re.split(r"\n(?=[0-9a-f]+ <)", text):
-        head = re.match(r"[0-9a-f]+ <(.*?)\((?:.*)\[clone \.arch_x86_64_(v\d)[^\]]*\]", block.partition("\n")[0])
+        head = re.match(r"[0-9a-f]+ <(.*)\([^()]*\) \[clone \.arch_x86_64_(v\d)[^\]]*\]", block.partition("\n")[0])
         if head:
-            name = head[1].replace("void ", "").replace("double ", "", 1) if head[1].startswith("double ") else head[1]
-            name = re.sub(r"^(void|long|unsigned int|double) ", "", name).split("::")[-1]
+            name = head[1].replace("quantops::", "").replace("detail::", "")
+            name = re.sub(r"^(void|long|unsigned int|unsigned short|unsigned long|double) ", "", name)
             found.setdefault(name, {}).setdefault(head[2], "")
             found[name][head[2]] += block
     if not found:

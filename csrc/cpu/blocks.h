@@ -10,6 +10,7 @@
 #endif
 
 #include "cpu/simd.h"
+#include "quant_math.h"
 
 namespace quantops {
 
@@ -18,6 +19,44 @@ enum class Storage { f32, f64, bf16, f16 };
 inline int64_t item_size(Storage t) { return t == Storage::f64 ? 8 : t == Storage::f32 ? 4 : 2; }
 
 constexpr int64_t kBlock = 1024;  // elements: the blocks of all operands stay in the first-level cache
+
+// An element in storage as the loops see it. Half precision and mixtures with float64 go through buffers instead.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+QUANTOPS_INLINE float widen(float v) { return v; }
+QUANTOPS_INLINE double widen(double v) { return v; }
+QUANTOPS_INLINE float widen(BFloat16 v) {
+  uint32_t u = uint32_t(v.bits) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+QUANTOPS_INLINE void narrow(float v, float& to) { to = v; }
+QUANTOPS_INLINE void narrow(double v, double& to) { to = v; }
+QUANTOPS_INLINE void narrow(float v, BFloat16& to) {  // to nearest even, NaN to the one that torch writes
+  uint32_t u;
+  std::memcpy(&u, &v, 4);
+  uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  to.bits = uint16_t(v == v ? rounded : 0x7fc0);
+}
+
+// Writes kLanes results. Streaming goes past the caches: what is larger than them is not read again before it is gone,
+// and reading lines only to overwrite them would cost a third of the bandwidth. `to` is then a multiple of 16.
+template <class T>
+QUANTOPS_INLINE void put_lanes(T* to, const T* from, bool streaming) {
+#if defined(__x86_64__)
+  if (streaming) {
+    for (size_t i = 0; i < kLanes * sizeof(T); i += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(reinterpret_cast<char*>(to) + i),
+                       _mm_load_si128(reinterpret_cast<const __m128i*>(reinterpret_cast<const char*>(from) + i)));
+    return;
+  }
+#endif
+  std::memcpy(to, from, kLanes * sizeof(T));
+}
 
 template <class A>
 inline Storage native();
@@ -35,20 +74,12 @@ QUANTOPS_SIMD void cast(const From* __restrict from, To* __restrict to, int64_t 
   for (int64_t i = 0; i < n; i++) to[i] = static_cast<To>(from[i]);
 }
 
-QUANTOPS_SIMD inline void bf16_to_float(const uint16_t* __restrict from, float* __restrict to, int64_t n) {
-  for (int64_t i = 0; i < n; i++) {
-    uint32_t u = uint32_t(from[i]) << 16;
-    std::memcpy(to + i, &u, 4);
-  }
+QUANTOPS_SIMD inline void bf16_to_float(const BFloat16* __restrict from, float* __restrict to, int64_t n) {
+  for (int64_t i = 0; i < n; i++) to[i] = widen(from[i]);
 }
 
-QUANTOPS_SIMD inline void float_to_bf16(const float* __restrict from, uint16_t* __restrict to, int64_t n) {
-  for (int64_t i = 0; i < n; i++) {  // to nearest even, NaN to the one that torch writes
-    uint32_t u;
-    std::memcpy(&u, from + i, 4);
-    uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    to[i] = uint16_t((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-  }
+QUANTOPS_SIMD inline void float_to_bf16(const float* __restrict from, BFloat16* __restrict to, int64_t n) {
+  for (int64_t i = 0; i < n; i++) narrow(from[i], to[i]);
 }
 
 // Half precision goes through the conversion instructions, which compilers do not vectorize by themselves.
@@ -109,14 +140,14 @@ const A* load_block(const void* p, Storage t, int64_t i, int64_t n, A* buffer) {
   } else {
     float wide[kBlock];
     float* to = sizeof(A) == 4 ? reinterpret_cast<float*>(buffer) : wide;
-    (t == Storage::bf16 ? detail::bf16_to_float : detail::half_to_float)(reinterpret_cast<const uint16_t*>(from), to, n);
+    if (t == Storage::bf16) detail::bf16_to_float(reinterpret_cast<const BFloat16*>(from), to, n);
+    else detail::half_to_float(reinterpret_cast<const uint16_t*>(from), to, n);
     if (sizeof(A) != 4) detail::cast(wide, buffer, n);
   }
   return buffer;
 }
 
-// Writes past the caches: what is larger than them is not read again before it is gone, and reading lines only to
-// overwrite them would cost a third of the bandwidth.
+// Streams a block, see put_lanes.
 inline void stream(void* to, const void* from, int64_t bytes) {
   char* d = static_cast<char*>(to);
   const char* s = static_cast<const char*>(from);
@@ -164,9 +195,33 @@ void store_block(void* p, Storage t, int64_t i, int64_t n, bool streaming, const
     if (sizeof(A) != 4) detail::cast(block, narrow, n);
     const float* from = sizeof(A) == 4 ? reinterpret_cast<const float*>(block) : narrow;
     uint16_t* out = streaming ? half : reinterpret_cast<uint16_t*>(to);
-    (t == Storage::bf16 ? detail::float_to_bf16 : detail::float_to_half)(from, out, n);
+    if (t == Storage::bf16) detail::float_to_bf16(from, reinterpret_cast<BFloat16*>(out), n);
+    else detail::float_to_half(from, out, n);
     if (streaming) stream(to, half, 2 * n);
   }
+}
+
+// f(elements [i, i + n) of `p`): as they are stored where loops take them so, else converted into a buffer.
+template <class A, class F>
+void with_source(const void* p, Storage t, int64_t i, int64_t n, const F& f) {
+  if constexpr (sizeof(A) == 4) {
+    if (t == Storage::bf16) return f(static_cast<const BFloat16*>(p) + i);
+  }
+  A buffer[kBlock];
+  f(load_block<A>(p, t, i, n, buffer));
+}
+
+// f(where to write elements [i, i + n) of `p`, whether to stream them), completed by a conversion where needed.
+template <class A, class F>
+void with_target(void* p, Storage t, int64_t i, int64_t n, bool streaming, const F& f) {
+  const bool lanes = streaming && (reinterpret_cast<intptr_t>(p) + i * item_size(t)) % 16 == 0;
+  if (t == native<A>()) return f(static_cast<A*>(p) + i, lanes);
+  if constexpr (sizeof(A) == 4) {
+    if (t == Storage::bf16) return f(static_cast<BFloat16*>(p) + i, lanes);
+  }
+  A buffer[kBlock];
+  f(static_cast<A*>(buffer), false);
+  store_block<A>(p, t, i, n, streaming, buffer, buffer);
 }
 
 }  // namespace quantops

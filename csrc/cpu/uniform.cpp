@@ -7,19 +7,19 @@ namespace {
 
 // --- absmax, absmean -------------------------------------------------------------------------------------------
 
-template <class A>
-A absmax_of(uint64_t bits) {
-  A v;
-  if (sizeof(A) == 4) {
-    uint32_t narrow = uint32_t(bits);
-    std::memcpy(&v, &narrow, sizeof(A));
-  } else {
-    std::memcpy(&v, &bits, sizeof(A));
-  }
-  return v;
+uint64_t absmax_bits(const void* w, Storage type, int64_t i, int64_t n) {
+  const char* from = static_cast<const char*>(w) + i * item_size(type);
+  if (type == Storage::f64) return absmax_loop<uint64_t>(from, n);
+  return type == Storage::f32 ? absmax_loop<uint32_t>(from, n) : absmax_loop<uint16_t>(from, n);
 }
 
-template <class A, class Bits>
+template <class A>
+A value_of(uint64_t bits, Storage type) {
+  A buffer[kBlock];
+  return *load_block<A>(&bits, type, 0, 1, buffer);  // the low bytes come first
+}
+
+template <class A>
 Tensor reduce_abs(List& list, bool mean) {
   std::vector<int64_t> first;  // of each weight in the result
   int64_t count = 0;
@@ -32,7 +32,7 @@ Tensor reduce_abs(List& list, bool mean) {
   std::fill(result, result + count, A(0));
   struct Part { uint64_t most = 0; double sum = 0; };
   std::vector<Part> parts(list.chunks.size());
-  auto finish = [&](const Part& p, const Rows& r) { return mean ? A(p.sum / double(r.inner)) : absmax_of<A>(p.most); };
+  auto finish = [&](const Part& p, const Rows& r) { return mean ? A(p.sum / double(r.inner)) : value_of<A>(p.most, list.type); };
   for_chunks(list.chunks, [&](int64_t chunk) {
     const Chunk& c = list.chunks[chunk];
     const Rows& rows = list.rows[c.tensor];
@@ -41,9 +41,8 @@ Tensor reduce_abs(List& list, bool mean) {
       Part part;
       for (int64_t i = begin; i < end; i += kBlock) {
         int64_t n = std::min(kBlock, end - i);
-        const A* w = load_block<A>(list.data[c.tensor], list.type, i, n, buffer);
-        if (mean) part.sum += abs_sum_loop<A>(w, n);
-        else part.most = std::max<uint64_t>(part.most, absmax_loop<A, Bits>(w, n));
+        if (mean) part.sum += abs_sum_loop<A>(load_block<A>(list.data[c.tensor], list.type, i, n, buffer), n);
+        else part.most = std::max(part.most, absmax_bits(list.data[c.tensor], list.type, i, n));
       }
       if (row_in_parts(rows)) parts[chunk] = part;
       else result[first[c.tensor] + row] = finish(part, rows);
@@ -75,7 +74,7 @@ Tensor reduce_abs(const Tensors& w, bool per_row, bool mean) {
     list.rows.push_back(rows_of(w[i], per_row));
   }
   list.chunks = make_chunks(list.rows);
-  return is_double ? reduce_abs<double, uint64_t>(list, mean) : reduce_abs<float, uint32_t>(list, mean);
+  return is_double ? reduce_abs<double>(list, mean) : reduce_abs<float>(list, mean);
 }
 
 Tensor absmax(Tensors w, bool per_row) { return reduce_abs(w, per_row, false); }
@@ -86,11 +85,10 @@ Tensor absmean(Tensors w, bool per_row) { return reduce_abs(w, per_row, true); }
 template <class A>
 void round_clamp_into(const List& list, bool full, bool is_signed, const Targets& q) {
   for_blocks<A>(list, full, is_signed, [&](int64_t, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
-    A in[kBlock], out[kBlock];
-    const A* w = load_block<A>(list.data[t], list.type, i, end - i, in);
-    A* y = store_target<A>(q.data[t], q.type, i, q.streaming, out);
-    quantize_loop(w, y, end - i, p);
-    store_block<A>(q.data[t], q.type, i, end - i, q.streaming, y, out);
+    with_source<A>(list.data[t], list.type, i, end - i, [&](const auto* w) {
+      with_target<A>(q.data[t], q.type, i, end - i, q.streaming,
+                     [&](auto* y, bool streaming) { quantize_loop(w, y, streaming, end - i, p); });
+    });
   });
 }
 
@@ -119,11 +117,11 @@ template <class A>
 void msq_into(const List& list, bool full, const Targets* q, A* penalty, int64_t* nonzero, A* sq_error) {
   std::vector<LsbSums> parts(list.chunks.size());
   for_blocks<A>(list, full, true, [&](int64_t chunk, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
-    A in[kBlock], out[kBlock];
-    const A* w = load_block<A>(list.data[t], list.type, i, end - i, in);
-    A* y = q ? store_target<A>(q->data[t], q->type, i, q->streaming, out) : out;
-    msq_loop(w, y, end - i, p, parts[chunk]);
-    if (q) store_block<A>(q->data[t], q->type, i, end - i, q->streaming, y, out);
+    with_source<A>(list.data[t], list.type, i, end - i, [&](const auto* w) {
+      if (!q) return msq_loop(w, static_cast<A*>(nullptr), false, end - i, p, parts[chunk]);
+      with_target<A>(q->data[t], q->type, i, end - i, q->streaming,
+                     [&](auto* y, bool streaming) { msq_loop(w, y, streaming, end - i, p, parts[chunk]); });
+    });
   });
   std::vector<LsbSums> sums(list.size());
   for (size_t i = 0; i < parts.size(); i++) {
@@ -193,37 +191,45 @@ Sums lsb_stats(Tensors w, Tensors scale, Tensor bits, Tensor k, bool full, bool 
 
 // --- integers --------------------------------------------------------------------------------------------------
 
-// f(w block, result block, n, quantizer)
+// f(w block, result block, whether to stream it, n, quantizer)
 template <class A, class F>
 void integers_into(const List& list, bool is_signed, const Tensors& out, const F& f) {
+  const Targets to = targets(out, list);
   for_blocks<A>(list, false, is_signed, [&](int64_t, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
-    A in[kBlock];
-    f(load_block<A>(list.data[t], list.type, i, end - i, in), static_cast<int32_t*>(out[t].data_ptr()) + i, end - i, p);
+    int32_t* result = static_cast<int32_t*>(to.data[t]) + i;
+    const bool streaming = to.streaming && reinterpret_cast<intptr_t>(result) % 16 == 0;
+    with_source<A>(list.data[t], list.type, i, end - i, [&](const auto* w) { f(w, result, streaming, end - i, p); });
   });
+}
+
+// f(A{}) with the arithmetic dtype of a list.
+template <class F>
+void with_arithmetic(bool is_double, const F& f) {
+  is_double ? f(0.0) : f(0.0f);
 }
 
 Tensors lsb(Tensors w, Tensors scale, Tensor bits, Tensor k) {
   bool is_double = is_double_list(w);
   List list = make_list(w, scale, bits, &k, is_double);
   Tensors out = empty_like(list.w, ScalarType::Int);
-  if (is_double) integers_into<double>(list, true, out, lsb_loop<double>);
-  else integers_into<float>(list, true, out, lsb_loop<float>);
+  with_arithmetic(is_double, [&](auto zero) {
+    integers_into<decltype(zero)>(list, true, out, [](const auto&... args) { lsb_loop(args...); });
+  });
   return out;
 }
 
-Tensors encode(Tensors w, Tensors scale, Tensor bits, int64_t rule,
-                           bool is_signed) {
+Tensors encode(Tensors w, Tensors scale, Tensor bits, int64_t rule, bool is_signed) {
   bool is_double = is_double_list(w);
   QUANTOPS_CHECK(rule >= kRoundClamp && rule <= kNearest, "rule: expected 0, 1 or 2, got ", rule);
   List list = make_list(w, scale, bits, nullptr, is_double);
   Tensors out = empty_like(list.w, ScalarType::Int);
-  auto run = [&](auto zero) {
-    using A = decltype(zero);
-    integers_into<A>(list, is_signed, out, [&](const A* w, int32_t* codes, int64_t n, const Quantizer<A>& p) {
-      encode_loop(w, codes, n, p, Rule(rule));
+  with_arithmetic(is_double, [&](auto zero) {
+    integers_into<decltype(zero)>(list, is_signed, out, [&](const auto&... args) {
+      if (rule == kRoundClamp) encode_loop<kRoundClamp>(args...);
+      else if (rule == kFloor) encode_loop<kFloor>(args...);
+      else encode_loop<kNearest>(args...);
     });
-  };
-  is_double ? run(0.0) : run(0.0f);
+  });
   return out;
 }
 
@@ -231,10 +237,9 @@ template <class A>
 void decode_into(const List& list, bool full, bool is_signed, const Targets& q) {
   std::vector<int64_t> outside(list.chunks.size(), 0);
   for_blocks<A>(list, full, is_signed, [&](int64_t chunk, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
-    A out[kBlock];
-    A* y = store_target<A>(q.data[t], q.type, i, q.streaming, out);
-    outside[chunk] += decode_loop(static_cast<const int32_t*>(list.data[t]) + i, y, end - i, p);
-    store_block<A>(q.data[t], q.type, i, end - i, q.streaming, y, out);
+    with_target<A>(q.data[t], q.type, i, end - i, q.streaming, [&](auto* y, bool streaming) {
+      outside[chunk] += decode_loop(static_cast<const int32_t*>(list.data[t]) + i, y, streaming, end - i, p);
+    });
   });
   for (size_t i = 0; i < outside.size(); i++)
     if (outside[i])
@@ -283,21 +288,25 @@ void backward_into(const List& list, const Tensors& grad, const A* penalty, bool
   for_chunks(list.chunks, [&](int64_t chunk) {
     const Chunk& c = list.chunks[chunk];
     const int64_t t = c.tensor;
-    A in[kBlock], gradient[kBlock], result[kBlock];
+    const A zeros[kBlock] = {};
     for_rows(c, list.rows[t], [&](int64_t row, int64_t begin, int64_t end) {
       const Quantizer<A> p = quantizer<A>(list, t, row, full, is_signed);
       double sum = 0;
       for (int64_t i = begin; i < end; i += kBlock) {
         int64_t n = std::min(kBlock, end - i);
-        const A* w = load_block<A>(list.data[t], list.type, i, n, in);
-        const A* g = gradient;
-        if (grad.empty()) std::fill(gradient, gradient + n, A(0));
-        else g = load_block<A>(g_data[t], g_type, i, n, gradient);
-        A* y = store_target<A>(out.data[t], out.type, i, out.streaming, result);
-        if (penalty) grad_penalty_loop(w, g, y, n, p, penalty[t]);
-        else grad_loop(w, g, y, n, p);
-        store_block<A>(out.data[t], out.type, i, n, out.streaming, y, result);
-        if (!grad_scale.empty()) sum += scale_grad_loop(w, g, n, p);
+        auto run = [&](const auto* w, const auto* g) {
+          with_target<A>(out.data[t], out.type, i, n, out.streaming, [&](auto* y, bool streaming) {
+            if constexpr (std::is_same_v<decltype(*w), std::add_const_t<std::remove_reference_t<decltype(*y)>>&>) {
+              if (penalty) grad_penalty_loop(w, g, y, streaming, n, p, penalty[t]);
+              else grad_loop(w, g, y, streaming, n, p);
+            }  // the result always has the dtype of w
+          });
+          if (!grad_scale.empty()) sum += scale_grad_loop(w, g, n, p);
+        };
+        with_source<A>(list.data[t], list.type, i, n, [&](const auto* w) {
+          if (grad.empty()) run(w, zeros);
+          else with_source<A>(g_data[t], g_type, i, n, [&](const auto* g) { run(w, g); });
+        });
       }
       if (grad_scale.empty()) return;
       if (row_in_parts(list.rows[t])) parts[chunk] = sum;
@@ -322,7 +331,7 @@ std::tuple<Tensors, Tensors> uniform_backward(
   Tensors out = empty_like(list.w, w[0].scalar_type()), out_scale;
   if (scale_grad)
     for (const Tensor& s : scale) out_scale.push_back(torch::stable::empty_like(s));
-  auto run = [&](auto zero) {
+  with_arithmetic(is_double, [&](auto zero) {
     using A = decltype(zero);
     std::vector<A*> s;
     for (size_t i = 0; i < out_scale.size(); i++) {
@@ -331,20 +340,24 @@ std::tuple<Tensors, Tensors> uniform_backward(
     }
     backward_into<A>(list, g, grad_penalty ? static_cast<const A*>(penalty.data_ptr()) : nullptr, full, is_signed,
                      targets(out, list), s);
-  };
-  is_double ? run(0.0) : run(0.0f);
+  });
   return {out, out_scale};
 }
 
 template <class A>
 void add_lsb_grad_into(const List& list, const Targets& grad, A strength) {
   for_blocks<A>(list, false, true, [&](int64_t, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
-    A in[kBlock], before[kBlock], out[kBlock];
-    const A* w = load_block<A>(list.data[t], list.type, i, end - i, in);
-    const A* g = load_block<A>(grad.data[t], grad.type, i, end - i, before);
-    A* y = store_target<A>(grad.data[t], grad.type, i, false, out);
-    add_lsb_grad_loop(w, g, y, end - i, p, strength);
-    store_block<A>(grad.data[t], grad.type, i, end - i, false, y, out);
+    with_source<A>(list.data[t], list.type, i, end - i, [&](const auto* w) {
+      if (grad.type == native<A>()) return add_lsb_grad_loop(w, static_cast<A*>(grad.data[t]) + i, end - i, p, strength);
+      if constexpr (sizeof(A) == 4) {
+        if (grad.type == Storage::bf16)
+          return add_lsb_grad_loop(w, static_cast<BFloat16*>(grad.data[t]) + i, end - i, p, strength);
+      }
+      A g[kBlock];
+      load_block<A>(grad.data[t], grad.type, i, end - i, g);
+      add_lsb_grad_loop(w, g, end - i, p, strength);
+      store_block<A>(grad.data[t], grad.type, i, end - i, false, g, g);
+    });
   });
 }
 

@@ -15,10 +15,20 @@ struct LsbSums {
   double sq_error = 0;
 };
 
-template <class A>
-QUANTOPS_SIMD void quantize_loop(const A* __restrict w, A* __restrict q, int64_t n, const Quantizer<A>& quantizer) {
+// Elements are read and written as they are stored, kLanes at a time (put_lanes).
+
+template <class In, class Out, class A>
+QUANTOPS_SIMD void quantize_loop(const In* __restrict w, Out* __restrict q, bool streaming, int64_t n,
+                                 const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
-  for (int64_t i = 0; i < n; i++) q[i] = level(round_clamp_code(round_clamp_unit(w[i], p), p.mul, p.top), p) * p.step;
+  alignas(64) Out lanes[kLanes];
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int j = 0; j < kLanes; j++)
+      narrow(level(round_clamp_code(round_clamp_unit(widen(w[i + j]), p), p.mul, p.top), p) * p.step, lanes[j]);
+    put_lanes(q + i, lanes, streaming);
+  }
+  for (; i < n; i++) narrow(level(round_clamp_code(round_clamp_unit(widen(w[i]), p), p.mul, p.top), p) * p.step, q[i]);
 }
 
 // One weight of msq: q, |B| and the squared error. With k = 1, the usual case, |B| is the parity of the code: half of
@@ -31,24 +41,29 @@ QUANTOPS_INLINE void msq_element(A x, const Quantizer<A>& p, A& q, int32_t& size
   error = (q - x) * (q - x);
 }
 
-// |B| is below 2^16 and a lane sees 64 elements of a block, so an int32 holds its sum; blocks add up in double.
-template <bool kOne, class A>
-QUANTOPS_SIMD void msq_loop(const A* __restrict w, A* __restrict q, int64_t n, const Quantizer<A>& quantizer,
-                            LsbSums& sums) {
+// |B| is below 2^16 and a lane sees 32 elements of a block, so an int32 holds its sum; blocks add up in double. q may be
+// null: the sums alone.
+template <bool kOne, class In, class Out, class A>
+QUANTOPS_SIMD void msq_loop(const In* __restrict w, Out* __restrict q, bool streaming, int64_t n,
+                            const Quantizer<A>& quantizer, LsbSums& sums) {
   const Quantizer<A> p = quantizer;
-  A error[kLanes] = {}, e;
+  alignas(64) Out lanes[kLanes];
+  A error[kLanes] = {}, y, e;
   int32_t total[kLanes] = {}, nonzero[kLanes] = {}, size;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     for (int j = 0; j < kLanes; j++) {
-      msq_element<kOne>(w[i + j], p, q[i + j], size, e);
+      msq_element<kOne>(widen(w[i + j]), p, y, size, e);
+      narrow(y, lanes[j]);
       total[j] += size;
       if (!kOne) nonzero[j] += size < 1 ? size : 1;
       error[j] += e;
     }
+    if (q) put_lanes(q + i, lanes, streaming);
   }
   for (int j = 0; i < n; i++, j++) {
-    msq_element<kOne>(w[i], p, q[i], size, e);
+    msq_element<kOne>(widen(w[i]), p, y, size, e);
+    if (q) narrow(y, q[i]);
     total[j] += size;
     if (!kOne) nonzero[j] += size < 1 ? size : 1;
     error[j] += e;
@@ -62,94 +77,140 @@ QUANTOPS_SIMD void msq_loop(const A* __restrict w, A* __restrict q, int64_t n, c
   sums.penalty += b * double(p.step);
 }
 
-template <class A>
-void msq_loop(const A* w, A* q, int64_t n, const Quantizer<A>& p, LsbSums& sums) {
-  p.pow_k == A(2) ? msq_loop<true>(w, q, n, p, sums) : msq_loop<false>(w, q, n, p, sums);
+template <class In, class Out, class A>
+void msq_loop(const In* w, Out* q, bool streaming, int64_t n, const Quantizer<A>& p, LsbSums& sums) {
+  p.pow_k == A(2) ? msq_loop<true>(w, q, streaming, n, p, sums) : msq_loop<false>(w, q, streaming, n, p, sums);
+}
+
+template <Rule rule, class A>
+QUANTOPS_INLINE int32_t encode_element(A w, const Quantizer<A>& p) {
+  if constexpr (rule == kRoundClamp) return to_int(round_clamp_code(round_clamp_unit(w, p), p.mul, p.top), p.valid);
+  else return to_int(code(unit(w, p), rule, p), p.valid);
 }
 
 template <class A>
-QUANTOPS_SIMD void encode_loop(const A* __restrict w, int32_t* __restrict codes, int64_t n,
-                               const Quantizer<A>& quantizer, Rule rule) {
-  const Quantizer<A> p = quantizer;
-  if (rule == kRoundClamp) {
-    for (int64_t i = 0; i < n; i++) codes[i] = to_int(round_clamp_code(round_clamp_unit(w[i], p), p.mul, p.top), p.valid);
-  } else if (rule == kFloor) {
-    for (int64_t i = 0; i < n; i++) codes[i] = to_int(code(unit(w[i], p), kFloor, p), p.valid);
-  } else {
-    for (int64_t i = 0; i < n; i++) codes[i] = to_int(code(unit(w[i], p), kNearest, p), p.valid);
-  }
+QUANTOPS_INLINE int32_t lsb_element(A w, const Quantizer<A>& p) {
+  A u = round_clamp_unit(w, p);
+  return to_int(lsb_residual(u, round_clamp_code(u, p.mul, p.top), p), p.valid);
 }
 
-template <class A>
-QUANTOPS_SIMD void lsb_loop(const A* __restrict w, int32_t* __restrict b, int64_t n, const Quantizer<A>& quantizer) {
+template <Rule rule, class In, class A>
+QUANTOPS_SIMD void encode_loop(const In* __restrict w, int32_t* __restrict codes, bool streaming, int64_t n,
+                               const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
-  for (int64_t i = 0; i < n; i++) {
-    A u = round_clamp_unit(w[i], p);
-    b[i] = to_int(lsb_residual(u, round_clamp_code(u, p.mul, p.top), p), p.valid);
+  alignas(64) int32_t lanes[kLanes];
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int j = 0; j < kLanes; j++) lanes[j] = encode_element<rule>(widen(w[i + j]), p);
+    put_lanes(codes + i, lanes, streaming);
   }
+  for (; i < n; i++) codes[i] = encode_element<rule>(widen(w[i]), p);
+}
+
+template <class In, class A>
+QUANTOPS_SIMD void lsb_loop(const In* __restrict w, int32_t* __restrict b, bool streaming, int64_t n,
+                            const Quantizer<A>& quantizer) {
+  const Quantizer<A> p = quantizer;
+  alignas(64) int32_t lanes[kLanes];
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int j = 0; j < kLanes; j++) lanes[j] = lsb_element(widen(w[i + j]), p);
+    put_lanes(b + i, lanes, streaming);
+  }
+  for (; i < n; i++) b[i] = lsb_element(widen(w[i]), p);
 }
 
 // Returns how many codes are outside 0..2^n - 1.
-template <class A>
-QUANTOPS_SIMD int64_t decode_loop(const int32_t* __restrict codes, A* __restrict q, int64_t n,
+template <class Out, class A>
+QUANTOPS_SIMD int64_t decode_loop(const int32_t* __restrict codes, Out* __restrict q, bool streaming, int64_t n,
                                   const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
   const int32_t top = static_cast<int32_t>(p.top);
+  alignas(64) Out lanes[kLanes];
   int32_t outside = 0;
-  for (int64_t i = 0; i < n; i++) {
-    q[i] = level(static_cast<A>(codes[i]), p) * p.step;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int j = 0; j < kLanes; j++) {
+      narrow(level(static_cast<A>(codes[i + j]), p) * p.step, lanes[j]);
+      outside += (codes[i + j] < 0) | (codes[i + j] > top);
+    }
+    put_lanes(q + i, lanes, streaming);
+  }
+  for (; i < n; i++) {
+    narrow(level(static_cast<A>(codes[i]), p) * p.step, q[i]);
     outside += (codes[i] < 0) | (codes[i] > top);
   }
   return outside;
 }
 
 template <class A>
-QUANTOPS_SIMD void grad_loop(const A* __restrict w, const A* __restrict g, A* __restrict out, int64_t n,
+QUANTOPS_INLINE A grad_element(A w, A g, const Quantizer<A>& p) {
+  return inside(w, p) ? g : A(0);
+}
+
+template <class In, class G, class A>
+QUANTOPS_SIMD void grad_loop(const In* __restrict w, const G* __restrict g, In* __restrict out, bool streaming, int64_t n,
                              const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
-  for (int64_t i = 0; i < n; i++) out[i] = inside(w[i], p) ? g[i] : A(0);
-}
-
-template <class A>
-QUANTOPS_SIMD void grad_penalty_loop(const A* __restrict w, const A* __restrict g, A* __restrict out, int64_t n,
-                                     const Quantizer<A>& quantizer, A r) {
-  const Quantizer<A> p = quantizer;
-  for (int64_t i = 0; i < n; i++) {
-    A v = g[i] + r * lsb_sign(w[i], p);
-    out[i] = inside(w[i], p) ? v : A(0);
+  alignas(64) In lanes[kLanes];
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int j = 0; j < kLanes; j++) narrow(grad_element(widen(w[i + j]), widen(g[i + j]), p), lanes[j]);
+    put_lanes(out + i, lanes, streaming);
   }
+  for (; i < n; i++) narrow(grad_element(widen(w[i]), widen(g[i]), p), out[i]);
 }
 
-// out = g + r * sign(B) * inside; out may be g.
 template <class A>
-QUANTOPS_SIMD void add_lsb_grad_loop(const A* __restrict w, const A* g, A* out, int64_t n,
-                                     const Quantizer<A>& quantizer, A r) {
+QUANTOPS_INLINE A grad_penalty_element(A w, A g, const Quantizer<A>& p, A r) {
+  A v = g + r * lsb_sign(w, p);
+  return inside(w, p) ? v : A(0);
+}
+
+template <class In, class G, class A>
+QUANTOPS_SIMD void grad_penalty_loop(const In* __restrict w, const G* __restrict g, In* __restrict out, bool streaming,
+                                     int64_t n, const Quantizer<A>& quantizer, A r) {
   const Quantizer<A> p = quantizer;
-  for (int64_t i = 0; i < n; i++) out[i] = g[i] + r * penalty_slope(w[i], p);
+  alignas(64) In lanes[kLanes];
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int j = 0; j < kLanes; j++) narrow(grad_penalty_element(widen(w[i + j]), widen(g[i + j]), p, r), lanes[j]);
+    put_lanes(out + i, lanes, streaming);
+  }
+  for (; i < n; i++) narrow(grad_penalty_element(widen(w[i]), widen(g[i]), p, r), out[i]);
 }
 
-template <class A>
-QUANTOPS_SIMD double scale_grad_loop(const A* __restrict w, const A* __restrict g, int64_t n,
+// g += r * sign(B) * inside
+template <class In, class G, class A>
+QUANTOPS_SIMD void add_lsb_grad_loop(const In* __restrict w, G* __restrict g, int64_t n, const Quantizer<A>& quantizer,
+                                     A r) {
+  const Quantizer<A> p = quantizer;
+  for (int64_t i = 0; i < n; i++) narrow(widen(g[i]) + r * penalty_slope(widen(w[i]), p), g[i]);
+}
+
+template <class In, class G, class A>
+QUANTOPS_SIMD double scale_grad_loop(const In* __restrict w, const G* __restrict g, int64_t n,
                                      const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
   A sum[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
-    for (int j = 0; j < kLanes; j++) sum[j] += g[i + j] * scale_grad_term(w[i + j], p);
-  for (int j = 0; i < n; i++, j++) sum[j] += g[i] * scale_grad_term(w[i], p);
+    for (int j = 0; j < kLanes; j++) sum[j] += widen(g[i + j]) * scale_grad_term(widen(w[i + j]), p);
+  for (int j = 0; i < n; i++, j++) sum[j] += widen(g[i]) * scale_grad_term(widen(w[i]), p);
   double total = 0;
   for (int j = 0; j < kLanes; j++) total += sum[j];
   return total;
 }
 
-// max|w|, NaN if there is one: as integers, the bits of magnitudes are in their order and NaN stands above infinity.
-template <class A, class Bits>
-QUANTOPS_SIMD Bits absmax_loop(const A* __restrict w, int64_t n) {
+// The bits of max|w|, NaN if there is one, for any element type: as integers, the bits of magnitudes are in their order
+// and NaN stands above infinity.
+template <class Bits>
+QUANTOPS_SIMD Bits absmax_loop(const char* __restrict w, int64_t n) {
   Bits most = 0;
   constexpr Bits magnitude = static_cast<Bits>(~Bits(0)) >> 1;
   for (int64_t i = 0; i < n; i++) {
     Bits bits;
-    std::memcpy(&bits, w + i, sizeof(A));
+    std::memcpy(&bits, w + i * int64_t(sizeof(Bits)), sizeof(Bits));
     bits &= magnitude;
     most = bits > most ? bits : most;
   }
