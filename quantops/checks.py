@@ -4,6 +4,7 @@ import functools
 
 import torch
 
+from quantops.reference.truncate import COMPANDINGS
 from quantops.reference.uniform import GRIDS, MAX_BITS, RULES, acc_dtype
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -102,13 +103,70 @@ def bits_and_k(bits_value, k_value, w):
     return n, k
 
 
-def scales(value, w, dtype=None):
+def widths(bits_value, base_value, w):
+    """Widths to truncate to, as an int32 tensor (widths, weights); the base widths; whether one width was asked for.
+
+    An int or a tensor with an entry per weight is one width. A list or tuple of these, or a tensor (widths, weights),
+    is several.
+    """
+    base = integers("base_bits", base_value, w, 1, MAX_BITS)
+    if isinstance(bits_value, torch.Tensor) and bits_value.dim() == 2:
+        if bits_value.shape[1] != len(w) or not 1 <= bits_value.shape[0] <= MAX_BITS:
+            raise ValueError(f"bits: expected shape (widths, weights) = (1..{MAX_BITS}, {len(w)}), got "
+                             f"{tuple(bits_value.shape)}")
+        one, flat = False, integers("bits", bits_value.reshape(-1), w * bits_value.shape[0], 1, MAX_BITS)
+        return flat.reshape(bits_value.shape), base, one
+    one = not isinstance(bits_value, (list, tuple))
+    each = [bits_value] if one else list(bits_value)
+    if not 1 <= len(each) <= MAX_BITS:
+        raise ValueError(f"bits: expected 1..{MAX_BITS} widths, got {len(each)}")
+    known = [] if isinstance(base_value, torch.Tensor) else _repeated(base_value, w)
+    numbers = [n for n in each if not isinstance(n, torch.Tensor)]
+    for j, n in enumerate(numbers):
+        if isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)):
+            raise TypeError(f"bits: expected an integer or an integer tensor, or a sequence of these, got {_kind(n)}")
+        most = min(known, default=MAX_BITS)
+        if not 1 <= n <= most:
+            raise ValueError(f"bits: expected widths in 1..base_bits = {most}, got {n}")
+        if n in numbers[:j]:
+            raise ValueError(f"bits: expected distinct widths, got {n} twice")
+    if len(numbers) == len(each):
+        return _rows(tuple(each), len(w), w[0].device), base, one
+    return torch.stack([integers("bits", n, w, 1, MAX_BITS).reshape(-1) for n in each]), base, one
+
+
+@functools.lru_cache(maxsize=1024)
+def _constant_rows(values, count, device):
+    return torch.tensor(values, dtype=torch.int32, device=device).unsqueeze(1).repeat(1, count)
+
+
+def _rows(values, count, device):
+    """One row per value, as :func:`_filled` makes tensors: on a GPU by fills alone, which a CUDA graph may capture."""
+    if len(values) == 1:
+        return _filled(values[0], count, torch.int32, device).unsqueeze(0)
+    if device.type == "cpu" and not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
+                                     or torch._C._len_torch_dispatch_stack()):
+        return _constant_rows(values, count, device)
+    return torch.stack([_filled(v, count, torch.int32, device) for v in values])
+
+
+def scales(value, w, dtype=None, name="scale"):
     """One contiguous scale tensor per weight, of the arithmetic dtype: one element, or one per row."""
     dtype, device = dtype or acc_dtype(w[0].dtype), w[0].device
     if not isinstance(value, (list, tuple)) or len(value) != len(w):
         got = f"{len(value)}" if isinstance(value, (list, tuple)) else _kind(value)
-        raise ValueError(f"scale: expected a list with one entry per weight ({len(w)}), got {got}")
-    return [_scale(_entry("scale", i, w), s, t, dtype, device) for i, (s, t) in enumerate(zip(value, w))]
+        raise ValueError(f"{name}: expected a list with one entry per weight ({len(w)}), got {got}")
+    return [_scale(_entry(name, i, w), s, t, dtype, device) for i, (s, t) in enumerate(zip(value, w))]
+
+
+def out_scales(value, scale, w):
+    """``scale`` and out_scale, [] for None, with as many elements each: where one has one per row, so has the other."""
+    if value is None:
+        return scale, []
+    value = scales(value, w, name="out_scale")
+    pairs = [(s if s.numel() >= o.numel() else s.reshape(()).expand(o.shape).contiguous(),
+              o if o.numel() >= s.numel() else o.reshape(()).expand(s.shape).contiguous()) for s, o in zip(scale, value)]
+    return [s for s, _ in pairs], [o for _, o in pairs]
 
 
 def decode_scales(value, codes, out_dtype):
@@ -149,6 +207,11 @@ def choice(name, value, allowed):
 def full_grid(grid):
     """True for the full grid, False for the dyadic one, which is the default of round_clamp codes."""
     return grid is not None and choice("grid", grid, GRIDS) == GRIDS[1]
+
+
+def tanh(companding):
+    """True for companding with tanh, False for none."""
+    return COMPANDINGS.index(choice("companding", companding, COMPANDINGS)) == 1
 
 
 def rule_index(rule):
@@ -248,6 +311,9 @@ def structure(arguments):
     for given, fit in zip(arguments["scale"], scales(arguments["scale"], w, acc)):
         if given is not fit:
             raise ValueError(f"scale: expected contiguous {acc} tensors, got {given.dtype}, strides {given.stride()}")
+    if "base_bits" in arguments:
+        _truncation(arguments, w)
+        return
     for name in ("bits", "k"):
         n = arguments.get(name)
         if n is not None and integers(name, n, w, 0, MAX_BITS) is not n:
@@ -257,3 +323,28 @@ def structure(arguments):
         t = arguments.get(name)
         if t is not None and (t.dtype != dtype or t.numel() != count or t.device != w[0].device):
             raise ValueError(f"{name}: expected {count} elements of {dtype} on {w[0].device}, got {_kind(t)} on {t.device}")
+
+
+def _truncation(arguments, w):
+    """The part of :func:`structure` that the ops of family ``truncate`` have of their own."""
+    scale, out_scale, bits, base, grads = (
+        arguments.get(name) for name in ("scale", "out_scale", "bits", "base_bits", "grads"))
+    for given, fit in zip(out_scale, scales(out_scale, w, name="out_scale") if out_scale else []):
+        if given is not fit:
+            raise ValueError(f"out_scale: expected contiguous {fit.dtype} tensors, got {given.dtype}, strides "
+                             f"{given.stride()}")
+    if [s.numel() for s in out_scale] != [s.numel() for s in scale][: len(out_scale)]:
+        raise ValueError("out_scale: expected as many elements as in scale")
+    if bits.dim() != 2 or bits.shape[1] != len(w) or not 1 <= bits.shape[0] <= MAX_BITS:
+        raise ValueError(f"bits: expected shape (1..{MAX_BITS} widths, {len(w)}), got {tuple(bits.shape)}")
+    for name, t, count in (("bits", bits, bits.shape[0]), ("base_bits", base, 1)):
+        if integers(name, t, w * count, 1, MAX_BITS) is not t:
+            raise ValueError(f"{name}: expected int32, got {t.dtype}")
+    if grads is None:
+        return
+    if len(tensors("grads", grads)) != bits.numel() or grads[0].device != w[0].device:
+        raise ValueError(f"grads: expected {bits.numel()} tensors on {w[0].device}, one per width and weight, got "
+                         f"{len(grads)} on {grads[0].device}")
+    for i, g in enumerate(grads):
+        if g.numel() and g.shape != w[i % len(w)].shape:
+            raise ValueError(f"grads[{i}]: expected shape {tuple(w[i % len(w)].shape)}, got {tuple(g.shape)}")

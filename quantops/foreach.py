@@ -144,3 +144,19 @@ def decode(codes, scale, bits, *, grid=None, signed=True, out_dtype=None):
         codes = [c.to(torch.int32) if c.element_size() < 4 else c.clamp(-1, 1 << 16).to(torch.int32) for c in codes]
     n, scale, dtype = checks.bits(bits, codes), *checks.decode_scales(scale, codes, out_dtype)
     return ops.decode(codes, scale, n, checks.full_grid(grid), signed, dtype)
+
+
+def truncate(w, scale, bits, *, base_bits=8, rule="floor", companding=None, out_scale=None, out_dtype=None):
+    """Weights truncated to one or several widths from one read, see :func:`quantops.truncate`.
+
+    Unlike elsewhere a list of ``bits`` is a list of widths, not of weights: an int, or an integer tensor with an entry
+    per weight, is one width and gives a list of q. A list or tuple of these, or an integer tensor (widths, weights),
+    gives a tuple of such lists, one per width.
+    """
+    w = checks.tensors("w", w)
+    n, base, one = checks.widths(bits, base_bits, w)
+    rule, tanh = checks.rule_index(rule), checks.tanh(companding)
+    scale, covered = _scales(w, scale)
+    scale, out_scale = checks.out_scales(out_scale, scale, w)
+    q = call(ops.truncate, w, scale, out_scale, n, base, rule, tanh, covered, checks.dtype_of(out_dtype, w))
+    return q if one else tuple(q[i: i + len(w)] for i in range(0, len(q), len(w)))

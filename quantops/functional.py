@@ -105,3 +105,42 @@ def decode(codes, scale, bits, *, grid=None, signed=True, out_dtype=None):
     """
     return foreach.decode([codes], [scale], bits, grid=grid, signed=signed, out_dtype=out_dtype)[0]
 
+
+def truncate(w, scale, bits, *, base_bits=8, rule="floor", companding=None, out_scale=None, out_dtype=None):
+    """Weights whose low bits are cut off by a shift: TruncQuant (arXiv 2506.11431).
+
+        c_N = the code of width N = base_bits by ``rule``         see :func:`encode`; signed
+        c_m = c_N >> (N - m)                                      for every width m of ``bits``
+        q_m = (2 c_m - (2^m - 1)) * (out_scale / (2^m - 1))       the full grid, which ends at +-out_scale
+
+    With the rule "floor" c_m is the code of m bits itself, so what is trained at one width is what the others, and the
+    integer weights, are truncated from.
+
+    Args:
+        bits: 1..base_bits, an int or a 0-dim integer tensor: q. A sequence of these, or a 1-dim integer tensor: a tuple
+            of q, one per width, from one read of w; widths are distinct.
+        base_bits: N, 1..16, an int or an integer tensor.
+        companding: "tanh": the codes are those of tanh(w) with scale tanh(s), as in DoReFa (arXiv 1606.06160).
+            tanh is each backend's own: codes may differ from the reference's where u is within 1e-6 of an edge.
+        out_scale: the scale of q, as ``scale`` is given; default: the scale. E.g. the mean of |w|.
+        out_dtype: dtype of q; default w's own, under autocast the autocast dtype.
+
+    Gradients, with g_m = dL/dq_m, and x = w/s:
+
+        dL/dw = sum_m g_m * inside                                           the slope is 1 whatever out_scale is
+        dL/ds = sum_m sum g_m * (q_m/s - x * inside)                         without an out_scale
+        dL/ds = - sum_m sum g_m * x * inside;  dL/d out_scale = sum_m sum g_m * q_m/out_scale        with one
+
+    Under companding dL/dw is multiplied by 1 - tanh(w)^2, and x = (tanh(w) / tanh(s)) * (1 - tanh(s)^2): the same
+    equations through tanh. All gradients of a call are read once; nothing is saved but the inputs. Second derivatives
+    count w and s as constants in these, as the STE has it, but for the slope of tanh.
+
+    A bit-width, base width or scale out of range raises ValueError on CPU; on other devices values in tensors are not
+    read back and give NaN for that output.
+    """
+    several = isinstance(bits, (list, tuple)) or getattr(bits, "ndim", 0) == 1
+    if getattr(bits, "ndim", 0) == 1:
+        bits = bits.unsqueeze(1)
+    q = foreach.truncate([w], _one(scale), bits, base_bits=base_bits, rule=rule, companding=companding,
+                         out_scale=_one(out_scale), out_dtype=out_dtype)
+    return tuple(v for v, in q) if several else q[0]

@@ -14,6 +14,7 @@ import torch
 
 from quantops import reference
 from quantops.layout import empty_like
+from quantops.reference.truncate import COMPANDINGS, tanh_curvature, truncate_scale_terms
 from quantops.reference.uniform import GRIDS, RULES, acc_dtype
 
 _lib = torch.library.Library("quantops", "DEF")
@@ -41,6 +42,15 @@ OPS = {
         "encode": "(Tensor[] w, Tensor[] scale, Tensor bits, int rule, bool signed) -> Tensor[]",
         "decode": "(Tensor[] codes, Tensor[] scale, Tensor bits, bool full, bool signed, ScalarType dtype) -> "
         "Tensor[]",
+    },
+    # bits: (widths, weights). Lists of q and of their gradients run width by width: that of width j of weight i is
+    # entry j * len(w) + i, an empty tensor where there is no gradient. out_scale: [] where it is the scale.
+    "truncate": {
+        "truncate": "(Tensor[] w, Tensor[] scale, Tensor[] out_scale, Tensor bits, Tensor base_bits, int rule, "
+        "bool tanh, bool covered, ScalarType dtype) -> Tensor[] q",
+        "truncate_backward": "(Tensor[] grads, Tensor[] w, Tensor[] scale, Tensor[] out_scale, Tensor bits, "
+        "Tensor base_bits, int rule, bool tanh, bool covered, bool scale_grad) -> "
+        "(Tensor[] grad_w, Tensor[] grad_scale, Tensor[] grad_out_scale)",
     },
 }
 
@@ -159,6 +169,49 @@ def _decode(codes, scale, bits, full, signed, dtype):
     return _laid_out(each, codes)
 
 
+@_default
+def _truncate(w, scale, out_scale, bits, base_bits, rule, tanh, covered, dtype):
+    _check_truncation(scale, out_scale, bits, base_bits)
+    return [q for n in bits for q in _laid_out([
+        reference.truncate(t, s, m, base_bits=base, rule=RULES[rule], companding=COMPANDINGS[tanh], out_scale=out,
+                           out_dtype=dtype)
+        for t, s, out, m, base in zip(w, scale, out_scale or [None] * len(w), n, base_bits.reshape(-1))], w)]
+
+
+@_default
+def _truncate_backward(grads, w, scale, out_scale, bits, base_bits, rule, tanh, covered, scale_grad):
+    _check_truncation(scale, out_scale, bits, base_bits)
+    each = [reference.truncate_backward(
+        used_gradients(grads[i::len(w)], t), t, s, bits[:, i], base_bits=base, rule=RULES[rule],
+        companding=COMPANDINGS[tanh], out_scale=out, covered=covered)
+        for i, (t, s, out, base) in enumerate(zip(w, scale, out_scale or [None] * len(w), base_bits.reshape(-1)))]
+    grad_w, grad_scale, grad_out_scale = map(list, zip(*each))
+    return _laid_out(grad_w, w), grad_scale if scale_grad else [], grad_out_scale if scale_grad and out_scale else []
+
+
+def used_gradients(grads, w):
+    """The gradients of one weight's widths as :func:`reference.truncate_backward` takes them: None where there is none."""
+    return [None if g.numel() == 0 and w.numel() else g for g in grads]
+
+
+def _check_truncation(scale, out_scale, bits, base_bits):
+    """As :func:`_check_values`."""
+    if bits.device.type != "cpu":
+        return
+    base = base_bits.reshape(-1).tolist()
+    for i, b in enumerate(base):
+        if not 1 <= b <= reference.uniform.MAX_BITS:
+            raise ValueError(f"base_bits[{i}]: expected 1..{reference.uniform.MAX_BITS}, got {b}")
+        widths = bits[:, i].tolist()
+        for j, n in enumerate(widths):
+            if not 1 <= n <= b or n in widths[:j]:
+                raise ValueError(f"bits[{j}][{i}]: expected distinct widths in 1..base_bits = {b}, got {widths}")
+    for name, values in (("scale", scale), ("out_scale", out_scale)):
+        for i, s in enumerate(values):
+            if not bool(((s >= 0) & (s < torch.inf)).all()):
+                raise ValueError(f"{name}[{i}]: expected finite values >= 0, got {s.reshape(-1)[:8].tolist()}")
+
+
 def _check_values(scale, bits, k=None):
     """On CPU, where reading costs nothing, values out of range raise before any work is done."""
     if bits.device.type != "cpu":
@@ -253,6 +306,17 @@ def _fake_decode(codes, scale, bits, full, signed, dtype):
     return [empty_like(c, dtype) for c in codes]
 
 
+@_fake
+def _fake_truncate(w, scale, out_scale, bits, base_bits, rule, tanh, covered, dtype):
+    return [empty_like(t, dtype) for _ in range(bits.shape[0]) for t in w]
+
+
+@_fake
+def _fake_truncate_backward(grads, w, scale, out_scale, bits, base_bits, rule, tanh, covered, scale_grad):
+    sums = [[torch.empty_like(s) for s in v] if scale_grad else [] for v in (scale, out_scale)]
+    return [empty_like(t, t.dtype) for t in w], *sums
+
+
 # Autograd. Only inputs are saved, so that nothing is kept for backward beyond the parameters themselves.
 #
 # The kernels are registered by hand under the Autograd key, with autograd.Functions over flat tensors, as
@@ -342,6 +406,90 @@ class _QuantizerBackward(torch.autograd.Function):
         return None, None, None, *grad, *([penalty] if ctx.has_penalty else [])
 
 
+class _Truncate(torch.autograd.Function):
+    """The list of q of w, scale and out_scale."""
+
+    @staticmethod
+    def forward(ctx, keyset, op, args, *tensors):
+        w, _, _, bits, base_bits, ctx.rule, ctx.tanh, ctx.covered, ctx.q_dtype = args
+        ctx.set_materialize_grads(False)
+        ctx.count = len(w)
+        ctx.save_for_backward(*tensors, bits, base_bits)
+        return tuple(_below_autograd(keyset, op, args))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        n, (*tensors, bits, base_bits) = ctx.count, ctx.saved_tensors
+        w, scale, out_scale = tensors[:n], tensors[n: 2 * n], tensors[2 * n:]
+        scale_grad = _any(grads) and any(s.requires_grad for s in (out_scale if ctx.covered else scale + out_scale))
+        covered = ctx.covered and not ctx.tanh and not scale_grad  # then w is not needed
+        used = [[g for g in grads[i::n] if g is not None] for i in range(n)]
+        grad_scale, grad_out_scale = [None] * n, [None] * len(out_scale)
+        if covered and all(len(g) <= 1 for g in used):
+            grad_w = [g[0].to(t.dtype) if g else None for g, t in zip(used, w)]
+        elif not _any(grads):
+            grad_w = [None] * n
+        else:
+            grad_w, *sums = ops.truncate_backward(
+                _fill_in(grads, ctx.q_dtype), w, scale, out_scale, bits, base_bits, ctx.rule, ctx.tanh, covered,
+                scale_grad)
+            grad_w = [t if g else None for t, g in zip(grad_w, used)]
+            if scale_grad:
+                grad_scale, grad_out_scale = [None] * n if ctx.covered else sums[0], sums[1]
+        return None, None, None, *grad_w, *grad_scale, *grad_out_scale
+
+
+def _fill_in(grads, dtype):
+    """Empty tensors in the place of gradients that are not there."""
+    some = next(g for g in grads if g is not None)
+    return [some.new_empty(0, dtype=dtype) if g is None else g for g in grads]
+
+
+class _TruncateBackward(torch.autograd.Function):
+    """Linear in the gradients of q. w counts as a constant but for the slope of tanh, s as one."""
+
+    @staticmethod
+    def forward(ctx, keyset, op, args, *tensors):
+        grads, w, scale, out_scale, bits, base_bits, ctx.rule, ctx.tanh, ctx.covered, _ = args
+        ctx.set_materialize_grads(False)
+        ctx.count, ctx.own_out, ctx.grad_dtype = len(w), bool(out_scale), grads[0].dtype
+        ctx.used = [g.numel() > 0 for g in grads]
+        ctx.save_for_backward(*w, *scale, *out_scale, bits, base_bits, *(grads if ctx.tanh else ()))
+        return tuple(t for result in _below_autograd(keyset, op, args) for t in result)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        n, saved = ctx.count, list(ctx.saved_tensors)
+        w, scale, out_scale = saved[:n], saved[n: 2 * n], saved[2 * n: (2 + ctx.own_out) * n]
+        bits, base_bits, *grads = saved[(2 + ctx.own_out) * n:]
+        gg_w, gg_scale, gg_out = gradients[:n], gradients[n: 2 * n], gradients[2 * n:]
+        # dL/dq has the same factor for every width.
+        each, grad_w = [None] * n, [None] * n
+        if _any(gg_w):
+            gg_w = _materialize(gg_w, w)
+            each = ops.truncate_backward(gg_w, w, scale, [], bits[:1], base_bits, ctx.rule, ctx.tanh, ctx.covered,
+                                         False)[0]
+            if ctx.tanh:
+                grad_w = [tanh_curvature(v, used_gradients(grads[i::n], t), t, s)
+                          for i, (v, t, s) in enumerate(zip(gg_w, w, scale))]
+        result = [None if v is None or not used else v for v, used in zip(list(each) * bits.shape[0], ctx.used)]
+        if _any(gg_scale) or _any(gg_out):
+            options = {"rule": RULES[ctx.rule], "companding": COMPANDINGS[ctx.tanh]}
+            for at, used in enumerate(ctx.used):
+                if not used:
+                    continue
+                i = at % n
+                ratio, inner = truncate_scale_terms(w[i], scale[i], bits[at // n, i], base_bits=base_bits.reshape(-1)[i],
+                                                    **options)
+                for v, term in ((gg_scale[i] if gg_scale else None, -inner if ctx.own_out else ratio - inner),
+                                (gg_out[i] if gg_out else None, ratio)):
+                    if v is not None:
+                        v = reference.uniform.per_row(v, w[i]) * term
+                        result[at] = v if result[at] is None else result[at] + v
+        result = [None if g is None else g.to(ctx.grad_dtype) for g in result]
+        return None, None, None, *result, *(grad_w if ctx.tanh else ())
+
+
 def _autograd(fn):
     """Registers ``fn(keyset, op, args, *args)`` as the autograd kernel of the op of its name."""
     name = fn.__name__.removeprefix("_autograd_")
@@ -380,6 +528,21 @@ def _autograd_uniform_backward(keyset, op, args):
     grad, penalty, w = args[:3]
     out = _QuantizerBackward.apply(keyset, op, args, *grad, *([] if penalty is None else [penalty]))
     return list(out[: len(w)]), list(out[len(w):])
+
+
+@_autograd
+def _autograd_truncate(keyset, op, args):
+    w, scale, out_scale = args[:3]
+    return list(_Truncate.apply(keyset, op, args, *w, *scale, *out_scale))
+
+
+@_autograd
+def _autograd_truncate_backward(keyset, op, args):
+    grads, w, scale, out_scale = args[:4]
+    tanh, scale_grad = args[7], args[9]
+    out = list(_TruncateBackward.apply(keyset, op, args, *grads, *(w if tanh else ())))
+    n = len(w)
+    return out[:n], out[n: 2 * n] if scale_grad else [], out[2 * n:] if scale_grad else []
 
 
 # No gradient flows through these: their results never require grad.

@@ -1,5 +1,6 @@
 """The specification: every op in plain PyTorch, any dtype, any device. The only oracle of tests and benches."""
 
+from quantops.reference.truncate import truncate, truncate_backward
 from quantops.reference.uniform import (
     absmax,
     absmean,
@@ -23,5 +24,7 @@ __all__ = [
     "lsb_penalty",
     "msq",
     "round_clamp",
+    "truncate",
+    "truncate_backward",
     "uniform_backward",
 ]
