@@ -23,6 +23,10 @@ CALLS = {
     "encode": lambda w, s, n, k: (w, s, n, 0, True),
     "decode": lambda w, s, n, k: ([torch.zeros(t.shape, dtype=torch.int32) for t in w], _detached(s), n, True, True,
                                   torch.float16),
+    "truncate": lambda w, s, n, k: (w, s, [], torch.stack([n, k]), n, 1, False, False, w[0].dtype),
+    "truncate_backward": lambda w, s, n, k: (
+        [torch.randn_like(t).requires_grad_() for t in w + w[:1]] + [torch.empty(0)], _detached(w), _detached(s),
+        _detached(s), torch.stack([n, k]), n, 1, True, False, True),
 }
 
 

@@ -55,12 +55,12 @@ inline List make_list(const Tensors& w, bool is_double) {
 }
 
 template <class A>
-void check_scale_values(const Tensors& scale) {
+void check_scale_values(const Tensors& scale, const char* name = "scale") {
   for (size_t i = 0; i < scale.size(); i++) {
     const A* s = static_cast<const A*>(scale[i].data_ptr());
     for (int64_t j = 0; j < scale[i].numel(); j++)
       if (!valid_scale(s[j]))
-        fail(entry_name("scale", i, scale.size()), ": expected finite values >= 0, got ", s[j], " at element ", j);
+        fail(entry_name(name, i, scale.size()), ": expected finite values >= 0, got ", s[j], " at element ", j);
   }
 }
 
@@ -117,6 +117,22 @@ inline Targets targets(const Tensors& out, const List& list) {
   for (const Tensor& o : out) t.data.push_back(o.data_ptr());
   t.streaming = list.numel() * item_size(t.type) > kStreamBytes;
   return t;
+}
+
+// Adds up the parts of rows longer than a chunk; shorter ones have been written by their chunk.
+template <class A>
+void add_parts(const List& list, const std::vector<double>& parts, const std::vector<A*>& result) {
+  for (size_t i = 0; i < list.chunks.size();) {
+    const Chunk& c = list.chunks[i];
+    const Rows& rows = list.rows[c.tensor];
+    int64_t row = c.begin / rows.inner;
+    double total = 0;
+    size_t first = i;
+    for (; i < list.chunks.size() && list.chunks[i].tensor == c.tensor &&
+           (i == first || (row_in_parts(rows) && list.chunks[i].begin / rows.inner == row)); i++)
+      total += parts[i];
+    if (row_in_parts(rows)) result[c.tensor][row] = A(total);
+  }
 }
 
 }  // namespace quantops

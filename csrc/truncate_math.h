@@ -1,0 +1,119 @@
+// Truncation per element, on top of the uniform quantizers: one inline statement for the CPU and the CUDA kernels.
+//
+// The same arithmetic, operation by operation, as quantops/reference/truncate.py, but for tanh: that one is made of
+// additions, multiplications and one division, each rounded on its own, so that it has the same bits on every backend.
+#pragma once
+#include "quant_math.h"
+
+namespace quantops {
+
+// ------------------------------------------------------------------------------------------------------------ tanh
+
+// (e^r - 1 - r) / r^2 for |r| <= ln(2) / 2, by its series.
+QUANTOPS_INLINE float expm1_tail(float r) {
+  float v = float(1. / 5040);
+  v = v * r + float(1. / 720);
+  v = v * r + float(1. / 120);
+  v = v * r + float(1. / 24);
+  v = v * r + float(1. / 6);
+  return v * r + 0.5f;
+}
+QUANTOPS_INLINE double expm1_tail(double r) {
+  double v = 1. / 6227020800;
+  v = v * r + 1. / 479001600;
+  v = v * r + 1. / 39916800;
+  v = v * r + 1. / 3628800;
+  v = v * r + 1. / 362880;
+  v = v * r + 1. / 40320;
+  v = v * r + 1. / 5040;
+  v = v * r + 1. / 720;
+  v = v * r + 1. / 120;
+  v = v * r + 1. / 24;
+  v = v * r + 1. / 6;
+  return v * r + 0.5;
+}
+
+// ln(2) in two parts, the first with so few bits that its product with k is exact.
+template <class A>
+struct Ln2;
+template <>
+struct Ln2<float> {
+  static constexpr float high = 0.693359375f, low = -2.12194440e-4f;
+};
+template <>
+struct Ln2<double> {
+  static constexpr double high = 6.93145751953125e-1, low = 1.42860682030941723212e-6;
+};
+
+QUANTOPS_INLINE float pow2_small(float k) { return static_cast<float>(1 << static_cast<int32_t>(k)); }
+QUANTOPS_INLINE double pow2_small(double k) { return static_cast<double>(int64_t(1) << static_cast<int32_t>(k)); }
+
+// E / (E + 2) with E = e^(2|x|) - 1 = 2^k (e^r - 1) + (2^k - 1), to a few units in the last place. Beyond the limit it
+// is 1, NaN stays NaN.
+template <class A>
+QUANTOPS_INLINE A tanh_of(A x) {
+  const A y = at_most((x < A(0) ? -x : x) * A(2), A(sizeof(A) == 4 ? 20 : 40));
+  A k = rint_small(y * A(1.44269504088896340736));
+  k = k > A(0) ? k : A(0);  // for NaN, which has no power
+  const A r = (y - k * Ln2<A>::high) - k * Ln2<A>::low;
+  const A power = pow2_small(k);
+  const A e = power * (r + r * r * expm1_tail(r)) + (power - A(1));
+  const A t = e / (e + A(2));
+  return x < A(0) ? -t : t;
+}
+
+// What dL/dw is multiplied by under companding, from t = tanh(w).
+template <class A>
+QUANTOPS_INLINE A tanh_slope(A t) {
+  return A(1) - t * t;
+}
+
+// ---------------------------------------------------------------------------------------------------------- widths
+
+// The quantizer of the base width, whose codes are those of tanh(w) with scale tanh(s) under companding; `inside` asks
+// for |w| <= s either way. inv_scale becomes the factor of dq/ds, see the reference.
+template <class A>
+QUANTOPS_INLINE Quantizer<A> make_base_quantizer(A s, int64_t base, bool tanh) {
+  if (!tanh) return make_quantizer<A>(s, base, 0, true, true);
+  const A v = tanh_of(s + A(0));
+  Quantizer<A> p = make_quantizer<A>(v, base, 0, true, true);
+  if (!valid_scale(s)) p.offset = quiet_nan<A>();
+  p.inv_scale = p.inv_scale * tanh_slope(v);
+  p.scale = s + A(0);
+  p.low = -p.scale;
+  return p;
+}
+
+// A width that is cut from codes of a base width, on the full grid.
+template <class A>
+struct Width {
+  A mul, offset;  // the shift as arithmetic, see odd_level
+  A top;          // 2^m - 1
+  A step;         // q = level * step
+  A unit_step;    // the step of a scale of one
+};
+
+QUANTOPS_INLINE bool valid_width(int64_t n, int64_t base) { return n >= 1 && n <= base && base <= kMaxBits; }
+
+// A width, base width or scale out of range makes the steps NaN, so every result is.
+template <class A>
+QUANTOPS_INLINE Width<A> make_width(A out_scale, int64_t n, int64_t base) {
+  const bool valid = valid_width(n, base) && valid_scale(out_scale);
+  if (!valid) n = base = 1;
+  Width<A> v;
+  v.mul = A(1) / A(int64_t(1) << (base - n));
+  v.offset = (A(1) - v.mul) * A(0.5);
+  v.top = A((int64_t(1) << n) - 1);
+  v.step = valid ? (out_scale + A(0)) / v.top : quiet_nan<A>();  // -0 is 0
+  v.unit_step = valid ? A(1) / v.top : quiet_nan<A>();
+  return v;
+}
+
+// 2 (c >> shift) - (2^m - 1). c 2^-shift is a multiple of 2^-shift; less (1 - 2^-shift) / 2 it never is a tie, and its
+// rint is its floor.
+template <class A>
+QUANTOPS_INLINE A odd_level(A c, const Width<A>& v) {
+  return A(2) * rint_small(c * v.mul - v.offset) - v.top;
+}
+
+}  // namespace quantops
