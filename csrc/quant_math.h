@@ -26,9 +26,16 @@ enum Rule : int64_t { kRoundClamp = 0, kFloor = 1, kNearest = 2 };  // the order
 #if defined(__CUDACC__) || defined(QUANTOPS_EMULATE)
 QUANTOPS_INLINE float rint_small(float v) { return (v + 12582912.f) - 12582912.f; }
 QUANTOPS_INLINE double rint_small(double v) { return (v + 6755399441055744.) - 6755399441055744.; }
-#else  // CPUs have an instruction for it
+template <class A>
+QUANTOPS_INLINE A floor_small(A v) {
+  A r = rint_small(v);
+  return r > v ? r - A(1) : r;
+}
+#else  // CPUs have instructions for both
 QUANTOPS_INLINE float rint_small(float v) { return __builtin_rintf(v); }
 QUANTOPS_INLINE double rint_small(double v) { return __builtin_rint(v); }
+QUANTOPS_INLINE float floor_small(float v) { return __builtin_floorf(v); }
+QUANTOPS_INLINE double floor_small(double v) { return __builtin_floor(v); }
 #endif
 
 // v, but no more than `top`, no less than `low`; NaN stays NaN. On a GPU one instruction, where the ternary takes two.
@@ -52,12 +59,6 @@ QUANTOPS_INLINE A at_least(A v, A low) {
   }
 #endif
   return v < low ? low : v;
-}
-
-template <class A>
-QUANTOPS_INLINE A floor_small(A v) {
-  A r = rint_small(v);
-  return r > v ? r - A(1) : r;
 }
 
 template <class A>

@@ -84,13 +84,21 @@ QUANTOPS_INLINE Quantizer<A> make_base_quantizer(A s, int64_t base, bool tanh) {
   return p;
 }
 
+// The code of the base width, as a float; NaN where x is. x is the weight, or its tanh. Clamping the weight takes
+// infinities out before they meet an inverse of 0; clamping the code does for the rest.
+template <class A>
+QUANTOPS_INLINE A base_code(A x, Rule rule, const Quantizer<A>& p) {
+  const A v = (rule == kNearest ? p.top : p.mul) * round_clamp_unit(x, p);
+  return at_most(at_least(rule == kFloor ? floor_small(v) : rint_small(v), A(0)), p.top);
+}
+
 // A width that is cut from codes of a base width, on the full grid.
 template <class A>
 struct Width {
-  A mul, offset;  // the shift as arithmetic, see odd_level
-  A top;          // 2^m - 1
-  A step;         // q = level * step
-  A unit_step;    // the step of a scale of one
+  A mul;  // 2^-shift
+  A top;  // 2^m - 1
+  A step;  // q = level * step
+  A unit_step;  // the step of a scale of one
 };
 
 QUANTOPS_INLINE bool valid_width(int64_t n, int64_t base) { return n >= 1 && n <= base && base <= kMaxBits; }
@@ -102,18 +110,17 @@ QUANTOPS_INLINE Width<A> make_width(A out_scale, int64_t n, int64_t base) {
   if (!valid) n = base = 1;
   Width<A> v;
   v.mul = A(1) / A(int64_t(1) << (base - n));
-  v.offset = (A(1) - v.mul) * A(0.5);
   v.top = A((int64_t(1) << n) - 1);
   v.step = valid ? (out_scale + A(0)) / v.top : quiet_nan<A>();  // -0 is 0
   v.unit_step = valid ? A(1) / v.top : quiet_nan<A>();
   return v;
 }
 
-// 2 (c >> shift) - (2^m - 1). c 2^-shift is a multiple of 2^-shift; less (1 - 2^-shift) / 2 it never is a tie, and its
-// rint is its floor.
+// 2 (c >> shift) - (2^m - 1)
 template <class A>
 QUANTOPS_INLINE A odd_level(A c, const Width<A>& v) {
-  return A(2) * rint_small(c * v.mul - v.offset) - v.top;
+  const A m = floor_small(c * v.mul);
+  return (m + m) - v.top;
 }
 
 }  // namespace quantops

@@ -111,22 +111,22 @@ struct Gradients {
 
 // The sum of the gradients that are there, in their order: in `sum`, or the only one where it lies.
 template <class A>
-const A* add_up(const Widths& widths, const Gradients& g, int64_t t, int64_t i, int64_t n, A* sum, A* first, A* next) {
-  const A* total = nullptr;
-  for (int64_t j = 0; j < widths.count; j++) {
-    const void* data = g.data[widths.at(j, t)];
-    if (!data) continue;
-    const A* v = load_block<A>(data, g.type, i, n, total ? next : first);
-    if (!total) {
-      total = v;
-    } else {
-      if (total == sum) add_loop(v, sum, n);
-      else sum_loop(total, v, sum, n);
-      total = sum;
+const A* add_up(const Widths& widths, const Gradients& g, int64_t t, int64_t i, int64_t n, A* sum,
+                A (*buffers)[kBlock]) {
+  const A* block[kSummed];
+  int64_t j = 0, count = 0;
+  for (; j < widths.count && count < kSummed; j++)
+    if (const void* data = g.data[widths.at(j, t)]) {
+      block[count] = load_block<A>(data, g.type, i, n, buffers[count]);
+      count++;
     }
-  }
-  if (total) return total;
-  std::fill(sum, sum + n, A(0));
+  if (count == 1) return block[0];
+  if (count == 0) std::fill(sum, sum + n, A(0));
+  if (count == 2) sum_loop<2>(block, sum, n);
+  if (count == 3) sum_loop<3>(block, sum, n);
+  if (count == 4) sum_loop<4>(block, sum, n);
+  for (; j < widths.count; j++)
+    if (const void* data = g.data[widths.at(j, t)]) add_loop(load_block<A>(data, g.type, i, n, buffers[0]), sum, n);
   return sum;
 }
 
@@ -144,14 +144,14 @@ void backward_into(const Widths& widths, const Gradients& g, bool covered, const
   for_chunks(list.chunks, [&](int64_t chunk) {
     const Chunk& c = list.chunks[chunk];
     const int64_t t = c.tensor;
-    A in[kBlock], companded[kBlock], codes[kBlock], sum[kBlock], first[kBlock], next[kBlock], result[kBlock];
+    A in[kBlock], companded[kBlock], codes[kBlock], sum[kBlock], result[kBlock], buffers[kSummed][kBlock];
     for_rows(c, list.rows[t], [&](int64_t row, int64_t begin, int64_t end) {
       const Row<A> r(widths, t, row);
       ScaleSums sums;
       for (int64_t i = begin; i < end; i += kBlock) {
         const int64_t n = std::min(kBlock, end - i);
         A* y = store_target<A>(out.data[t], out.type, i, out.streaming, result);
-        const A* total = add_up(widths, g, t, i, n, covered ? y : sum, first, next);
+        const A* total = add_up(widths, g, t, i, n, covered ? y : sum, buffers);
         if (covered) {
           if (total != y) std::copy(total, total + n, y);
         } else {
@@ -168,7 +168,7 @@ void backward_into(const Widths& widths, const Gradients& g, bool covered, const
             sums.inner += inner_dot_loop(w, x, total, n, r.p);
             for (int64_t j = 0; j < widths.count; j++)
               if (const void* data = g.data[widths.at(j, t)])
-                sums.level += level_dot_loop(codes, load_block<A>(data, g.type, i, n, next), n, r.width[j]);
+                sums.level += level_dot_loop(codes, load_block<A>(data, g.type, i, n, buffers[0]), n, r.width[j]);
           }
         }
         store_block<A>(out.data[t], out.type, i, n, out.streaming, y, result);

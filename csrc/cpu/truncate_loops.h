@@ -16,11 +16,11 @@ QUANTOPS_SIMD void code_loop(const A* __restrict x, A* __restrict c, int64_t n, 
                              Rule rule) {
   const Quantizer<A> p = quantizer;
   if (rule == kRoundClamp) {
-    for (int64_t i = 0; i < n; i++) c[i] = code(unit(x[i], p), kRoundClamp, p);
+    for (int64_t i = 0; i < n; i++) c[i] = base_code(x[i], kRoundClamp, p);
   } else if (rule == kFloor) {
-    for (int64_t i = 0; i < n; i++) c[i] = code(unit(x[i], p), kFloor, p);
+    for (int64_t i = 0; i < n; i++) c[i] = base_code(x[i], kFloor, p);
   } else {
-    for (int64_t i = 0; i < n; i++) c[i] = code(unit(x[i], p), kNearest, p);
+    for (int64_t i = 0; i < n; i++) c[i] = base_code(x[i], kNearest, p);
   }
 }
 
@@ -30,14 +30,26 @@ QUANTOPS_SIMD void cut_loop(const A* __restrict c, A* __restrict q, int64_t n, c
   for (int64_t i = 0; i < n; i++) q[i] = odd_level(c[i], v) * v.step;
 }
 
-template <class A>
-QUANTOPS_SIMD void sum_loop(const A* __restrict a, const A* __restrict b, A* __restrict sum, int64_t n) {
-  for (int64_t i = 0; i < n; i++) sum[i] = a[i] + b[i];
+constexpr int kSummed = 4;  // tensors that one pass adds up: as many streams as the paper's widths
+
+// sum = ((g[0] + g[1]) + g[2]) + ..., of 2 to 4.
+template <int kCount, class A>
+QUANTOPS_SIMD void sum_loop(const A* const* g, A* __restrict sum, int64_t n) {
+  const A* __restrict a = g[0];
+  const A* __restrict b = g[1];
+  const A* __restrict c = g[kCount > 2 ? 2 : 0];
+  const A* __restrict d = g[kCount > 3 ? 3 : 0];
+  for (int64_t i = 0; i < n; i++) {
+    A v = a[i] + b[i];
+    if (kCount > 2) v = v + c[i];
+    if (kCount > 3) v = v + d[i];
+    sum[i] = v;
+  }
 }
 
 template <class A>
-QUANTOPS_SIMD void add_loop(const A* __restrict b, A* __restrict sum, int64_t n) {
-  for (int64_t i = 0; i < n; i++) sum[i] += b[i];
+QUANTOPS_SIMD void add_loop(const A* __restrict g, A* __restrict sum, int64_t n) {
+  for (int64_t i = 0; i < n; i++) sum[i] += g[i];
 }
 
 template <class A>
