@@ -77,7 +77,8 @@ QUANTOPS_INLINE Quantizer<A> make_base_quantizer(A s, int64_t base, bool tanh) {
   if (!tanh) return make_quantizer<A>(s, base, 0, true, true);
   const A v = tanh_of(s + A(0));
   Quantizer<A> p = make_quantizer<A>(v, base, 0, true, true);
-  if (!valid_scale(s)) p.offset = quiet_nan<A>();
+  p.valid = p.valid && valid_scale(s);
+  if (!p.valid) p.offset = quiet_nan<A>();
   p.inv_scale = p.inv_scale * tanh_slope(v);
   p.scale = s + A(0);
   p.low = -p.scale;
@@ -121,6 +122,12 @@ template <class A>
 QUANTOPS_INLINE A odd_level(A c, const Width<A>& v) {
   const A m = floor_small(c * v.mul);
   return (m + m) - v.top;
+}
+
+// (x/s) * inside, where x is w, or tanh(w) under companding.
+template <class A>
+QUANTOPS_INLINE A inner_term(A w, A x, const Quantizer<A>& p) {
+  return inside(w, p) ? x * p.inv_scale : A(0);
 }
 
 }  // namespace quantops

@@ -1,6 +1,6 @@
-"""The CUDA kernels of family ``uniform`` equal the reference, bit for bit: the very source file, run on the CPU.
+"""The CUDA kernels equal the reference, bit for bit: the very source files, run on the CPU.
 
-tests/cuda_on_cpu lets a plain C++ compiler build csrc/cuda/uniform.cu, whose ops then serve CPU tensors, warp by warp
+tests/cuda_on_cpu lets a plain C++ compiler build csrc/cuda/*.cu, whose ops then serve CPU tensors, warp by warp
 with shuffles and barriers. This file is also the program that loads that library and runs the checks below, in a
 process of its own, since the CPU has kernels of its own here. New memory is poisoned with NaN in it.
 """
@@ -27,17 +27,17 @@ def check(fn):
 
 
 def build(folder):
-    """Compiles uniform.cu with the host compiler; gives back the library's path."""
+    """Compiles the .cu files with the host compiler; gives back the library's path."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler to build the CUDA kernels for the CPU with: install g++, or set CXX")
-    library = Path(folder) / "uniform_on_cpu.so"
+    library = Path(folder) / "cuda_on_cpu.so"
     subprocess.run([
         compiler, "-x", "c++", "-std=c++17", "-O1", "-w", "-ffp-contract=off", "-fno-strict-aliasing", "-shared",
         "-fPIC", "-DQUANTOPS_EMULATE", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'tests/cuda_on_cpu'}",
-        *(f"-I{p}" for p in include_paths()), str(ROOT / "csrc/cuda/uniform.cu"), "-x", "none",
+        *(f"-I{p}" for p in include_paths()), *map(str, sorted((ROOT / "csrc/cuda").glob("*.cu"))), "-x", "none",
         *(f"-L{p}" for p in library_paths()), "-ltorch_cpu", *os.environ.get("QUANTOPS_EMULATE_FLAGS", "").split(),
         "-o", str(library)], check=True, timeout=600)
     return library
@@ -454,6 +454,231 @@ def errors():
             lambda: ops.uniform_backward([torch.ones(5)], None, w, s, n, n, False, True, False),
         "grad_penalty: expected 1 element": lambda: ops.uniform_backward(
             [], torch.ones(2), w, s, n, n, False, True, False),
+    }.items():
+        try:
+            call()
+        except ValueError as error:
+            assert text in str(error), f"expected {text!r} in {str(error)!r}"
+        else:
+            raise AssertionError(f"no error, expected {text!r}")
+
+
+# ------------------------------------------------------------------------------------------------- family truncate
+
+
+def _widths(count, widths, seed):
+    """(bits, base_bits) of `count` weights: distinct widths of base widths of every kind."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randint(widths, 17, (count,), generator=generator, dtype=torch.int32)
+    bits = torch.stack([1 + torch.randperm(int(n), generator=generator)[:widths] for n in base], 1)
+    return bits.to(torch.int32), base
+
+
+def _check_truncate(w, s, out, bits, base, rule, dtype, what):
+    import torch
+
+    from quantops import reference
+    q = torch.ops.quantops.truncate(w, s, out, bits, base, rule, False, False, dtype)
+    for j, i in itertools.product(range(len(bits)), range(len(w))):
+        want = reference.truncate(w[i], s[i], bits[j, i], base_bits=base[i], rule=reference.uniform.RULES[rule],
+                                  out_scale=out[i] if out else None, out_dtype=dtype)
+        _exact(q[j * len(w) + i], want, f"{what} bits={bits[j, i]} of {base[i]} w[{i}]")
+        _dense_like(q[j * len(w) + i], w[i])
+
+
+def _check_truncate_backward(grads, w, s, out, bits, base, rule, what):
+    import torch
+
+    from quantops import reference
+    from quantops.library import used_gradients
+    for scale_grad in (False, True):
+        got = torch.ops.quantops.truncate_backward(grads, w, s, out, bits, base, rule, False, False, scale_grad)
+        assert [len(v) for v in got] == [len(w), len(w) * scale_grad, len(out) * scale_grad]
+        for i, t in enumerate(w):
+            used = used_gradients(grads[i::len(w)], t)
+            options = {"base_bits": base[i], "rule": reference.uniform.RULES[rule], "out_scale": out[i] if out else None}
+            want = reference.truncate_backward(used, t, s[i], bits[:, i], **options)
+            where = f"{what} bits={bits[:, i]} of {base[i]} w[{i}]"
+            _exact(got[0][i], want[0], f"grad_w {where}")
+            _dense_like(got[0][i], t)
+            room = sum(float((abs(a) + abs(b)).double().mul(abs(g)).nan_to_num(0, 0, 0).sum())
+                       for g, n in zip(used, bits[:, i]) if g is not None
+                       for a, b in [reference.truncate_scale_terms(t, s[i], n, **options)])
+            for have, value in zip(got[1:], want[1:]):
+                if have:  # a lane adds up a vector in float32
+                    assert have[i].shape == s[i].shape and have[i].dtype == s[i].dtype
+                    torch.testing.assert_close(have[i], value, rtol=1e-6, equal_nan=True,
+                                               atol=room * (1e-15 if value.dtype == torch.float64 else 1e-7) + 1e-30,
+                                               msg=lambda m: f"{where}: {m}")
+
+
+@check
+def truncate():
+    import cases
+    import torch
+
+    for case, (dtype, per_row, rule) in enumerate(itertools.product(DTYPES, (False, True), range(3))):
+        w, s = _weights(dtype, per_row)
+        bits, base = _widths(len(w), 1 + case % 4, case)
+        for out_dtype in DTYPES:
+            _check_truncate(w, s, cases.scales(w, per_row, seed=7) if case % 2 else [], bits, base, rule,
+                            getattr(torch, out_dtype), f"{dtype} to {out_dtype} per_row={per_row} rule={rule}")
+
+
+@check
+def truncate_to_every_width():
+    import torch
+
+    for base in range(1, 17):
+        edges = torch.arange(-512, 513).div(512)
+        w = [torch.cat([edges, torch.randn(41) * 0.4])]
+        bits, base = torch.arange(1, base + 1, dtype=torch.int32).unsqueeze(1), torch.tensor([base], dtype=torch.int32)
+        for rule in range(3):
+            _check_truncate(w, [torch.tensor(1.0)], [], bits, base, rule, torch.float32, f"rule={rule}")
+
+
+@check
+def truncate_backward():
+    import cases
+    import torch
+
+    for case, (dtype, per_row, grad_dtype) in enumerate(itertools.product(DTYPES, (False, True), DTYPES)):
+        w, s = _weights(dtype, per_row)
+        widths = 1 + case % 3
+        bits, base = _widths(len(w), widths, case)
+        grads = [torch.randn(t.shape).to(getattr(torch, grad_dtype)) for _ in range(widths) for t in w]
+        grads[0] = torch.randn(()).to(grads[0].dtype).expand(w[0].shape)  # the gradient of a sum
+        for i in (5, 1 + len(w), *range(12, len(grads), len(w))):
+            if i < len(grads):
+                grads[i] = grads[i].new_empty(0)
+        grads[-1].view(-1)[::5] = torch.tensor(float("nan"))
+        grads[6].view(-1)[::2] = -0.0
+        _check_truncate_backward(grads, w, s, cases.scales(w, per_row, seed=7) if case % 2 else [], bits, base, case % 3,
+                                 f"{dtype} grad {grad_dtype} per_row={per_row}")
+        s = [t.reshape(()) for t in torch.ops.quantops.absmax(w[:-1], False).unbind()]
+        some = [g for i, g in enumerate(grads) if i % len(w) != len(w) - 1]
+        got = torch.ops.quantops.truncate_backward(some, w[:-1], s, [], bits[:, :-1], base[:-1], 1, False, True, False)
+        for i, t in enumerate(w[:-1]):
+            total = None
+            for g in some[i::len(w) - 1]:
+                if g.numel() or not t.numel():
+                    total = g.to(s[0].dtype) if total is None else total + g.to(s[0].dtype)
+            _exact(got[0][i], (torch.zeros(t.shape) if total is None else total).to(t.dtype), f"covered w[{i}]")
+
+
+@check
+def truncate_under_companding():
+    """tanh has the same bits as on the CPU, where tests/test_truncate.py checks it; here its place in the kernels."""
+    import torch
+
+    ops = torch.ops.quantops
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        w = [torch.linspace(-9, 9, 3001, dtype=torch.float64).to(dtype), torch.randn(5, 7).to(dtype)]
+        s = [torch.tensor([4.0], dtype=torch.promote_types(dtype, torch.float32)), torch.rand(5).add(1)]
+        s[1] = s[1].to(s[0].dtype)
+        t, v = [torch.tanh(x.to(s[0].dtype)) for x in w], [torch.tanh(x) for x in s]
+        bits, base = _widths(2, 2, 0)
+        for rule in range(3):
+            q = ops.truncate(w, s, [], bits, base, rule, True, False, s[0].dtype)
+            plain = ops.truncate(t, v, s, bits, base, rule, False, False, s[0].dtype)
+            for a, b in zip(q, plain):
+                assert (a != b).float().mean() < 2e-3, f"{dtype} rule={rule}"
+        grads = [torch.randn(x.shape).to(dtype) for _ in range(2) for x in w]
+        got = ops.truncate_backward(grads, w, s, [], bits, base, 1, True, False, True)
+        for i, x in enumerate(w):
+            inside = x.abs() <= (s[i].reshape(-1, 1) if i else s[i])
+            total = grads[i].to(s[0].dtype) + grads[2 + i].to(s[0].dtype)
+            want = torch.where(inside, total * (1 - t[i] * t[i]), 0).to(dtype)
+            close = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2e-2}[dtype]
+            torch.testing.assert_close(got[0][i], want, rtol=close, atol=close)
+            _exact(ops.truncate_backward(grads, w, s, [], bits, base, 1, True, False, False)[0][i], got[0][i], "again")
+            factor = (1 - v[i] * v[i]) / v[i]
+            inner = torch.where(inside, t[i] * (factor.reshape(-1, 1) if i else factor), 0) * total
+            own = ops.truncate_backward(grads, w, s, s, bits, base, 1, True, False, True)[1][i]
+            torch.testing.assert_close(own, -(inner.sum(1) if i else inner.sum().reshape(1)), rtol=1e-4, atol=1e-4)
+
+
+@check
+def truncate_rows_of_every_length_and_alignment():
+    import torch
+
+    for dtype in (torch.float32, torch.bfloat16):
+        w = [torch.randn(rows, inner).to(dtype) for rows, inner in itertools.product(
+            (1, 2, 37), (1, 3, 8, 27, 32, 147, 1023, 1024, 1025, 3000))]
+        w += [torch.randn(1000)[at:at + 700].to(dtype) for at in range(5)]
+        w += [torch.randn(1000).to(dtype)[at:at + 700] for at in range(5)]
+        s = [t.float().abs().amax(1) * 0.8 if t.dim() == 2 else torch.ones(1) for t in w]
+        bits, base = _widths(len(w), 3, 1)
+        _check_truncate(w, s, [], bits, base, 1, dtype, "rows")
+        grads = [torch.randn(t.numel() + 3).to(dtype)[i % 4:i % 4 + t.numel()].view_as(t) for i, t in enumerate(w * 3)]
+        _check_truncate_backward(grads, w, s, [], bits, base, 1, "rows")
+
+
+@check
+def truncate_long_lists():
+    """More tensors than the tables of one launch hold, empty ones among them, and up to 16 widths of each."""
+    import torch
+
+    for count, widths in ((37, 1), (301, 1), (350, 4), (90, 16)):
+        w = [torch.randn((i * 37) % 90 if i % 7 else 0) for i in range(count)]
+        s = [t.abs().amax() if t.numel() else torch.tensor(1.0) for t in w]
+        bits, base = _widths(count, widths, 2)
+        _check_truncate(w, s, [], bits, base, 1, torch.float32, f"{count} x {widths}")
+        grads = [torch.randn(t.shape) for _ in range(widths) for t in w]
+        _check_truncate_backward(grads, w, s, s, bits, base, 1, f"{count} x {widths}")
+
+
+@check
+def truncate_values_out_of_range():
+    import torch
+
+    nan, inf = float("nan"), float("inf")
+    bad = [(0, 8, 1.0, 1.0), (9, 8, 1.0, 1.0), (-1, 8, 1.0, 1.0), (2**31 - 1, 8, 1.0, 1.0), (4, 17, 1.0, 1.0), (4, 0, 1.0, 1.0),
+           (4, -1, 1.0, 1.0), (4, 2**31 - 1, 1.0, 1.0), (4, 8, -1.0, 1.0), (4, 8, nan, 1.0), (4, 8, inf, 1.0),
+           (4, 8, 1.0, -1.0), (4, 8, 1.0, nan), (4, 8, 1.0, inf), (4, 8, 1.0, 1.0)]
+    for shape in ((6, 50), (0,)):
+        w = [torch.randn(shape) for _ in bad]
+        s, out = ([torch.ones(shape[0]) for _ in bad] for _ in range(2))
+        for t, o, b in zip(s, out, bad):
+            t[-1:], o[-1:] = b[2], b[3]
+        base = torch.tensor([b[1] for b in bad], dtype=torch.int32)
+        bits = torch.tensor([[b[0] for b in bad], [3] * len(bad)], dtype=torch.int32)
+        _check_truncate(w, s, out, bits, base, 1, torch.float32, "out of range")
+        for unused in ((), range(len(w)), range(len(w), 2 * len(w))):  # what is not used does no harm
+            grads = [torch.empty(0) if i in unused else torch.randn(shape) for i in range(2 * len(w))]
+            _check_truncate_backward(grads, w, s, out, bits, base, 1, f"out of range, unused {unused}")
+        tanh = torch.ops.quantops.truncate(w, s, out, bits, base, 1, True, False, torch.float32)
+        plain = torch.ops.quantops.truncate(w, s, out, bits, base, 1, False, False, torch.float32)
+        for a, b in zip(tanh, plain):
+            assert torch.equal(a.isnan(), b.isnan())
+
+
+@check
+def truncate_errors():
+    import torch
+
+    ops = torch.ops.quantops
+    w, s, n = [torch.randn(4, 6)], [torch.ones(())], torch.tensor([[4]], dtype=torch.int32)
+
+    def forward(scale=s, out=(), bits=n, base=n[0], rule=1, dtype=torch.float32):
+        return ops.truncate(w, scale, list(out), bits, base, rule, False, False, dtype)
+
+    def backward(grads):
+        return ops.truncate_backward(grads, w, s, [], n, n[0], 1, False, False, True)
+
+    for text, call in {
+        "scale: expected dtype float32, got float64": lambda: forward(scale=[s[0].double()]),
+        "out_scale: expected dtype float32, got float64": lambda: forward(out=[s[0].double()]),
+        "out_scale: expected as many elements as its scale has (1)": lambda: forward(out=[torch.ones(4)]),
+        "bits: expected dtype int32, got int64": lambda: forward(bits=n.long()),
+        "bits: expected shape (widths, weights) = (1..16, 1), got (17, 1)": lambda: forward(bits=n.repeat(17, 1)),
+        "base_bits: expected 1 element, got shape (2,)": lambda: forward(base=n[0].repeat(2)),
+        "rule: expected 0, 1 or 2, got 3": lambda: forward(rule=3),
+        "dtype: expected float32": lambda: forward(dtype=torch.int32),
+        "grads: expected a list with one entry per width and weight (1 x 1), got 2": lambda: backward(w * 2),
+        "grads[0]: expected the weight's shape (4, 6), or no elements, got (6, 4)": lambda: backward([w[0].t()]),
     }.items():
         try:
             call()

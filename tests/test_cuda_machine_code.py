@@ -135,6 +135,20 @@ def test_main_path_moves_128_bits(kernels, arch, name, writes):
         assert (_count(main, "STG") > 0) == writes
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", ["float", "__nv_bfloat16"])
+def test_truncate_moves_128_bits(kernels, arch, dtype):
+    """The loop over the widths stores q, or loads gradients, in 16-byte words alone, two or more at once."""
+    for name, op, other in ((f"truncate_kernel<{dtype}, {dtype},", "STG", "LDG"),
+                            *((f"truncate_backward_kernel<{dtype}, {dtype}, {kind},", "LDG", "STG") for kind in range(3))):
+        found = [k for (a, n), k in kernels.items() if a == arch and n.startswith(name)]
+        assert len(found) == 2, "one for each size of the table"
+        for kernel in found:
+            main = max(kernel.loops(), key=lambda loop: _count(loop, rf"{op}\.E\.128"))
+            assert _count(main, rf"{op}\.E\.128") == _count(main, op) >= (1 if name.endswith("2,") else 2), name
+            assert _count((text for _, text in kernel.code), rf"{other}\.E\.128") >= 2
+
+
 def test_nothing_is_fused(kernels):
     """Multiplications and additions are rounded one by one; only division, once per scale, is made of FMAs."""
     bad = [key for key, k in kernels.items() if re.search(r"\bfma\.", k.ptx)]

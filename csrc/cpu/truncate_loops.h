@@ -84,11 +84,6 @@ QUANTOPS_SIMD double level_dot_loop(const A* __restrict c, const A* __restrict g
   return total;
 }
 
-template <class A>
-QUANTOPS_INLINE A inner_term(A w, A x, const Quantizer<A>& p) {
-  return inside(w, p) ? x * p.inv_scale : A(0);
-}
-
 // sum g * (x / s) * inside, where x is w, or tanh(w) under companding
 template <class A>
 QUANTOPS_SIMD double inner_dot_loop(const A* w, const A* x, const A* __restrict g, int64_t n,

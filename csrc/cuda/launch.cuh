@@ -51,3 +51,11 @@ void launch(const OnDevice& on, void (*kernel)(Parameters...), dim3 grid, unsign
 #endif
 
 }  // namespace quantops::cuda
+
+// QUANTOPS_REGISTER(QUANTOPS_KEY, m) { ... } registers the kernels of a file.
+#ifdef QUANTOPS_EMULATE
+#define QUANTOPS_KEY CPU
+#else
+#define QUANTOPS_KEY CUDA
+#endif
+#define QUANTOPS_REGISTER(key, m) STABLE_TORCH_LIBRARY_IMPL(quantops, key, m)

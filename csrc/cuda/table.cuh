@@ -80,6 +80,10 @@ struct Narrow<__half> {
   static __device__ __forceinline__ __half from(A v) { return __float2half_rn(static_cast<float>(v)); }
 };
 
+// The dtype of the arithmetic.
+template <class T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
 // kCount elements that are loaded and stored as words of up to 16 bytes.
 template <class T, int kCount>
 struct alignas(kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) Pack {
@@ -145,8 +149,8 @@ struct OpBase {
 
 // ----------------------------------------------------------------------------------------------------------- items
 
-template <int N>
-__device__ __forceinline__ int find_entry(const Table<N>& table, int64_t item) {
+template <class T>
+__device__ __forceinline__ int find_entry(const T& table, int64_t item) {
   int low = 0, high = table.count;  // first_item[low] <= item < first_item[high]; passes over empty tensors
   while (high - low > 1) {
     int middle = (low + high) / 2;
@@ -163,6 +167,28 @@ __device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
 
 __device__ __forceinline__ int64_t segments_of(int64_t inner, int64_t segment) {
   return inner <= segment ? (inner > 0) : divide(inner + segment - 1, segment);
+}
+
+// Where an item lies: a run of n elements of row `row` of entry `which`, from element `begin` of the tensor on.
+struct Place {
+  int which, n;
+  int64_t row, begin;
+};
+
+template <class T>
+__device__ __forceinline__ Place place_of(const T& table, int64_t item) {
+  const int which = find_entry(table, item);
+  const auto& entry = table.entry[which];
+  const int64_t local = item - table.first_item[which];
+  int64_t row = 0, part = local;
+  if (entry.rows > 1) {
+    const int64_t segments = segments_of(entry.inner, table.segment);
+    row = divide(local, segments);
+    part = local - row * segments;
+  }
+  const int64_t left = entry.inner - part * table.segment;
+  return {which, static_cast<int>(left < table.segment ? left : table.segment), row,
+          row * entry.inner + part * table.segment};
 }
 
 // One warp per item. Op says what happens to an element:
@@ -183,19 +209,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t item = int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
   if (item >= table.first_item[table.count]) return;  // whole warps
   const int lane = threadIdx.x % kWarp;
-  const int which = find_entry(table, item);
+  const auto [which, n, row, begin] = place_of(table, item);
   const Entry& entry = table.entry[which];
-
-  const int64_t local = item - table.first_item[which];
-  int64_t row = 0, part = local;
-  if (entry.rows > 1) {
-    const int64_t segments = segments_of(entry.inner, table.segment);
-    row = divide(local, segments);
-    part = local - row * segments;
-  }
-  const int64_t begin = row * entry.inner + part * table.segment;
-  const int64_t left = entry.inner - part * table.segment;
-  const int n = static_cast<int>(left < table.segment ? left : table.segment);
 
   const X* x = static_cast<const X*>(entry.w) + begin;
   const G* g = nullptr;
@@ -298,11 +313,11 @@ __device__ __forceinline__ T block_reduce(T v) {
 
 // Combines the partial values of the items of each group: of each scale (Finish::kPerScale) or of each tensor.
 // blockIdx.y is the tensor, blockIdx.x strides over its groups.
-template <class Finish, int N>
+template <class Finish, class T>
 __global__ void __launch_bounds__(512)
-    finish_kernel(const __grid_constant__ Table<N> table, const __grid_constant__ Finish finish) {
+    finish_kernel(const __grid_constant__ T table, const __grid_constant__ Finish finish) {
   const int which = blockIdx.y;
-  const Entry& entry = table.entry[which];
+  const auto& entry = table.entry[which];
   const int64_t items = table.first_item[which + 1] - table.first_item[which];
   if constexpr (Finish::kPerScale) {
     const int64_t segments = segments_of(entry.inner, table.segment);
@@ -360,7 +375,7 @@ void run_batches(const OnDevice& on, const Tensor& like, const std::vector<Entry
       const int64_t groups = Finish::kPerScale ? std::min<int64_t>(most_rows, 65535) : 1;
       const bool long_groups = !Finish::kPerScale || most_rows == 1;  // else most are a partial value or a few
       if (groups > 0)
-        launch(on, finish_kernel<Finish, N>, dim3(static_cast<unsigned>(groups), table.count), long_groups ? 512 : 32,
+        launch(on, finish_kernel<Finish, Table<N>>, dim3(static_cast<unsigned>(groups), table.count), long_groups ? 512 : 32,
                table, finish);
     }
   }
@@ -394,6 +409,25 @@ void with_float(ScalarType dtype, F f) {
     case ScalarType::Double: return f(double());
     default: fail("dtype: expected a floating dtype, got ", dtype_name(dtype));
   }
+}
+
+// The dtypes in which a gradient is read as it comes. Others are made float32 (float64) first.
+inline bool reads_grad(ScalarType w, ScalarType g) {
+  return g == w || g == acc_type(w) || (w == ScalarType::Float && g != ScalarType::Double);
+}
+
+template <class W, class F>
+void with_grad(ScalarType dtype, F f) {
+  if constexpr (std::is_same_v<W, double>) {
+    if (dtype == ScalarType::Double) return f(double());
+  } else {
+    if (dtype == ScalarType::Float) return f(float());
+    if constexpr (!std::is_same_v<W, __half>)
+      if (dtype == ScalarType::BFloat16) return f(__nv_bfloat16());
+    if constexpr (!std::is_same_v<W, __nv_bfloat16>)
+      if (dtype == ScalarType::Half) return f(__half());
+  }
+  fail("grad: no kernel for dtype ", dtype_name(dtype));
 }
 
 }  // namespace quantops::cuda

@@ -9,9 +9,6 @@
 namespace quantops::cuda {
 namespace {
 
-template <class T>
-using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 // ---------------------------------------------------------------------------------------------- what an element does
 
 // Where the quantizer of a scale comes from.
@@ -501,25 +498,6 @@ Tensors decode(Tensors codes, Tensors scale, Tensor bits, bool full, bool is_sig
   return q;
 }
 
-// The dtypes in which a gradient is read as it comes. Others are made float32 (float64) first.
-bool reads_grad(ScalarType w, ScalarType g) {
-  return g == w || g == acc_type(w) || (w == ScalarType::Float && g != ScalarType::Double);
-}
-
-template <class W, class F>
-void with_grad(ScalarType dtype, F f) {
-  if constexpr (std::is_same_v<W, double>) {
-    if (dtype == ScalarType::Double) return f(double());
-  } else {
-    if (dtype == ScalarType::Float) return f(float());
-    if constexpr (!std::is_same_v<W, __half>)
-      if (dtype == ScalarType::BFloat16) return f(__nv_bfloat16());
-    if constexpr (!std::is_same_v<W, __nv_bfloat16>)
-      if (dtype == ScalarType::Half) return f(__half());
-  }
-  fail("grad: no kernel for dtype ", dtype_name(dtype));
-}
-
 std::tuple<Tensors, Tensors> uniform_backward(Tensors grad, std::optional<Tensor> grad_penalty, Tensors w,
                                               Tensors scale, Tensor bits, Tensor k, bool full, bool is_signed,
                                               bool scale_grad) {
@@ -587,13 +565,6 @@ void add_lsb_grad_(Tensors grad, Tensors w, Tensors scale, Tensor bits, Tensor k
 
 }  // namespace
 }  // namespace quantops::cuda
-
-#ifdef QUANTOPS_EMULATE
-#define QUANTOPS_KEY CPU
-#else
-#define QUANTOPS_KEY CUDA
-#endif
-#define QUANTOPS_REGISTER(key, m) STABLE_TORCH_LIBRARY_IMPL(quantops, key, m)
 
 QUANTOPS_REGISTER(QUANTOPS_KEY, m) {
   using namespace quantops::cuda;

@@ -1,6 +1,6 @@
 """The specification: every op in plain PyTorch, any dtype, any device. The only oracle of tests and benches."""
 
-from quantops.reference.truncate import truncate, truncate_backward
+from quantops.reference.truncate import truncate, truncate_backward, truncate_scale_terms
 from quantops.reference.uniform import (
     absmax,
     absmean,
@@ -26,5 +26,6 @@ __all__ = [
     "round_clamp",
     "truncate",
     "truncate_backward",
+    "truncate_scale_terms",
     "uniform_backward",
 ]
