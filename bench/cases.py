@@ -111,6 +111,43 @@ CASES = [
 ]
 
 
+# --- truncate: the widths that TruncQuant trains at, from one read; the peer is its chain of tensor ops ----------
+
+
+WIDTHS = (8, 4, 2, 1)
+
+
+def _truncated(x, w):
+    return [q for v in foreach.truncate(w, x.scale, WIDTHS) for q in v]
+
+
+def _truncated_eager(x, w):
+    return [peers.truncate(t, s, n, max(WIDTHS)) for n in WIDTHS for t, s in zip(w, x.scale)]
+
+
+def _truncate_gradients(x):
+    """Of every width of every weight, made once."""
+    if not hasattr(x, "width_gradients"):
+        x.width_gradients = [torch.randn_like(g) for _ in WIDTHS for g in x.grad]
+    return x.width_gradients
+
+
+def _truncate_step_of(forward):
+    return lambda x: torch.autograd.grad(forward(x, x.leaves), x.leaves, _truncate_gradients(x))
+
+
+CASES += [
+    Case("truncate 8-4-2-1", lambda s: 5 * s, lambda x: _truncated(x, x.w),
+         lambda got, x: _equal(got, [reference.truncate(t, s, n) for n in WIDTHS for t, s in zip(x.w, x.scale)]),
+         {"eager": lambda: lambda x: _truncated_eager(x, x.w)}),
+    Case("truncate step", lambda s: 11 * s, _truncate_step_of(_truncated),
+         lambda got, x: _equal(got, [reference.truncate_backward(_truncate_gradients(x)[i::len(x.w)], t, s, WIDTHS)[0]
+                                     for i, (t, s) in enumerate(zip(x.w, x.scale))]),
+         {"eager": lambda: _truncate_step_of(_truncated_eager)},
+         forward=lambda x: _truncated(x, x.leaves), peer_forward=lambda x: _truncated_eager(x, x.leaves)),
+]
+
+
 def serving(device):
     """The implementation that serves ``device``; the reference is not one that may be timed."""
     implementation = quantops.info()["devices"][torch.device(device).type]["implementation"]

@@ -34,6 +34,24 @@ def fake_quantize(w, bits, k):
     return q, None
 
 
+class _FloorSTE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v):
+        return torch.floor(v)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def truncate(w, scale, bits, base_bits):
+    """Truncation to one width as TruncQuant's public code chains it: base code, shift, dequantization."""
+    u = torch.clamp(w * (0.5 / scale) + 0.5, 0, 1)
+    code = torch.clamp(_FloorSTE.apply(u * 2**base_bits), max=2**base_bits - 1)
+    code = _FloorSTE.apply(code / 2 ** (base_bits - bits))
+    return ((2 * code - (2**bits - 1)) * (scale / (2**bits - 1))).to(w.dtype)
+
+
 def copier(source, target, bytes_per_weight):
     """A copy of the op's own weights to its own results, and the factor from its bytes to those of the op.
 

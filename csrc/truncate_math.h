@@ -1,7 +1,7 @@
 // Truncation per element, on top of the uniform quantizers: one inline statement for the CPU and the CUDA kernels.
 //
-// The same arithmetic, operation by operation, as quantops/reference/truncate.py, but for tanh: that one is made of
-// additions, multiplications and one division, each rounded on its own, so that it has the same bits on every backend.
+// The same arithmetic, operation by operation, as quantops/reference/truncate.py. tanh too is made of additions,
+// multiplications and one division, each rounded on its own, so that it has the same bits on every backend.
 #pragma once
 #include "quant_math.h"
 

@@ -48,13 +48,18 @@ def _constant(value, count, dtype, device):
     return torch.full((count,), value, dtype=dtype, device=device)
 
 
+def _may_keep(device):
+    """Whether a tensor made now may serve later calls too.
+
+    A tensor made while tracing, under a dispatch mode (fake tensors) or for inference alone must not be kept, nor one on
+    a GPU, where it may belong to a graph that is being captured, or to another stream.
+    """
+    return not (device.type != "cpu" or torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
+                or torch._C._len_torch_dispatch_stack())
+
+
 def _filled(value, count, dtype, device):
-    # A tensor made while tracing, under a dispatch mode (fake tensors) or for inference alone must not be kept, nor on
-    # a GPU, where it may belong to a graph that is being captured, or to another stream.
-    if (device.type != "cpu" or torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
-            or torch._C._len_torch_dispatch_stack()):
-        return torch.full((count,), value, dtype=dtype, device=device)
-    return _constant(value, count, dtype, device)
+    return (_constant if _may_keep(device) else _constant.__wrapped__)(value, count, dtype, device)
 
 
 def integers(name, value, w, low, high):
@@ -109,45 +114,36 @@ def widths(bits_value, base_value, w):
     An int or a tensor with an entry per weight is one width. A list or tuple of these, or a tensor (widths, weights),
     is several.
     """
+    one, device = not isinstance(bits_value, (list, tuple)), w[0].device
+    each = (bits_value,) if one else tuple(bits_value)
+    if type(base_value) is int and all(type(n) is int for n in each) and _may_keep(device):
+        return *_constant_widths(each, base_value, len(w), device), one
     base = integers("base_bits", base_value, w, 1, MAX_BITS)
     if isinstance(bits_value, torch.Tensor) and bits_value.dim() == 2:
         if bits_value.shape[1] != len(w) or not 1 <= bits_value.shape[0] <= MAX_BITS:
             raise ValueError(f"bits: expected shape (widths, weights) = (1..{MAX_BITS}, {len(w)}), got "
                              f"{tuple(bits_value.shape)}")
-        one, flat = False, integers("bits", bits_value.reshape(-1), w * bits_value.shape[0], 1, MAX_BITS)
-        return flat.reshape(bits_value.shape), base, one
-    one = not isinstance(bits_value, (list, tuple))
-    each = [bits_value] if one else list(bits_value)
+        flat = integers("bits", bits_value.reshape(-1), w * bits_value.shape[0], 1, MAX_BITS)
+        return flat.reshape(bits_value.shape), base, False
     if not 1 <= len(each) <= MAX_BITS:
         raise ValueError(f"bits: expected 1..{MAX_BITS} widths, got {len(each)}")
-    known = [] if isinstance(base_value, torch.Tensor) else _repeated(base_value, w)
+    most = MAX_BITS if isinstance(base_value, torch.Tensor) else min(_repeated(base_value, w))
     numbers = [n for n in each if not isinstance(n, torch.Tensor)]
     for j, n in enumerate(numbers):
         if isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)):
             raise TypeError(f"bits: expected an integer or an integer tensor, or a sequence of these, got {_kind(n)}")
-        most = min(known, default=MAX_BITS)
         if not 1 <= n <= most:
             raise ValueError(f"bits: expected widths in 1..base_bits = {most}, got {n}")
         if n in numbers[:j]:
             raise ValueError(f"bits: expected distinct widths, got {n} twice")
-    if len(numbers) == len(each):
-        return _rows(tuple(each), len(w), w[0].device), base, one
+    # On a GPU numbers become tensors by fills alone, which a CUDA graph may capture.
     return torch.stack([integers("bits", n, w, 1, MAX_BITS).reshape(-1) for n in each]), base, one
 
 
 @functools.lru_cache(maxsize=1024)
-def _constant_rows(values, count, device):
-    return torch.tensor(values, dtype=torch.int32, device=device).unsqueeze(1).repeat(1, count)
-
-
-def _rows(values, count, device):
-    """One row per value, as :func:`_filled` makes tensors: on a GPU by fills alone, which a CUDA graph may capture."""
-    if len(values) == 1:
-        return _filled(values[0], count, torch.int32, device).unsqueeze(0)
-    if device.type == "cpu" and not (torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
-                                     or torch._C._len_torch_dispatch_stack()):
-        return _constant_rows(values, count, device)
-    return torch.stack([_filled(v, count, torch.int32, device) for v in values])
+def _constant_widths(bits_value, base_value, count, device):
+    like = [torch.empty(0, device=device)] * count
+    return widths(bits_value, [base_value], like)[:2]  # a list is not looked up here again
 
 
 def scales(value, w, dtype=None, name="scale"):
@@ -329,6 +325,8 @@ def _truncation(arguments, w):
     """The part of :func:`structure` that the ops of family ``truncate`` have of their own."""
     scale, out_scale, bits, base, grads = (
         arguments.get(name) for name in ("scale", "out_scale", "bits", "base_bits", "grads"))
+    if not 0 <= arguments["rule"] < len(RULES):
+        raise ValueError(f"rule: expected 0, 1 or 2, got {arguments['rule']}")
     for given, fit in zip(out_scale, scales(out_scale, w, name="out_scale") if out_scale else []):
         if given is not fit:
             raise ValueError(f"out_scale: expected contiguous {fit.dtype} tensors, got {given.dtype}, strides "

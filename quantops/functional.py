@@ -120,8 +120,8 @@ def truncate(w, scale, bits, *, base_bits=8, rule="floor", companding=None, out_
         bits: 1..base_bits, an int or a 0-dim integer tensor: q. A sequence of these, or a 1-dim integer tensor: a tuple
             of q, one per width, from one read of w; widths are distinct.
         base_bits: N, 1..16, an int or an integer tensor.
-        companding: "tanh": the codes are those of tanh(w) with scale tanh(s), as in DoReFa (arXiv 1606.06160).
-            tanh is each backend's own: codes may differ from the reference's where u is within 1e-6 of an edge.
+        companding: "tanh": the codes are those of tanh(w) with scale tanh(s), as in DoReFa (arXiv 1606.06160). This
+            tanh has the same bits on every backend, a few units in the last place from torch.tanh.
         out_scale: the scale of q, as ``scale`` is given; default: the scale. E.g. the mean of |w|.
         out_dtype: dtype of q; default w's own, under autocast the autocast dtype.
 

@@ -57,6 +57,23 @@ def results(device):
         for kind, results_of in ((EXACT, found), (SUMS, sums)):
             for name, tensors in results_of.items():
                 out[kind, f"{name} {key}"] = [t.detach().cpu() for t in tensors]
+        if grid == "full":
+            out.update(_truncated(w, s, g, key))
+    return out
+
+
+def _truncated(w, s, g, key):
+    """The same of family ``truncate``; tanh has the same bits everywhere too."""
+    device, out = w[0].device, {}
+    bits = torch.tensor([[8], [4], [1]], dtype=torch.int32, device=device).repeat(1, len(w))
+    base = torch.tensor([8, 11, 16] * len(w), dtype=torch.int32, device=device)[: len(w)]
+    grads = [*g, *(t.new_empty(0) for t in g), *g]
+    for (rule, name), tanh in itertools.product(enumerate(RULES), (False, True)):
+        q = Q.foreach.truncate(w, s, bits, base_bits=base, rule=name, companding="tanh" if tanh else None)
+        grad_w, *sums = torch.ops.quantops.truncate_backward(grads, w, s, s, bits, base, rule, tanh, False, True)
+        for kind, what, tensors in ((EXACT, "truncated", [t for v in q for t in v]), (EXACT, "truncate_grad_w", grad_w),
+                                    (SUMS, "truncate_grad_s", [t for v in sums for t in v])):
+            out[kind, f"{what} {name} tanh={tanh} {key}"] = [t.cpu() for t in tensors]
     return out
 
 
@@ -97,6 +114,35 @@ def test_values_out_of_range_give_nan_on_a_gpu():
     for q, penalty, nonzero, sq_error in (Q.msq(w, good, bits, 0), Q.msq(w, -good, 4), Q.msq(w, good, k, k)):
         assert q.isnan().all() and penalty.isnan() and sq_error.isnan() and nonzero == -1
     assert (Q.encode(w, good, bits) == INVALID).all()
+
+
+@needs_gpu
+def test_widths_out_of_range_give_nan_for_that_output_on_a_gpu():
+    w = torch.randn(5, 3, device="cuda")
+    good, bad = Q.truncate(w, 2.0, torch.tensor([4, 9], device="cuda"))
+    assert torch.equal(good, Q.truncate(w, 2.0, 4)) and bad.isnan().all()
+    assert Q.truncate(w, 2.0, 4, base_bits=torch.tensor(17, device="cuda")).isnan().all()
+    assert Q.truncate(w, 2.0, 4, out_scale=torch.tensor(-1.0, device="cuda")).isnan().all()
+
+
+@needs_gpu
+def test_truncation_to_fixed_widths_is_captured():
+    w = [torch.randn(1000, 7, device="cuda"), torch.randn(33, device="cuda")]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            Q.foreach.truncate(w, None, (8, 4, 1))
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = Q.foreach.truncate(w, None, (8, 4, 1))
+    for _ in range(2):
+        w[0].normal_()
+        graph.replay()
+        torch.cuda.synchronize()
+        for got, want in zip(captured, Q.foreach.truncate([t.cpu() for t in w], None, (8, 4, 1))):
+            assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want))
 
 
 @needs_gpu

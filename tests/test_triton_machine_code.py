@@ -20,7 +20,7 @@ if triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from quantops.kernels import uniform  # noqa: E402
+from quantops.kernels import truncate, uniform  # noqa: E402
 
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 if not os.path.exists(os.path.join(TOOLS, "nvdisasm")):
@@ -88,6 +88,17 @@ def _absmean(dtype):
     uniform.absmean(_inputs(dtype)[0], False)
 
 
+def _truncate(dtype, out, tanh):
+    w, s, n, *_ = _inputs(dtype)
+    truncate.truncate(w, s, s, torch.stack([n, n // 2, n // 4]), n, 1, tanh, False, out)
+
+
+def _truncate_backward(dtype, grad_dtype, tanh, covered, scale_grad):
+    w, s, n, *_ = _inputs(dtype)
+    grad = [torch.ones_like(t, dtype=grad_dtype) for t in w * 3]
+    truncate.truncate_backward(grad, w, s, s, torch.stack([n, n // 2, n // 4]), n, 1, tanh, covered, scale_grad)
+
+
 # A call, and the vectors per thread that its main path moves: (loads, stores) of each width in bits.
 CALLS = {
     "round_clamp-fp32": ((_round_clamp, FP32, FP32), {128: (8, 8)}),
@@ -112,6 +123,19 @@ CALLS = {
     "encode-bf16-floor": ((_encode, BF16, 1), {64: (8, 0), 128: (0, 8)}),
     "decode-fp32": ((_decode, FP32), {128: (8, 8)}),
     "decode-bf16": ((_decode, BF16), {128: (8, 0), 64: (0, 8)}),
+    # The loop over the widths is a loop: its loads and stores are there once.
+    "truncate-fp32": ((_truncate, FP32, FP32, False), {128: (8, 8)}),
+    "truncate-bf16": ((_truncate, BF16, BF16, False), {128: (4, 4)}),
+    "truncate-fp32-bf16": ((_truncate, FP32, BF16, False), {128: (8, 0), 64: (0, 8)}),
+    "truncate-fp32-tanh": ((_truncate, FP32, FP32, True), {128: (8, 8)}),
+    "truncate-fp64-tanh": ((_truncate, FP64, FP64, True), {128: (8, 8)}),
+    "truncate_backward-fp32": ((_truncate_backward, FP32, FP32, False, False, False), {128: (8, 4)}),
+    "truncate_backward-bf16": ((_truncate_backward, BF16, BF16, False, False, False), {128: (4, 2)}),
+    "truncate_backward-fp32-covered": ((_truncate_backward, FP32, FP32, False, True, False), {128: (4, 4)}),
+    "truncate_backward-bf16-fp32-tanh": ((_truncate_backward, BF16, FP32, True, False, False), {128: (4, 0), 64: (4, 4)}),
+    "truncate_scale_grad-fp32": ((_truncate_backward, FP32, FP32, False, False, True), {128: (4, 2)}),
+    "truncate_scale_grad-fp32-tanh": ((_truncate_backward, FP32, FP32, True, False, True), {128: (4, 2)}),
+    "truncate_scale_grad-fp64": ((_truncate_backward, FP64, FP64, False, False, True), {128: (4, 2)}),
     "absmax-fp32": ((_absmax, FP32), {128: (8, 0)}),
     "absmax-bf16": ((_absmax, BF16), {128: (4, 0)}),
     "absmax-fp64": ((_absmax, FP64), {128: (8, 0)}),
@@ -121,19 +145,20 @@ CALLS = {
 
 def _recorded(call, monkeypatch):
     launches = []
-    monkeypatch.setattr(uniform, "launch", lambda kernel, programs, *args, **constants: launches.append(
-        (kernel, args, constants)))
+    for family in (uniform, truncate):
+        monkeypatch.setattr(family, "launch", lambda kernel, programs, *args, **constants: launches.append(
+            (kernel, args, constants)))
     call[0](*call[1:])
     return launches
 
 
 def _compile(kernel, args, constants, arch, fusion=False):
-    """The launch as its key: types of the tensors, everything else constant."""
+    """The launch as its key: types of the tensors and numbers, everything else constant."""
     values = dict(zip(kernel.arg_names, args)) | constants
-    types = {n: "*" + {torch.bool: "i1"}.get(v.dtype, _name(v.dtype)) if isinstance(v, torch.Tensor) else "constexpr"
-             for n, v in values.items()}
-    fixed = {n: v for n, v in values.items() if not isinstance(v, torch.Tensor)}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if types[n] != "constexpr"}
+    types = {n: "*" + {torch.bool: "i1"}.get(v.dtype, _name(v.dtype)) if isinstance(v, torch.Tensor) else
+             "i32" if isinstance(v, int) and n not in constants else "constexpr" for n, v in values.items()}
+    fixed = {n: v for n, v in values.items() if types[n] == "constexpr"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if types[n].startswith("*")}
     return triton.compile(
         ASTSource(kernel, {n: types[n] for n in kernel.arg_names}, fixed, aligned),
         target=GPUTarget("cuda", arch, 32), options={"num_warps": THREADS // 32, "enable_fp_fusion": fusion})
