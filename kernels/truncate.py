@@ -333,7 +333,7 @@ def truncate_backward(grads, w, scale, out_scale, bits, base_bits, rule, tanh, c
         programs = _by_run(table, block)
         with _on_device_of(w):
             launch(add_up, int(programs.sum()), on_device(table, device), _chunks(programs, device), bits, base_bits,
-                   len(w), widths, COVERED=covered, **types)
+                   len(w), widths, COVERED=covered and not tanh, **types)
         return grad_w, [], []
     grad_scale, grad_out_scale = ([torch.empty_like(s) if t.numel() else torch.zeros_like(s) for s, t in zip(v, w)]
                                   for v in (scale, out_scale))

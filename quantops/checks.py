@@ -119,8 +119,8 @@ def widths(bits_value, base_value, w):
     if type(base_value) is int and all(type(n) is int for n in each) and _may_keep(device):
         return *_constant_widths(each, base_value, len(w), device), one
     base = integers("base_bits", base_value, w, 1, MAX_BITS)
-    if isinstance(bits_value, torch.Tensor) and bits_value.dim() == 2:
-        if bits_value.shape[1] != len(w) or not 1 <= bits_value.shape[0] <= MAX_BITS:
+    if isinstance(bits_value, torch.Tensor) and bits_value.dim() > 1:
+        if bits_value.dim() != 2 or bits_value.shape[1] != len(w) or not 1 <= bits_value.shape[0] <= MAX_BITS:
             raise ValueError(f"bits: expected shape (widths, weights) = (1..{MAX_BITS}, {len(w)}), got "
                              f"{tuple(bits_value.shape)}")
         flat = integers("bits", bits_value.reshape(-1), w * bits_value.shape[0], 1, MAX_BITS)

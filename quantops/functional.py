@@ -138,8 +138,9 @@ def truncate(w, scale, bits, *, base_bits=8, rule="floor", companding=None, out_
     A bit-width, base width or scale out of range raises ValueError on CPU; on other devices values in tensors are not
     read back and give NaN for that output.
     """
-    several = isinstance(bits, (list, tuple)) or getattr(bits, "ndim", 0) == 1
-    if getattr(bits, "ndim", 0) == 1:
+    dims = getattr(bits, "ndim", 0)
+    several = dims > 0 or isinstance(bits, (list, tuple))
+    if dims == 1:
         bits = bits.unsqueeze(1)
     q = foreach.truncate([w], _one(scale), bits, base_bits=base_bits, rule=rule, companding=companding,
                          out_scale=_one(out_scale), out_dtype=out_dtype)

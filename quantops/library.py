@@ -183,7 +183,7 @@ def _truncate_backward(grads, w, scale, out_scale, bits, base_bits, rule, tanh, 
     _check_truncation(scale, out_scale, bits, base_bits)
     each = [reference.truncate_backward(
         used_gradients(grads[i::len(w)], t), t, s, bits[:, i], base_bits=base, rule=RULES[rule],
-        companding=COMPANDINGS[tanh], out_scale=out, covered=covered)
+        companding=COMPANDINGS[tanh], out_scale=out, covered=covered and not tanh and not scale_grad)
         for i, (t, s, out, base) in enumerate(zip(w, scale, out_scale or [None] * len(w), base_bits.reshape(-1)))]
     grad_w, grad_scale, grad_out_scale = map(list, zip(*each))
     return _laid_out(grad_w, w), grad_scale if scale_grad else [], grad_out_scale if scale_grad and out_scale else []
@@ -422,7 +422,7 @@ class _Truncate(torch.autograd.Function):
         n, (*tensors, bits, base_bits) = ctx.count, ctx.saved_tensors
         w, scale, out_scale = tensors[:n], tensors[n: 2 * n], tensors[2 * n:]
         scale_grad = _any(grads) and any(s.requires_grad for s in (out_scale if ctx.covered else scale + out_scale))
-        covered = ctx.covered and not ctx.tanh and not scale_grad  # then w is not needed
+        covered = ctx.covered and not ctx.tanh and not scale_grad  # dL/dw is the sum of the gradients
         used = [[g for g in grads[i::n] if g is not None] for i in range(n)]
         grad_scale, grad_out_scale = [None] * n, [None] * len(out_scale)
         if covered and all(len(g) <= 1 for g in used):

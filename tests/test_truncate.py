@@ -100,6 +100,7 @@ def test_ways_to_give_widths():
     assert torch.equal(Q.truncate(w, None, torch.tensor(6)), want[0])
     assert all(map(torch.equal, Q.truncate(w, None, torch.tensor([6, 3])), want))
     assert all(map(torch.equal, Q.truncate(w, None, [torch.tensor(6), 3]), want))
+    assert all(map(torch.equal, Q.truncate(w, None, torch.tensor([[6], [3]])), want))
     assert len(Q.truncate(w, None, torch.tensor([6]))) == len(Q.truncate(w, None, [6])) == 1
     each = Q.foreach.truncate([w, w], None, torch.tensor([[6, 3], [3, 6]]))
     assert torch.equal(each[0][0], want[0]) and torch.equal(each[1][0], want[1])
@@ -461,7 +462,8 @@ BAD = {
     "float": (lambda: Q.truncate(W, None, (4, 2.0)), TypeError, r"bits: expected an integer .*float"),
     "bool": (lambda: Q.truncate(W, None, True), TypeError, r"bits: .*bool"),
     "float tensor": (lambda: Q.truncate(W, None, torch.tensor([4.0])), TypeError, r"bits: .*integer"),
-    "3 dims": (lambda: Q.truncate(W, None, torch.ones(1, 1, 1, dtype=torch.int32).expand(2, 2, 1)), ValueError, "bits"),
+    "3 dims": (lambda: Q.truncate(W, None, torch.ones(1, 1, 1, dtype=torch.int32)), ValueError,
+               r"bits: expected shape \(widths, weights\) .*\(1, 1, 1\)"),
     "shape of widths": (lambda: Q.foreach.truncate([W, W], None, torch.ones(2, 3, dtype=torch.int32)), ValueError,
                         r"bits: expected shape \(widths, weights\) = \(1\.\.16, 2\), got \(2, 3\)"),
     "17 widths": (lambda: Q.truncate(W, None, torch.arange(17)), ValueError, r"bits: .*1\.\.16.*17"),

@@ -223,7 +223,7 @@ std::tuple<Tensors, Tensors, Tensors> truncate_backward(Tensors grads, Tensors w
       s = zeroed<A>(scale, of_scale);
       o = zeroed<A>(out_scale, of_out_scale);
     }
-    backward_into<A>(widths, g, covered && !scale_grad, targets(out, widths.list), s, o);
+    backward_into<A>(widths, g, covered && !tanh && !scale_grad, targets(out, widths.list), s, o);
   };
   is_double ? run(0.0) : run(0.0f);
   return {out, of_scale, of_out_scale};

@@ -455,7 +455,7 @@ std::tuple<Tensors, Tensors, Tensors> truncate_backward(Tensors grads, Tensors w
     with_grad<W>(grad_dtype, [&](auto grad_element) {
       using G = decltype(grad_element);
       if (scale_grad) backward_into<W, G, kScales>(list);
-      else if (covered) backward_into<W, G, kCovered>(list);
+      else if (covered && !tanh) backward_into<W, G, kCovered>(list);
       else backward_into<W, G, kInside>(list);
     });
   });
