@@ -4,6 +4,7 @@ import functools
 
 import torch
 
+from quantops.reference.packing import LAYOUTS, data_shape
 from quantops.reference.uniform import GRIDS, MAX_BITS, RULES, acc_dtype
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -130,13 +131,71 @@ def _scale(name, s, t, dtype, device):
         raise TypeError(f"{name}: expected one of {_names(FLOATS)}, got {s.dtype}")
     if s.device != device:
         raise ValueError(f"{name}: expected device {device}, where the weights are, got {s.device}")
-    rows = t.shape[0] if t.dim() else 1
+    rows = t.shape[0] if len(t.shape) else 1
     if s.numel() != 1 and (s.numel() != rows or s.shape[0] != rows):
         raise ValueError(f"{name}: expected one element or one per row ({rows}) of a weight of shape "
                          f"{tuple(t.shape)}, got shape {tuple(s.shape)}")
     if s.dtype != dtype:
         s = s.to(dtype)
     return s if s.is_contiguous() else s.contiguous()
+
+
+def codes(value):
+    """Integer codes as a list of int32 tensors."""
+    value = tensors("codes", value, INTS)
+    if value[0].dtype == torch.int32:
+        return value
+    # Clamped first: 2^32 + 3 must not become a plausible 3.
+    return [c.to(torch.int32) if c.element_size() < 4 else c.clamp(-1, 1 << 16).to(torch.int32) for c in value]
+
+
+def stored_bits(value, count):
+    """The bit-widths to pack ``count`` tensors with, as integers: memory is laid out by them."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
+    if len(values) != count:
+        raise ValueError(f"bits: expected one entry per tensor ({count}), got {len(values)}")
+    for n in values:
+        if isinstance(n, bool) or not isinstance(n, int):
+            raise TypeError(f"bits: expected an integer, since the size of the result depends on it, got {_kind(n)}")
+        if not 0 <= n <= MAX_BITS:
+            raise ValueError(f"bits: expected 0..{MAX_BITS}, got {n}")
+    return values
+
+
+def packed(value):
+    """A list of Packed of one layout and device, whose data fit their shapes."""
+    from quantops.packed import Packed
+
+    if not isinstance(value, (list, tuple)) or not value:
+        raise TypeError(f"packed: expected a non-empty list of Packed, got {_kind(value)}"
+                        + (" of length 0" if isinstance(value, (list, tuple)) else ""))
+    for i, p in enumerate(value):
+        if not isinstance(p, Packed):
+            raise TypeError(f"{_entry('packed', i, value)}: expected a Packed, got {_kind(p)}")
+        if choice("packed.layout", p.layout, LAYOUTS) != value[0].layout:
+            raise ValueError(f"packed: expected one layout, got {value[0].layout!r} in entry 0 and {p.layout!r} in entry {i}")
+    packed_data([p.data for p in value], [p.numel() for p in value], [p.bits for p in value], value[0].layout)
+    return list(value)
+
+
+def packed_data(data, numel, stored, layout):
+    """Raises where packed tensors do not have the shapes that ``numel`` codes of ``stored`` bits take."""
+    for i, (d, count, n) in enumerate(zip(tensors("data", data, (torch.uint8,)), numel, stored_bits(stored, len(data)))):
+        if d.shape != data_shape(count, n, layout) or not d.is_contiguous():
+            raise ValueError(f"{_entry('data', i, data)}: expected a contiguous tensor of shape "
+                             f"{data_shape(count, n, layout)} for {count} codes of {n} bits in {layout!r}, got shape "
+                             f"{tuple(d.shape)}, strides {d.stride()}")
+
+
+def bits_of_stored(value, stored, data):
+    """Bit-widths to read, from 0 to those that are stored (None: all), as :func:`bits` has them."""
+    value = stored if value is None else value
+    read = bits(value, data)
+    if not isinstance(value, torch.Tensor):
+        for m, n in zip(_repeated(value, data), stored):
+            if m > n:
+                raise ValueError(f"bits: expected 0..{n}, the bits that are stored, got {m}")
+    return read
 
 
 def choice(name, value, allowed):

@@ -14,6 +14,7 @@ import torch
 
 from quantops import reference
 from quantops.layout import empty_like
+from quantops.reference.packing import LAYOUTS, data_shape
 from quantops.reference.uniform import GRIDS, RULES, acc_dtype
 
 _lib = torch.library.Library("quantops", "DEF")
@@ -41,6 +42,14 @@ OPS = {
         "encode": "(Tensor[] w, Tensor[] scale, Tensor bits, int rule, bool signed) -> Tensor[]",
         "decode": "(Tensor[] codes, Tensor[] scale, Tensor bits, bool full, bool signed, ScalarType dtype) -> "
         "Tensor[]",
+    },
+    # `data` is uint8 in the layout of LAYOUTS[layout], of `numel` codes of `stored` bits each; results have one
+    # dimension. The bits that are packed are integers, not a tensor: the size of `data` depends on them.
+    "packing": {
+        "pack": "(Tensor[] codes, int[] bits, int layout) -> Tensor[]",
+        "unpack": "(Tensor[] data, SymInt[] numel, int[] stored, Tensor bits, int layout) -> Tensor[]",
+        "decode_packed": "(Tensor[] data, SymInt[] numel, int[] stored, Tensor[] scale, Tensor bits, int layout, "
+        "bool full, bool signed, ScalarType dtype) -> Tensor[]",
     },
 }
 
@@ -153,10 +162,44 @@ def _decode(codes, scale, bits, full, signed, dtype):
     _check_values(scale, bits)
     each = [reference.decode(c, s, n, grid=_grid(full), signed=signed, dtype=dtype)
             for c, s, n in zip(codes, scale, bits.reshape(-1))]
-    for i, (c, n) in enumerate(zip(codes, bits.reshape(-1))):
+    _check_codes(codes, bits.reshape(-1))
+    return _laid_out(each, codes)
+
+
+@_default
+def _pack(codes, bits, layout):
+    _check_codes(codes, bits)
+    return [reference.pack(c, n, layout=LAYOUTS[layout]) for c, n in zip(codes, bits)]
+
+
+@_default
+def _unpack(data, numel, stored, bits, layout):
+    _check_stored(bits, stored)
+    return [reference.unpack(d, count, n, m, layout=LAYOUTS[layout])
+            for d, count, n, m in zip(data, numel, stored, bits.reshape(-1))]
+
+
+@_default
+def _decode_packed(data, numel, stored, scale, bits, layout, full, signed, dtype):
+    _check_values(scale, bits)
+    codes = _unpack(data, numel, stored, bits, layout)
+    return [reference.decode(c.view(s.numel(), -1) if c.numel() else c, s, m, grid=_grid(full), signed=signed,
+                             dtype=dtype).view(-1) for c, s, m in zip(codes, scale, bits.reshape(-1))]
+
+
+def _check_codes(codes, bits):
+    """On CPU, codes out of range raise."""
+    for i, (c, n) in enumerate(zip(codes, bits)):
         if c.device.type == "cpu" and c.numel() and not 0 <= int(c.min()) <= int(c.max()) < 2 ** int(n):
             raise ValueError(f"codes[{i}]: expected values in 0..2^{int(n)} - 1, got {int(c.min())}..{int(c.max())}")
-    return _laid_out(each, codes)
+
+
+def _check_stored(bits, stored):
+    """On CPU, asking for more bits than are stored raises."""
+    if bits.device.type == "cpu":
+        for i, (m, n) in enumerate(zip(bits.reshape(-1).tolist(), stored)):
+            if not 0 <= m <= n:
+                raise ValueError(f"bits[{i}]: expected 0..{n}, the bits that are stored, got {m}")
 
 
 def _check_values(scale, bits, k=None):
@@ -251,6 +294,21 @@ def _fake_encode(w, scale, bits, rule, signed):
 @_fake
 def _fake_decode(codes, scale, bits, full, signed, dtype):
     return [empty_like(c, dtype) for c in codes]
+
+
+@_fake
+def _fake_pack(codes, bits, layout):
+    return [c.new_empty(data_shape(c.numel(), n, LAYOUTS[layout]), dtype=torch.uint8) for c, n in zip(codes, bits)]
+
+
+@_fake
+def _fake_unpack(data, numel, stored, bits, layout):
+    return [d.new_empty(n, dtype=torch.int32) for d, n in zip(data, numel)]
+
+
+@_fake
+def _fake_decode_packed(data, numel, stored, scale, bits, layout, full, signed, dtype):
+    return [d.new_empty(n, dtype=dtype) for d, n in zip(data, numel)]
 
 
 # Autograd. Only inputs are saved, so that nothing is kept for backward beyond the parameters themselves.
@@ -383,7 +441,8 @@ def _autograd_uniform_backward(keyset, op, args):
 
 
 # No gradient flows through these: their results never require grad.
-for _op in ("absmax", "absmean", "round_clamp_out", "msq_out", "lsb", "add_lsb_grad_", "encode", "decode"):
+for _op in ("absmax", "absmean", "round_clamp_out", "msq_out", "lsb", "add_lsb_grad_", "encode", "decode",
+            *OPS["packing"]):
     _lib.impl(_op, torch.library.fallthrough_kernel, "Autograd")
 
 

@@ -1,5 +1,6 @@
 """The specification: every op in plain PyTorch, any dtype, any device. The only oracle of tests and benches."""
 
+from quantops.reference.packing import pack, unpack
 from quantops.reference.uniform import (
     absmax,
     absmean,
@@ -22,6 +23,8 @@ __all__ = [
     "lsb",
     "lsb_penalty",
     "msq",
+    "pack",
     "round_clamp",
     "uniform_backward",
+    "unpack",
 ]
