@@ -49,20 +49,25 @@ QUANTOPS_INLINE uint64_t transpose_bits(uint64_t x) {
   return x ^ t ^ t << 28;
 }
 
-// Byte p has bit p of each of the codes: their bytes of the planes, least significant first.
-QUANTOPS_INLINE Bytes planes_of(const uint32_t (&code)[kOctet]) {
+// Byte p has bit p of each of the codes of n bits: their bytes of the planes, least significant first.
+QUANTOPS_INLINE Bytes planes_of(const uint32_t (&code)[kOctet], int n) {
   Bytes b = {0, 0};
-  for (int i = 0; i < kOctet; ++i) {
-    b.low |= static_cast<uint64_t>(code[i] & 255) << 8 * i;
-    b.high |= static_cast<uint64_t>(code[i] >> 8 & 255) << 8 * i;
+  for (int i = 0; i < kOctet; ++i) b.low |= static_cast<uint64_t>(code[i] & 255) << 8 * i;
+  b.low = transpose_bits(b.low);
+  if (n > 8) {
+    for (int i = 0; i < kOctet; ++i) b.high |= static_cast<uint64_t>(code[i] >> 8 & 255) << 8 * i;
+    b.high = transpose_bits(b.high);
   }
-  return {transpose_bits(b.low), transpose_bits(b.high)};
+  return b;
 }
 
-QUANTOPS_INLINE void codes_of_planes(Bytes b, uint32_t (&code)[kOctet]) {
-  b = {transpose_bits(b.low), transpose_bits(b.high)};
-  for (int i = 0; i < kOctet; ++i)
-    code[i] = static_cast<uint32_t>(b.low >> 8 * i & 255) | static_cast<uint32_t>(b.high >> 8 * i & 255) << 8;
+QUANTOPS_INLINE void codes_of_planes(Bytes b, int n, uint32_t (&code)[kOctet]) {
+  b.low = transpose_bits(b.low);
+  for (int i = 0; i < kOctet; ++i) code[i] = static_cast<uint32_t>(b.low >> 8 * i & 255);
+  if (n > 8) {
+    b.high = transpose_bits(b.high);
+    for (int i = 0; i < kOctet; ++i) code[i] |= static_cast<uint32_t>(b.high >> 8 * i & 255) << 8;
+  }
 }
 
 // The codes' bits one after another: 8n bits, of codes below 2^n.

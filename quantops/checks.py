@@ -293,6 +293,8 @@ def structure(arguments):
 
     The functions of ``foreach`` have checked more than this by then; the ops can also be called directly.
     """
+    if "layout" in arguments:
+        return packing_structure(arguments)
     w = tensors("codes", arguments["codes"], INTS) if "codes" in arguments else tensors("w", arguments["w"])
     for name in ("grad", "q"):
         listed = arguments.get(name)
@@ -316,3 +318,26 @@ def structure(arguments):
         t = arguments.get(name)
         if t is not None and (t.dtype != dtype or t.numel() != count or t.device != w[0].device):
             raise ValueError(f"{name}: expected {count} elements of {dtype} on {w[0].device}, got {_kind(t)} on {t.device}")
+
+
+def packing_structure(arguments):
+    """:func:`structure` for the ops of family ``packing``."""
+    if arguments["layout"] not in range(len(LAYOUTS)):
+        raise ValueError(f"layout: expected 0..{len(LAYOUTS) - 1}, got {arguments['layout']}")
+    if "codes" in arguments:
+        stored_bits(arguments["bits"], len(tensors("codes", arguments["codes"], (torch.int32,))))
+        return
+    data, numel, bits_read = arguments["data"], arguments["numel"], arguments["bits"]
+    if len(numel) != len(data) or any(n < 0 for n in numel):
+        raise ValueError(f"numel: expected a length for each of {len(data)} tensors, got {numel}")
+    packed_data(data, numel, arguments["stored"], LAYOUTS[arguments["layout"]])
+    if integers("bits", bits_read, data, 0, MAX_BITS) is not bits_read:
+        raise ValueError(f"bits: expected int32, got {bits_read.dtype}")
+    if "scale" in arguments:
+        scale = tensors("scale", arguments["scale"], (torch.float32, torch.float64))
+        if len(scale) != len(data):
+            raise ValueError(f"scale: expected a list with one entry per tensor ({len(data)}), got {len(scale)}")
+        for i, (s, n) in enumerate(zip(scale, numel)):
+            if s.device != data[0].device or not s.is_contiguous() or (n % s.numel() if s.numel() else n):
+                raise ValueError(f"{_entry('scale', i, scale)}: expected one element or one per row of {n} codes, "
+                                 f"contiguous, on {data[0].device}, got {_kind(s)} on {s.device}")

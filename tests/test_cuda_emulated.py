@@ -26,18 +26,18 @@ def check(fn):
     return fn
 
 
-def build(folder):
-    """Compiles uniform.cu with the host compiler; gives back the library's path."""
+def build(folder, family="uniform"):
+    """Compiles the family's .cu with the host compiler; gives back the library's path."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler to build the CUDA kernels for the CPU with: install g++, or set CXX")
-    library = Path(folder) / "uniform_on_cpu.so"
+    library = Path(folder) / f"{family}_on_cpu.so"
     subprocess.run([
         compiler, "-x", "c++", "-std=c++17", "-O1", "-w", "-ffp-contract=off", "-fno-strict-aliasing", "-shared",
         "-fPIC", "-DQUANTOPS_EMULATE", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'tests/cuda_on_cpu'}",
-        *(f"-I{p}" for p in include_paths()), str(ROOT / "csrc/cuda/uniform.cu"), "-x", "none",
+        *(f"-I{p}" for p in include_paths()), str(ROOT / f"csrc/cuda/{family}.cu"), "-x", "none",
         *(f"-L{p}" for p in library_paths()), "-ltorch_cpu", *os.environ.get("QUANTOPS_EMULATE_FLAGS", "").split(),
         "-o", str(library)], check=True, timeout=600)
     return library

@@ -221,7 +221,7 @@ inline uint32_t pack_planes_loop(const int32_t* codes, int64_t count, int n, uin
   for (; i < count; i += kOctet) {
     detail::load_octet(codes + i, count - i, octet);
     for (uint32_t c : octet) seen |= c;
-    Bytes b = planes_of(octet);
+    Bytes b = planes_of(octet, n);
     for (int p = 0; p < n; p++) data[(n - 1 - p) * stride + i / 8] = pop_byte(b);
   }
   return seen;
@@ -238,7 +238,7 @@ inline void unpack_planes_loop(const uint8_t* data, int64_t stride, int64_t coun
     Bytes b = {0, 0};
     for (int j = 0; j < m; j++) push_byte(b, data[j * stride + i / 8]);
     uint32_t octet[kOctet];
-    codes_of_planes(b, octet);
+    codes_of_planes(b, m, octet);
     detail::store_octet(octet, 0, count - i, codes + i);
   }
 }

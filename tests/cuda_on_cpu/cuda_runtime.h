@@ -208,6 +208,13 @@ T __shfl_down_sync(unsigned, T value, int delta) {
 }
 
 template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return cuda_on_cpu::shuffle_from(value, (cuda_on_cpu::machine().current % 32) ^ mask);
+}
+
+inline void __syncwarp() { __shfl_xor_sync(0xffffffffu, 0, 0); }  // each lane waits for its turn
+
+template <class T>
 void __stwb(T* to, T value) {
   if (reinterpret_cast<uintptr_t>(to) % sizeof(T)) cuda_on_cpu::stop("a store that is not aligned");
   *to = value;
