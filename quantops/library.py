@@ -183,8 +183,9 @@ def _unpack(data, numel, stored, bits, layout):
 def _decode_packed(data, numel, stored, scale, bits, layout, full, signed, dtype):
     _check_values(scale, bits)
     codes = _unpack(data, numel, stored, bits, layout)
-    return [reference.decode(c.view(s.numel(), -1) if c.numel() else c, s, m, grid=_grid(full), signed=signed,
-                             dtype=dtype).view(-1) for c, s, m in zip(codes, scale, bits.reshape(-1))]
+    rows = [c.view(s.numel(), c.numel() // max(s.numel(), 1)) for c, s in zip(codes, scale)]
+    return [reference.decode(c, s.detach(), m, grid=_grid(full), signed=signed, dtype=dtype).view(-1)
+            for c, s, m in zip(rows, scale, bits.reshape(-1))]
 
 
 def _check_codes(codes, bits):
