@@ -160,7 +160,7 @@ def _encode(w, scale, bits, rule, signed):
 @_default
 def _decode(codes, scale, bits, full, signed, dtype):
     _check_values(scale, bits)
-    each = [reference.decode(c, s, n, grid=_grid(full), signed=signed, dtype=dtype)
+    each = [reference.decode(c, s.detach(), n, grid=_grid(full), signed=signed, dtype=dtype)
             for c, s, n in zip(codes, scale, bits.reshape(-1))]
     _check_codes(codes, bits.reshape(-1))
     return _laid_out(each, codes)

@@ -23,7 +23,19 @@ CALLS = {
     "encode": lambda w, s, n, k: (w, s, n, 0, True),
     "decode": lambda w, s, n, k: ([torch.zeros(t.shape, dtype=torch.int32) for t in w], _detached(s), n, True, True,
                                   torch.float16),
+    "pack": lambda w, s, n, k: (_codes(w), n.tolist(), 0),
+    "unpack": lambda w, s, n, k: (_packed(w, n), [t.numel() for t in w], n.tolist(), n - k, 0),
+    "decode_packed": lambda w, s, n, k: (_packed(w, n), [t.numel() for t in w], n.tolist(), _detached(s), n - k, 0, True,
+                                         True, torch.float16),
 }
+
+
+def _codes(w):
+    return [torch.ones_like(t, dtype=torch.int32) for t in w]
+
+
+def _packed(w, n):
+    return torch.ops.quantops.pack(_codes(w), n.tolist(), 0)
 
 
 def _detached(tensors):
