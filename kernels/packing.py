@@ -14,7 +14,7 @@ from quantops.kernels import math
 from quantops.kernels.uniform import TYPES, _all_aligned, _chunks, _ints, _on_device_of, _starts, block_of, launch
 from quantops.kernels.table import on_device
 from quantops.library import _check_codes, _check_stored, _check_values
-from quantops.reference.packing import LAYOUTS, data_shape, plane_bytes
+from quantops.reference.packing import LAYOUTS, data_shape, plane_bytes, split_shapes
 
 # Columns of the table: one row of int64 per tensor.
 FIELDS = tl.constexpr(9)
@@ -194,8 +194,9 @@ def unpack_codes(table, chunks, bits, A: tl.constexpr, OUT_T: tl.constexpr, DENS
 # Host side: lists of tensors into tables and launches.
 
 
-def _table(codes, data, numel, stored, block, scale=None):
+def _table(codes, data, stored, block, scale=None):
     """(table, programs per tensor) of a list."""
+    numel = [c.numel() for c in codes]
     table = np.zeros((len(data), FIELDS.value), np.int64)
     table[:, CODES.value] = [t.data_ptr() for t in codes]
     table[:, DATA.value] = [t.data_ptr() for t in data]
@@ -216,7 +217,7 @@ def pack(codes, bits, layout):
     codes = [c.contiguous() for c in codes]
     data = [c.new_empty(data_shape(c.numel(), n, LAYOUTS[layout]), dtype=torch.uint8) for c, n in zip(codes, bits)]
     block = block_of(torch.float32, 1)
-    table, programs = _table(codes, data, [c.numel() for c in codes], bits, block)
+    table, programs = _table(codes, data, bits, block)
     with _on_device_of(codes):
         device = codes[0].device
         launch(pack_codes, int(programs.sum()), on_device(table, device), _chunks(programs, device),
@@ -224,12 +225,12 @@ def pack(codes, bits, layout):
     return data
 
 
-def _unpack(data, numel, stored, bits, layout, dtype, scale=None, full=False, signed=True):
+def _unpack(data, sizes, dims, stored, bits, layout, dtype, scale=None, full=False, signed=True):
     _check_stored(bits, stored)
     acc = scale[0].dtype if scale else torch.float32
-    out = [d.new_empty(n, dtype=dtype) for d, n in zip(data, numel)]
+    out = [d.new_empty(shape, dtype=dtype) for d, shape in zip(data, split_shapes(sizes, dims))]
     block = block_of(acc, 1)
-    table, programs = _table(out, data, numel, stored, block, scale)
+    table, programs = _table(out, data, stored, block, scale)
     with _on_device_of(data):
         device = data[0].device
         launch(unpack_codes, int(programs.sum()), on_device(table, device), _chunks(programs, device), _ints(bits),
@@ -238,10 +239,10 @@ def _unpack(data, numel, stored, bits, layout, dtype, scale=None, full=False, si
     return out
 
 
-def unpack(data, numel, stored, bits, layout):
-    return _unpack(data, numel, stored, bits, layout, torch.int32)
+def unpack(data, sizes, dims, stored, bits, layout):
+    return _unpack(data, sizes, dims, stored, bits, layout, torch.int32)
 
 
-def decode_packed(data, numel, stored, scale, bits, layout, full, signed, dtype):
+def decode_packed(data, sizes, dims, stored, scale, bits, layout, full, signed, dtype):
     _check_values(scale, bits)
-    return _unpack(data, numel, stored, bits, layout, dtype, scale, full, signed)
+    return _unpack(data, sizes, dims, stored, bits, layout, dtype, scale, full, signed)

@@ -1,10 +1,11 @@
 """What a caller may pass, and the errors that say so: argument, what was expected, what came."""
 
 import functools
+import math
 
 import torch
 
-from quantops.reference.packing import LAYOUTS, data_shape
+from quantops.reference.packing import LAYOUTS, data_shape, split_shapes
 from quantops.reference.uniform import GRIDS, MAX_BITS, RULES, acc_dtype
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -163,7 +164,7 @@ def stored_bits(value, count):
 
 
 def packed(value):
-    """A list of Packed of one layout and device, whose data fit their shapes."""
+    """A list of Packed of one layout. That their data fit their shapes, the ops check."""
     from quantops.packed import Packed
 
     if not isinstance(value, (list, tuple)) or not value:
@@ -172,19 +173,23 @@ def packed(value):
     for i, p in enumerate(value):
         if not isinstance(p, Packed):
             raise TypeError(f"{_entry('packed', i, value)}: expected a Packed, got {_kind(p)}")
-        if choice("packed.layout", p.layout, LAYOUTS) != value[0].layout:
+        if p.layout != value[0].layout:
             raise ValueError(f"packed: expected one layout, got {value[0].layout!r} in entry 0 and {p.layout!r} in entry {i}")
-    packed_data([p.data for p in value], [p.numel() for p in value], [p.bits for p in value], value[0].layout)
-    return list(value)
+    choice("packed.layout", value[0].layout, LAYOUTS)
+    return value
 
 
-def packed_data(data, numel, stored, layout):
-    """Raises where packed tensors do not have the shapes that ``numel`` codes of ``stored`` bits take."""
-    for i, (d, count, n) in enumerate(zip(tensors("data", data, (torch.uint8,)), numel, stored_bits(stored, len(data)))):
-        if d.shape != data_shape(count, n, layout) or not d.is_contiguous():
-            raise ValueError(f"{_entry('data', i, data)}: expected a contiguous tensor of shape "
-                             f"{data_shape(count, n, layout)} for {count} codes of {n} bits in {layout!r}, got shape "
-                             f"{tuple(d.shape)}, strides {d.stride()}")
+def packed_data(data, shapes, stored, layout):
+    """Raises where packed tensors do not have the shapes that codes of ``shapes`` and ``stored`` bits take."""
+    if len(shapes) != len(data):
+        raise ValueError(f"dims: expected one entry per weight ({len(data)}), got {len(shapes)}")
+    for i, (d, shape, n) in enumerate(zip(tensors("data", data, (torch.uint8,)), shapes,
+                                          stored_bits(stored, len(data)))):
+        expected = data_shape(math.prod(shape), n, layout)
+        if min(shape, default=0) < 0 or d.shape != expected or not d.is_contiguous():
+            raise ValueError(f"{_entry('data', i, data)}: expected a contiguous tensor of shape {expected} for codes of "
+                             f"{n} bits and of shape {tuple(shape)} in {layout!r}, got shape {tuple(d.shape)}, strides "
+                             f"{d.stride()}")
 
 
 def bits_of_stored(value, stored, data):
@@ -327,17 +332,17 @@ def packing_structure(arguments):
     if "codes" in arguments:
         stored_bits(arguments["bits"], len(tensors("codes", arguments["codes"], (torch.int32,))))
         return
-    data, numel, bits_read = arguments["data"], arguments["numel"], arguments["bits"]
-    if len(numel) != len(data) or any(n < 0 for n in numel):
-        raise ValueError(f"numel: expected a length for each of {len(data)} tensors, got {numel}")
-    packed_data(data, numel, arguments["stored"], LAYOUTS[arguments["layout"]])
+    data, bits_read = arguments["data"], arguments["bits"]
+    shapes = split_shapes(arguments["sizes"], arguments["dims"])
+    packed_data(data, shapes, arguments["stored"], LAYOUTS[arguments["layout"]])
     if integers("bits", bits_read, data, 0, MAX_BITS) is not bits_read:
         raise ValueError(f"bits: expected int32, got {bits_read.dtype}")
     if "scale" in arguments:
         scale = tensors("scale", arguments["scale"], (torch.float32, torch.float64))
         if len(scale) != len(data):
-            raise ValueError(f"scale: expected a list with one entry per tensor ({len(data)}), got {len(scale)}")
-        for i, (s, n) in enumerate(zip(scale, numel)):
-            if s.device != data[0].device or not s.is_contiguous() or (n % s.numel() if s.numel() else n):
-                raise ValueError(f"{_entry('scale', i, scale)}: expected one element or one per row of {n} codes, "
+            raise ValueError(f"scale: expected a list with one entry per weight ({len(data)}), got {len(scale)}")
+        for i, (s, shape) in enumerate(zip(scale, shapes)):
+            rows = shape[0] if len(shape) else 1
+            if s.device != data[0].device or not s.is_contiguous() or s.numel() not in (1, rows):
+                raise ValueError(f"{_entry('scale', i, scale)}: expected one element or one per row ({rows}), "
                                  f"contiguous, on {data[0].device}, got {_kind(s)} on {s.device}")

@@ -262,7 +262,7 @@ def _check(name, v):
             raise ValueError(f"{name}: {text}")
     if not bool(((v.scale >= 0) & (v.scale < torch.inf)).all()):
         raise ValueError(f"{name}: expected finite scales >= 0")
-    checks.packed([v.packed])
+    checks.packed_data([v.packed.data], [v.shape], [v.bits], v.packed.layout)
 
 
 def _targets(model, weights):

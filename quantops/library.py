@@ -12,9 +12,9 @@ The default kernel of each op is the reference, on any device; compiled backends
 
 import torch
 
-from quantops import reference
+from quantops import checks, reference
 from quantops.layout import empty_like
-from quantops.reference.packing import LAYOUTS, data_shape
+from quantops.reference.packing import LAYOUTS, data_shape, split_shapes
 from quantops.reference.uniform import GRIDS, RULES, acc_dtype
 
 _lib = torch.library.Library("quantops", "DEF")
@@ -43,13 +43,14 @@ OPS = {
         "decode": "(Tensor[] codes, Tensor[] scale, Tensor bits, bool full, bool signed, ScalarType dtype) -> "
         "Tensor[]",
     },
-    # `data` is uint8 in the layout of LAYOUTS[layout], of `numel` codes of `stored` bits each; results have one
-    # dimension. The bits that are packed are integers, not a tensor: the size of `data` depends on them.
+    # `data` is uint8 in the layout of LAYOUTS[layout], of codes of `stored` bits each. `sizes` are those of all shapes,
+    # one after another, of which each weight has `dims`. The bits that are packed are integers, not a tensor: the size
+    # of `data` depends on them.
     "packing": {
         "pack": "(Tensor[] codes, int[] bits, int layout) -> Tensor[]",
-        "unpack": "(Tensor[] data, SymInt[] numel, int[] stored, Tensor bits, int layout) -> Tensor[]",
-        "decode_packed": "(Tensor[] data, SymInt[] numel, int[] stored, Tensor[] scale, Tensor bits, int layout, "
-        "bool full, bool signed, ScalarType dtype) -> Tensor[]",
+        "unpack": "(Tensor[] data, SymInt[] sizes, int[] dims, int[] stored, Tensor bits, int layout) -> Tensor[]",
+        "decode_packed": "(Tensor[] data, SymInt[] sizes, int[] dims, int[] stored, Tensor[] scale, Tensor bits, "
+        "int layout, bool full, bool signed, ScalarType dtype) -> Tensor[]",
     },
 }
 
@@ -173,19 +174,19 @@ def _pack(codes, bits, layout):
 
 
 @_default
-def _unpack(data, numel, stored, bits, layout):
+def _unpack(data, sizes, dims, stored, bits, layout):
+    shapes, layout = split_shapes(sizes, dims), LAYOUTS[layout]
+    checks.packed_data(data, shapes, stored, layout)
     _check_stored(bits, stored)
-    return [reference.unpack(d, count, n, m, layout=LAYOUTS[layout])
-            for d, count, n, m in zip(data, numel, stored, bits.reshape(-1))]
+    return [reference.unpack(d, shape, n, m, layout=layout)
+            for d, shape, n, m in zip(data, shapes, stored, bits.reshape(-1))]
 
 
 @_default
-def _decode_packed(data, numel, stored, scale, bits, layout, full, signed, dtype):
+def _decode_packed(data, sizes, dims, stored, scale, bits, layout, full, signed, dtype):
     _check_values(scale, bits)
-    codes = _unpack(data, numel, stored, bits, layout)
-    rows = [c.view(s.numel(), c.numel() // max(s.numel(), 1)) for c, s in zip(codes, scale)]
-    return [reference.decode(c, s.detach(), m, grid=_grid(full), signed=signed, dtype=dtype).view(-1)
-            for c, s, m in zip(rows, scale, bits.reshape(-1))]
+    return [reference.decode(c, s.detach(), m, grid=_grid(full), signed=signed, dtype=dtype)
+            for c, s, m in zip(_unpack(data, sizes, dims, stored, bits, layout), scale, bits.reshape(-1))]
 
 
 def _check_codes(codes, bits):
@@ -303,13 +304,13 @@ def _fake_pack(codes, bits, layout):
 
 
 @_fake
-def _fake_unpack(data, numel, stored, bits, layout):
-    return [d.new_empty(n, dtype=torch.int32) for d, n in zip(data, numel)]
+def _fake_unpack(data, sizes, dims, stored, bits, layout):
+    return [d.new_empty(shape, dtype=torch.int32) for d, shape in zip(data, split_shapes(sizes, dims))]
 
 
 @_fake
-def _fake_decode_packed(data, numel, stored, scale, bits, layout, full, signed, dtype):
-    return [d.new_empty(n, dtype=dtype) for d, n in zip(data, numel)]
+def _fake_decode_packed(data, sizes, dims, stored, scale, bits, layout, full, signed, dtype):
+    return [d.new_empty(shape, dtype=dtype) for d, shape in zip(data, split_shapes(sizes, dims))]
 
 
 # Autograd. Only inputs are saved, so that nothing is kept for backward beyond the parameters themselves.

@@ -49,10 +49,11 @@ class Packed:
 
 
 def _arguments(packed):
-    """What the ops take of a list: data, numel, stored, layout."""
+    """What the ops take of a list: data, sizes, dims, stored; and the layout."""
     packed = checks.packed(packed)
-    return ([p.data for p in packed], [p.numel() for p in packed], [p.bits for p in packed],
-            LAYOUTS.index(packed[0].layout))
+    sizes = [size for p in packed for size in p.shape]
+    shared = [p.data for p in packed], sizes, [len(p.shape) for p in packed], [p.bits for p in packed]
+    return shared, LAYOUTS.index(packed[0].layout)
 
 
 def pack(codes, bits, *, layout=LAYOUTS[0]):
@@ -65,14 +66,12 @@ def pack(codes, bits, *, layout=LAYOUTS[0]):
 
 def unpack(packed, bits=None):
     """Codes of each packed tensor, see :func:`quantops.unpack`."""
-    data, numel, stored, layout = _arguments(packed)
-    codes = ops.unpack(data, numel, stored, checks.bits_of_stored(bits, stored, data), layout)
-    return [c.view(p.shape) for c, p in zip(codes, packed)]
+    shared, layout = _arguments(packed)
+    return ops.unpack(*shared, checks.bits_of_stored(bits, shared[-1], shared[0]), layout)
 
 
 def decode(packed, scale, bits=None, *, grid=None, signed=True, out_dtype=None):
     """Weights of each packed tensor, see :func:`quantops.decode`."""
-    data, numel, stored, layout = _arguments(packed)
-    m, scale, dtype = checks.bits_of_stored(bits, stored, data), *checks.decode_scales(scale, packed, out_dtype)
-    q = ops.decode_packed(data, numel, stored, scale, m, layout, checks.full_grid(grid), signed, dtype)
-    return [v.view(p.shape) for v, p in zip(q, packed)]
+    shared, layout = _arguments(packed)
+    m, scale, dtype = checks.bits_of_stored(bits, shared[-1], shared[0]), *checks.decode_scales(scale, packed, out_dtype)
+    return ops.decode_packed(*shared, scale, m, layout, checks.full_grid(grid), signed, dtype)

@@ -16,6 +16,7 @@ from test_cuda_emulated import ROOT, _exact, build
 CHECKS = {}
 LAYOUTS = ("planes", "dense")
 LENGTHS = (0, 1, 7, 8, 9, 63, 64, 65, 127, 128, 129, 1023, 1024, 1025, 2047, 3000, 70_007)
+ROWS = [1, 1, 7, 4, 3, 7, 16, 5, 127, 2, 43, 33, 8, 205, 23, 1000, 511]  # of these lengths, which they divide
 
 
 def check(fn):
@@ -58,9 +59,9 @@ def every_width_and_length():
         data = ops.pack(codes, [n] * len(codes), which)
         for c, d in zip(codes, data):
             _exact(d, reference.pack(c, n, layout=layout), f"pack {layout} n={n} length {len(c)}")
-        numel, stored = [len(c) for c in codes], [n] * len(codes)
+        shared = data, [len(c) for c in codes], [1] * len(codes), [n] * len(codes)
         for m in range(n + 1):
-            got = ops.unpack(data, numel, stored, _int32([m] * len(codes)), which)
+            got = ops.unpack(*shared, _int32([m] * len(codes)), which)
             for c, u in zip(codes, got):
                 _exact(u, c >> (n - m), f"unpack {layout} n={n} m={m} length {len(c)}")
 
@@ -70,24 +71,23 @@ def values_of_every_dtype_and_scale():
     import torch
 
     from quantops import reference
-    rows = [1, 1, 7, 4, 3, 7, 16, 5, 127, 2, 43, 33, 8, 205, 23, 1000, 511]  # of the lengths, which they divide
     for case, (n, (which, layout), per_row, full, signed) in enumerate(itertools.product(
             (0, 1, 3, 4, 8, 11, 16), enumerate(LAYOUTS), (False, True), (False, True), (False, True))):
         codes = _codes(n)
-        numel, stored = [len(c) for c in codes], [n] * len(codes)
-        data = torch.ops.quantops.pack(codes, stored, which)
+        rows = [r if per_row and len(c) else 1 for c, r in zip(codes, ROWS)]
+        codes = [c.view(r, -1) for c, r in zip(codes, rows)]
+        data = torch.ops.quantops.pack(codes, [n] * len(codes), which)
+        sizes = [size for c in codes for size in c.shape]
         m = [n if i % 3 == 0 else (i * 5 + case) % (n + 1) for i in range(len(codes))]
         acc = torch.float64 if case % 4 == 3 else torch.float32
-        scale = [torch.rand(r if per_row and c else 1, dtype=acc) * 2 for c, r in zip(numel, rows)]
+        scale = [torch.rand(r, dtype=acc) * 2 for r in rows]
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            q = torch.ops.quantops.decode_packed(data, numel, stored, scale, _int32(m), which, full, signed, dtype)
+            q = torch.ops.quantops.decode_packed(data, sizes, [2] * len(codes), [n] * len(codes), scale, _int32(m), which,
+                                                 full, signed, dtype)
             for i, c in enumerate(codes):
-                if not len(c):
-                    assert q[i].shape == (0,) and q[i].dtype == dtype
-                    continue
-                want = reference.decode((c >> (n - m[i])).view(len(scale[i]), -1), scale[i], m[i],
-                                        grid="full" if full else "dyadic", signed=signed, dtype=dtype)
-                _exact(q[i], want.view(-1), f"{layout} n={n} m={m[i]} {dtype} full={full} signed={signed} codes[{i}]")
+                want = reference.decode(c >> (n - m[i]), scale[i], m[i], grid="full" if full else "dyadic", signed=signed,
+                                        dtype=dtype)
+                _exact(q[i], want, f"{layout} n={n} m={m[i]} {dtype} full={full} signed={signed} codes[{i}]")
 
 
 @check
@@ -101,15 +101,15 @@ def unaligned_and_many():
         codes = [c[1:] for c in _codes(n, (5, 130, 1025, 2600))]
         data = ops.pack(codes, [n] * 4, which)
         shifted = [torch.cat([torch.zeros(3, dtype=torch.uint8), d.view(-1)])[3:].view(d.shape) for d in data]
-        numel, stored, m = [len(c) for c in codes], [n] * 4, _int32([n, n - 1, n, 2])
-        for i, u in enumerate(ops.unpack(shifted, numel, stored, m, which)):
+        m = _int32([n, n - 1, n, 2])
+        for i, u in enumerate(ops.unpack(shifted, [len(c) for c in codes], [1] * 4, [n] * 4, m, which)):
             _exact(data[i], reference.pack(codes[i], n, layout=layout), "packed from odd addresses")
             _exact(u, codes[i] >> (n - int(m[i])), "unpacked from odd addresses")
     for count in (60, 61, 500, 503):
         codes = _codes(5, [(i * 7) % 40 for i in range(count)])
         bits = [5 + i % 12 for i in range(count)]
         data = ops.pack(codes, bits, 0)
-        got = ops.unpack(data, [len(c) for c in codes], bits, _int32(bits), 0)
+        got = ops.unpack(data, [len(c) for c in codes], [1] * count, bits, _int32(bits), 0)
         for i, c in enumerate(codes):
             _exact(data[i], reference.pack(c, bits[i]), f"pack {i} of {count}")
             _exact(got[i], c, f"unpack {i} of {count}")
@@ -127,9 +127,9 @@ def values_out_of_range():
         _exact(ops.pack([bad], [n], which)[0], reference.pack(bad & (2**n - 1), n, layout=layout), f"{layout} {n}")
         codes = _codes(n, (1100,) * 5)
         data, m = ops.pack(codes, [n] * 5, which), _int32([n, n + 1, -1, 2**31 - 1, 0])
-        u = ops.unpack(data, [1100] * 5, [n] * 5, m, which)
+        u = ops.unpack(data, [1100] * 5, [1] * 5, [n] * 5, m, which)
         scale = [torch.ones(())] * 5
-        q = ops.decode_packed(data, [1100] * 5, [n] * 5, scale, m, which, True, True, torch.float32)
+        q = ops.decode_packed(data, [1100] * 5, [1] * 5, [n] * 5, scale, m, which, True, True, torch.float32)
         for i in range(5):
             valid = 0 <= m[i] <= n
             want = codes[i] >> (n - int(m[i])) if valid else torch.full_like(codes[i], reference.uniform.INVALID)
@@ -138,9 +138,9 @@ def values_out_of_range():
     nan = float("nan")
     for s in (nan, -1.0, float("inf")):
         scale = [torch.tensor([1.0, s])]
-        q = ops.decode_packed(ops.pack([_int32([1] * 40)], [2], 0), [40], [2], scale, _int32([2]), 0, False, True,
+        q = ops.decode_packed(ops.pack([_int32([1] * 40)], [2], 0), [2, 20], [2], [2], scale, _int32([2]), 0, False, True,
                               torch.float32)[0]
-        assert q[20:].isnan().all() and not q[:20].isnan().any()
+        assert q[1].isnan().all() and not q[0].isnan().any()
 
 
 @check
@@ -148,26 +148,33 @@ def errors():
     import torch
 
     ops, f32 = torch.ops.quantops, torch.float32
-    c, m, one = [torch.ones(40, dtype=torch.int32)], _int32([3]), [torch.ones(())]
+    c, m, unpack = [torch.ones(40, dtype=torch.int32)], _int32([3]), ops.unpack
     d = ops.pack(c, [4], 0)
+
+    def decode(d, scale, dtype):
+        return ops.decode_packed(d, [40], [1], [4], [scale], m, 0, False, True, dtype)
+
     for text, call in {
         "codes: expected dtype int32, got int64": lambda: ops.pack([c[0].long()], [4], 0),
         "bits: expected 0..16, got 17": lambda: ops.pack(c, [17], 0),
         "bits: expected one entry per weight (1), got 2": lambda: ops.pack(c, [4, 4], 0),
         "layout: expected 0 or 1, got 2": lambda: ops.pack(c, [4], 2),
-        "data: expected shape (4, 16) for 40 codes of 4 bits, got (3, 16)": lambda: ops.unpack([d[0][:3]], [40], [4], m, 0),
-        "data: expected shape (4, 32)": lambda: ops.unpack(d, [200], [4], m, 0),
-        "data: expected shape (20,)": lambda: ops.unpack(d, [40], [4], m, 1),
-        "data: expected a contiguous tensor": lambda: ops.unpack([d[0].t().contiguous().t()], [40], [4], m, 0),
-        "numel: expected 0..": lambda: ops.unpack(d, [-40], [4], m, 0),
-        "stored: expected 0..16, got -1": lambda: ops.unpack(d, [40], [-1], m, 0),
-        "bits: expected dtype int32, got int64": lambda: ops.unpack(d, [40], [4], m.long(), 0),
-        "bits: expected 1 element": lambda: ops.unpack(d, [40], [4], m.repeat(2), 0),
-        "scale: expected one element or one per row of 40 codes, got shape (3,)": lambda: ops.decode_packed(
-            d, [40], [4], [torch.ones(3)], m, 0, False, True, f32),
-        "scale: expected dtype float32, float64, got float16": lambda: ops.decode_packed(
-            d, [40], [4], [one[0].half()], m, 0, False, True, f32),
-        "dtype: expected float32": lambda: ops.decode_packed(d, [40], [4], one, m, 0, False, True, torch.int8),
+        "data: expected shape (4, 16) for codes of 4 bits and of shape (40,) in 'planes', got (3, 16)":
+            lambda: unpack([d[0][:3]], [40], [1], [4], m, 0),
+        "data: expected shape (4, 32)": lambda: unpack(d, [200], [1], [4], m, 0),
+        "data: expected shape (20,)": lambda: unpack(d, [40], [1], [4], m, 1),
+        "data: expected a contiguous tensor": lambda: unpack([d[0].t().contiguous().t()], [40], [1], [4], m, 0),
+        "sizes: expected those of a tensor, got -40": lambda: unpack(d, [-40], [1], [4], m, 0),
+        "sizes: expected those of a tensor": lambda: unpack(d, [2**40, 2**40], [2], [4], m, 0),
+        "dims: expected 0..1, got 2": lambda: unpack(d, [40], [2], [4], m, 0),
+        "dims: expected one entry per weight (1), got 2": lambda: unpack(d, [40], [1, 0], [4], m, 0),
+        "sizes: expected as many as dims says, got 2": lambda: unpack(d * 2, [40, 40], [1, 2], [4, 4], m, 0),
+        "stored: expected 0..16, got -1": lambda: unpack(d, [40], [1], [-1], m, 0),
+        "bits: expected dtype int32, got int64": lambda: unpack(d, [40], [1], [4], m.long(), 0),
+        "bits: expected 1 element": lambda: unpack(d, [40], [1], [4], m.repeat(2), 0),
+        "scale: expected one element or one per row (40), got shape (3,)": lambda: decode(d, torch.ones(3), f32),
+        "scale: expected dtype float32, float64, got float16": lambda: decode(d, torch.ones(()).half(), f32),
+        "dtype: expected float32": lambda: decode(d, torch.ones(()), torch.int8),
     }.items():
         try:
             call()

@@ -52,7 +52,7 @@ def test_equals_reference_and_truncates(bits, layout):
     for m in range(bits + 1) if EXHAUSTIVE else {0, 1, bits // 2, bits} & set(range(bits + 1)):
         want = [c >> (bits - m) for c in codes]
         assert equal(Q.foreach.unpack(packed, m), want), m
-        assert equal([ref.unpack(p.data, len(c), bits, m, layout=layout) for p, c in zip(packed, codes)], want)
+        assert equal([ref.unpack(p.data, c.shape, bits, m, layout=layout) for p, c in zip(packed, codes)], want)
         if m in (0, 1, bits - 1, bits):
             cut = [p.truncate(m) for p in packed]
             assert all(p.bits == m and p.layout == layout for p in cut)
@@ -302,7 +302,7 @@ def test_packed_has_no_gradient_and_moves():
 # Bad input.
 
 C = torch.arange(16, dtype=torch.int32)
-P, D = Q.pack(C, 4), Q.pack(C, 4, layout="dense")
+P, D, FOUR = Q.pack(C, 4), Q.pack(C, 4, layout="dense"), torch.tensor([4], dtype=torch.int32)
 BAD = {
     "code above": (lambda: Q.pack(C + 1, 4), ValueError, r"codes.*0\.\.2\^4 - 1, got"),
     "code below": (lambda: Q.pack(C - 1, 4, layout="dense"), ValueError, r"codes.*0\.\.2\^4 - 1, got"),
@@ -332,7 +332,7 @@ BAD = {
     "less than none, tensor": (lambda: Q.unpack(P, torch.tensor(-1)), ValueError, r"bits.*got -1"),
     "codes, not packed": (lambda: Q.unpack(C), TypeError, r"packed: expected a Packed, got torch.int32"),
     "packed in no list": (lambda: Q.foreach.unpack(P), TypeError, r"packed: expected a non-empty list"),
-    "too short": (lambda: Q.unpack(Packed(P.data, (200,), 4)), ValueError, r"data: .*\(4, 32\) for 200 codes .*\(4, 16\)"),
+    "too short": (lambda: Q.unpack(Packed(P.data, (200,), 4)), ValueError, r"data: .*\(4, 32\) for codes of 4 .*\(4, 16\)"),
     "too long": (lambda: Q.unpack(Packed(P.data, (0,), 4)), ValueError, r"data: .*\(4, 0\)"),
     "too short, dense": (lambda: Q.unpack(Packed(D.data[1:], D.shape, 4, "dense")), ValueError, r"data: .*\(8,\).*\(7,\)"),
     "too few planes": (lambda: Q.decode(Packed(P.data[1:], P.shape, 4), 1.0), ValueError, r"data: .*\(4, 16\).*\(3, 16\)"),
@@ -340,7 +340,7 @@ BAD = {
     "unknown layout": (lambda: Q.unpack(Packed(P.data, P.shape, 4, "bits")), ValueError, r"layout: .*'bits'"),
     "two layouts": (lambda: Q.foreach.unpack([P, D]), ValueError, r"packed: expected one layout"),
     "strided data": (lambda: Q.unpack(Packed(P.data.t().contiguous().t(), P.shape, 4)), ValueError, r"data: .*contig"),
-    "int8 data": (lambda: Q.unpack(Packed(P.data.to(torch.int8), P.shape, 4)), TypeError, r"data: expected one of uint8"),
+    "int8 data": (lambda: Q.unpack(Packed(P.data.to(torch.int8), P.shape, 4)), (TypeError, ValueError), r"data: expected .*uint8"),
     "codes without bits": (lambda: Q.decode(C, 1.0), TypeError, r"bits: expected an integer.*NoneType"),
     "scale per element": (lambda: Q.decode(Q.pack(C.view(4, 4), 4), torch.ones(4, 4)), ValueError, r"scale: .*\(4, 4\)"),
     "scale negative": (lambda: Q.decode(P, -1.0), ValueError, r"scale: .*got -1"),
@@ -358,15 +358,13 @@ def test_error(name):
 
 @pytest.mark.parametrize("op, args", [
     ("pack", ([C.long()], [4], 0)), ("pack", ([C], [17], 0)), ("pack", ([C], [4, 4], 0)), ("pack", ([C], [4], 2)),
-    ("unpack", ([P.data[:2]], [16], [4], torch.tensor([4], dtype=torch.int32), 0)),
-    ("unpack", ([P.data], [1600], [4], torch.tensor([4], dtype=torch.int32), 0)),
-    ("unpack", ([P.data], [16], [4], torch.tensor([4]), 0)),
-    ("unpack", ([P.data], [16], [4], torch.tensor([5], dtype=torch.int32), 0)),
-    ("unpack", ([D.data], [17], [4], torch.tensor([4], dtype=torch.int32), 1)),
-    ("unpack", ([P.data], [-16], [4], torch.tensor([4], dtype=torch.int32), 0)),
-    ("decode_packed", ([P.data], [16], [4], [torch.ones(3)], torch.tensor([4], dtype=torch.int32), 0, False, True,
-                       torch.float32)),
-    ("decode_packed", ([P.data], [16], [4], [], torch.tensor([4], dtype=torch.int32), 0, False, True, torch.float32)),
+    ("unpack", ([P.data[:2]], [16], [1], [4], FOUR, 0)), ("unpack", ([P.data], [1600], [1], [4], FOUR, 0)),
+    ("unpack", ([P.data], [16], [1], [4], FOUR.long(), 0)), ("unpack", ([P.data], [16], [1], [4], FOUR + 1, 0)),
+    ("unpack", ([D.data], [17], [1], [4], FOUR, 1)), ("unpack", ([P.data], [-16], [1], [4], FOUR, 0)),
+    ("unpack", ([P.data], [16], [2], [4], FOUR, 0)), ("unpack", ([P.data], [16], [], [4], FOUR, 0)),
+    ("unpack", ([P.data.to(torch.int8)], [16], [1], [4], FOUR, 0)),
+    ("decode_packed", ([P.data], [16], [1], [4], [torch.ones(3)], FOUR, 0, False, True, torch.float32)),
+    ("decode_packed", ([P.data], [16], [1], [4], [], FOUR, 0, False, True, torch.float32)),
 ])
 def test_the_ops_themselves_read_nothing_out_of_bounds(op, args):
     """Called past the Python checks, the ops check shapes and dtypes on their own."""

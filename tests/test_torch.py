@@ -24,9 +24,8 @@ CALLS = {
     "decode": lambda w, s, n, k: ([torch.zeros(t.shape, dtype=torch.int32) for t in w], _detached(s), n, True, True,
                                   torch.float16),
     "pack": lambda w, s, n, k: (_codes(w), n.tolist(), 0),
-    "unpack": lambda w, s, n, k: (_packed(w, n), [t.numel() for t in w], n.tolist(), n - k, 0),
-    "decode_packed": lambda w, s, n, k: (_packed(w, n), [t.numel() for t in w], n.tolist(), _detached(s), n - k, 0, True,
-                                         True, torch.float16),
+    "unpack": lambda w, s, n, k: (*_packed(w, n), n - k, 0),
+    "decode_packed": lambda w, s, n, k: (*_packed(w, n), _detached(s), n - k, 0, True, True, torch.float16),
 }
 
 
@@ -35,7 +34,8 @@ def _codes(w):
 
 
 def _packed(w, n):
-    return torch.ops.quantops.pack(_codes(w), n.tolist(), 0)
+    data = torch.ops.quantops.pack(_codes(w), n.tolist(), 0)
+    return data, [size for t in w for size in t.shape], [t.dim() for t in w], n.tolist()
 
 
 def _detached(tensors):

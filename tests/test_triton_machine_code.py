@@ -94,7 +94,7 @@ def _packed(bits, layout, dtype=None):
     if dtype is None:
         return packing.pack(codes, [bits] * 2, layout)
     data = [torch.zeros(packing.data_shape(len(c), bits, packing.LAYOUTS[layout]), dtype=torch.uint8) for c in codes]
-    shared = data, [9000, 100], [bits] * 2
+    shared = data, [9000, 100], [1, 1], [bits] * 2
     n = torch.full((2,), bits, dtype=torch.int32)
     if dtype == torch.int32:
         return packing.unpack(*shared, n, layout)

@@ -77,20 +77,17 @@ Tensors pack(Tensors codes, std::vector<int64_t> bits, int64_t layout) {
 }
 
 // A list of packed tensors, the widths that are read of them, and the chunks that the work is split into.
-struct PackedList {
-  const std::vector<int64_t>& numel;
-  const std::vector<int64_t>& stored;
+struct PackedList : PackedShapes {
   std::vector<const uint8_t*> data;
   Tensor bits;
   const int32_t* m;
   int64_t layout;
   std::vector<Chunk> chunks;
 
-  PackedList(const Tensors& packed, const std::vector<int64_t>& numel_, const std::vector<int64_t>& stored_,
-             const Tensor& bits_, int64_t layout_)
-      : numel(numel_), stored(stored_), layout(layout_) {
-    check_packed(packed, numel, stored, layout);
-    bits = check_per_weight("bits", bits_, int64_t(packed.size()), ScalarType::Int, packed[0]);
+  PackedList(const Tensors& packed, const std::vector<int64_t>& sizes, const std::vector<int64_t>& dims,
+             const std::vector<int64_t>& stored_, const Tensor& bits_, int64_t layout_)
+      : PackedShapes(packed, sizes, dims, stored_, layout_), layout(layout_) {
+    bits = check_per_weight("bits", bits_, size(), ScalarType::Int, packed[0]);
     m = static_cast<const int32_t*>(bits.data_ptr());
     for (size_t i = 0; i < packed.size(); i++) {
       data.push_back(static_cast<const uint8_t*>(packed[i].data_ptr()));
@@ -111,14 +108,12 @@ struct PackedList {
     for (int j = 0; j < m[t]; j++, from += plane_bytes(numel[t])) std::memcpy(rows + j * kRow, from, octets_of(n));
     unpack_planes_loop(rows, kRow, n, m[t], codes);
   }
-
-  int64_t size() const { return int64_t(data.size()); }
 };
 
-Tensors unpack(Tensors data, std::vector<int64_t> numel, std::vector<int64_t> stored, Tensor bits, int64_t layout) {
-  const PackedList list(data, numel, stored, bits, layout);
-  Tensors out;
-  for (int64_t n : numel) out.push_back(empty_vector(n, ScalarType::Int, data[0]));
+Tensors unpack(Tensors data, std::vector<int64_t> sizes, std::vector<int64_t> dims, std::vector<int64_t> stored,
+               Tensor bits, int64_t layout) {
+  const PackedList list(data, sizes, dims, stored, bits, layout);
+  const Tensors out = list.empty_list(ScalarType::Int, data[0]);
   const bool streaming = total_bytes(out) > kStreamBytes;
   for_chunks(list.chunks, [&](int64_t chunk) {
     const auto [t, begin, end] = list.chunks[chunk];
@@ -168,15 +163,14 @@ void decode_into(const PackedList& packed, const List& list, bool full, bool is_
   });
 }
 
-Tensors decode_packed(Tensors data, std::vector<int64_t> numel, std::vector<int64_t> stored, Tensors scale, Tensor bits,
-                      int64_t layout, bool full, bool is_signed, ScalarType dtype) {
-  const PackedList packed(data, numel, stored, bits, layout);
+Tensors decode_packed(Tensors data, std::vector<int64_t> sizes, std::vector<int64_t> dims, std::vector<int64_t> stored,
+                      Tensors scale, Tensor bits, int64_t layout, bool full, bool is_signed, ScalarType dtype) {
+  const PackedList packed(data, sizes, dims, stored, bits, layout);
   check_float("dtype", dtype);
-  const bool is_double = check_packed_scales(scale, numel, data[0]) == ScalarType::Double;
+  const bool is_double = packed.check_scales(scale, data[0]) == ScalarType::Double;
   is_double ? check_scale_values<double>(scale) : check_scale_values<float>(scale);
   const List list = scale_list(packed, scale, is_double);
-  Tensors q;
-  for (int64_t n : numel) q.push_back(empty_vector(n, dtype, data[0]));
+  const Tensors q = packed.empty_list(dtype, data[0]);
   Targets to{{}, storage(q[0]), total_bytes(q) > kStreamBytes};
   for (const Tensor& t : q) to.data.push_back(t.data_ptr());
   is_double ? decode_into<double>(packed, list, full, is_signed, to)

@@ -332,37 +332,35 @@ void unpack_into(const Tensor& like, const std::vector<PackedEntry>& entries, co
   });
 }
 
-// New tensors of one dimension, and the entries that write to them.
-std::vector<PackedEntry> make_entries(const Tensors& data, const std::vector<int64_t>& numel,
-                                      const std::vector<int64_t>& stored, ScalarType dtype, Tensors& out) {
+// What is read of packed data and written to `out`.
+std::vector<PackedEntry> make_entries(const PackedShapes& list, const Tensors& data, const Tensors& out) {
   std::vector<PackedEntry> entries;
-  for (size_t i = 0; i < data.size(); ++i) {
-    out.push_back(empty_vector(numel[i], dtype, data[i]));
-    entries.push_back({data[i].data_ptr(), out[i].data_ptr(), nullptr, numel[i], numel[i],
-                       static_cast<int32_t>(stored[i])});
-  }
+  for (size_t i = 0; i < data.size(); ++i)
+    entries.push_back({data[i].data_ptr(), out[i].data_ptr(), nullptr, list.numel[i], list.numel[i],
+                       static_cast<int32_t>(list.stored[i])});
   return entries;
 }
 
-Tensors unpack(Tensors data, std::vector<int64_t> numel, std::vector<int64_t> stored, Tensor bits, int64_t layout) {
-  check_packed(data, numel, stored, layout);
-  const Tensor m = check_per_weight("bits", bits, static_cast<int64_t>(data.size()), ScalarType::Int, data[0]);
-  Tensors out;
-  unpack_into(data[0], make_entries(data, numel, stored, ScalarType::Int, out), m, layout, Codes{});
+Tensors unpack(Tensors data, std::vector<int64_t> sizes, std::vector<int64_t> dims, std::vector<int64_t> stored,
+               Tensor bits, int64_t layout) {
+  const PackedShapes list(data, sizes, dims, stored, layout);
+  const Tensor m = check_per_weight("bits", bits, list.size(), ScalarType::Int, data[0]);
+  const Tensors out = list.empty_list(ScalarType::Int, data[0]);
+  unpack_into(data[0], make_entries(list, data, out), m, layout, Codes{});
   return out;
 }
 
-Tensors decode_packed(Tensors data, std::vector<int64_t> numel, std::vector<int64_t> stored, Tensors scale, Tensor bits,
-                      int64_t layout, bool full, bool is_signed, ScalarType dtype) {
-  check_packed(data, numel, stored, layout);
+Tensors decode_packed(Tensors data, std::vector<int64_t> sizes, std::vector<int64_t> dims, std::vector<int64_t> stored,
+                      Tensors scale, Tensor bits, int64_t layout, bool full, bool is_signed, ScalarType dtype) {
+  const PackedShapes list(data, sizes, dims, stored, layout);
   check_float("dtype", dtype);
-  const Tensor m = check_per_weight("bits", bits, static_cast<int64_t>(data.size()), ScalarType::Int, data[0]);
-  const bool is_double = check_packed_scales(scale, numel, data[0]) == ScalarType::Double;
-  Tensors out;
-  std::vector<PackedEntry> entries = make_entries(data, numel, stored, dtype, out);
+  const Tensor m = check_per_weight("bits", bits, list.size(), ScalarType::Int, data[0]);
+  const bool is_double = list.check_scales(scale, data[0]) == ScalarType::Double;
+  const Tensors out = list.empty_list(dtype, data[0]);
+  std::vector<PackedEntry> entries = make_entries(list, data, out);
   for (size_t i = 0; i < entries.size(); ++i) {
     entries[i].scale = scale[i].data_ptr();
-    if (scale[i].numel()) entries[i].inner = numel[i] / scale[i].numel();
+    if (scale[i].numel()) entries[i].inner = list.numel[i] / scale[i].numel();
   }
   with_float(dtype, [&](auto element) {
     using O = decltype(element);

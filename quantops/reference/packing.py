@@ -9,6 +9,8 @@ A tensor of ``numel`` codes of n bits, in the order of its elements as if it wer
             significant first. Place j is bit j % 8 of byte j // 8. The last byte is padded with zeros.
 """
 
+import math
+
 import torch
 
 from quantops.reference.uniform import INVALID, _as_int
@@ -25,6 +27,17 @@ def plane_bytes(numel):
 def data_shape(numel, bits, layout):
     """The shape of the packed data of ``numel`` codes of ``bits`` bits."""
     return (bits, plane_bytes(numel)) if layout == "planes" else (-(-numel * bits // 8),)
+
+
+def split_shapes(sizes, dims):
+    """The shapes whose sizes follow each other in ``sizes``, ``dims`` of them in each."""
+    if sum(dims) != len(sizes) or min(dims, default=0) < 0:
+        raise ValueError(f"dims: expected counts that add up to {len(sizes)}, the number of sizes, got {dims}")
+    shapes, at = [], 0
+    for n in dims:
+        shapes.append(sizes[at: at + n])
+        at += n
+    return shapes
 
 
 def _weights(count, device):
@@ -51,16 +64,17 @@ def pack(codes, bits, *, layout="planes"):
     return _bits_to_bytes(torch.nn.functional.pad(lines.to(torch.int32), (0, 8 * shape[-1] - lines.shape[-1])))
 
 
-def unpack(data, numel, stored, bits=None, *, layout="planes"):
-    """The ``bits`` most significant of ``stored`` bits of each code: c >> (stored - bits), int32, one dimension.
+def unpack(data, shape, stored, bits=None, *, layout="planes"):
+    """The ``bits`` most significant of ``stored`` bits of each code: c >> (stored - bits), int32, of ``shape``.
 
     ``INVALID`` where ``bits`` is not in 0..stored.
     """
-    bits = _as_int(stored if bits is None else bits, data)
+    numel, bits = math.prod(shape), _as_int(stored if bits is None else bits, data)
     if layout == "planes":
         each = _bytes_to_bits(data)[:, :numel].flip(0).t()
     else:
         each = _bytes_to_bits(data)[: numel * stored].reshape(numel, stored)
     codes = (each * _weights(stored, data.device)).sum(1).to(torch.int32)
     valid = (bits >= 0) & (bits <= stored)
-    return torch.where(valid, codes >> (stored - bits.clamp(0, stored)).to(torch.int32), INVALID).to(torch.int32)
+    codes = codes >> (stored - bits.clamp(0, stored)).to(torch.int32)
+    return torch.where(valid, codes, torch.full_like(codes, INVALID)).reshape(shape)
