@@ -21,7 +21,7 @@ import torch._dynamo.testing
 import quantops as Q
 from quantops import reference as ref
 from quantops.packed import Packed
-from cases import EXHAUSTIVE, same
+from cases import EXHAUSTIVE, free_gigabytes, same
 
 LAYOUTS = ("planes", "dense")
 LENGTHS = (0, 1, 7, 8, 9, 63, 64, 65, 127, 129, 1009, *((1024, 33_000, 70_001) if EXHAUSTIVE else (4097,)))
@@ -169,6 +169,17 @@ def test_data_at_odd_addresses():
         moved = torch.empty(packed.data.numel() + 3, dtype=torch.uint8)[3:].view(packed.data.shape).copy_(packed.data)
         assert moved.data_ptr() % 16
         assert torch.equal(Q.unpack(Packed(moved, codes.shape, bits, layout), 2), codes >> (bits - 2))
+
+
+@pytest.mark.skipif(not EXHAUSTIVE or SERVING == "reference", reason="billions of elements take compiled kernels")
+@pytest.mark.skipif(free_gigabytes() < 8, reason="needs 8 GB of free memory")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_more_than_two_to_the_31_codes(layout):
+    few = Q.pack(torch.tensor([0] * 6 + [3, 1, 2]), 2, layout=layout).data
+    data = torch.zeros(ref.packing.data_shape(2**31 + 9, 2, layout), dtype=torch.uint8)
+    data[..., 2**31 * (1 if layout == "planes" else 2) // 8:] = few
+    q = Q.decode(Packed(data, (2**31 + 9,), 2, layout), 2.0, signed=False, out_dtype=torch.bfloat16)
+    assert q[-4:].tolist() == [0.0, 1.5, 0.5, 1.0]
 
 
 MEMORY = """
