@@ -28,8 +28,8 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(PY) -m quantops
 	$(PY) -m pytest -q
-	QUANTOPS_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_uniform.py tests/test_truncate.py \
-		tests/test_errors.py
+	QUANTOPS_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q \
+		$(foreach family,uniform truncate packing,tests/test_$(family).py) tests/test_errors.py
 
 bench: $(VENV)/.installed
 	$(PY) -m bench run

@@ -30,6 +30,8 @@ class Inputs:
         self.strengths = itertools.cycle([self.r[0], -self.r[0]])
         self.q = [torch.empty_like(t) for t in self.w]
         self.codes = foreach.encode(self.w, self.scale, self.bits)
+        self.codes4 = foreach.encode(self.w, self.scale, 4)
+        self.packed4 = foreach.pack(self.codes4, 4)
         self.numel = sum(t.numel() for t in self.w)
 
 
@@ -102,6 +104,13 @@ CASES = [
     Case("decode", lambda s: 4 + s, lambda x: foreach.decode(x.codes, x.scale, x.bits, out_dtype=x.w[0].dtype),
          lambda got, x: _equal(got, [reference.decode(c, v, BITS, dtype=x.w[0].dtype)
                                      for c, v in zip(x.codes, x.scale)])),
+    # Packed to 4 bits: 4 + 4/8 bytes per weight, whatever the dtype of w, but for what decode writes.
+    Case("pack 4 bits", lambda s: 4.5, lambda x: [p.data for p in foreach.pack(x.codes4, 4)],
+         lambda got, x: _equal(got, [reference.pack(c, 4) for c in x.codes4])),
+    Case("unpack 4 bits", lambda s: 4.5, lambda x: foreach.unpack(x.packed4), lambda got, x: _equal(got, x.codes4)),
+    Case("decode packed 4 bits", lambda s: s + 0.5,
+         lambda x: foreach.decode(x.packed4, x.scale, out_dtype=x.w[0].dtype),
+         lambda got, x: _equal(got, [reference.decode(c, v, 4, dtype=x.w[0].dtype) for c, v in zip(x.codes4, x.scale)])),
     # What training does per step: scales, q with its sums, and the gradient of both. Moves 8 + 12 bytes per fp32
     # weight, were the scales known; that they are not costs 4 more, which the ratio to the copy leaves visible.
     Case("msq step", lambda s: 5 * s, step_of(_quantops_msq), lambda got, x: _equal(got, _reference_step(x)),

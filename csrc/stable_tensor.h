@@ -44,6 +44,7 @@ inline std::string dtype_name(ScalarType t) {
     case ScalarType::Half: return "float16";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
+    case ScalarType::Byte: return "uint8";
     default: return torch::headeronly::toString(t);
   }
 }

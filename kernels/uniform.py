@@ -14,7 +14,7 @@ import triton.language as tl
 from quantops.kernels import math
 from quantops.kernels.table import on_device
 from quantops.layout import dense, empty_like
-from quantops.library import _check_values
+from quantops.library import _check_codes, _check_values
 from quantops.reference.uniform import acc_dtype
 
 # Columns of the table: one row of int64 per tensor.
@@ -607,7 +607,5 @@ def encode(w, scale, bits, rule, signed):
 
 def decode(codes, scale, bits, full, signed, dtype):
     _check_values(scale, bits)
-    for i, (c, n) in enumerate(zip(codes, bits.reshape(-1))):
-        if c.device.type == "cpu" and c.numel() and not 0 <= int(c.min()) <= int(c.max()) < 2 ** int(n):
-            raise ValueError(f"codes[{i}]: expected values in 0..2^{int(n)} - 1, got {int(c.min())}..{int(c.max())}")
+    _check_codes(codes, bits.reshape(-1))
     return _elementwise(DECODE, codes, dtype, scale, bits, acc=acc_dtype(scale[0].dtype), full=full, signed=signed)

@@ -1,10 +1,12 @@
 """What a caller may pass, and the errors that say so: argument, what was expected, what came."""
 
 import functools
+import math
 
 import torch
 
 from quantops.reference.truncate import COMPANDINGS
+from quantops.reference.packing import LAYOUTS, data_shape, split_shapes
 from quantops.reference.uniform import GRIDS, MAX_BITS, RULES, acc_dtype
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -184,13 +186,75 @@ def _scale(name, s, t, dtype, device):
         raise TypeError(f"{name}: expected one of {_names(FLOATS)}, got {s.dtype}")
     if s.device != device:
         raise ValueError(f"{name}: expected device {device}, where the weights are, got {s.device}")
-    rows = t.shape[0] if t.dim() else 1
+    rows = t.shape[0] if len(t.shape) else 1
     if s.numel() != 1 and (s.numel() != rows or s.shape[0] != rows):
         raise ValueError(f"{name}: expected one element or one per row ({rows}) of a weight of shape "
                          f"{tuple(t.shape)}, got shape {tuple(s.shape)}")
     if s.dtype != dtype:
         s = s.to(dtype)
     return s if s.is_contiguous() else s.contiguous()
+
+
+def codes(value):
+    """Integer codes as a list of int32 tensors."""
+    value = tensors("codes", value, INTS)
+    if value[0].dtype == torch.int32:
+        return value
+    # Clamped first: 2^32 + 3 must not become a plausible 3.
+    return [c.to(torch.int32) if c.element_size() < 4 else c.clamp(-1, 1 << 16).to(torch.int32) for c in value]
+
+
+def stored_bits(value, count):
+    """The bit-widths to pack ``count`` tensors with, as integers: memory is laid out by them."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
+    if len(values) != count:
+        raise ValueError(f"bits: expected one entry per tensor ({count}), got {len(values)}")
+    for n in values:
+        if isinstance(n, bool) or not isinstance(n, int):
+            raise TypeError(f"bits: expected an integer, since the size of the result depends on it, got {_kind(n)}")
+        if not 0 <= n <= MAX_BITS:
+            raise ValueError(f"bits: expected 0..{MAX_BITS}, got {n}")
+    return values
+
+
+def packed(value):
+    """A list of Packed of one layout. That their data fit their shapes, the ops check."""
+    from quantops.packed import Packed
+
+    if not isinstance(value, (list, tuple)) or not value:
+        raise TypeError(f"packed: expected a non-empty list of Packed, got {_kind(value)}"
+                        + (" of length 0" if isinstance(value, (list, tuple)) else ""))
+    for i, p in enumerate(value):
+        if not isinstance(p, Packed):
+            raise TypeError(f"{_entry('packed', i, value)}: expected a Packed, got {_kind(p)}")
+        if p.layout != value[0].layout:
+            raise ValueError(f"packed: expected one layout, got {value[0].layout!r} in entry 0 and {p.layout!r} in entry {i}")
+    choice("packed.layout", value[0].layout, LAYOUTS)
+    return value
+
+
+def packed_data(data, shapes, stored, layout):
+    """Raises where packed tensors do not have the shapes that codes of ``shapes`` and ``stored`` bits take."""
+    if len(shapes) != len(data):
+        raise ValueError(f"dims: expected one entry per weight ({len(data)}), got {len(shapes)}")
+    for i, (d, shape, n) in enumerate(zip(tensors("data", data, (torch.uint8,)), shapes,
+                                          stored_bits(stored, len(data)))):
+        expected = data_shape(math.prod(shape), n, layout)
+        if min(shape, default=0) < 0 or d.shape != expected or not d.is_contiguous():
+            raise ValueError(f"{_entry('data', i, data)}: expected a contiguous tensor of shape {expected} for codes of "
+                             f"{n} bits and of shape {tuple(shape)} in {layout!r}, got shape {tuple(d.shape)}, strides "
+                             f"{d.stride()}")
+
+
+def bits_of_stored(value, stored, data):
+    """Bit-widths to read, from 0 to those that are stored (None: all), as :func:`bits` has them."""
+    value = stored if value is None else value
+    read = bits(value, data)
+    if not isinstance(value, torch.Tensor):
+        for m, n in zip(_repeated(value, data), stored):
+            if m > n:
+                raise ValueError(f"bits: expected 0..{n}, the bits that are stored, got {m}")
+    return read
 
 
 def choice(name, value, allowed):
@@ -293,6 +357,8 @@ def structure(arguments):
 
     The functions of ``foreach`` have checked more than this by then; the ops can also be called directly.
     """
+    if "layout" in arguments:
+        return packing_structure(arguments)
     w = tensors("codes", arguments["codes"], INTS) if "codes" in arguments else tensors("w", arguments["w"])
     for name in ("grad", "q"):
         listed = arguments.get(name)
@@ -346,3 +412,26 @@ def _truncation(arguments, w):
     for i, g in enumerate(grads):
         if g.numel() and g.shape != w[i % len(w)].shape:
             raise ValueError(f"grads[{i}]: expected shape {tuple(w[i % len(w)].shape)}, got {tuple(g.shape)}")
+
+
+def packing_structure(arguments):
+    """:func:`structure` for the ops of family ``packing``."""
+    if arguments["layout"] not in range(len(LAYOUTS)):
+        raise ValueError(f"layout: expected 0..{len(LAYOUTS) - 1}, got {arguments['layout']}")
+    if "codes" in arguments:
+        stored_bits(arguments["bits"], len(tensors("codes", arguments["codes"], (torch.int32,))))
+        return
+    data, bits_read = arguments["data"], arguments["bits"]
+    shapes = split_shapes(arguments["sizes"], arguments["dims"])
+    packed_data(data, shapes, arguments["stored"], LAYOUTS[arguments["layout"]])
+    if integers("bits", bits_read, data, 0, MAX_BITS) is not bits_read:
+        raise ValueError(f"bits: expected int32, got {bits_read.dtype}")
+    if "scale" in arguments:
+        scale = tensors("scale", arguments["scale"], (torch.float32, torch.float64))
+        if len(scale) != len(data):
+            raise ValueError(f"scale: expected a list with one entry per weight ({len(data)}), got {len(scale)}")
+        for i, (s, shape) in enumerate(zip(scale, shapes)):
+            rows = shape[0] if len(shape) else 1
+            if s.device != data[0].device or not s.is_contiguous() or s.numel() not in (1, rows):
+                raise ValueError(f"{_entry('scale', i, scale)}: expected one element or one per row ({rows}), "
+                                 f"contiguous, on {data[0].device}, got {_kind(s)} on {s.device}")

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import torch
 
-from quantops import checks
+from quantops import checks, packed
 from quantops.layout import dense_rows, empty_like
 from quantops.library import call, ops
+from quantops.packed import Packed, pack, unpack  # noqa: F401  the list ops of packed codes
 
 
 class MSQ(NamedTuple):
@@ -137,11 +138,11 @@ def encode(w, scale, bits, *, rule="round_clamp", signed=True):
     return ops.encode(w, _scales(w, scale)[0], n, checks.rule_index(rule), signed)
 
 
-def decode(codes, scale, bits, *, grid=None, signed=True, out_dtype=None):
-    """Weights of codes, see :func:`quantops.decode`."""
-    codes = checks.tensors("codes", codes, checks.INTS)
-    if codes[0].dtype != torch.int32:  # clamped first: 2^32 + 3 must not become a plausible 3
-        codes = [c.to(torch.int32) if c.element_size() < 4 else c.clamp(-1, 1 << 16).to(torch.int32) for c in codes]
+def decode(codes, scale, bits=None, *, grid=None, signed=True, out_dtype=None):
+    """Weights of codes or of packed codes, see :func:`quantops.decode`."""
+    if isinstance(codes, (list, tuple)) and codes and isinstance(codes[0], Packed):
+        return packed.decode(codes, scale, bits, grid=grid, signed=signed, out_dtype=out_dtype)
+    codes = checks.codes(codes)
     n, scale, dtype = checks.bits(bits, codes), *checks.decode_scales(scale, codes, out_dtype)
     return ops.decode(codes, scale, n, checks.full_grid(grid), signed, dtype)
 

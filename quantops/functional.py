@@ -97,11 +97,13 @@ def encode(w, scale, bits, *, rule="round_clamp", signed=True):
     return foreach.encode([w], _one(scale), bits, rule=rule, signed=signed)[0]
 
 
-def decode(codes, scale, bits, *, grid=None, signed=True, out_dtype=None):
+def decode(codes, scale, bits=None, *, grid=None, signed=True, out_dtype=None):
     """q = m * step of integer codes: what the quantizer gave in training, bit for bit.
 
-    ``codes``: any integer dtype; others than int32 are converted first. ``out_dtype``: default float32 (float64 where the scale is). A code outside
-    0..2^n - 1 raises on CPU and gives NaN elsewhere. No gradient.
+    ``codes``: any integer dtype; others than int32 are converted first. Or a :class:`quantops.Packed`: then ``bits`` m,
+    up to those that are stored (default all), says how many are read, and q is that of the codes c >> (n-m) of m bits,
+    computed without ever writing codes. With planes, m/8 bytes per weight are read. ``out_dtype``: default float32
+    (float64 where the scale is). A code outside 0..2^n - 1 raises on CPU and gives NaN elsewhere. No gradient.
     """
     return foreach.decode([codes], [scale], bits, grid=grid, signed=signed, out_dtype=out_dtype)[0]
 
@@ -145,3 +147,25 @@ def truncate(w, scale, bits, *, base_bits=8, rule="floor", companding=None, out_
     q = foreach.truncate([w], _one(scale), bits, base_bits=base_bits, rule=rule, companding=companding,
                          out_scale=_one(out_scale), out_dtype=out_dtype)
     return tuple(v for v, in q) if several else q[0]
+
+
+def pack(codes, bits, *, layout="planes"):
+    """Codes in ``bits`` bits each: a :class:`quantops.Packed`, which :func:`unpack` and :func:`decode` read.
+
+    ``codes``: integers 0..2^bits - 1 of any shape, dtype and strides. ``bits``: 0..16, an integer, not a tensor as in
+    the quantizers: the size of the result depends on it. ``layout``: "planes", bit planes that can be read at any lower
+    precision, or "dense", consecutive bits; see :class:`quantops.Packed` for the bytes.
+
+    On CPU, codes out of range raise. On other devices they are not read back: of such a code only the low ``bits`` bits
+    are stored, which stand for another weight. No gradient.
+    """
+    return foreach.pack([codes], bits, layout=layout)[0]
+
+
+def unpack(packed, bits=None):
+    """The codes (int32) of a :class:`quantops.Packed`; with ``bits`` m, the m most significant of n: c >> (n-m).
+
+    ``bits``: 0..n (default n), an integer or an integer tensor. With planes, m/8 bytes per weight are read. More bits
+    than are stored raise; in a tensor on another device than the CPU they are not read back and give -2^31. No gradient.
+    """
+    return foreach.unpack([packed], bits)[0]

@@ -12,9 +12,10 @@ The default kernel of each op is the reference, on any device; compiled backends
 
 import torch
 
-from quantops import reference
+from quantops import checks, reference
 from quantops.layout import empty_like
 from quantops.reference.truncate import COMPANDINGS, tanh_curvature, truncate_scale_terms
+from quantops.reference.packing import LAYOUTS, data_shape, split_shapes
 from quantops.reference.uniform import GRIDS, RULES, acc_dtype
 
 _lib = torch.library.Library("quantops", "DEF")
@@ -51,6 +52,15 @@ OPS = {
         "truncate_backward": "(Tensor[] grads, Tensor[] w, Tensor[] scale, Tensor[] out_scale, Tensor bits, "
         "Tensor base_bits, int rule, bool tanh, bool covered, bool scale_grad) -> "
         "(Tensor[] grad_w, Tensor[] grad_scale, Tensor[] grad_out_scale)",
+    },
+    # `data` is uint8 in the layout of LAYOUTS[layout], of codes of `stored` bits each. `sizes` are those of all shapes,
+    # one after another, of which each weight has `dims`. The bits that are packed are integers, not a tensor: the size
+    # of `data` depends on them.
+    "packing": {
+        "pack": "(Tensor[] codes, int[] bits, int layout) -> Tensor[]",
+        "unpack": "(Tensor[] data, SymInt[] sizes, int[] dims, int[] stored, Tensor bits, int layout) -> Tensor[]",
+        "decode_packed": "(Tensor[] data, SymInt[] sizes, int[] dims, int[] stored, Tensor[] scale, Tensor bits, "
+        "int layout, bool full, bool signed, ScalarType dtype) -> Tensor[]",
     },
 }
 
@@ -161,12 +171,47 @@ def _encode(w, scale, bits, rule, signed):
 @_default
 def _decode(codes, scale, bits, full, signed, dtype):
     _check_values(scale, bits)
-    each = [reference.decode(c, s, n, grid=_grid(full), signed=signed, dtype=dtype)
+    each = [reference.decode(c, s.detach(), n, grid=_grid(full), signed=signed, dtype=dtype)
             for c, s, n in zip(codes, scale, bits.reshape(-1))]
-    for i, (c, n) in enumerate(zip(codes, bits.reshape(-1))):
+    _check_codes(codes, bits.reshape(-1))
+    return _laid_out(each, codes)
+
+
+@_default
+def _pack(codes, bits, layout):
+    _check_codes(codes, bits)
+    return [reference.pack(c, n, layout=LAYOUTS[layout]) for c, n in zip(codes, bits)]
+
+
+@_default
+def _unpack(data, sizes, dims, stored, bits, layout):
+    shapes, layout = split_shapes(sizes, dims), LAYOUTS[layout]
+    checks.packed_data(data, shapes, stored, layout)
+    _check_stored(bits, stored)
+    return [reference.unpack(d, shape, n, m, layout=layout)
+            for d, shape, n, m in zip(data, shapes, stored, bits.reshape(-1))]
+
+
+@_default
+def _decode_packed(data, sizes, dims, stored, scale, bits, layout, full, signed, dtype):
+    _check_values(scale, bits)
+    return [reference.decode(c, s.detach(), m, grid=_grid(full), signed=signed, dtype=dtype)
+            for c, s, m in zip(_unpack(data, sizes, dims, stored, bits, layout), scale, bits.reshape(-1))]
+
+
+def _check_codes(codes, bits):
+    """On CPU, codes out of range raise."""
+    for i, (c, n) in enumerate(zip(codes, bits)):
         if c.device.type == "cpu" and c.numel() and not 0 <= int(c.min()) <= int(c.max()) < 2 ** int(n):
             raise ValueError(f"codes[{i}]: expected values in 0..2^{int(n)} - 1, got {int(c.min())}..{int(c.max())}")
-    return _laid_out(each, codes)
+
+
+def _check_stored(bits, stored):
+    """On CPU, asking for more bits than are stored raises."""
+    if bits.device.type == "cpu":
+        for i, (m, n) in enumerate(zip(bits.reshape(-1).tolist(), stored)):
+            if not 0 <= m <= n:
+                raise ValueError(f"bits[{i}]: expected 0..{n}, the bits that are stored, got {m}")
 
 
 @_default
@@ -315,6 +360,20 @@ def _fake_truncate(w, scale, out_scale, bits, base_bits, rule, tanh, covered, dt
 def _fake_truncate_backward(grads, w, scale, out_scale, bits, base_bits, rule, tanh, covered, scale_grad):
     sums = [[torch.empty_like(s) for s in v] if scale_grad else [] for v in (scale, out_scale)]
     return [empty_like(t, t.dtype) for t in w], *sums
+
+
+def _fake_pack(codes, bits, layout):
+    return [c.new_empty(data_shape(c.numel(), n, LAYOUTS[layout]), dtype=torch.uint8) for c, n in zip(codes, bits)]
+
+
+@_fake
+def _fake_unpack(data, sizes, dims, stored, bits, layout):
+    return [d.new_empty(shape, dtype=torch.int32) for d, shape in zip(data, split_shapes(sizes, dims))]
+
+
+@_fake
+def _fake_decode_packed(data, sizes, dims, stored, scale, bits, layout, full, signed, dtype):
+    return [d.new_empty(shape, dtype=dtype) for d, shape in zip(data, split_shapes(sizes, dims))]
 
 
 # Autograd. Only inputs are saved, so that nothing is kept for backward beyond the parameters themselves.
@@ -546,7 +605,8 @@ def _autograd_truncate_backward(keyset, op, args):
 
 
 # No gradient flows through these: their results never require grad.
-for _op in ("absmax", "absmean", "round_clamp_out", "msq_out", "lsb", "add_lsb_grad_", "encode", "decode"):
+for _op in ("absmax", "absmean", "round_clamp_out", "msq_out", "lsb", "add_lsb_grad_", "encode", "decode",
+            *OPS["packing"]):
     _lib.impl(_op, torch.library.fallthrough_kernel, "Autograd")
 
 

@@ -59,3 +59,12 @@ def same(a, b):
     """Equal value for value in one dtype and shape; NaN equals NaN."""
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.isnan(), b.isnan()) and torch.equal(
         a.masked_fill(a.isnan(), 0), b.masked_fill(b.isnan(), 0))
+
+
+def free_gigabytes():
+    """Of memory, as far as the system tells."""
+    try:
+        with open("/proc/meminfo") as f:
+            return int(next(line for line in f if line.startswith("MemAvailable")).split()[1]) >> 20
+    except OSError:
+        return 0

@@ -1,10 +1,12 @@
 """quantize_: which layers, which errors; to_int, save_int, load_int."""
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import os
 import pickle
+import subprocess
 import sys
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+import quantops
 from quantops.convert import is_linear_or_conv, quantize_
 from quantops.intweight import IntWeight, load_int, save_int, to_int
 from quantops.methods.msq import MSQConfig
@@ -216,6 +219,108 @@ def test_file_round_trip(saved):
 
 
 @needs_safetensors
+def test_a_file_costs_its_bits_and_a_header(tmp_path):
+    torch.manual_seed(0)
+    for bits in (0, 1, 3, 8, 11, 16):
+        weights = {f"layer{i}.weight": IntWeight.from_codes(torch.randint(0, 2**bits, shape), torch.rand(shape[0]), bits)
+                   for i, shape in enumerate([(64, 300), (3, 5), (7, 11, 3, 3), (1000,), (1, 0)])}
+        path = tmp_path / "w.safetensors"
+        save_int(weights, path)
+        scales = sum(4 * v.scale.numel() for v in weights.values())
+        header = int.from_bytes(path.read_bytes()[:8], "little") + 8
+        planes = sum(bits * -(-v.shape.numel() // 8) for v in weights.values())
+        assert path.stat().st_size == header + scales + planes
+        assert header <= len(weights) * (400 + 12 * bits) + 200
+        for name, v in load_int(path).items():
+            assert torch.equal(v.codes, weights[name].codes) and v.shape == weights[name].shape
+
+
+@needs_safetensors
+@pytest.mark.parametrize("rule, grid", [("round_clamp", "dyadic"), ("floor", "full")])
+def test_a_file_opens_at_any_lower_precision(tmp_path, rule, grid):
+    w, path = torch.randn(24, 50), tmp_path / "w.safetensors"
+    scale = quantops.absmax(w)
+    codes = {name: quantops.encode(w, scale, n, rule=rule) for name, n in (("a", 8), ("b", 3), ("c", 0))}
+    weights = {name: IntWeight.from_codes(c, scale, n, grid=grid) for (name, c), n in zip(codes.items(), (8, 3, 0))}
+    save_int(weights, path)
+    for m in range(9):
+        opened = load_int(path, bits=m)
+        for name, v in opened.items():
+            n = weights[name].bits
+            least = min(m, n)
+            want = quantops.reference.decode(codes[name] >> (n - least), scale, least, grid=grid)
+            assert v.bits == least and torch.equal(v.codes.int(), codes[name] >> (n - least))
+            for q in (v.dequantize(), weights[name].at(least).dequantize(), weights[name].dequantize(least)):
+                assert torch.equal(q, want)
+    if rule == "floor":  # the codes of a narrower weight are those of the wider one, cut
+        narrow = IntWeight.from_codes(quantops.encode(w, scale, 5, rule="floor"), scale, 5, grid=grid)
+        assert torch.equal(load_int(path, bits=5)["a"].dequantize(), narrow.dequantize())
+    for m, text in ((9, "bits: expected at most 8, .* got 9"), (17, "bits: expected an integer 0..16"), (-1, "bits: "),
+                    (2.0, "bits: expected an integer"), (True, "bits: expected an integer")):
+        with pytest.raises(ValueError, match=text):
+            load_int(path, bits=m)
+    plain = nn.ParameterDict({"a": torch.ones(24, 50)})
+    path2 = tmp_path / "a.safetensors"
+    save_int({"a": weights["a"]}, path2)
+    load_int(path2, plain, bits=2)
+    assert torch.equal(plain["a"], weights["a"].dequantize(2))
+
+
+CUT = """
+import os, sys, torch, safetensors, quantops as Q
+path, m = sys.argv[1], int(sys.argv[2])
+opened = safetensors.safe_open
+
+def cut(*args, **kwargs):
+    f = opened(*args, **kwargs)  # the file is mapped: from now on, whoever reads behind its end is killed
+    header = int.from_bytes(open(path, "rb").read(8), "little")
+    os.truncate(path, 8 + header + 4 + 2 * 65536)  # the scale and two planes
+    return f
+
+safetensors.safe_open = cut
+print(Q.load_int(path, bits=m)["w"].codes.sum().item())
+"""
+
+
+@needs_safetensors
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reading behind the end of a mapped file")
+def test_opening_at_two_bits_reads_two_planes(tmp_path):
+    path = tmp_path / "w.safetensors"
+    codes = torch.randint(0, 16, (8 * 65536,))
+    for m in (2, 4):
+        save_int({"w": IntWeight.from_codes(codes, torch.ones(()), 4)}, path)
+        run = subprocess.run([sys.executable, "-c", CUT, path, str(m)], capture_output=True, text=True,
+                             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+        if m == 2:
+            assert run.stdout.split() == [str((codes >> 2).sum().item())], run.stderr
+        else:
+            assert run.returncode and not run.stdout
+
+
+@needs_safetensors
+def test_damage_in_planes_that_are_not_read_is_not_seen(tmp_path):
+    path, codes = tmp_path / "w.safetensors", torch.randint(0, 256, (40, 30))
+    save_int({"w": IntWeight.from_codes(codes, torch.ones(()), 8)}, path)
+    _rewrite(path, lambda t, m, a: t["w.planes"][5:].bitwise_not_())
+    for m in range(1, 6):
+        assert torch.equal(load_int(path, bits=m)["w"].codes, (codes >> (8 - m)).to(torch.uint8))
+    for m in (6, 7, None):
+        with pytest.raises(ValueError, match="w: the checksum of plane 5 does not match"):
+            load_int(path, bits=m)
+
+
+def test_int_weight_errors():
+    good = IntWeight.from_codes(torch.tensor([0, 3]), torch.ones(()), 2)
+    with pytest.raises(ValueError, match=r"codes: .*2\^2"):
+        IntWeight.from_codes(torch.tensor([0, 4]), torch.ones(()), 2)
+    with pytest.raises(ValueError, match="packed: expected the layout 'planes', got 'dense'"):
+        IntWeight(quantops.pack(good.codes, 2, layout="dense"), good.scale)
+    for call in (lambda: good.at(3), lambda: good.dequantize(3)):
+        with pytest.raises(ValueError, match="bits: expected 0..2, the bits that are stored, got 3"):
+            call()
+
+
+@needs_safetensors
 def test_load_into_a_plain_model(saved):
     path, model = saved
     torch.manual_seed(5)
@@ -276,7 +381,7 @@ def _rewrite(path, change):
 @pytest.mark.parametrize("change, text", [
     (lambda t, m, a: m.update(format="pt"), "expected the format 'quantops-int'.*got 'pt'"),
     (lambda t, m, a: m.clear(), "expected the format"),
-    (lambda t, m, a: m.update(version="2"), "expected version 1 of the format, got '2'"),
+    (lambda t, m, a: m.update(version="1"), "expected version 2 of the format, got '1'"),
     (lambda t, m, a: m.update(weights="{"), "metadata is not JSON"),
     (lambda t, m, a: a.clear(), "metadata lists no weights"),
     (lambda t, m, a: t.pop("5.weight.scale"), ".*differ in .*5.weight.scale"),
@@ -285,12 +390,19 @@ def _rewrite(path, change):
     (lambda t, m, a: a["5.weight"].update(dtype="int8"), "5.weight: bad metadata"),
     (lambda t, m, a: a["5.weight"].update(bits=17), "5.weight: expected bits 0..16, got 17"),
     (lambda t, m, a: a["5.weight"].update(bits="4"), "5.weight: expected bits 0..16, got '4'"),
-    (lambda t, m, a: a["5.weight"].update(bits=3), "5.weight: expected codes 0..7, got"),
-    (lambda t, m, a: a["5.weight"].update(bits=9), "5.weight: codes of 9 bits are torch.uint8"),
+    (lambda t, m, a: a["5.weight"].update(bits=3), r"5.weight: expected planes of shape \[3, 96\].*got U8 .*\[4, 96\]"),
+    (lambda t, m, a: a["5.weight"].update(crc32=[1]), "5.weight: expected planes"),
+    (lambda t, m, a: a["5.weight"].update(crc32=["x"]), "5.weight: bad metadata"),
+    (lambda t, m, a: a.update({"5.weight": []}), "5.weight: bad metadata"),
+    (lambda t, m, a: a["5.weight"].update(shape=[8, 95]), "5.weight: expected planes of shape"),
+    (lambda t, m, a: a["5.weight"].update(shape=[10**30]), "5.weight: expected planes of shape"),
+    (lambda t, m, a: a["5.weight"].update(shape=[-8, -96]), "5.weight: "),
+    (lambda t, m, a: t.update({"5.weight.planes": torch.ones(4, 96)}), "5.weight: expected planes .*got F32"),
+    (lambda t, m, a: a["5.weight"].update(grid="full"), "5.weight: the checksum of scale and metadata does not match"),
     (lambda t, m, a: a["5.weight"].update(grid="even"), "5.weight: expected a grid"),
-    (lambda t, m, a: a["5.weight"].update(shape=[96, 8]), "5.weight: codes have shape"),
-    (lambda t, m, a: t["5.weight.codes"][0, 0].bitwise_xor_(1), "5.weight: the checksum does not match"),
-    (lambda t, m, a: t["5.weight.scale"][0].mul_(2), "5.weight: the checksum does not match"),
+    (lambda t, m, a: a["5.weight"].update(shape=[96, 8]), "5.weight: expected one scale or one per row"),
+    (lambda t, m, a: t["5.weight.planes"][3, 17].bitwise_xor_(1), "5.weight: the checksum of plane 3 does not match"),
+    (lambda t, m, a: t["5.weight.scale"][0].mul_(2), "5.weight: the checksum of scale and metadata does not match"),
     (lambda t, m, a: t["5.weight.scale"].fill_(float("nan")), "5.weight: expected finite scales"),
     (lambda t, m, a: t.update({"5.weight.scale": torch.ones(3)}), "5.weight: expected one scale or one per row"),
     (lambda t, m, a: t.update({"5.weight.scale": torch.ones(8).double()}), "5.weight: expected a scale of"),
@@ -310,7 +422,8 @@ def test_save_errors_leave_the_old_file(saved, monkeypatch):
     for weights, error, text in (
         ({}, TypeError, "weights: expected"), ([good], TypeError, "weights: expected"),
         ({"a": good.codes}, TypeError, r"weights\['a'\]: expected an IntWeight"), (net(), ValueError, "has none"),
-        ({"a": IntWeight(good.codes, good.scale, 2)}, ValueError, "a: expected codes 0..3"),
+        ({"a": dataclasses.replace(good, scale=-good.scale)}, ValueError, "a: expected finite scales"),
+        ({"a": dataclasses.replace(good, packed=dataclasses.replace(good.packed, bits=2))}, ValueError, "data: expected"),
     ):
         with pytest.raises(error, match=text):
             save_int(weights, path)

@@ -149,6 +149,22 @@ def test_truncate_moves_128_bits(kernels, arch, dtype):
             assert _count((text for _, text in kernel.code), rf"{other}\.E\.128") >= 2
 
 
+@pytest.mark.parametrize("name, loads, stores", [
+    ("pack_kernel<{}", 8, 1), ("unpack_kernel<{}, Codes", 4, 2), ("unpack_kernel<{}, Values<float, float>", 4, 2),
+    ("unpack_kernel<{}, Values<float, __nv_bfloat16>", 4, 1), ("unpack_kernel<{}, Values<double, double>", 4, 4)])
+def test_packing_moves_128_bits(kernels, arch, name, loads, stores):
+    """Whole tiles: all loads of one before the first is needed; beside them, single elements of the last tile alone."""
+    for layout in ("false", "true"):
+        found = [k for (a, n), k in kernels.items() if a == arch and n.startswith(name.format(layout) + ",")]
+        assert len(found) == 2, "one for each size of the table"
+        for kernel in found:
+            code = [text for _, text in kernel.code]
+            assert _count(code, r"LDG\.E\.128") == loads and _count(code, r"STG\.E\.128") >= stores
+            first, last = (next(i for i, text in order if re.search(r"\bLDG\.E\.128", text)) for order in (
+                enumerate(code), reversed(list(enumerate(code)))))
+            assert not _count(code[first:last], "(STS|SHFL)"), "a load waits for another"
+
+
 def test_nothing_is_fused(kernels):
     """Multiplications and additions are rounded one by one; only division, once per scale, is made of FMAs."""
     bad = [key for key, k in kernels.items() if re.search(r"\bfma\.", k.ptx)]

@@ -53,6 +53,11 @@ def results(device):
             "added": Q.foreach.add_lsb_grad_([t.clone() for t in g], w, s, n, k, 0.25),
             **{rule: Q.foreach.encode(w, s, n, rule=rule) for rule in RULES},
         }
+        for layout in ("planes", "dense"):
+            packed = Q.foreach.pack(codes, n.tolist(), layout=layout)
+            found[f"packed {layout}"] = [p.data for p in packed]
+            found[f"unpacked {layout}"] = Q.foreach.unpack(packed, n - k)
+            found[f"decoded {layout}"] = Q.foreach.decode(packed, s, n - k, grid=grid, out_dtype=dtype)
         sums = {"penalty": [msq.penalty], "sq_error": [msq.sq_error], "grad_s": back[1], "absmean": Q.foreach.absmean(w)}
         for kind, results_of in ((EXACT, found), (SUMS, sums)):
             for name, tensors in results_of.items():
@@ -143,6 +148,17 @@ def test_truncation_to_fixed_widths_is_captured():
         torch.cuda.synchronize()
         for got, want in zip(captured, Q.foreach.truncate([t.cpu() for t in w], None, (8, 4, 1))):
             assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want))
+
+
+def test_packing_what_is_out_of_range_on_a_gpu():
+    codes = torch.tensor([-1, 16, 5, INVALID], dtype=torch.int32, device="cuda")
+    for layout in ("planes", "dense"):
+        packed = Q.pack(codes, 4, layout=layout)
+        assert Q.unpack(packed).tolist() == [15, 0, 5, 0]  # the low bits
+        too_many = torch.tensor(5, device="cuda")
+        assert (Q.unpack(packed, too_many) == INVALID).all() and Q.decode(packed, 1.0, too_many).isnan().all()
+    with pytest.raises(ValueError, match=r"codes: .*2\^4 - 1, got -2147483648\.\.16"):
+        Q.IntWeight.from_codes(codes, torch.ones((), device="cuda"), 4)
 
 
 @needs_gpu

@@ -27,7 +27,19 @@ CALLS = {
     "truncate_backward": lambda w, s, n, k: (
         [torch.randn_like(t).requires_grad_() for t in w + w[:1]] + [torch.empty(0)], _detached(w), _detached(s),
         _detached(s), torch.stack([n, k]), n, 1, True, False, True),
+    "pack": lambda w, s, n, k: (_codes(w), n.tolist(), 0),
+    "unpack": lambda w, s, n, k: (*_packed(w, n), n - k, 0),
+    "decode_packed": lambda w, s, n, k: (*_packed(w, n), _detached(s), n - k, 0, True, True, torch.float16),
 }
+
+
+def _codes(w):
+    return [torch.ones_like(t, dtype=torch.int32) for t in w]
+
+
+def _packed(w, n):
+    data = torch.ops.quantops.pack(_codes(w), n.tolist(), 0)
+    return data, [size for t in w for size in t.shape], [t.dim() for t in w], n.tolist()
 
 
 def _detached(tensors):

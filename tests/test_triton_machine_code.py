@@ -20,7 +20,7 @@ if triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from quantops.kernels import truncate, uniform  # noqa: E402
+from quantops.kernels import packing, truncate, uniform  # noqa: E402
 
 TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 if not os.path.exists(os.path.join(TOOLS, "nvdisasm")):
@@ -99,6 +99,20 @@ def _truncate_backward(dtype, grad_dtype, tanh, covered, scale_grad):
     truncate.truncate_backward(grad, w, s, s, torch.stack([n, n // 2, n // 4]), n, 1, tanh, covered, scale_grad)
 
 
+def _packed(bits, layout, dtype=None):
+    """pack; unpack where there is a dtype int32, decode_packed where it is a float."""
+    codes = [torch.ones(9000, dtype=torch.int32), torch.ones(100, dtype=torch.int32)]
+    if dtype is None:
+        return packing.pack(codes, [bits] * 2, layout)
+    data = [torch.zeros(packing.data_shape(len(c), bits, packing.LAYOUTS[layout]), dtype=torch.uint8) for c in codes]
+    shared = data, [9000, 100], [1, 1], [bits] * 2
+    n = torch.full((2,), bits, dtype=torch.int32)
+    if dtype == torch.int32:
+        return packing.unpack(*shared, n, layout)
+    scale = [torch.ones(1, dtype=uniform.acc_dtype(dtype))] * 2
+    return packing.decode_packed(*shared, scale, n, layout, True, True, dtype)
+
+
 # A call, and the vectors per thread that its main path moves: (loads, stores) of each width in bits.
 CALLS = {
     "round_clamp-fp32": ((_round_clamp, FP32, FP32), {128: (8, 8)}),
@@ -140,12 +154,22 @@ CALLS = {
     "absmax-bf16": ((_absmax, BF16), {128: (4, 0)}),
     "absmax-fp64": ((_absmax, FP64), {128: (8, 0)}),
     "absmean-fp32": ((_absmean, FP32), {128: (8, 0)}),
+    # Of bit planes, 128 bits hold four of them.
+    "pack-planes": ((_packed, 4, 0), {128: (8, 1)}),
+    "pack-dense": ((_packed, 4, 1), {128: (8, 0)}),
+    "unpack-planes": ((_packed, 4, 0, torch.int32), {128: (1, 8)}),
+    "unpack-dense": ((_packed, 4, 1, torch.int32), {128: (0, 8)}),
+    "decode_packed-fp32": ((_packed, 4, 0, FP32), {128: (1, 8)}),
+    "decode_packed-bf16": ((_packed, 4, 0, BF16), {128: (1, 4)}),
+    "decode_packed-fp16": ((_packed, 4, 0, FP16), {128: (1, 4)}),
+    "decode_packed-fp64": ((_packed, 4, 0, FP64), {128: (0, 8)}),
+    "decode_packed-dense": ((_packed, 4, 1, FP32), {128: (0, 8)}),
 }
 
 
 def _recorded(call, monkeypatch):
     launches = []
-    for family in (uniform, truncate):
+    for family in (uniform, truncate, packing):
         monkeypatch.setattr(family, "launch", lambda kernel, programs, *args, **constants: launches.append(
             (kernel, args, constants)))
     call[0](*call[1:])

@@ -10,18 +10,10 @@ import torch
 
 import quantops as Q
 from quantops import reference as ref
-from cases import EXHAUSTIVE, SPECIAL, same, scales, weights
+from cases import EXHAUSTIVE, SPECIAL, free_gigabytes, same, scales, weights
 
 GRIDS = ("dyadic", "full")
 SEEDS = range(3 if EXHAUSTIVE else 1)
-
-
-def _free_gigabytes():
-    try:
-        with open("/proc/meminfo") as f:
-            return int(next(line for line in f if line.startswith("MemAvailable")).split()[1]) >> 20
-    except OSError:
-        return 0
 
 
 def expected_layout(w, out):
@@ -331,7 +323,7 @@ def test_reference_marks_values_out_of_range():
 
 
 @pytest.mark.skipif(not EXHAUSTIVE, reason="billions of elements: not for Triton's interpreter")
-@pytest.mark.skipif(_free_gigabytes() < 12, reason="needs 12 GB of free memory")
+@pytest.mark.skipif(free_gigabytes() < 12, reason="needs 12 GB of free memory")
 def test_more_than_two_to_the_31_elements():
     part = torch.zeros(2**30 + 7, dtype=torch.bfloat16)  # 2 GiB; a list may hold it three times
     part[-3:] = torch.tensor([0.9, -1.0, 0.26])

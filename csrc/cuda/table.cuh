@@ -149,8 +149,8 @@ struct OpBase {
 
 // ----------------------------------------------------------------------------------------------------------- items
 
-template <class T>
-__device__ __forceinline__ int find_entry(const T& table, int64_t item) {
+template <class AnyTable>
+__device__ __forceinline__ int find_entry(const AnyTable& table, int64_t item) {
   int low = 0, high = table.count;  // first_item[low] <= item < first_item[high]; passes over empty tensors
   while (high - low > 1) {
     int middle = (low + high) / 2;

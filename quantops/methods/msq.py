@@ -10,7 +10,7 @@ import torch
 from quantops import checks, foreach
 from quantops.convert import QuantConfig, check_choice, check_int
 from quantops.hessian import hessian_trace
-from quantops.intweight import IntWeight, code_dtype
+from quantops.intweight import IntWeight
 from quantops.library import ops
 from quantops.nn import WeightQuantizer, batches, quantized
 from quantops.reference.uniform import GRIDS, MAX_BITS
@@ -108,8 +108,8 @@ class MSQWeight(WeightQuantizer):
 
     def to_int(self, w):
         bits, scale = int(self.bits), foreach.absmax([w], per_row=self.per_row)[0]
-        codes = foreach.encode([w], [scale], bits)[0].to(code_dtype(bits))
-        return IntWeight(codes, scale, bits, GRIDS[self.full], True, w.dtype)
+        codes = foreach.encode([w], [scale], bits)[0]
+        return IntWeight.from_codes(codes, scale, bits, grid=GRIDS[self.full], dtype=w.dtype)
 
     def extra_repr(self):
         return (f"bits={int(self.bits)}, k={int(self.k)}, grid={GRIDS[self.full]!r}, per_row={self.per_row}, "

@@ -1,6 +1,7 @@
 """The specification: every op in plain PyTorch, any dtype, any device. The only oracle of tests and benches."""
 
 from quantops.reference.truncate import truncate, truncate_backward, truncate_scale_terms
+from quantops.reference.packing import pack, unpack
 from quantops.reference.uniform import (
     absmax,
     absmean,
@@ -23,9 +24,11 @@ __all__ = [
     "lsb",
     "lsb_penalty",
     "msq",
+    "pack",
     "round_clamp",
     "truncate",
     "truncate_backward",
     "truncate_scale_terms",
     "uniform_backward",
+    "unpack",
 ]

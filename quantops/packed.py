@@ -1,0 +1,77 @@
+"""Packed codes: n bits each in a buffer of bytes. The list ops; ``functional`` has those for one tensor."""
+
+import dataclasses
+import math
+
+import torch
+
+from quantops import checks
+from quantops.library import ops
+from quantops.reference.packing import LAYOUTS
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Packed:
+    """Codes of ``bits`` bits n in the order of a contiguous tensor of ``shape``, as uint8 ``data``.
+
+    layout "planes": data of shape (n, B). Row j is a bit plane, bit n-1-j of every code: the most significant come
+    first, so the first m rows are the codes truncated to m bits. Element i is bit i % 8 (of value 2^(i % 8)) of byte
+    i // 8. B is ceil(numel / 8) rounded up to a multiple of 16, so that planes are aligned; the padding is zeros.
+
+    layout "dense": data of shape (ceil(numel * n / 8),). The bits of code i are at the places n*i .. n*i + n-1 of one
+    stream, least significant first; place j is bit j % 8 of byte j // 8.
+    """
+
+    data: torch.Tensor
+    shape: torch.Size
+    bits: int
+    layout: str = LAYOUTS[0]
+
+    @property
+    def device(self):
+        """Where the data are."""
+        return self.data.device
+
+    def numel(self):
+        """The number of codes."""
+        return math.prod(self.shape)
+
+    def to(self, device):
+        """The same on another device."""
+        return dataclasses.replace(self, data=self.data.to(device))
+
+    def truncate(self, bits):
+        """The codes c >> (n - bits), packed: with planes a view of the first ``bits`` of them, no copy."""
+        if self.layout == "dense":
+            return pack(unpack([self], bits), bits, layout=self.layout)[0]
+        checks.bits_of_stored(bits, [self.bits], [self.data])
+        return dataclasses.replace(self, data=self.data[:bits], bits=bits)
+
+
+def _arguments(packed):
+    """What the ops take of a list: data, sizes, dims, stored; and the layout."""
+    packed = checks.packed(packed)
+    sizes = [size for p in packed for size in p.shape]
+    shared = [p.data for p in packed], sizes, [len(p.shape) for p in packed], [p.bits for p in packed]
+    return shared, LAYOUTS.index(packed[0].layout)
+
+
+def pack(codes, bits, *, layout=LAYOUTS[0]):
+    """Packed codes of each tensor, see :func:`quantops.pack`. ``bits``: an integer or a list of integers."""
+    codes = checks.codes(codes)
+    n = checks.stored_bits(bits, len(codes))
+    data = ops.pack(codes, n, LAYOUTS.index(checks.choice("layout", layout, LAYOUTS)))
+    return [Packed(d, c.shape, m, layout) for d, c, m in zip(data, codes, n)]
+
+
+def unpack(packed, bits=None):
+    """Codes of each packed tensor, see :func:`quantops.unpack`."""
+    shared, layout = _arguments(packed)
+    return ops.unpack(*shared, checks.bits_of_stored(bits, shared[-1], shared[0]), layout)
+
+
+def decode(packed, scale, bits=None, *, grid=None, signed=True, out_dtype=None):
+    """Weights of each packed tensor, see :func:`quantops.decode`."""
+    shared, layout = _arguments(packed)
+    m, scale, dtype = checks.bits_of_stored(bits, shared[-1], shared[0]), *checks.decode_scales(scale, packed, out_dtype)
+    return ops.decode_packed(*shared, scale, m, layout, checks.full_grid(grid), signed, dtype)
