@@ -69,20 +69,17 @@ void truncate_into(const Widths& widths, const Targets& q) {
   for_chunks(list.chunks, [&](int64_t chunk) {
     const Chunk& c = list.chunks[chunk];
     const int64_t t = c.tensor;
-    A in[kBlock], companded[kBlock], codes[kBlock], out[kBlock];
+    A codes[kBlock];
     for_rows(c, list.rows[t], [&](int64_t row, int64_t begin, int64_t end) {
       const Row<A> r(widths, t, row);
       for (int64_t i = begin; i < end; i += kBlock) {
         const int64_t n = std::min(kBlock, end - i);
-        const A* w = load_block<A>(list.data[t], list.type, i, n, in);
-        if (widths.tanh) tanh_loop(w, companded, n);
-        code_loop(widths.tanh ? companded : w, codes, n, r.p, widths.rule);
-        for (int64_t j = 0; j < widths.count; j++) {
-          void* to = q.data[widths.at(j, t)];
-          A* y = store_target<A>(to, q.type, i, q.streaming, out);
-          cut_loop(codes, y, n, r.width[j]);
-          store_block<A>(to, q.type, i, n, q.streaming, y, out);
-        }
+        with_source<A>(list.data[t], list.type, i, n, [&](const auto* w) {
+          widths.tanh ? code_loop<true>(w, codes, n, r.p, widths.rule) : code_loop<false>(w, codes, n, r.p, widths.rule);
+        });
+        for (int64_t j = 0; j < widths.count; j++)
+          with_target<A>(q.data[widths.at(j, t)], q.type, i, n, q.streaming,
+                         [&](auto* y, bool streaming) { cut_loop(codes, y, streaming, n, r.width[j]); });
       }
     });
     end_streaming();
@@ -103,90 +100,95 @@ Tensors truncate(Tensors w, Tensors scale, Tensors out_scale, Tensor bits, Tenso
   return q;
 }
 
-// The gradients of one weight, an entry per width, or null where there is none.
+// The gradients of all widths of all weights, null where there is none.
 struct Gradients {
   std::vector<const void*> data;
   Storage type;
 };
 
-// The sum of the gradients that are there, in their order: in `sum`, or the only one where it lies.
-template <class A>
-const A* add_up(const Widths& widths, const Gradients& g, int64_t t, int64_t i, int64_t n, A* sum,
-                A (*buffers)[kBlock]) {
-  const A* block[kSummed];
-  int64_t j = 0, count = 0;
-  for (; j < widths.count && count < kSummed; j++)
-    if (const void* data = g.data[widths.at(j, t)]) {
-      block[count] = load_block<A>(data, g.type, i, n, buffers[count]);
-      count++;
+// Calls f(kSummed pointers) with elements [i, i + n) of the gradients of one weight that are there, in their order: as
+// they are stored where there are few and loops take them so, else with their sum. Without any the sum is zero.
+template <class A, class F>
+void with_gradients(const Widths& widths, const Gradients& g, int64_t t, int64_t i, int64_t n, const F& f) {
+  const void* used[kMaxBits];
+  int64_t count = 0;
+  for (int64_t j = 0; j < widths.count; j++)
+    if (const void* data = g.data[widths.at(j, t)]) used[count++] = data;
+  auto as_stored = [&](auto element) {
+    using G = decltype(element);
+    const G* each[kSummed];
+    for (int64_t j = 0; j < kSummed; j++) each[j] = j < count ? static_cast<const G*>(used[j]) + i : minus_zeros<G>();
+    f(each);
+  };
+  if (count >= 1 && count <= kSummed) {
+    if (g.type == native<A>()) return as_stored(A());
+    if constexpr (sizeof(A) == 4) {
+      if (g.type == Storage::bf16) return as_stored(BFloat16());
     }
-  if (count == 1) return block[0];
-  if (count == 0) std::fill(sum, sum + n, A(0));
-  if (count == 2) sum_loop<2>(block, sum, n);
-  if (count == 3) sum_loop<3>(block, sum, n);
-  if (count == 4) sum_loop<4>(block, sum, n);
-  for (; j < widths.count; j++)
-    if (const void* data = g.data[widths.at(j, t)]) add_loop(load_block<A>(data, g.type, i, n, buffers[0]), sum, n);
-  return sum;
+  }
+  A sum[kBlock], buffer[kBlock];
+  std::fill(sum, sum + n, count ? A(-0.0) : A(0));
+  for (int64_t j = 0; j < count; j++) add_loop(load_block<A>(used[j], g.type, i, n, buffer), sum, n);
+  const A* each[kSummed] = {sum, minus_zeros<A>(), minus_zeros<A>(), minus_zeros<A>()};
+  f(each);
 }
 
-// Sums of a part of a row: of g * q / out_scale, and of g * (x/s) * inside.
-struct ScaleSums {
-  double level = 0, inner = 0;
-};
+template <class A>
+void add_scale_sums(const Widths& widths, const Gradients& g, const Row<A>& r, int64_t t, int64_t i, int64_t n,
+                    ScaleSums& sums) {
+  const List& list = widths.list;
+  A codes[kBlock], inner[kBlock];
+  with_source<A>(list.data[t], list.type, i, n, [&](const auto* w) {
+    widths.tanh ? code_loop<true>(w, codes, n, r.p, widths.rule) : code_loop<false>(w, codes, n, r.p, widths.rule);
+    widths.tanh ? inner_loop<true>(w, inner, n, r.p) : inner_loop<false>(w, inner, n, r.p);
+  });
+  for (int64_t j = 0; j < widths.count; j++)
+    if (const void* data = g.data[widths.at(j, t)])
+      with_source<A>(data, g.type, i, n, [&](const auto* v) { scale_loop(codes, inner, v, n, r.width[j], sums); });
+}
 
 template <class A>
 void backward_into(const Widths& widths, const Gradients& g, bool covered, const Targets& out,
                    const std::vector<A*>& grad_scale, const std::vector<A*>& grad_out_scale) {
   const List& list = widths.list;
   const bool own_out = !grad_out_scale.empty();
-  std::vector<double> levels(list.chunks.size(), 0), inners(list.chunks.size(), 0);
+  std::vector<double> of_scale(list.chunks.size(), 0), of_out_scale(list.chunks.size(), 0);
   for_chunks(list.chunks, [&](int64_t chunk) {
     const Chunk& c = list.chunks[chunk];
     const int64_t t = c.tensor;
-    A in[kBlock], companded[kBlock], codes[kBlock], sum[kBlock], result[kBlock], buffers[kSummed][kBlock];
     for_rows(c, list.rows[t], [&](int64_t row, int64_t begin, int64_t end) {
       const Row<A> r(widths, t, row);
       ScaleSums sums;
       for (int64_t i = begin; i < end; i += kBlock) {
         const int64_t n = std::min(kBlock, end - i);
-        A* y = store_target<A>(out.data[t], out.type, i, out.streaming, result);
-        const A* total = add_up(widths, g, t, i, n, covered ? y : sum, buffers);
-        if (covered) {
-          if (total != y) std::copy(total, total + n, y);
-        } else {
-          const A* w = load_block<A>(list.data[t], list.type, i, n, in);
-          if (widths.tanh) {
-            tanh_loop(w, companded, n);
-            inside_tanh_loop(w, companded, total, y, n, r.p);
-          } else {
-            inside_loop(w, total, y, n, r.p);
-          }
-          if (!grad_scale.empty()) {
-            const A* x = widths.tanh ? companded : w;
-            code_loop(x, codes, n, r.p, widths.rule);
-            sums.inner += inner_dot_loop(w, x, total, n, r.p);
-            for (int64_t j = 0; j < widths.count; j++)
-              if (const void* data = g.data[widths.at(j, t)])
-                sums.level += level_dot_loop(codes, load_block<A>(data, g.type, i, n, buffers[0]), n, r.width[j]);
-          }
-        }
-        store_block<A>(out.data[t], out.type, i, n, out.streaming, y, result);
+        with_gradients<A>(widths, g, t, i, n, [&](const auto* const* gradients) {
+          auto write = [&](const auto* w) {
+            with_target<A>(out.data[t], out.type, i, n, out.streaming, [&](auto* y, bool streaming) {
+              if constexpr (std::is_same_v<decltype(*w), std::add_const_t<std::remove_reference_t<decltype(*y)>>&>) {
+                if (covered) grad_loop<kCovered>(w, gradients, y, streaming, n, r.p);
+                else if (widths.tanh) grad_loop<kTanhInside>(w, gradients, y, streaming, n, r.p);
+                else grad_loop<kInside>(w, gradients, y, streaming, n, r.p);
+              }  // the result always has the dtype of w
+            });
+          };
+          with_source<A>(list.data[t], list.type, i, n, write);
+        });
+        if (!grad_scale.empty()) add_scale_sums<A>(widths, g, r, t, i, n, sums);
       }
       if (grad_scale.empty()) return;
-      const double of_scale = own_out ? -sums.inner : sums.level - sums.inner;
+      const double s = own_out ? -sums.inner : sums.level - sums.inner;
       if (row_in_parts(list.rows[t])) {
-        inners[chunk] = of_scale;
-        levels[chunk] = sums.level;
+        of_scale[chunk] = s;
+        of_out_scale[chunk] = sums.level;
       } else {
-        grad_scale[t][row] = A(of_scale);
+        grad_scale[t][row] = A(s);
         if (own_out) grad_out_scale[t][row] = A(sums.level);
       }
     });
     end_streaming();
   });
-  if (!grad_scale.empty()) add_parts(list, inners, grad_scale);
-  if (own_out) add_parts(list, levels, grad_out_scale);
+  if (!grad_scale.empty()) add_parts(list, of_scale, grad_scale);
+  if (own_out) add_parts(list, of_out_scale, grad_out_scale);
 }
 
 // Results in the shapes of the scales, zero where a weight is empty.

@@ -1,49 +1,88 @@
 // Loops over a block of elements that share one base quantizer. Each is compiled for three instruction sets (simd.h).
 #pragma once
+#include <vector>
+
+#include "cpu/blocks.h"
 #include "cpu/simd.h"
 #include "truncate_math.h"
 
 namespace quantops {
 
-template <class A>
-QUANTOPS_SIMD void tanh_loop(const A* __restrict w, A* __restrict t, int64_t n) {
-  for (int64_t i = 0; i < n; i++) t[i] = tanh_of(w[i]);
+// Elements are read and written as they are stored, kLanes at a time (put_lanes); codes are floats in a buffer.
+
+template <bool kTanh, class A>
+QUANTOPS_INLINE A companded(A w) {
+  if constexpr (kTanh) return tanh_of(w);
+  else return w;
 }
 
-// Codes of the base width, as floats.
-template <class A>
-QUANTOPS_SIMD void code_loop(const A* __restrict x, A* __restrict c, int64_t n, const Quantizer<A>& quantizer,
+template <bool kTanh, class In, class A>
+QUANTOPS_SIMD void code_loop(const In* __restrict w, A* __restrict c, int64_t n, const Quantizer<A>& quantizer,
                              Rule rule) {
   const Quantizer<A> p = quantizer;
   if (rule == kRoundClamp) {
-    for (int64_t i = 0; i < n; i++) c[i] = base_code(x[i], kRoundClamp, p);
+    for (int64_t i = 0; i < n; i++) c[i] = base_code(companded<kTanh>(widen(w[i])), kRoundClamp, p);
   } else if (rule == kFloor) {
-    for (int64_t i = 0; i < n; i++) c[i] = base_code(x[i], kFloor, p);
+    for (int64_t i = 0; i < n; i++) c[i] = base_code(companded<kTanh>(widen(w[i])), kFloor, p);
   } else {
-    for (int64_t i = 0; i < n; i++) c[i] = base_code(x[i], kNearest, p);
+    for (int64_t i = 0; i < n; i++) c[i] = base_code(companded<kTanh>(widen(w[i])), kNearest, p);
   }
 }
 
-template <class A>
-QUANTOPS_SIMD void cut_loop(const A* __restrict c, A* __restrict q, int64_t n, const Width<A>& width) {
+template <class Out, class A>
+QUANTOPS_SIMD void cut_loop(const A* __restrict c, Out* __restrict q, bool streaming, int64_t n, const Width<A>& width) {
   const Width<A> v = width;
-  for (int64_t i = 0; i < n; i++) q[i] = odd_level(c[i], v) * v.step;
+  alignas(64) Out lanes[kLanes];
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int j = 0; j < kLanes; j++) narrow(odd_level(c[i + j], v) * v.step, lanes[j]);
+    put_lanes(q + i, lanes, streaming);
+  }
+  for (; i < n; i++) narrow(odd_level(c[i], v) * v.step, q[i]);
 }
 
-constexpr int kSummed = 4;  // tensors that one pass adds up: as many streams as the paper's widths
+enum GradKind { kCovered, kInside, kTanhInside };
 
-// sum = ((g[0] + g[1]) + g[2]) + ..., of 2 to 4.
-template <int kCount, class A>
-QUANTOPS_SIMD void sum_loop(const A* const* g, A* __restrict sum, int64_t n) {
-  const A* __restrict a = g[0];
-  const A* __restrict b = g[1];
-  const A* __restrict c = g[kCount > 2 ? 2 : 0];
-  const A* __restrict d = g[kCount > 3 ? 3 : 0];
-  for (int64_t i = 0; i < n; i++) {
-    A v = a[i] + b[i];
-    if (kCount > 2) v = v + c[i];
-    if (kCount > 3) v = v + d[i];
-    sum[i] = v;
+// dL/dw of one element from the sum of its gradients.
+template <GradKind kKind, class A>
+QUANTOPS_INLINE A grad_element(A w, A total, const Quantizer<A>& p) {
+  if constexpr (kKind == kTanhInside) total = total * tanh_slope(tanh_of(w));
+  return inside(w, p) ? total : A(0);
+}
+
+constexpr int kSummed = 4;  // gradients that a pass adds up: the paper's widths
+
+// kBlock times -0, in the place of a gradient that is not there: g + -0 is g, also where that is -0.
+template <class G>
+const G* minus_zeros() {
+  static const std::vector<G> block = [] {
+    G zero;
+    narrow(-widen(G{}), zero);
+    return std::vector<G>(kBlock, zero);
+  }();
+  return block.data();
+}
+
+// out = (g[0] + g[1] + g[2] + g[3]) * inside [* slope], added in that order; kCovered: the sum alone, and w is not read.
+template <GradKind kKind, class In, class G, class A>
+QUANTOPS_SIMD void grad_loop(const In* __restrict w, const G* const* g, In* __restrict out, bool streaming, int64_t n,
+                             const Quantizer<A>& quantizer) {
+  const Quantizer<A> p = quantizer;
+  const G *__restrict g0 = g[0], *__restrict g1 = g[1], *__restrict g2 = g[2], *__restrict g3 = g[3];
+  alignas(64) In lanes[kLanes];
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int j = 0; j < kLanes; j++) {
+      A total = ((widen(g0[i + j]) + widen(g1[i + j])) + widen(g2[i + j])) + widen(g3[i + j]);
+      if constexpr (kKind != kCovered) total = grad_element<kKind>(widen(w[i + j]), total, p);
+      narrow(total, lanes[j]);
+    }
+    put_lanes(out + i, lanes, streaming);
+  }
+  for (; i < n; i++) {
+    A total = ((widen(g0[i]) + widen(g1[i])) + widen(g2[i])) + widen(g3[i]);
+    if constexpr (kKind != kCovered) total = grad_element<kKind>(widen(w[i]), total, p);
+    narrow(total, out[i]);
   }
 }
 
@@ -52,51 +91,37 @@ QUANTOPS_SIMD void add_loop(const A* __restrict g, A* __restrict sum, int64_t n)
   for (int64_t i = 0; i < n; i++) sum[i] += g[i];
 }
 
-template <class A>
-QUANTOPS_SIMD void inside_loop(const A* __restrict w, const A* __restrict g, A* __restrict out, int64_t n,
-                               const Quantizer<A>& quantizer) {
+// (x/s) * inside
+template <bool kTanh, class In, class A>
+QUANTOPS_SIMD void inner_loop(const In* __restrict w, A* __restrict inner, int64_t n, const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
-  for (int64_t i = 0; i < n; i++) out[i] = inside(w[i], p) ? g[i] : A(0);
+  for (int64_t i = 0; i < n; i++) inner[i] = inner_term(widen(w[i]), companded<kTanh>(widen(w[i])), p);
 }
 
-// As inside_loop, times the slope of t = tanh(w).
-template <class A>
-QUANTOPS_SIMD void inside_tanh_loop(const A* __restrict w, const A* __restrict t, const A* __restrict g,
-                                    A* __restrict out, int64_t n, const Quantizer<A>& quantizer) {
-  const Quantizer<A> p = quantizer;
-  for (int64_t i = 0; i < n; i++) {
-    A v = g[i] * tanh_slope(t[i]);
-    out[i] = inside(w[i], p) ? v : A(0);
-  }
-}
+// Sums of g * q / out_scale, and of g * (x/s) * inside.
+struct ScaleSums {
+  double level = 0, inner = 0;
+};
 
-// sum g * q / out_scale
-template <class A>
-QUANTOPS_SIMD double level_dot_loop(const A* __restrict c, const A* __restrict g, int64_t n, const Width<A>& width) {
+template <class G, class A>
+QUANTOPS_SIMD void scale_loop(const A* __restrict c, const A* __restrict inner, const G* __restrict g, int64_t n,
+                              const Width<A>& width, ScaleSums& sums) {
   const Width<A> v = width;
-  A sum[kLanes] = {};
+  A level[kLanes] = {}, inners[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
-    for (int j = 0; j < kLanes; j++) sum[j] += g[i + j] * (odd_level(c[i + j], v) * v.unit_step);
-  for (int j = 0; i < n; i++, j++) sum[j] += g[i] * (odd_level(c[i], v) * v.unit_step);
-  double total = 0;
-  for (int j = 0; j < kLanes; j++) total += sum[j];
-  return total;
-}
-
-// sum g * (x / s) * inside, where x is w, or tanh(w) under companding
-template <class A>
-QUANTOPS_SIMD double inner_dot_loop(const A* w, const A* x, const A* __restrict g, int64_t n,
-                                    const Quantizer<A>& quantizer) {
-  const Quantizer<A> p = quantizer;
-  A sum[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int j = 0; j < kLanes; j++) sum[j] += g[i + j] * inner_term(w[i + j], x[i + j], p);
-  for (int j = 0; i < n; i++, j++) sum[j] += g[i] * inner_term(w[i], x[i], p);
-  double total = 0;
-  for (int j = 0; j < kLanes; j++) total += sum[j];
-  return total;
+    for (int j = 0; j < kLanes; j++) {
+      level[j] += widen(g[i + j]) * (odd_level(c[i + j], v) * v.unit_step);
+      inners[j] += widen(g[i + j]) * inner[i + j];
+    }
+  for (int j = 0; i < n; i++, j++) {
+    level[j] += widen(g[i]) * (odd_level(c[i], v) * v.unit_step);
+    inners[j] += widen(g[i]) * inner[i];
+  }
+  for (int j = 0; j < kLanes; j++) {
+    sums.level += level[j];
+    sums.inner += inners[j];
+  }
 }
 
 }  // namespace quantops
