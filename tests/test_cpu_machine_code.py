@@ -25,6 +25,8 @@ LOOPS = {
     "abs_sum_loop<float>": ("addps",),
     "bf16_to_float": ("pslld",),
     "float_to_bf16": ("psrld", "paddd"),
+    "join_octets": ("psrlq", "psllq"),
+    "scale_codes_loop<float>": ("cvtdq2ps", "mulps"),
 }
 
 
