@@ -43,6 +43,8 @@ LOOPS = {
     "scale_loop<float, float>": ("mulps", "addps"),
     "bf16_to_float": ("pslld",),
     "float_to_bf16": ("psrld", "paddd"),
+    "join_octets": ("psrlq", "psllq"),
+    "scale_codes_loop<float>": ("cvtdq2ps", "mulps"),
 }
 
 

@@ -16,9 +16,14 @@ std::vector<Chunk> flat_chunks(const std::vector<int64_t>& numel) {
 // caches then have room for a few of their lines only, which would be gone before they are whole.
 constexpr int64_t kRow = kBlock / 8;
 
+void copy(uint8_t* to, const uint8_t* from, int64_t bytes) {
+  if (bytes == kRow) std::memcpy(to, from, kRow);  // in line: a call would cost more than the copy
+  else std::memcpy(to, from, bytes);
+}
+
 void write(uint8_t* to, const uint8_t* from, int64_t bytes, bool streaming) {
   if (streaming) stream(to, from, bytes);
-  else std::memcpy(to, from, bytes);
+  else copy(to, from, bytes);
 }
 
 int64_t total_bytes(const Tensors& list) {
@@ -105,7 +110,7 @@ struct PackedList : PackedShapes {
     }
     alignas(64) uint8_t rows[kMaxBits * kRow];
     const uint8_t* from = data[t] + i / 8;
-    for (int j = 0; j < m[t]; j++, from += plane_bytes(numel[t])) std::memcpy(rows + j * kRow, from, octets_of(n));
+    for (int j = 0; j < m[t]; j++, from += plane_bytes(numel[t])) copy(rows + j * kRow, from, octets_of(n));
     unpack_planes_loop(rows, kRow, n, m[t], codes);
   }
 };
