@@ -105,9 +105,14 @@ def last_level_cache():
 def describe(device):
     """The head of every result."""
     kind = torch.device(device).type
-    return {**(_gpu() if kind == "cuda" else _cpu()), "implementation": serving(device), "torch": torch.__version__,
-            "triton": _version("triton"), "python": platform.python_version(), "quantops": quantops.__version__,
-            "commit": commit(), "sources": sources(), "date": datetime.date.today().isoformat()}
+    return {"kind": kind, **(_gpu() if kind == "cuda" else _cpu()), "implementation": serving(device), **versions()}
+
+
+def versions():
+    """Software and state of the code."""
+    return {"torch": torch.__version__, "triton": _version("triton"), "python": platform.python_version(),
+            "quantops": quantops.__version__, "commit": commit(), "sources": sources(),
+            "date": datetime.date.today().isoformat()}
 
 
 def folder(name):

@@ -170,18 +170,18 @@ class _Dispatches(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.ops = []
+        self.calls = []
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.ops.append(op)
+        self.calls.append((op, args))
         return op(*args, **(kwargs or {}))
 
 
 def dispatched(fn):
-    """The ops that ``fn`` calls, one entry per call. (torch.compile runs its function uncompiled under it.)"""
+    """[(op, arguments)] of all calls that ``fn`` makes. (torch.compile runs its function uncompiled under it.)"""
     with _Dispatches() as seen:
         fn()
-    return seen.ops
+    return seen.calls
 
 
 def launches(fn, device):
@@ -199,7 +199,7 @@ def check_served(fn, device):
     """SystemExit where an op of quantops that ``fn`` calls has no kernel of its own on ``device``: its default one, the
     reference, would be timed."""
     key = {"cpu": "CPU", "cuda": "CUDA"}[torch.device(device).type]
-    ours = {op.name() for op in dispatched(fn) if op.namespace == "quantops"}
+    ours = {op.name() for op, _ in dispatched(fn) if op.namespace == "quantops"}
     if not ours:
         raise SystemExit("bench: the case calls no op of quantops")
     for name in sorted(ours):

@@ -48,7 +48,8 @@ class Case:
         tensors for the copy, and ``n``, the bit-width.
     reads, writes: element size -> bytes per element that must be read and written; the copy moves as many.
     dtypes: those the case makes sense for.
-    forward: x -> (a forward pass, its parameters), where autograd keeps something.
+    forward: x -> (a forward pass, its parameters), where the case trains.
+    keeps: bytes per element that autograd needs of it, beyond the parameters.
     cuda: the Op of csrc/cuda that items_kernel runs, with T for the element type; for the static table.
     """
 
@@ -61,6 +62,7 @@ class Case:
     peers: dict[str, Peer] = dataclasses.field(default_factory=dict)
     dtypes: tuple = (torch.float32, torch.bfloat16)
     forward: Callable | None = None
+    keeps: float = 0.0
     cuda: str | None = None
     family: str = ""
 
