@@ -1,22 +1,15 @@
-"""What a result depends on: device, driver, software, the state of the sources, the allocator."""
+"""What a result depends on: device, driver, software, allocator."""
 
 import ctypes
 import datetime
-import hashlib
-import os
 import platform
 import re
-import subprocess
 from pathlib import Path
 
 import torch
 
 import quantops
-
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "bench" / "results"
-CODE = ("setup.py", "quantops", "kernels", "csrc", "bench")  # what a figure depends on
-SUFFIXES = {".py", ".h", ".cpp", ".cu", ".cuh"}
+from bench.state import commit, output, sources
 
 # glibc's mallopt: fresh outputs otherwise come from the system page by page, which costs ten times the op itself.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -32,34 +25,6 @@ def keep_memory():
         (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 1 << 28))]
     if all(done):
         _allocator.update(name="glibc keeps freed memory", M_MMAP_MAX=0, M_TRIM_THRESHOLD="never", M_TOP_PAD=1 << 28)
-
-
-def sources():
-    """A digest of all the code that a figure depends on; equal digests, equal code."""
-    digest = hashlib.sha256()
-    for name in CODE:
-        path = ROOT / name
-        for file in [path] if path.is_file() else sorted(path.rglob("*")):
-            if file.suffix in SUFFIXES and file.is_file():
-                digest.update(str(file.relative_to(ROOT)).encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def _output(*command):
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    except FileNotFoundError:
-        return ""
-    return run.stdout.strip() if run.returncode == 0 else ""
-
-
-def commit():
-    """The commit, with -dirty where code differs from it; QUANTOPS_COMMIT where the tree has no .git."""
-    found = _output("git", "rev-parse", "--short=12", "HEAD")
-    if not found:
-        return os.environ.get("QUANTOPS_COMMIT", "unknown")
-    changed = _output("git", "status", "--porcelain", "--", *(c for c in CODE if c != "bench"), "bench/*.py")
-    return found + "-dirty" * bool(changed)
 
 
 def serving(device):
@@ -79,7 +44,7 @@ def _version(module):
 
 def _gpu():
     properties = torch.cuda.get_device_properties(0)
-    driver = _output("nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit",
+    driver = output("nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit",
                      "--format=csv,noheader")
     return {"device": properties.name, "driver": driver.splitlines()[0] if driver else "unknown",
             "cuda": torch.version.cuda, "multiprocessors": properties.multi_processor_count,
@@ -113,8 +78,3 @@ def versions():
     return {"torch": torch.__version__, "triton": _version("triton"), "python": platform.python_version(),
             "quantops": quantops.__version__, "commit": commit(), "sources": sources(),
             "date": datetime.date.today().isoformat()}
-
-
-def folder(name):
-    """Where the results of the device of this name are."""
-    return RESULTS / re.sub(r"\W+", "-", name).strip("-").lower()

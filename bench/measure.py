@@ -9,6 +9,7 @@ eager call on the host's clock until the device is done.
 """
 
 import contextlib
+import functools
 import random
 import signal
 import statistics
@@ -93,6 +94,11 @@ def _cuda_calls(functions, captured):
 
 
 def _graph(fn, count):
+    stream = torch.cuda.Stream()  # what a first call on another stream allocates is not for the graph
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        fn()
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(count):
@@ -105,8 +111,6 @@ def timings(functions, device, bytes_moved, budget, captured):
 
     ``captured``: the functions that CUDA graphs can hold; on CPU those that are measured with cold caches too.
     """
-    for fn in functions.values():
-        fn()
     cuda = torch.device(device).type == "cuda"
     regimes = _cuda_calls(functions, captured) if cuda else _cpu_calls(functions, bytes_moved, captured)
     shares = {regime: 1 + 2 * (regime in HEADLINE[torch.device(device).type]) for regime in regimes}
@@ -239,8 +243,9 @@ def empty_compile_cache():
         yield
 
 
+@functools.cache
 def warm_compiler(device):
-    """What the first compilation of a process costs once (imports, worker processes) is not a peer's."""
+    """What the first compilation of a process costs once (imports, worker processes) is no peer's. Once a process."""
     torch.compile(lambda t: t + 1)(torch.ones(4, device=device))
     torch._dynamo.reset()
 

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 from bench import static, steps, targets
-from bench.machine import RESULTS, ROOT
 from bench.registry import OURS
 from bench.run import noisy
+from bench.state import RESULTS, ROOT
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 STEP = "msq step"  # the row that stands for training in the README

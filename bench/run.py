@@ -68,6 +68,7 @@ def _peers(case, x, workload, dtype, plan):
 
 def _first_calls(peer, x, plan):
     """A compiling peer, and the seconds of its first call; in training also of those after two changes of the bits."""
+    measure.warm_compiler(plan.device)
     torch._dynamo.reset()
     try:
         with measure.time_box(plan.compile_seconds), measure.empty_compile_cache():
@@ -179,7 +180,6 @@ def run(args):
     print(quantops.info(), f"\n{head['device']}, commit {head['commit']}")
     if "call_microseconds" not in result.data:
         result.data["call_microseconds"] = call_overhead(args.device)
-    measure.warm_compiler(args.device)
     done = {(r["case"], r["workload"], r["dtype"]) for r in result.rows}
     wanted = args.cases.split(",") if args.cases else None
     for workload in args.workloads.split(",") if args.workloads else CUDA_WORKLOADS if cuda else CPU_WORKLOADS:

@@ -10,10 +10,11 @@ import importlib
 import json
 import math
 import tempfile
+from pathlib import Path
 
 import torch
 
-from bench import machine, measure, sass
+from bench import machine, measure, sass, state
 from bench.registry import cases
 from quantops.library import OPS
 
@@ -157,7 +158,7 @@ def _triton_row(case, dtype, kernels):
             **triton_cost(kernel, launch.constants, case.reads(size), case.writes(size))}
 
 
-PATH = machine.RESULTS / "static" / "h100.json"
+PATH = state.RESULTS / "static" / "h100.json"
 
 
 def load():
@@ -212,5 +213,5 @@ def static(args):
 
 def add_arguments(parser):
     """Options of ``python -m bench static``."""
-    parser.add_argument("--out", type=machine.Path, help="the JSON to write")
+    parser.add_argument("--out", type=Path, help="the JSON to write")
     parser.set_defaults(call=static)

@@ -215,7 +215,9 @@ def measure_network(name, device, kinds, compile_seconds, budget):
     variants, absent, compiled = {}, {}, {}
     for label, kind in kinds.items():
         try:
-            torch._dynamo.reset() if kind.compiles else None
+            if kind.compiles:
+                measure.warm_compiler(device)
+                torch._dynamo.reset()
             with measure.time_box(compile_seconds), measure.empty_compile_cache():
                 variant = kind(training.model)
                 seconds = measure.seconds_of(lambda: training.step(variant), device)
@@ -262,7 +264,6 @@ def steps(args):
     cuda, result = torch.device(args.device).type == "cuda", store.Result("steps", args)
     head = result.data["machine"]
     print(quantops.info(), f"\n{head['device']}, commit {head['commit']}")
-    measure.warm_compiler(args.device)
     done = {(r["network"], r["base"]) for r in result.rows}
     for name in args.networks.split(",") if args.networks else CUDA_NETWORKS if cuda else CPU_NETWORKS:
         if name not in NETWORKS:

@@ -2,10 +2,11 @@
 
 import json
 import time
+from pathlib import Path
 
 import torch
 
-from bench import machine
+from bench import machine, state
 
 UNFINISHED = 3  # exit status: the time was up, the same command with --resume goes on
 
@@ -15,7 +16,7 @@ class Result:
 
     def __init__(self, kind, args):
         head = machine.describe(args.device)
-        self.path = args.out or machine.folder(head["device"]) / f"{kind}-{head['implementation']}.json"
+        self.path = args.out or state.folder(head["device"]) / f"{kind}-{head['implementation']}.json"
         self.data = {"machine": head, "rows": []}
         if args.resume and self.path.exists():
             found = json.loads(self.path.read_text())
@@ -57,4 +58,4 @@ def add_arguments(parser):
     parser.add_argument("--allocator-as-is", action="store_true", help="do not tell glibc to keep freed memory")
     parser.add_argument("--resume", action="store_true", help="go on with the result of the same code, if there is one")
     parser.add_argument("--seconds", type=float, default=float("inf"), help=f"stop after this time, exit {UNFINISHED}")
-    parser.add_argument("--out", type=machine.Path, help="the JSON to write")
+    parser.add_argument("--out", type=Path, help="the JSON to write")
