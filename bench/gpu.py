@@ -32,16 +32,21 @@ NO_BACKEND = ("test_bench", "test_cpu_machine_code", "test_cuda_emulated", "test
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A command that passes or fails. ``stops``: takes --seconds, and exits 3 where they did not suffice."""
+    """A command that passes or fails.
+
+    needs: commands on PATH. gpu: does not run without one. again: runs every time, since it is quick or depends on more
+    than the sources. stops: takes --seconds and exits 3 where they did not suffice; these are the seconds that what is
+    then under way may take, its compilations above all.
+    """
 
     part: str
     name: str
     command: tuple
     env: tuple = ()
-    needs: tuple = ()  # commands on PATH
+    needs: tuple = ()
     gpu: bool = True
-    stops: bool = False
-    again: bool = False  # runs every time: it is quick, or depends on more than the sources
+    stops: float = 0.0
+    again: bool = False
 
 
 def device():
@@ -79,8 +84,8 @@ def pieces():
                 found.append(Piece("sanitize", f"{tool}-{backend}-{name}", (
                     "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", PYTHON, *program),
                     (("QUANTOPS_BACKEND", backend), ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")), ("compute-sanitizer",)))
-    found += [Piece("bench", "ops", _module("bench", "run", "--device", "cuda", "--resume"), stops=True),
-              Piece("steps", "steps", _module("bench", "steps", "--device", "cuda", "--resume"), stops=True),
+    found += [Piece("bench", "ops", _module("bench", "run", "--device", "cuda", "--resume"), stops=240.0),
+              Piece("steps", "steps", _module("bench", "steps", "--device", "cuda", "--resume"), stops=360.0),
               Piece("report", "static", _module("bench", "static"), needs=("nvcc",), gpu=False),
               Piece("report", "report", _module("bench", "report", "--into", "README.md"), gpu=False, again=True)]
     return found
@@ -118,7 +123,7 @@ def run(piece, seconds, full):
     LOGS.mkdir(parents=True, exist_ok=True)
     log, command = LOGS / f"{piece.part}-{piece.name}.log", list(piece.command)
     if piece.stops and seconds != float("inf"):
-        command += ["--seconds", str(max(seconds - 100, 10))]  # for the row under way, and what it compiles
+        command += ["--seconds", str(max(seconds - piece.stops, 10))]
     with log.open("w") as file:
         try:
             status = subprocess.run(command, cwd=ROOT, env={**os.environ, **dict(piece.env)}, stdout=file,

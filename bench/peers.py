@@ -45,12 +45,13 @@ def op_peers(function):
         call = torch.compile(lambda bits: [function(x, i, bits) for i in range(len(x.w))])
         return lambda bits=x.n: call(bits)
 
-    return {"eager": Peer(eager, graph=True), "compiled": Peer(compiled, compiles=True, lists=False, graph=True)}
+    return {"eager": Peer(eager), "compiled": Peer(compiled, compiles=True, lists=False, graph=True)}
 
 
-def chain_peers(chain, columns=2):
-    """Peers of a step from one differentiable chain of tensor ops ``chain(w, bits) -> (q, penalty)`` or q:
-    eager, torch.compile of the chain weight by weight, and of the whole list as one graph."""
+def chain_peers(chain, columns=2, graph=True):
+    """Peers of a step from one differentiable chain of tensor ops ``chain(w, bits) -> (q, penalty)`` or q (one column):
+    eager, torch.compile of the chain weight by weight, and of the whole list as one graph. ``graph``: a CUDA graph can
+    hold the eager chain (it does not bring numbers from the host)."""
 
     def split(results):
         return tuple(zip(*(r[:2] for r in results))) if columns == 2 else list(results)
@@ -66,7 +67,7 @@ def chain_peers(chain, columns=2):
         call = torch.compile(lambda w, bits: [chain(t, bits) for t in w])
         return x.leaves, lambda bits: split(call(x.leaves, bits))
 
-    return {"eager": step_peer(eager, graph=True), "compiled": step_peer(each, compiles=True, graph=True),
+    return {"eager": step_peer(eager, graph=graph), "compiled": step_peer(each, compiles=True, graph=True),
             "compiled list": step_peer(whole, compiles=True, whole_list=True, graph=True)}
 
 

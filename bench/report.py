@@ -202,8 +202,7 @@ def summary(device):
 def page(device):
     """Everything there is, as Markdown beside the JSON."""
     parts = [f"# Benchmarks: {device.machine['device']}", summary(device)]
-    for name in plots(device):
-        parts.append(f"![{name}]({name}.png)")
+    parts += [f"![{name}]({name}.png)" for name in plots(device) if (device.folder / f"{name}.png").exists()]
     if device.ops:
         for title, text in (("Share of a copy, all weights", share_table(device)), ("What torch.compile costs before it is fast", compile_table(device)),
                             ("Every row", row_table(device))):
@@ -229,7 +228,7 @@ def _measured(found):
 
 
 def plots(device):
-    """{name: function that draws it on given axes}."""
+    """{name: function that draws it into a figure}."""
     found = {}
     if device.ops:
         found["roofline"] = _draw_roofline
@@ -247,19 +246,21 @@ def _largest(device, dtype):
     return sizes[-1] if sizes else every[-1]
 
 
-def _bars(axis, groups, series):
+def _bars(axis, groups, series, form="%.2f"):
     """Horizontal bars: ``series`` {label: [a value or None per group]}."""
     height = 0.8 / len(series)
     for i, (label, values) in enumerate(series.items()):
-        places = [g + (i - (len(series) - 1) / 2) * height for g in range(len(groups))]
-        axis.barh(places, [v or 0 for v in values], height, label=label)
+        there = [(g + (i - (len(series) - 1) / 2) * height, v) for g, v in enumerate(values) if v is not None]
+        bars = axis.barh([place for place, _ in there], [v for _, v in there], height, label=label)
+        axis.bar_label(bars, fmt=form, fontsize=6, padding=2)
     axis.set_yticks(range(len(groups)), groups)
-    axis.invert_yaxis()
+    axis.set_ylim(len(groups) - 0.5, -0.5)
     axis.legend(fontsize=7)
 
 
-def _draw_roofline(device, axis):
-    series, cases = {}, list(dict.fromkeys(r["case"] for r in device.peers["rows"] if not r["trains"]))
+def _draw_roofline(device, figure):
+    axis, series = figure.subplots(), {}
+    cases = list(dict.fromkeys(r["case"] for r in device.peers["rows"] if not r["trains"]))
     for name, result in device.ops.items():
         for dtype in dict.fromkeys(r["dtype"] for r in result["rows"]):
             workload = _largest(device, dtype)
@@ -272,17 +273,21 @@ def _draw_roofline(device, axis):
     axis.set(title=f"share of a copy's speed (dashed: the target)\n{device.machine['device']}", xlabel="share of a copy")
 
 
-def _draw_memory(device, axis):
+def _draw_memory(device, figure):
     rows = [r for r in device.peers["rows"] if "saved_bytes" in r]
     workload, dtype = rows[-1]["workload"], rows[0]["dtype"]  # the largest, for the least of what is per call
     rows = [r for r in rows if r["workload"] == workload and r["dtype"] == dtype] or rows[:1]
-    names = [OURS, *(p for p in _peers_of(rows) if any(p in r["saved_bytes"] for r in rows))]
-    _bars(axis, [r["case"] for r in rows], {
-        f"{n}: kept for backward": [targets.kept(r, n) if n in r["saved_bytes"] else None for r in rows] for n in names})
-    axis.set(title=f"bytes per weight kept for the backward pass, {workload} {rows[0]['dtype']}", xlabel="bytes per weight")
+    names, axes = [OURS, *_peers_of(rows)], figure.subplots(1, 2, sharey=True)
+    for axis, key, title in zip(axes, ("saved_bytes", "peak_bytes"), (
+            "kept for the backward pass, beyond the parameters", "most allocated at once, results among it")):
+        _bars(axis, [r["case"] for r in rows], {
+            n: [r[key][n] / r["numel"] if n in r[key] else None for r in rows]
+            for n in names if any(n in r[key] for r in rows)}, "%.0f")
+        axis.set(title=title, xlabel=f"bytes per weight, {workload} {dtype}")
 
 
-def _draw_steps(device, axis):
+def _draw_steps(device, figure):
+    axis = figure.subplots()
     rows = [r for result in device.steps.values() for r in result["rows"]]
     labels = list(dict.fromkeys(label for r in rows for label in r["ratio"]))
     _bars(axis, [f"{r['network']}{', compiled' * (',' in r['base'])}" for r in rows],
@@ -292,15 +297,18 @@ def _draw_steps(device, axis):
 
 
 def draw(device):
-    """PNG files beside the JSON."""
-    import matplotlib
-
+    """PNG files beside the JSON; says so where matplotlib is missing."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        print(f"no plots in {device.folder}: matplotlib is missing (pip install matplotlib, then the same again)")
+        return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     for name, function in plots(device).items():
-        figure, axis = plt.subplots(figsize=(9, 7), constrained_layout=True)
-        function(device, axis)
+        figure = plt.figure(figsize=(10, 7), constrained_layout=True)
+        function(device, figure)
         figure.savefig(device.folder / f"{name}.png", dpi=110, metadata={"Software": None})
         plt.close(figure)
 
@@ -327,7 +335,10 @@ def report(args):
         texts.append(f"{summary(device)}\n\nEvery figure, and plots: [{link}]({link}).")
     costs = static.load()
     if costs:
-        texts.append(f"{static.heading(costs)}\n\n{static.table(costs, _measured(found))}")
+        page_of_costs = static.PATH.with_suffix(".md")
+        page_of_costs.write_text(f"{static.heading(costs)}\n\n{static.table(costs, _measured(found))}\n")
+        link = page_of_costs.relative_to(ROOT)
+        texts.append(f"{static.heading(costs)} {static.summary(costs)} The table: [{link}]({link}).")
     text = "\n\n".join(texts)
     print(text)
     if args.into:

@@ -1,5 +1,6 @@
 """Measures the cases of the registry: a row per case, workload and dtype."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ CUDA_WORKLOADS = (*CPU_WORKLOADS[:3], "64M", "256M", *CPU_WORKLOADS[3:], "transf
 # cores, not everything is compiled unless asked for. The result says what was left out.
 CPU_COMPILED = {"float32": ("1M", "16M"), "bfloat16": ("16M",)}
 CPU_COMPILED_LISTS = {("msq step", "resnet20", "float32"), ("msq step", "resnet50", "float32")}
-LARGEST_GRAPH = 1 << 28  # elements; a CUDA graph holds memory of its own
+LARGEST_GRAPH = 1 << 26  # elements; a CUDA graph holds memory of its own, and of larger ones launches are no part
 
 
 class Plan:
@@ -86,6 +87,9 @@ def _first_calls(peer, x, plan):
 def measure_one(case, workload, dtype, plan):
     """One row of the result: times, bytes and ratios of a case on a workload. Refuses to time a wrong result."""
     device, shapes = plan.device, shapes_of(workload)
+    if plan.cuda:
+        gc.collect()
+        torch.cuda.empty_cache()
     x = case.inputs(shapes, DTYPES[dtype], device)
     with measure.empty_compile_cache():  # Triton's kernels compile at their first call
         first = measure.seconds_of(lambda: case.run(x), device)
@@ -103,6 +107,7 @@ def measure_one(case, workload, dtype, plan):
         graphs = [*captured, *(name for name, (peer, _) in peers.items() if peer.graph)]
         captured = graphs if x.numel <= LARGEST_GRAPH else []
     times = measure.timings(functions, device, moved * x.numel, plan.budget, captured)
+    times = {r: of for r, of in times.items() if OURS in of and COPY in of}  # without those that no CUDA graph held
     headline = next(r for r in measure.HEADLINE[torch.device(device).type] if r in times)
 
     row = {"case": case.name, "family": case.family, "workload": workload, "dtype": dtype, "numel": x.numel,
@@ -110,8 +115,7 @@ def measure_one(case, workload, dtype, plan):
            "bytes_per_weight": moved, "headline": headline, "copy_factor": factor,
            "times": {regime: {name: measure.summary(t) for name, t in of.items()} for regime, of in times.items()},
            "share_of_copy": {r: factor * measure.ratio(of[COPY], of[OURS]) for r, of in times.items()},
-           "ratio": {name: measure.ratio(t, times[headline][OURS]) for name, t in times[headline].items()
-                     if name not in (OURS, COPY)},
+           "ratio": {name: _ratio(times, headline, name) for name in peers},
            "gigabytes_per_second": {
                r: moved * x.numel / measure.summary(of[OURS])["median"] / 1e9 for r, of in times.items()},
            "peak_bytes": {name: measure.peak_bytes(f, device) for name, f in functions.items() if name != COPY},
@@ -123,6 +127,12 @@ def measure_one(case, workload, dtype, plan):
         forwards = {OURS: case.forward(x), **{n: p.forward(x) for n, (p, _) in peers.items() if p.forward and not p.compiles}}
         row["saved_bytes"] = {name: measure.saved_bytes(*forward) for name, forward in forwards.items()}
     return row
+
+
+def _ratio(times, headline, name):
+    """A peer's time over ours, in the headline's regime or, where no CUDA graph holds it, of eager calls."""
+    regime = headline if name in times[headline] else "cold"
+    return measure.ratio(times[regime][name], times[regime][OURS])
 
 
 def call_overhead(device):
@@ -174,6 +184,8 @@ def run(args):
     if args.backends is None and cuda and not os.environ.get("QUANTOPS_BACKEND"):
         args.backends = "cuda,triton"
     if args.backends:
+        if args.out:
+            raise SystemExit("bench: --out is for one backend: set QUANTOPS_BACKEND")
         return _each_backend(args)
     plan, result = Plan(args), store.Result("ops", args)
     head = result.data["machine"]

@@ -194,6 +194,17 @@ def heading(result):
             "bytes or instructions need.")
 
 
+def summary(result):
+    """What binds which kernels, one paragraph."""
+    rows = [r for r in result["rows"] if "absent" not in r]
+    bound = [f"{r['case']} {r['dtype']} ({r['by']}, {r['share_of_copy']:.2f} of a copy at most)" for r in rows
+             if r["binds"] != "memory"]
+    spilled = [f"{r['case']} {r['dtype']} ({r['by']})" for r in rows if r["spills"] or r["stack"]]
+    return (f"Of {len(rows)} kernels, {len(rows) - len(bound)} are bound by memory"
+            + (f"; by instructions: {', '.join(bound)}" if bound else "")
+            + (f". Registers are spilled by {', '.join(spilled)}." if spilled else ". None spills registers."))
+
+
 def static(args):
     """Counts what the kernels must cost on an H100, from their machine code, and writes results/static/h100.json."""
     versions = machine.versions()

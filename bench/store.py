@@ -54,7 +54,7 @@ def prepare(args):
 def add_arguments(parser):
     """Options of every command that measures."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile-seconds", type=float, default=150, help="time box of what compiles")
+    parser.add_argument("--compile-seconds", type=float, default=110, help="time box of what compiles")
     parser.add_argument("--allocator-as-is", action="store_true", help="do not tell glibc to keep freed memory")
     parser.add_argument("--resume", action="store_true", help="go on with the result of the same code, if there is one")
     parser.add_argument("--seconds", type=float, default=float("inf"), help=f"stop after this time, exit {UNFINISHED}")

@@ -26,7 +26,7 @@ class Inputs:
         self.numel, self.tensors = sum(t.numel() for t in self.w), len(self.w)
         self.source = self.w
         self.bits = torch.full((len(shapes),), BITS, dtype=torch.int32, device=device)
-        self.k = torch.full_like(self.bits, K)
+        self.k, self.no_k = torch.full_like(self.bits, K), torch.zeros_like(self.bits)
         self.r = torch.full((len(shapes),), 1e-3, device=device)
         self.strengths = itertools.cycle([self.r[0], -self.r[0]])
 
@@ -129,7 +129,7 @@ def _scale_backward(grad_w, grad_scale, x, scale):
 
 
 def _msq_list(x):
-    return lambda: foreach.msq(x.leaves, None, BITS, K)[:2]
+    return lambda: foreach.msq(x.leaves, None, x.bits, x.k)[:2]
 
 
 def _round_clamp_list(x):
@@ -209,7 +209,7 @@ CASES = [
          lambda x: ops.uniform_backward(x.grad, x.r, x.w, x.scale, x.bits, x.k, False, True, False)[0],
          _penalty_backward, BACKWARD_PEERS, cuda="Backward<T, T, true, false>"),
     Case("scale backward", Inputs, lambda s: 2 * s, lambda s: s,
-         lambda x: ops.uniform_backward(x.grad, None, x.w, x.scale, x.bits, x.k * 0, False, True, True),
+         lambda x: ops.uniform_backward(x.grad, None, x.w, x.scale, x.bits, x.no_k, False, True, True),
          lambda got, x: _scale_backward(*got, x, x.scale),
          op_peers(lambda x, i, bits: reference.uniform_backward(x.grad[i], None, x.w[i], x.scale[i], bits)),
          cuda="Backward<T, T, true, true>"),
@@ -234,13 +234,13 @@ CASES = [
     # not costs one more read of the weights, which the ratio to the copy leaves visible.
     Case("round_clamp step", Inputs, lambda s: s, lambda s: s, _step(_round_clamp_list),
          lambda got, x: equal(got, x.grad),
-         {**chain_peers(_ste(False), columns=1),
+         {**chain_peers(_ste(False), columns=1, graph=False),
           "torch fake_quantize": step_peer(peers.torch_per_tensor, note=NEAREST),
           "Brevitas": step_peer(lambda x: peers.brevitas(x, False), note=NEAREST)},
          forward=lambda x: (_round_clamp_list(x), x.leaves)),
     Case("round_clamp step per row", Inputs, lambda s: s, lambda s: s, _step(_round_clamp_rows),
          lambda got, x: equal(got, x.grad),
-         {**chain_peers(_ste(True), columns=1),
+         {**chain_peers(_ste(True), columns=1, graph=False),
           "torch fake_quantize": step_peer(peers.torch_per_channel, note=NEAREST),
           "torchao": step_peer(peers.torchao, note=NEAREST),
           "Brevitas": step_peer(lambda x: peers.brevitas(x, True), note=NEAREST)},

@@ -347,7 +347,7 @@ def test_pieces_are_run_once_and_failures_are_told(tmp_path, monkeypatch, capsys
         return gpu.Piece("tests", name, (sys.executable, "-c", code), **{"gpu": False, **options})
 
     good, bad = piece("good", "print('fine')"), piece("bad", "raise SystemExit('broken here')")
-    more = piece("more", "raise SystemExit(3)", stops=True)
+    more = piece("more", "raise SystemExit(3)", stops=1.0)
     assert gpu.main([], of=lambda: [good]) == 0
     assert "tests: good: passed in" in capsys.readouterr().out
     assert gpu.main(["tests"], of=lambda: [good, bad]) == 1
