@@ -7,8 +7,8 @@ from bench.registry import OURS
 
 
 def figures(result):
-    """{what: figure} that two days can be compared by: more is slower. Relative to the copy, or to the unquantized step,
-    of the same run, since machines differ from day to day."""
+    """{what: figure} that two days can be compared by: more is slower. Relative to the copy, or to the unquantized
+    step, of the same run, since machines differ from day to day."""
     found = {}
     for row in result["rows"]:
         if "network" in row:
@@ -34,11 +34,11 @@ def compare(args):
     changes = {key: new[key] / old[key] for key in both}
     for key, change in sorted(changes.items(), key=lambda item: -item[1]):
         if abs(change - 1) > args.show:
-            print(f"{'slower' if change > 1 else 'faster'} {change:5.2f}x   {key}   ({old[key]:.2f} -> {new[key]:.2f} of the "
-                  "copy's or the unquantized step's time)")
+            word, unit = "slower" if change > 1 else "faster", "times the copy or the unquantized step"
+            print(f"{word} {change:5.2f}x   {key}   ({old[key]:.2f} -> {new[key]:.2f} {unit})")
     slower = [key for key in both if changes[key] > args.ratio]
-    print(f"{len(both)} rows in both, {len(old) - len(both)} only in the old, {len(new) - len(both)} only in the new; the "
-          f"largest slowdown is {max(changes.values()):.2f}x; {len(slower)} slower than {args.ratio}x")
+    print(f"{len(both)} rows in both, {len(old) - len(both)} only in the old, {len(new) - len(both)} only in the new; "
+          f"the largest slowdown is {max(changes.values()):.2f}x; {len(slower)} slower than {args.ratio}x")
     return int(bool(slower))
 
 

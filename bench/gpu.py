@@ -59,6 +59,10 @@ def _module(*words):
     return (PYTHON, "-m", *words)
 
 
+def _backend(name):
+    return (("QUANTOPS_BACKEND", name),)
+
+
 def pieces():
     """All pieces, in order."""
     installed = (os.environ.get("MAKE", "make"), ".venv/.installed", "TORCH=", f"PYTHON={sys.executable}",
@@ -74,16 +78,16 @@ def pieces():
     for part, backend in (("tests", "cuda"), ("triton", "triton")):
         for file in tests:
             if backend == "cuda" or file.stem not in NO_BACKEND:
-                found.append(Piece(part, file.stem, _module("pytest", "-q", str(file)), (("QUANTOPS_BACKEND", backend),)))
-        found.append(Piece(part, "small", _module("bench", "small"), (("QUANTOPS_BACKEND", backend),)))
+                found.append(Piece(part, file.stem, _module("pytest", "-q", str(file)), _backend(backend)))
+        found.append(Piece(part, "small", _module("bench", "small"), _backend(backend)))
     # Without torch's caching allocator, so that every tensor is an allocation that memcheck knows the ends of.
     for backend in ("cuda", "triton"):
         for tool in ("memcheck", "racecheck"):
             for name, program in (("small", ("-m", "bench", "small")),
                                   ("devices", ("tests/test_devices.py", str(LOGS / "devices.pt")))):
                 found.append(Piece("sanitize", f"{tool}-{backend}-{name}", (
-                    "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", PYTHON, *program),
-                    (("QUANTOPS_BACKEND", backend), ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")), ("compute-sanitizer",)))
+                    "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", PYTHON, *program),
+                    (*_backend(backend), ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")), ("compute-sanitizer",)))
     found += [Piece("bench", "ops", _module("bench", "run", "--device", "cuda", "--resume"), stops=240.0),
               Piece("steps", "steps", _module("bench", "steps", "--device", "cuda", "--resume"), stops=360.0),
               Piece("report", "static", _module("bench", "static"), needs=("nvcc",), gpu=False),
@@ -124,10 +128,11 @@ def run(piece, seconds, full):
     log, command = LOGS / f"{piece.part}-{piece.name}.log", list(piece.command)
     if piece.stops and seconds != float("inf"):
         command += ["--seconds", str(max(seconds - piece.stops, 10))]
+    timeout, env = None if seconds == float("inf") else seconds, {**os.environ, **dict(piece.env)}
     with log.open("w") as file:
         try:
-            status = subprocess.run(command, cwd=ROOT, env={**os.environ, **dict(piece.env)}, stdout=file,
-                                    stderr=subprocess.STDOUT, timeout=None if seconds == float("inf") else seconds).returncode
+            status = subprocess.run(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT,
+                                    timeout=timeout).returncode
         except subprocess.TimeoutExpired:
             print(f"took more than {seconds:.0f} s")
             return 1 if full and not piece.stops else UNFINISHED

@@ -16,7 +16,8 @@ class _Basic(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = _conv(below, width, 3, stride), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = _conv(width, width, 3), nn.BatchNorm2d(width)
-        self.down = nn.Sequential(_conv(below, width, 1, stride), nn.BatchNorm2d(width)) if stride > 1 else nn.Identity()
+        project = nn.Sequential(_conv(below, width, 1, stride), nn.BatchNorm2d(width)) if stride > 1 else nn.Identity()
+        self.down = project
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)))

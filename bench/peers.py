@@ -36,7 +36,8 @@ def step(x, leaves, results):
 
 
 def op_peers(function):
-    """Peers of a plain op ``function(x, i, bits)`` on weight i, which the reference defines: eager, and compiled."""
+    """Peers of a plain op ``function(x, i, bits)`` on weight i, which the reference defines: eager, and compiled. On
+    single weights: what lists cost is in the training steps."""
 
     def eager(x):
         return lambda bits=x.n: [function(x, i, bits) for i in range(len(x.w))]
@@ -45,7 +46,7 @@ def op_peers(function):
         call = torch.compile(lambda bits: [function(x, i, bits) for i in range(len(x.w))])
         return lambda bits=x.n: call(bits)
 
-    return {"eager": Peer(eager), "compiled": Peer(compiled, compiles=True, lists=False, graph=True)}
+    return {"eager": Peer(eager, lists=False), "compiled": Peer(compiled, compiles=True, lists=False, graph=True)}
 
 
 def chain_peers(chain, columns=2, graph=True):
@@ -143,7 +144,7 @@ def torchao(x):
 
 
 def brevitas(x, per_row):
-    """Brevitas' Int8WeightPer{Tensor,Channel}Float, as its QuantLinear has it; convolutions as matrices of their rows."""
+    """Brevitas' Int8WeightPer{Tensor,Channel}Float in its QuantLinear; convolutions as matrices of their rows."""
     nn, quant = _import("brevitas.nn"), _import("brevitas.quant")
     kind = quant.Int8WeightPerChannelFloat if per_row else quant.Int8WeightPerTensorFloat
     layers = []

@@ -153,12 +153,12 @@ def steps_table(device):
     labels = [v for v in steps.VARIANTS if v != steps.BASE]
     body = []
     for name, r in rows:
-        plain = dict(zip(r["ratio"], r["ratio"].values()))
-        shorter = {label.partition(",")[0]: v for label, v in plain.items()}
+        shorter = {label.partition(",")[0]: v for label, v in r["ratio"].items()}
         compiled = ", compiled model" if "," in r["base"] else ""
         base = r["times"].get(r["base"])
         body.append([f"{r['network']}{compiled}", "x".join(map(str, r["input"])), r["dtype"], IMPLEMENTATIONS[name],
-                     _time(base["median"]) if base else "", *(f"{shorter[v]:.3f}x" if v in shorter else "" for v in labels)])
+                     _time(base["median"]) if base else "",
+                     *(f"{shorter[v]:.3f}x" if v in shorter else "" for v in labels)])
     return _table(["network", "input", "arithmetic", "by", steps.BASE, *labels], body)
 
 
@@ -204,7 +204,8 @@ def page(device):
     parts = [f"# Benchmarks: {device.machine['device']}", summary(device)]
     parts += [f"![{name}]({name}.png)" for name in plots(device) if (device.folder / f"{name}.png").exists()]
     if device.ops:
-        for title, text in (("Share of a copy, all weights", share_table(device)), ("What torch.compile costs before it is fast", compile_table(device)),
+        for title, text in (("Share of a copy, all weights", share_table(device)),
+                            ("What torch.compile costs before it is fast", compile_table(device)),
                             ("Every row", row_table(device))):
             parts += [f"## {title}", text] if text else []
     if absences(device):
@@ -270,7 +271,8 @@ def _draw_roofline(device, figure):
     _bars(axis, cases, series)
     axis.axvline(1, color="0.3", lw=1)
     axis.axvline(targets.SHARE[device.machine["kind"]], color="0.3", lw=1, ls="--")
-    axis.set(title=f"share of a copy's speed (dashed: the target)\n{device.machine['device']}", xlabel="share of a copy")
+    title = f"share of a copy's speed (dashed: the target)\n{device.machine['device']}"
+    axis.set(title=title, xlabel="share of a copy")
 
 
 def _draw_memory(device, figure):

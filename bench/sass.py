@@ -1,4 +1,4 @@
-"""Machine code of the CUDA and Triton kernels, compiled and read without a GPU. The tests check it, static.py counts it."""
+"""Machine code of the CUDA and Triton kernels, compiled and read without a GPU: tests check it, static.py counts it."""
 
 import collections
 import os
@@ -20,7 +20,7 @@ def nvcc():
 
 
 def tool(name):
-    """The path of a tool such as cuobjdump, the CUDA toolkit's own or the one that comes with triton; None where neither."""
+    """The path of a tool such as cuobjdump: the CUDA toolkit's own, or the one that comes with triton, or None."""
     beside = os.path.dirname(os.path.realpath(nvcc())) if nvcc() else None
     folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     try:

@@ -22,7 +22,7 @@ def output(*command):
 
 
 def sources(*more):
-    """A digest of all the code that a figure depends on, and of ``more`` files and folders; equal digests, equal code."""
+    """A digest of all code that a figure depends on, and of ``more`` files and folders: equal digests, equal code."""
     digest = hashlib.sha256()
     for name in (*CODE, *more):
         path = ROOT / name

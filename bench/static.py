@@ -1,9 +1,9 @@
 """What the kernels must cost on an H100, counted from their machine code on any machine: the time that their bytes
 need, and the time that their instructions need, whichever is longer.
 
-Counted is the main path: for CUDA the main loop, what a thread does besides is ``setup``; for Triton the whole program,
-which takes its elements all at once. Second stages of sums are left out. Assumed: full use of memory and issue slots, which no kernel
-reaches; roundings and conversions at 16 lanes a clock, the rate of MUFU.
+Counted is the main path: for CUDA the main loop (what a thread does besides is ``setup``), for Triton the program as a
+whole, which takes its elements all at once. Second stages of sums are left out. Assumed: full use of memory and issue
+slots, which no kernel reaches; roundings and conversions at 16 lanes a clock, the rate of MUFU.
 """
 
 import importlib
@@ -188,10 +188,11 @@ def table(result, measured=None):
 def heading(result):
     """What was counted, with what."""
     m = result["machine"]
-    return (f"**Counted, not measured: the machine code for an H100 (sm_{ARCH}), nvcc {m['nvcc']}, triton {m['triton']}; "
-            f"commit {m['commit']} of {m['date']}.** Per element: bytes, and instructions of one lane on the main path. "
-            f"\"Share of a copy, at most\": the bytes at {BANDWIDTH / 1e12:.2f} TB/s as a fraction of the longest time that "
-            "bytes or instructions need.")
+    return (f"**Counted, not measured: the machine code for an H100 (sm_{ARCH}), nvcc {m['nvcc']}, triton "
+            f"{m['triton']}; commit {m['commit']} of {m['date']}.** Per element: bytes, and instructions of one lane on "
+            "the main path. "
+            f"\"Share of a copy, at most\": the bytes at {BANDWIDTH / 1e12:.2f} TB/s as a fraction of the longest time "
+            "that bytes or instructions need.")
 
 
 def summary(result):

@@ -283,6 +283,6 @@ def add_arguments(parser):
     """Options of ``python -m bench steps``."""
     store.add_arguments(parser)
     parser.add_argument("--networks", help=f"of {', '.join(NETWORKS)}; default: by device")
-    parser.add_argument("--budget", type=float, default=10.0, help="seconds of timing for a network")
+    parser.add_argument("--budget", type=float, default=6.0, help="seconds of timing for a network")
     parser.add_argument("--compiled-models", action="store_true", help="on CPU too: whole networks under torch.compile")
     parser.set_defaults(call=steps)

@@ -1,4 +1,4 @@
-"""Results as JSON files, ``bench/results/<device>/<kind>-<implementation>.json``: written row by row, taken up again."""
+"""Results as JSON, ``bench/results/<device>/<kind>-<implementation>.json``: written row by row, and taken up again."""
 
 import json
 import time

@@ -177,7 +177,8 @@ def _ste(per_row):
 
 NO_LSB = "no LSBs, no penalty"
 NEAREST = "nearest code"
-BACKWARD_PEERS = op_peers(lambda x, i, bits: reference.uniform_backward(x.grad[i], x.r[0], x.w[i], x.scale[i], bits, K)[0])
+BACKWARD_PEERS = op_peers(
+    lambda x, i, bits: reference.uniform_backward(x.grad[i], x.r[0], x.w[i], x.scale[i], bits, K)[0])
 
 CASES = [
     Case("absmax", Inputs, lambda s: s, lambda s: 0, lambda x: ops.absmax(x.w, False),
