@@ -5,7 +5,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc kernels quantops -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench info clean
+.PHONY: demo test bench gpu info clean
 .NOTPARALLEL:
 
 # An installed torch >= 2.10 will do: PYTHON=... TORCH= VENV_FLAGS=--system-site-packages uses that of the system.
@@ -14,8 +14,9 @@ $(VENV)/.torch:
 	$(if $(TORCH),$(PY) -m pip install -q --disable-pip-version-check "$(TORCH)")
 	@touch $@
 
+# Without a network, where the system has all of it: PIP_FLAGS="--no-deps --no-build-isolation".
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(PY) -m pip install -q --disable-pip-version-check -e ".[test]"
+	$(PY) -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -e ".[test]"
 	@touch $@
 
 info: $(VENV)/.installed
@@ -31,8 +32,17 @@ test: $(VENV)/.installed
 	QUANTOPS_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q \
 		$(foreach family,uniform truncate packing,tests/test_$(family).py) tests/test_errors.py
 
+# On a CPU in under 10 minutes; the JSON, report.md and plots go to bench/results/<device>/.
 bench: $(VENV)/.installed
 	$(PY) -m bench run
+	$(PY) -m bench steps
+	$(PY) -m bench report
+
+# Everything that a GPU can prove, without a network: builds with the system's torch, tests, sanitizers, benchmarks.
+# Resumable: what passed for this code is not run again. PART=build|tests|triton|sanitize|bench|steps|report: one part,
+# or of it what can be done in 9 minutes.
+gpu:
+	$(PYTHON) -m bench.gpu $(PART)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info quantops/*.so

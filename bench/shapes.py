@@ -1,6 +1,6 @@
 """What is measured: single weights of many sizes, and the weight lists of networks that people train."""
 
-SIZES = {"64K": 1 << 16, "1M": 1 << 20, "16M": 1 << 24, "64M": 1 << 26, "256M": 1 << 28}
+SIZES = {"64K": (64, 1024), "1M": (1024, 1024), "16M": (4096, 4096), "64M": (8192, 8192), "256M": (16384, 16384)}
 
 
 def resnet20():
@@ -50,6 +50,7 @@ def transformer(width, layers, mlp, *ends):
 
 
 LISTS = {
+    "tiny": [(3, 40), (16, 3, 3, 3), (7, 5), (5, 1000)],  # for checks, not for timing
     "resnet20": resnet20(),
     "resnet50": resnet50(),
     "mobilenet_v3_large": mobilenet_v3_large(),
@@ -59,5 +60,7 @@ LISTS = {
 
 
 def shapes_of(workload):
-    """The shapes of a workload: a list's, or one weight of a size."""
-    return LISTS.get(workload) or [(SIZES[workload],)]
+    """The shapes of a workload: a list's, or one square weight of a size."""
+    if workload not in {*SIZES, *LISTS}:
+        raise SystemExit(f"bench: expected workloads of {', '.join([*SIZES, *LISTS])}, got {workload!r}")
+    return LISTS.get(workload) or [SIZES[workload]]

@@ -3,10 +3,7 @@
 What is compiled is what the ops launch: the launches of real calls are recorded, then compiled instead of run.
 """
 
-import collections
-import os
 import re
-import subprocess
 
 import pytest
 import torch
@@ -17,14 +14,11 @@ if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET is set, which replaces the compiler: unset it to run these tests",
                 allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
+from bench import sass  # noqa: E402
 from quantops.kernels import packing, truncate, uniform  # noqa: E402
 
-TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-if not os.path.exists(os.path.join(TOOLS, "nvdisasm")):
-    pytest.skip(f"this Triton carries no NVIDIA tools ({TOOLS}/nvdisasm): install the CUDA build of Triton",
+if sass.tool("cuobjdump") is None:
+    pytest.skip("cuobjdump was not found: install the CUDA toolkit's, or the CUDA build of Triton, which has one",
                 allow_module_level=True)
 
 THREADS = 128
@@ -167,61 +161,25 @@ CALLS = {
 }
 
 
-def _recorded(call, monkeypatch):
-    launches = []
-    for family in (uniform, truncate, packing):
-        monkeypatch.setattr(family, "launch", lambda kernel, programs, *args, **constants: launches.append(
-            (kernel, args, constants)))
-    call[0](*call[1:])
-    return launches
-
-
-def _compile(kernel, args, constants, arch, fusion=False):
-    """The launch as its key: types of the tensors and numbers, everything else constant."""
-    values = dict(zip(kernel.arg_names, args)) | constants
-    types = {n: "*" + {torch.bool: "i1"}.get(v.dtype, _name(v.dtype)) if isinstance(v, torch.Tensor) else
-             "i32" if isinstance(v, int) and n not in constants else "constexpr" for n, v in values.items()}
-    fixed = {n: v for n, v in values.items() if types[n] == "constexpr"}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if types[n].startswith("*")}
-    return triton.compile(
-        ASTSource(kernel, {n: types[n] for n in kernel.arg_names}, fixed, aligned),
-        target=GPUTarget("cuda", arch, 32), options={"num_warps": THREADS // 32, "enable_fp_fusion": fusion})
-
-
-def _name(dtype):
-    return str(dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf").replace("int", "i")
-
-
-def _tool(name, *args):
-    return subprocess.run([os.path.join(TOOLS, name), *args], check=True, capture_output=True, text=True).stdout
-
-
-def _machine_code(binary, tmp_path):
-    """(counts of SASS opcodes, resource usage)."""
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(binary.asm["cubin"])
-    lines = _tool("nvdisasm", str(cubin)).splitlines()
-    code = [re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line) for line in lines]
-    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _tool("cuobjdump", "-res-usage", str(cubin))))
-    return collections.Counter(m[1] for m in code if m), {k: int(v) for k, v in usage.items()}
+def _recorded(call):
+    return sass.triton_launches(lambda: call[0](*call[1:]))
 
 
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("name", CALLS)
-def test_machine_code(name, arch, monkeypatch, tmp_path):
+def test_machine_code(name, arch):
     call, widths = CALLS[name]
-    launches = _recorded(call, monkeypatch)
-    for i, (kernel, args, constants) in enumerate(launches):
-        binary = _compile(kernel, args, constants, arch)
-        code, usage = _machine_code(binary, tmp_path)
-        print(f"{kernel.__name__}: {usage['REG']} registers, {sum(code.values())} instructions")
-        assert usage["STACK"] == 0 and usage["LOCAL"] == 0, f"{kernel.__name__} uses the stack: {usage}"
+    for i, launch in enumerate(_recorded(call)):
+        name = launch.kernel.__name__
+        kernel = sass.triton_kernel(sass.triton_binary(launch, arch))
+        code = kernel.opcodes()
+        print(f"{name}: {kernel.registers} registers, {len(kernel.code)} instructions")
+        assert kernel.stack == 0 and kernel.spills == 0, f"{name} uses the stack: {kernel.stack, kernel.spills}"
         spills = {op: c for op, c in code.items() if op.startswith(("LDL", "STL"))}
-        assert not spills, f"{kernel.__name__} spills registers: {spills}"
-        ptx = binary.asm["ptx"]
-        assert ".ftz" not in ptx, "denormals would be flushed to zero"
-        assert not re.search(r"div\.(full|approx)", ptx), "division must round as IEEE says"
-        assert not re.search(r"\b(fma|mad)\.\w*\.?f(32|64)", ptx), "a product and a sum were contracted"
+        assert not spills, f"{name} spills registers: {spills}"
+        assert ".ftz" not in kernel.ptx, "denormals would be flushed to zero"
+        assert not re.search(r"div\.(full|approx)", kernel.ptx), "division must round as IEEE says"
+        assert not re.search(r"\b(fma|mad)\.\w*\.?f(32|64)", kernel.ptx), "a product and a sum were contracted"
         if i == 0:  # the second stages read little
             for width, (loads, stores) in widths.items():
                 got = _count(code, "LDG", width), _count(code, "STG", width)
@@ -232,11 +190,10 @@ def _count(code, op, width):
     return sum(c for name, c in code.items() if name.startswith(op) and name.endswith(f".{width}"))
 
 
-def test_contraction_is_off(monkeypatch, tmp_path):
+def test_contraction_is_off():
     """The assembler may contract too: it does when it is allowed to, and the launches do not allow it."""
-    (kernel, args, constants), = _recorded((_round_clamp, FP32, FP32), monkeypatch)
-    plain, fused = (_machine_code(_compile(kernel, args, constants, 80, fusion), tmp_path)[0]
-                    for fusion in (False, True))
+    launch, = _recorded((_round_clamp, FP32, FP32))
+    plain, fused = (sass.triton_kernel(sass.triton_binary(launch, 80, fusion)).opcodes() for fusion in (False, True))
     # What is left are the steps inside IEEE divisions.
     assert fused["FFMA"] >= plain["FFMA"] + 32
 
@@ -252,6 +209,6 @@ def test_launches_forbid_contraction():
     assert options["enable_fp_fusion"] is False and options["num_warps"] == THREADS // 32
 
 
-def test_division_rounds_as_ieee_says(monkeypatch):
-    (kernel, args, constants), = _recorded((_round_clamp, FP32, FP32), monkeypatch)
-    assert "div.rn.f32" in _compile(kernel, args, constants, 80).asm["ptx"]
+def test_division_rounds_as_ieee_says():
+    launch, = _recorded((_round_clamp, FP32, FP32))
+    assert "div.rn.f32" in sass.triton_binary(launch, 80).asm["ptx"]

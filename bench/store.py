@@ -1,0 +1,61 @@
+"""Results as JSON, ``bench/results/<device>/<kind>-<implementation>.json``: written row by row, and taken up again."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from bench import machine, state
+
+UNFINISHED = 3  # exit status: the time was up, the same command with --resume goes on
+
+
+class Result:
+    """A result on disk: ``machine``, ``rows``, and whatever else is set in ``data``."""
+
+    def __init__(self, kind, args):
+        head = machine.describe(args.device)
+        self.path = args.out or state.folder(head["device"]) / f"{kind}-{head['implementation']}.json"
+        self.data = {"machine": head, "rows": []}
+        if args.resume and self.path.exists():
+            found = json.loads(self.path.read_text())
+            if all(found["machine"].get(k) == head[k] for k in ("device", "sources", "torch", "implementation")):
+                self.data = found
+        self.end = time.monotonic() + args.seconds
+
+    @property
+    def rows(self):
+        return self.data["rows"]
+
+    def time_is_up(self):
+        """True once ``--seconds`` have passed; says so."""
+        if time.monotonic() < self.end:
+            return False
+        print("the time is up; the same command with --resume goes on")
+        return True
+
+    def add(self, row):
+        """Adds a row and writes the file."""
+        self.rows.append(row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.data, indent=1) + "\n")
+
+
+def prepare(args):
+    """The device is there, and on CPU memory is kept."""
+    if torch.device(args.device).type == "cuda":
+        if not torch.cuda.is_available():
+            raise SystemExit("bench: no CUDA device")
+    elif not args.allocator_as_is:
+        machine.keep_memory()
+
+
+def add_arguments(parser):
+    """Options of every command that measures."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile-seconds", type=float, default=110, help="time box of what compiles")
+    parser.add_argument("--allocator-as-is", action="store_true", help="do not tell glibc to keep freed memory")
+    parser.add_argument("--resume", action="store_true", help="go on with the result of the same code, if there is one")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help=f"stop after this time, exit {UNFINISHED}")
+    parser.add_argument("--out", type=Path, help="the JSON to write")

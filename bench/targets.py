@@ -1,0 +1,98 @@
+"""What quantops promises of its speed and memory, and whether a result keeps it."""
+
+from typing import NamedTuple
+
+from bench.registry import OURS
+
+LARGE = ("16M", "64M", "256M")  # single weights that no cache holds
+LISTS = ("resnet50", "deit_small")
+COMPILED = ("compiled", "compiled list")
+SHARE = {"cpu": 0.80, "cuda": 0.90}  # of a copy, large weights
+SHARE_OF_LISTS = 0.80
+KEPT = 0.05  # bytes per weight: scales and penalties, one per tensor or row
+CALL_MICROSECONDS = 5.0
+STEP = 1.03
+
+
+class Verdict(NamedTuple):
+    """A target against a result: ``worst`` of all figures it is about, and where."""
+
+    target: str
+    figures: int
+    missed: int
+    worst: float
+    where: str
+
+    @property
+    def met(self):
+        return self.missed == 0
+
+
+def _verdict(target, figures, missed, worst):
+    """``figures``: [(value, where)]; ``missed``: value -> bool; ``worst``: min or max."""
+    if not figures:
+        return []
+    value, where = worst(figures)
+    return [Verdict(target, len(figures), sum(missed(v) for v, _ in figures), value, where)]
+
+
+def share(row):
+    """The share of a copy in the regime that counts."""
+    return row["share_of_copy"][row["headline"]]
+
+
+def kept(row, name=OURS):
+    """Bytes per weight that autograd keeps for backward, beyond the parameters."""
+    return row["saved_bytes"][name] / row["numel"]
+
+
+def limit(row, kind):
+    """The share of a copy that a row is to reach, or None."""
+    if row["trains"]:
+        return None
+    return SHARE[kind] if row["workload"] in LARGE else SHARE_OF_LISTS if row["workload"] in LISTS else None
+
+
+def _where(row):
+    return f"{row['case']}, {row['workload']} {row['dtype']}"
+
+
+def of_ops(result):
+    """Verdicts on a result of ``python -m bench run``."""
+    kind, rows, found = result["machine"]["kind"], result["rows"], []
+    for names, least in ((LARGE, SHARE[kind]), (LISTS, SHARE_OF_LISTS)):
+        of = [r for r in rows if r["workload"] in names and not r["trains"]]
+        measured = ", ".join(n for n in names if any(r["workload"] == n for r in of))
+        found += _verdict(f"ops run at {least:.2f} of a copy or more: {measured}", [(share(r), _where(r)) for r in of],
+                          lambda v, least=least: v < least, min)
+    figures = [(r["ratio"][peer], f"{_where(r)}, {peer}") for r in rows for peer in COMPILED if peer in r["ratio"]]
+    found += _verdict("torch.compile takes 1.00x of quantops' time or more", figures, lambda v: v < 1, min)
+    figures = [(kept(r) - r["keeps"], _where(r)) for r in rows if "saved_bytes" in r]
+    found += _verdict(f"bytes per weight kept for backward beyond what the op needs: only scales, < {KEPT}", figures,
+                      lambda v: v >= KEPT, max)
+    if kind == "cpu":
+        calls = [(v, name) for name, v in result["call_microseconds"].items() if name.startswith("ops.")]
+        found += _verdict(f"an op's call takes {CALL_MICROSECONDS:.0f} microseconds or less", calls,
+                          lambda v: v > CALL_MICROSECONDS, max)
+    return found
+
+
+def of_steps(result):
+    """Verdicts on a result of ``python -m bench steps``: the better of the two ways to take the penalty."""
+    if result["machine"]["kind"] == "cpu":  # promised of GPUs
+        return []
+    figures = []
+    for row in result["rows"]:
+        ours = [v for label, v in row["ratio"].items() if label.startswith(OURS)]
+        if row["network"] in LISTS and ours:
+            figures.append((min(ours), f"{row['network']}, against {row['base']}"))
+    return _verdict(f"a training step takes {STEP}x of the unquantized one or less", figures, lambda v: v > STEP, max)
+
+
+def table(verdicts):
+    """Markdown."""
+    lines = ["| target | met | worst | where | figures |", "|---|---|---|---|---|"]
+    for v in verdicts:
+        met = "yes" if v.met else f"**no**, {v.missed} miss it"
+        lines.append(f"| {v.target} | {met} | {v.worst:.2f} | {v.where} | {v.figures} |")
+    return "\n".join(lines)

@@ -1,0 +1,386 @@
+"""The harness of the benchmarks: what it refuses, what it writes, what it says. No test here asserts a speed."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import (
+    compare,
+    gpu,
+    measure,
+    models,
+    registry,
+    report,
+    run,
+    sass,
+    shapes,
+    state,
+    static,
+    steps,
+    store,
+    targets,
+)
+from bench.__main__ import main
+from bench.registry import COPY, OURS, Peer
+from bench.uniform import Inputs
+from quantops.library import OPS, ops
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPILED_HERE = run.quantops.info()["devices"]["cpu"]["implementation"] == "cpp"
+needs_library = pytest.mark.skipif(not COMPILED_HERE, reason="needs the compiled CPU library, which alone is timed")
+QUICK = ["--workloads", "tiny", "--dtypes", "float32", "--budget", "0.001", "--device", "cpu"]
+
+
+def _case(**changes):
+    values = dict(name="a case", inputs=Inputs, reads=lambda s: s, writes=lambda s: s, check=lambda got, x: True,
+                  run=lambda x: ops.round_clamp_out(x.w, x.scale, x.bits, False, True, x.target))
+    return registry.Case(**{**values, **changes})
+
+
+def _plan(**changes):
+    values = dict(device="cpu", budget=0.001, compile_seconds=60, no_peers=False, compile_all=False)
+    return run.Plan(types.SimpleNamespace(**{**values, **changes}))
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """The path of the result of one run of all cases."""
+    if not COMPILED_HERE:
+        pytest.skip("needs the compiled CPU library, which alone is timed")
+    path = tmp_path_factory.mktemp("device") / "ops-cpp.json"
+    assert main(["run", *QUICK, "--out", str(path)]) == 0
+    return path
+
+
+# The registry.
+
+
+def test_every_op_of_every_family_is_in_a_case():
+    """What is not measured cannot be promised. Variants of an op that another case measures are named here."""
+    variants = {"msq", "round_clamp", "lsb_penalty"}
+    seen = set()
+    for case in registry.cases():
+        for dtype in case.dtypes[:1]:
+            x = case.inputs(shapes.shapes_of("tiny"), dtype, "cpu")
+            seen |= {op.name().removeprefix("quantops::") for op, _ in measure.dispatched(lambda: case.run(x))
+                     if op.namespace == "quantops"}
+    assert {name for family in OPS.values() for name in family} - variants <= seen
+
+
+@needs_library
+def test_a_run_has_every_case_and_says_what_is_absent(result):
+    data = json.loads(result.read_text())
+    assert [r["case"] for r in data["rows"]] == [c.name for c in registry.cases() if torch.float32 in c.dtypes]
+    assert data["machine"]["implementation"] == "cpp" and data["machine"]["sources"] == state.sources()
+    assert {"commit", "date", "torch", "triton", "driver", "allocator"} <= data["machine"].keys()
+    for row in data["rows"]:
+        case = next(c for c in registry.cases() if c.name == row["case"])
+        assert case.peers.keys() == row["ratio"].keys() | row["absent"].keys()
+        assert row["share_of_copy"].keys() == {"warm", "cold"} and row["share_of_copy"]["warm"] > 0
+        assert row["launches"][OURS] >= 1 and row["peak_bytes"][OURS] >= 0
+        assert ("saved_bytes" in row) == (case.forward is not None)
+    step = next(r for r in data["rows"] if r["case"] == "msq step")
+    # q, the penalty's residual and more for the chain, a scale and a penalty per weight for the op.
+    assert step["saved_bytes"]["eager"] > 8 * step["numel"] and step["saved_bytes"][OURS] < 100 * step["tensors"]
+    assert step["launches"]["eager"] > 10 * step["launches"][OURS] > 0
+    assert step["peak_bytes"]["eager"] > step["peak_bytes"][OURS]
+
+
+def test_other_libraries_are_absent_or_run():
+    """Never silently: a peer that cannot be had raises Absent with the reason."""
+    x = Inputs(shapes.shapes_of("tiny"), torch.float32, "cpu")
+    for case in registry.cases():
+        for name, peer in case.peers.items():
+            if name in ("torchao", "Brevitas") and case.name == "msq step":
+                try:
+                    grads = peer.make(x)()
+                except registry.Absent as why:
+                    assert "cannot be imported" in str(why)
+                else:
+                    assert len(grads) == x.tensors
+
+
+def test_a_wrong_result_is_not_timed():
+    def off_by_a_bit(x):
+        ops.round_clamp_out(x.w, x.scale, x.bits - 1, False, True, x.target)
+        return x.target
+
+    right = next(c for c in registry.cases() if c.name == "round_clamp")
+    wrong = _case(run=off_by_a_bit, check=right.check)
+    with pytest.raises(SystemExit, match="a case on tiny float32 differs from the reference; it is not timed"):
+        run.measure_one(wrong, "tiny", "float32", _plan())
+
+
+def test_the_reference_is_not_timed():
+    env = {**os.environ, "QUANTOPS_BACKEND": "reference"}
+    done = subprocess.run([sys.executable, "-m", "bench", "run", *QUICK], env=env, cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 1 and "cpu is served by reference, not by compiled kernels" in done.stderr
+
+
+def test_an_op_without_a_kernel_of_its_own_is_not_timed():
+    """As after an incomplete build: the library loads, but one op falls back to its default, the reference."""
+    library = torch.library.Library("quantops", "FRAGMENT")
+    library.define("only_the_default(Tensor t) -> Tensor")
+    library.impl("only_the_default", lambda t: t.clone(), "CompositeExplicitAutograd")
+    try:
+        with pytest.raises(SystemExit, match="only_the_default has no CPU kernel"):
+            measure.check_served(lambda: torch.ops.quantops.only_the_default(torch.ones(2)), "cpu")
+        with pytest.raises(SystemExit, match="calls no op of quantops"):
+            measure.check_served(lambda: torch.ones(2) + 1, "cpu")
+    finally:
+        library._destroy()
+
+
+@needs_library
+def test_peers_that_take_too_long_or_are_missing_are_named():
+    def slow(x):
+        def function(bits=8):
+            while True:
+                pass
+
+        return function
+
+    def missing(x):
+        raise registry.Absent("no such library")
+
+    case = _case(peers={"slow": Peer(slow, compiles=True), "missing": Peer(missing), "lists": Peer(slow, lists=False)})
+    row = run.measure_one(case, "tiny", "float32", _plan(compile_seconds=0.1, compile_all=True))
+    assert row["absent"]["missing"] == "no such library" and "more than 0.1 s" in row["absent"]["slow"]
+    assert row["absent"].keys() == {"slow", "missing", "lists"} and not row["ratio"]
+
+
+@needs_library
+def test_a_run_is_taken_up_where_it_stopped(tmp_path, monkeypatch):
+    path = tmp_path / "r.json"
+    two = [*QUICK, "--no-peers", "--cases", "absmax,encode", "--out", str(path)]
+    assert main(["run", *two, "--seconds", "0"]) == store.UNFINISHED and not path.exists()
+    assert main(["run", *two[:-4], "--cases", "absmax", "--out", str(path)]) == 0
+    before = json.loads(path.read_text())["rows"]
+    assert main(["run", *two, "--resume"]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [r["case"] for r in rows] == ["absmax", "encode"] and rows[0] == before[0]
+    monkeypatch.setattr("bench.machine.sources", lambda: "other code")
+    assert main(["run", *two, "--resume", "--cases", "absmax"]) == 0
+    assert [r["case"] for r in json.loads(path.read_text())["rows"]] == ["absmax"]
+
+
+# Measuring.
+
+
+def test_functions_take_turns_in_random_order():
+    order = []
+    calls = {name: (lambda name=name: order.append(name) or 1.0) for name in "abc"}
+    times = measure.interleave(calls, budget=60, most=30)
+    rounds = [order[i:i + 3] for i in range(3, len(order), 3)]  # the first ones warm up
+    assert len(rounds) == 30 and all(sorted(r) == ["a", "b", "c"] for r in rounds) and len({*map(tuple, rounds)}) > 1
+    assert all(len(t) == 30 for t in times.values())
+
+
+def test_the_copy_moves_the_bytes_of_the_op():
+    a, b = [torch.ones(10), torch.ones(6)], [torch.zeros(n, dtype=torch.bfloat16) for n in (10, 6)]
+    copy, factor = registry.copier(a, b, bytes_per_element=12)
+    copy()
+    assert factor == 2 and all((t == 1).all() for t in b)
+
+
+def test_peak_and_saved_bytes():
+    w = torch.ones(1000, requires_grad=True)
+    assert measure.saved_bytes(lambda: w * w, [w]) == 0
+    assert measure.saved_bytes(lambda: (w.exp() * w).sum(), [w]) == 4000  # exp(w), kept by exp and by the product
+    assert 8000 <= measure.peak_bytes(lambda: (w.detach() + 1) + 1, "cpu") < 9000
+    assert measure.launches(lambda: w.detach() + 1, "cpu") == 2
+
+
+def test_time_box():
+    with pytest.raises(measure.TookTooLong), measure.time_box(0.05):
+        while True:
+            pass
+    with measure.time_box(5):
+        pass
+
+
+# Training steps.
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet50", "deit_small"])
+def test_models_have_the_shapes_that_are_measured(name):
+    with torch.device("meta"):
+        model = steps.NETWORKS[name].build()
+    got = [tuple(m.weight.shape) for m in steps.quantized_layers(model).values()]
+    assert sorted(got) == sorted(shapes.LISTS[name])
+
+
+def test_the_transformer_list():
+    with torch.device("meta"):
+        model = models.Blocks(depth=1)
+    assert [tuple(m.weight.shape) for m in steps.quantized_layers(model).values()] == shapes.LISTS["transformer_1b"][:4]
+    assert sum(torch.Size(s).numel() for s in shapes.LISTS["transformer_1b"]) > 1e9
+
+
+def test_all_ways_to_train_are_one_training(monkeypatch, tmp_path):
+    small = steps.Network(lambda: models.Blocks(128, 1, 256), (1, 8, 128), (1, 8, 128), images=False)
+    monkeypatch.setitem(steps.NETWORKS, "small", small)
+    training, grads = steps.Training("small", "cpu"), {}
+    for label in ("quantops", "quantops decoupled", "eager chain"):
+        variant = steps.VARIANTS[label](training.model)
+        ours, shared = ({id(p) for p in m.parameters()} for m in (training.model, variant.model))
+        assert ours == shared, "the Parameters are not shared"
+        training.optimizer.zero_grad()
+        training.loss(variant).backward()
+        variant.after()
+        grads[label] = [p.grad.clone() for p in training.model.parameters()]
+    for label in ("quantops decoupled", "eager chain"):
+        for (name, w), a, b in zip(training.model.named_parameters(), grads["quantops"], grads[label]):
+            # The chain gives no gradient where its code was clamped, in the last half bin: it differentiates the clamp.
+            free = w < w.abs().max() * (1 - 2 ** -steps.BITS)
+            torch.testing.assert_close(a[free], b[free], rtol=1e-3, atol=1e-5,
+                                       msg=lambda text: f"{label}, {name}: {text}")
+    kinds = {k: v for k, v in steps.VARIANTS.items() if not v.compiles}
+    row = steps.measure_network("small", "cpu", kinds, 60, 0.01)
+    assert row["ratio"][steps.BASE] == 1 and row["ratio"].keys() == kinds.keys() and not row["absent"]
+    assert row["saved_bytes"]["eager chain"] > row["saved_bytes"]["quantops"] >= row["saved_bytes"][steps.BASE]
+
+
+# Comparing and reporting.
+
+
+def _rewrite(path, to, change):
+    data = json.loads(path.read_text())
+    change(data)
+    to.write_text(json.dumps(data))
+    return to
+
+
+def test_compare(result, tmp_path, capsys):
+    def slower(data):
+        row = next(row for row in data["rows"] if row["case"] == "absmax" and row["dtype"] == "float32")
+        row["share_of_copy"][row["headline"]] /= 1.5
+
+    worse = _rewrite(result, tmp_path / "worse.json", slower)
+    assert main(["compare", str(result), str(result)]) == 0
+    assert main(["compare", str(result), str(worse)]) == 1
+    assert "slower  1.50x   absmax, tiny float32" in capsys.readouterr().out
+    assert main(["compare", str(worse), str(result)]) == 0
+    assert main(["compare", str(result), str(worse), "--ratio", "1.6"]) == 0
+    empty = _rewrite(result, tmp_path / "empty.json", lambda data: data.update(rows=[]))
+    with pytest.raises(SystemExit, match="no row in common"):
+        main(["compare", str(result), str(empty)])
+
+
+def test_compare_steps():
+    row = {"network": "n", "ratio": {"unquantized": 1.0, "quantops": 1.25, "eager chain": 4.0}}
+    assert compare.figures({"rows": [row]}) == {"n, quantops": 1.25}
+
+
+def test_report(result, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    _rewrite(result, tmp_path / "ops-cpp.json", lambda data: None)
+
+    def triton(data):
+        data["machine"]["implementation"] = "triton"
+        for row in data["rows"]:
+            row["share_of_copy"] = {k: 0.123 for k in row["share_of_copy"]}
+            row["workload"] = "resnet50"
+
+    _rewrite(result, tmp_path / "ops-triton.json", triton)
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{report.BEGIN}\nthe old one\n{report.END}\nafter\n")
+    assert main(["report", str(tmp_path), "--into", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "the old one" not in text
+    assert "| absmax | **0.12** |" in text, "both implementations are in one table, and a missed target is bold"
+    assert "Triton: ops run at 0.80 of a copy or more: resnet50 | **no**" in text
+    device_page = (tmp_path / "report.md").read_text()
+    assert "not compiled on CPU by default" in device_page or "measured on single weights" in device_page
+    for name in ("roofline", "memory"):
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG" and f"({name}.png)" in device_page
+    page.write_text("no markers")
+    with pytest.raises(SystemExit, match="expected one"):
+        main(["report", str(tmp_path), "--into", str(page)])
+
+
+def _row(**changes):
+    return {"case": "c", "workload": "16M", "dtype": "float32", "numel": 100, "trains": False, "keeps": 0.0,
+            "headline": "warm", "share_of_copy": {"warm": 0.9}, "ratio": {}, **changes}
+
+
+def test_targets():
+    machine = {"kind": "cpu"}
+    rows = [_row(), _row(share_of_copy={"warm": 0.5}, case="slow"), _row(workload="64K", share_of_copy={"warm": 0.1}),
+            _row(trains=True, share_of_copy={"warm": 0.1}, saved_bytes={OURS: 3}, ratio={"compiled": 0.8})]
+    found = targets.of_ops({"machine": machine, "rows": rows, "call_microseconds": {"ops.x": 6.0, "clone": 9.0}})
+    large, compiled, kept, call = found
+    assert (large.met, large.missed, large.figures, large.worst) == (False, 1, 2, 0.5) and "slow" in large.where
+    assert not compiled.met and compiled.worst == 0.8
+    assert kept.met and kept.worst == 0.03 and not call.met and call.figures == 1
+    assert targets.table(found).count("**no**") == 3
+    assert targets.of_steps({"machine": machine, "rows": []}) == []
+    row = {"network": "resnet50", "base": "unquantized", "ratio": {"unquantized": 1.0, "quantops": 1.05,
+                                                                   "quantops decoupled": 1.02, "eager chain": 2.0}}
+    verdict, = targets.of_steps({"machine": {"kind": "cuda"}, "rows": [row]})
+    assert verdict.met and verdict.worst == 1.02
+
+
+# Machine code.
+
+
+def test_ways_through_machine_code():
+    kernel = sass.Kernel(0, 0, 32)
+    kernel.code = [(16 * i, text) for i, text in enumerate([
+        "MOV R1, R2", "@P0 BRA 0x40", "CALL.REL 0x90", "FADD R1, R1, R2", "LDG.E.128 R4, desc[UR4][R2.64]",
+        "@P1 BRA 0x70", "FRND R4, R4", "STG.E.128 desc[UR4][R2.64], R4", "@!P2 BRA 0x40", "EXIT"])]
+    assert kernel.spans() == [(0x40, 0x80)]
+    assert [sass.opcode(t) for t in kernel.longest(0x40, 0x80)] == ["LDG", "BRA", "FRND", "STG", "BRA"]
+    way = kernel.shortest([0x40, 0x70])
+    assert [sass.opcode(t) for t in way] == ["MOV", "BRA", "LDG", "BRA", "STG", "BRA", "EXIT"]
+    found = static.cuda_cost(kernel, reads=4)
+    assert found["bytes"] == 8 and found["elements"] == 4 and found["instructions"] == {
+        "issue": 1.25, "alu": 0, "fp64": 0, "conversions": 0.25}
+    assert found["binds"] == "memory" and found["share_of_copy"] == 1 and found["occupancy"] == 1
+
+
+def test_occupancy():
+    assert static.occupancy(sass.Kernel(0, 0, 80), 256) == 24 / 64  # three blocks of 8 warps in 65536 registers
+    assert static.occupancy(sass.Kernel(0, 0, 32, shared=100 * 1024), 128) == 8 / 64
+
+
+# make gpu.
+
+
+def test_pieces_are_run_once_and_failures_are_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "LOGS", tmp_path)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "device", lambda: "")
+
+    def piece(name, code, **options):
+        return gpu.Piece("tests", name, (sys.executable, "-c", code), **{"gpu": False, **options})
+
+    good, bad = piece("good", "print('fine')"), piece("bad", "raise SystemExit('broken here')")
+    more = piece("more", "raise SystemExit(3)", stops=1.0)
+    assert gpu.main([], of=lambda: [good]) == 0
+    assert "tests: good: passed in" in capsys.readouterr().out
+    assert gpu.main(["tests"], of=lambda: [good, bad]) == 1
+    out = capsys.readouterr().out
+    assert "tests: good: passed before" in out and "broken here" in out and "failed: tests: bad" in out
+    assert gpu.main([], of=lambda: [good, more]) == gpu.UNFINISHED
+    assert "run the same again: tests: more" in capsys.readouterr().out
+    assert gpu.main([], of=lambda: [piece("needs one", "", gpu=True)]) == 1
+    assert "no CUDA device" in capsys.readouterr().out
+    assert gpu.main([], of=lambda: [piece("needs it", "", needs=("no-such-tool",))]) == 1
+    assert "no-such-tool not found on PATH" in capsys.readouterr().out
+    monkeypatch.setattr(gpu.state, "sources", lambda *more: "other code")
+    gpu.main([], of=lambda: [good])
+    assert "passed before" not in capsys.readouterr().out
+
+
+def test_every_part_has_pieces():
+    assert {p.part for p in gpu.pieces()} == set(gpu.PARTS)
+    tests = {p.name for p in gpu.pieces() if p.part == "tests"}
+    assert {f.stem for f in (ROOT / "tests").glob("test_*.py")} <= tests
