@@ -220,21 +220,27 @@ def check_served(fn, device):
 # Compilation.
 
 
-class TookTooLong(Exception):
-    """What runs in a time box did not end in time."""
+class TookTooLong(BaseException):
+    """What runs in a time box did not end in time. No Exception, which a compiler might catch and carry on."""
 
 
 @contextlib.contextmanager
 def time_box(seconds):
     """Interrupts the main thread after ``seconds``."""
+    fired = []
 
     def stop(signum, frame):
+        fired.append(signum)
         raise TookTooLong
 
     previous = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
+    except BaseException as error:
+        if fired and not isinstance(error, TookTooLong):
+            raise TookTooLong from error  # what was interrupted has made another error of it
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)

@@ -10,6 +10,7 @@ from bench.state import RESULTS, ROOT
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 STEP = "msq step"  # the row that stands for training in the README
+SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 IMPLEMENTATIONS = {"cpp": "C++", "cuda": "CUDA", "triton": "Triton"}
 
 
@@ -70,14 +71,15 @@ def step_table(device, case=STEP):
         return ""
     peers = [p for p in _peers_of(rows) if any(p in r["ratio"] for r in rows)]
     others = [name for name in device.ops if device.ops[name] is not device.peers]
-    head = ["weights", "quantops", *(IMPLEMENTATIONS[o] for o in others), *peers, "kept, B/weight", "eager keeps",
-            "peak, B/weight", "eager's peak"]
+    first = next(iter(device.ops))
+    head = ["weights", f"quantops, {IMPLEMENTATIONS[first]}", *(IMPLEMENTATIONS[o] for o in others), *peers,
+            "kept, B/weight", "eager keeps", "peak, B/weight", "eager's peak"]
     body = []
     for r in rows:
         ours = r["times"][r["headline"]][OURS]["median"]
         again = [next((q for q in device.ops[o]["rows"] if (q["case"], q["workload"], q["dtype"]) == (
             case, r["workload"], r["dtype"])), None) for o in others]
-        body.append([f"{r['workload']} {r['dtype']}", _time(ours),
+        body.append([f"{r['workload']} {SHORT[r['dtype']]}", _time(ours),
                      *("" if q is None else _time(q["times"][q["headline"]][OURS]["median"]) for q in again),
                      *(f"{r['ratio'][p]:.1f}x" if p in r["ratio"] else "" for p in peers),
                      f"{targets.kept(r):.2f}", f"{targets.kept(r, 'eager'):.0f}" if "eager" in r["saved_bytes"] else "",
@@ -89,12 +91,18 @@ def step_table(device, case=STEP):
 
 
 def compile_table(device, case=STEP):
-    """Seconds until a compiling peer has run once, and once again after a change of the bits."""
-    rows = [r for r in device.peers["rows"] if r["case"] == case]
-    body = [[f"{r['workload']} {r['dtype']}", name, *(f"{seconds[k]:.1f} s" for k in (
-        "first_call", "change_of_bits", "second_change"))] for r in rows for name, seconds in r["first_calls"].items()
-        if "change_of_bits" in seconds]
-    return _table(["weights", "peer", "first call", "first change of bits", "second"], body) if body else ""
+    """Seconds until a compiling peer has run once, and once again after a change of the bits. For quantops precision is
+    data: only its first call may compile, where Triton serves it."""
+    body = []
+    for name, result in device.ops.items():
+        for r in (r for r in result["rows"] if r["case"] == case):
+            ours = [r["first_calls"][OURS]["first_call"]]
+            for label, values in ((f"quantops, {IMPLEMENTATIONS[name]}", ours),
+                                  *((peer, [seconds[k] for k in ("first_call", "change_of_bits", "second_change")])
+                                    for peer, seconds in r["first_calls"].items() if peer != OURS)):
+                cells = [f"{v:.2f} s" for v in values] + ["-"] * (3 - len(values))
+                body.append([f"{r['workload']} {r['dtype']}", label, *cells])
+    return _table(["weights", "by", "first call", "first change of bits", "second"], body) if body else ""
 
 
 def share_table(device, promised=False):
@@ -116,7 +124,7 @@ def share_table(device, promised=False):
                 figures.append(f"**{v:.2f}**" if least is not None and v < least else f"{v:.2f}")
         return " / ".join(figures)
 
-    return _table(["op", *(f"{w} {d.replace('float', '')}" for w, d in kinds)],
+    return _table(["op", *(f"{w} {SHORT[d]}" for w, d in kinds)],
                   [[case, *(cell(case, *kind) for kind in kinds)] for case in cases])
 
 
@@ -205,7 +213,7 @@ def page(device):
     parts += [f"![{name}]({name}.png)" for name in plots(device) if (device.folder / f"{name}.png").exists()]
     if device.ops:
         for title, text in (("Share of a copy, all weights", share_table(device)),
-                            ("What torch.compile costs before it is fast", compile_table(device)),
+                            ("What the first calls cost, for the MSQ step", compile_table(device)),
                             ("Every row", row_table(device))):
             parts += [f"## {title}", text] if text else []
     if absences(device):

@@ -189,9 +189,8 @@ def heading(result):
     """What was counted, with what."""
     m = result["machine"]
     return (f"**Counted, not measured: the machine code for an H100 (sm_{ARCH}), nvcc {m['nvcc']}, triton "
-            f"{m['triton']}; commit {m['commit']} of {m['date']}.** Per element: bytes, and instructions of one lane on "
-            "the main path. "
-            f"\"Share of a copy, at most\": the bytes at {BANDWIDTH / 1e12:.2f} TB/s as a fraction of the longest time "
+            f"{m['triton']}; commit {m['commit']} of {m['date']}.** Per element: bytes, and instructions of one lane "
+            f"on the main path. \"Share of a copy, at most\": the bytes at {BANDWIDTH / 1e12:.2f} TB/s as a fraction of the longest time "
             "that bytes or instructions need.")
 
 

@@ -209,6 +209,14 @@ def check(training, fused, eager):
         raise SystemExit(f"bench: quantops' loss is {a}, the eager chain's {b}; the steps are not timed")
 
 
+def saved_bytes(training, variant):
+    """Bytes kept for backward, activations and quantized weights among them."""
+    saved = measure.saved_bytes(lambda: training.loss(variant), training.model.parameters())
+    with torch.no_grad():
+        training.loss(variant)  # a penalty that the variant holds would hold that graph
+    return saved
+
+
 def measure_network(name, device, kinds, compile_seconds, budget):
     """Rows of the result: the variants ``kinds`` of a network, timed in turn."""
     training = Training(name, device)
@@ -235,16 +243,14 @@ def measure_network(name, device, kinds, compile_seconds, budget):
     first = next(iter(kinds))
     calls = {label: (lambda v=v: measure.seconds_of(lambda: training.step(v), device)) for label, v in variants.items()}
     times = measure.interleave(calls, budget, least=7, most=60)
-    saved = {label: measure.saved_bytes(lambda v=v: training.loss(v), training.model.parameters())
-             for label, v in variants.items() if not v.compiles}
+    peaks = {label: measure.peak_bytes(lambda v=v: training.step(v), device) for label, v in variants.items()}
+    saved = {label: saved_bytes(training, v) for label, v in variants.items() if not v.compiles}
     weights = [m.weight for m in quantized_layers(training.model).values()]
     row = {"network": name, "input": list(training.size), "dtype": "bfloat16 autocast" if training.cuda else "float32",
            "weights": sum(w.numel() for w in weights), "tensors": len(weights), "base": first,
            "times": {label: measure.summary(t) for label, t in times.items()},
            "ratio": {label: measure.ratio(t, times[first]) for label, t in times.items() if first in times},
-           "saved_bytes": saved, "first_calls": compiled, "absent": absent,
-           "peak_bytes": {label: measure.peak_bytes(lambda v=v: training.step(v), device)
-                          for label, v in variants.items()}}
+           "saved_bytes": saved, "peak_bytes": peaks, "first_calls": compiled, "absent": absent}
     if training.cuda:
         row["launches"] = {label: measure.launches(lambda v=v: training.step(v), device)
                            for label, v in variants.items()}

@@ -70,7 +70,7 @@ def of_ops(result):
     figures = [(kept(r) - r["keeps"], _where(r)) for r in rows if "saved_bytes" in r]
     found += _verdict(f"bytes per weight kept for backward beyond what the op needs: only scales, < {KEPT}", figures,
                       lambda v: v >= KEPT, max)
-    if kind == "cpu":
+    if result["machine"]["implementation"] in ("cpp", "cuda"):  # of Triton, Python is a part
         calls = [(v, name) for name, v in result["call_microseconds"].items() if name.startswith("ops.")]
         found += _verdict(f"an op's call takes {CALL_MICROSECONDS:.0f} microseconds or less", calls,
                           lambda v: v > CALL_MICROSECONDS, max)
@@ -86,7 +86,8 @@ def of_steps(result):
         ours = [v for label, v in row["ratio"].items() if label.startswith(OURS)]
         if row["network"] in LISTS and ours:
             figures.append((min(ours), f"{row['network']}, against {row['base']}"))
-    return _verdict(f"a training step takes {STEP}x of the unquantized one or less", figures, lambda v: v > STEP, max)
+    return _verdict(f"a step, penalty in the loss or decoupled, takes {STEP}x of the unquantized one or less", figures,
+                    lambda v: v > STEP, max)
 
 
 def table(verdicts):
