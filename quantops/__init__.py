@@ -1,4 +1,4 @@
-"""Fused kernels for quantization-aware training with MSQ."""
+"""Fused kernels for quantization-aware training with MSQ and TruncQuant."""
 
 from quantops import backends, foreach, layout, reference
 from quantops.backends import info
@@ -19,13 +19,17 @@ from quantops.functional import (
 )
 from quantops.hessian import hessian_trace
 from quantops.intweight import IntWeight, load_int, save_int, to_int
-from quantops.methods.msq import MSQConfig, MSQController, add_penalty_grad_, bit_report, penalty
+from quantops.methods.msq import MSQConfig, MSQController, add_penalty_grad_, penalty
+from quantops.methods.multibn import MultiBatchNorm
+from quantops.methods.truncquant import TruncQuantConfig, joint_loss, joint_step, plain_model, set_bits
 from quantops.packed import Packed
+from quantops.report import bit_report
 from quantops.version import __version__
 
 __all__ = [
-    "IntWeight", "MSQ", "MSQConfig", "MSQController", "Packed", "absmax", "absmean", "add_penalty_grad_", "backends",
-    "bit_report", "decode", "encode", "foreach", "hessian_trace", "info", "is_linear_or_conv", "layout", "load_int", "lsb", "lsb_penalty",
-    "msq", "pack", "penalty", "quantize_", "reference", "round_clamp", "save_int", "to_int", "truncate", "unpack",
+    "IntWeight", "MSQ", "MSQConfig", "MSQController", "MultiBatchNorm", "Packed", "TruncQuantConfig", "absmax", "absmean",
+    "add_penalty_grad_", "backends", "bit_report", "decode", "encode", "foreach", "hessian_trace", "info",
+    "is_linear_or_conv", "joint_loss", "joint_step", "layout", "load_int", "lsb", "lsb_penalty", "msq", "pack", "penalty",
+    "plain_model", "quantize_", "reference", "round_clamp", "save_int", "set_bits", "to_int", "truncate", "unpack",
     "__version__",
 ]

@@ -75,6 +75,9 @@ class QuantConfig:
         """The WeightQuantizer of layer ``name``. Raises ValueError naming what is wrong."""
         raise NotImplementedError
 
+    def prepare(self, model):
+        """Changes what the method needs besides weights. ValueError, with the model untouched, where it cannot."""
+
 
 def is_linear_or_conv(name, module):
     """The default filter of :func:`quantize_`: Linear and Conv1d, 2d, 3d."""
@@ -89,7 +92,7 @@ def quantize_(model, config, filter_fn=None):
     integer buffers of the state dict; changing it recompiles nothing. Call before torch.compile or DDP.
 
     Args:
-        config: MSQConfig.
+        config: MSQConfig or TruncQuantConfig.
         filter_fn: (name, module) -> bool chooses the layers; default :func:`is_linear_or_conv`. Any module with a
             floating-point parameter ``weight`` may be chosen.
 
@@ -101,7 +104,7 @@ def quantize_(model, config, filter_fn=None):
     (choose one), a weight on the meta device, and settings out of range. TypeError for what is not a config.
     """
     if not isinstance(config, QuantConfig):
-        raise TypeError(f"config: expected MSQConfig or another config of quantops, got {type(config).__name__}")
+        raise TypeError(f"config: expected MSQConfig, TruncQuantConfig or another config of quantops, got {type(config).__name__}")
     check_module(model)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn: expected a function of (name, module), got {type(filter_fn).__name__}")
@@ -115,6 +118,7 @@ def quantize_(model, config, filter_fn=None):
     settings = _settings(list(modules), config)
     made = [(modules[name], config.quantizer(name or "model", modules[name].weight, values))
             for name, values in settings.items()]
+    config.prepare(model)
 
     layers = []
     for module, quantizer in made:

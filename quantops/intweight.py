@@ -24,7 +24,8 @@ class IntWeight:
     """One weight as n-bit codes in bit planes, which can be read at any lower precision: q = m * step.
 
     packed: the codes, a :class:`quantops.Packed` of planes. scale: 0-dim or (rows,), what the step is made of; the
-    equations are in :mod:`quantops.functional`. dtype: of the trained weight and of :meth:`dequantize`.
+    equations are in :mod:`quantops.functional`. dtype: of the trained weight and of :meth:`dequantize`. fixed: a layer
+    that keeps its bits where the others of its network have fewer, as :func:`load_int` knows.
 
     At m < n bits the codes are c >> (n-m) and the step is that of m bits. On the full grid and with floor codes
     (TruncQuant, arXiv 2506.11431) that is the weight that was trained at m bits, ``quantops.truncate``, bit for bit. On
@@ -38,6 +39,7 @@ class IntWeight:
     grid: str = GRIDS[0]
     signed: bool = True
     dtype: torch.dtype = torch.float32
+    fixed: bool = False
 
     def __post_init__(self):
         if self.packed.layout != "planes":
@@ -133,7 +135,7 @@ def save_int(weights, path):
         scale = v.scale.detach().cpu().contiguous().clone()
         tensors[f"{name}.planes"], tensors[f"{name}.scale"] = planes, scale
         entry = {"bits": v.bits, "grid": v.grid, "signed": v.signed, "shape": list(v.shape),
-                 "dtype": str(v.dtype).removeprefix("torch.")}
+                 "fixed": v.fixed, "dtype": str(v.dtype).removeprefix("torch.")}
         about[name] = {**entry, "crc32": [_crc32(scale, entry), *(_crc32(t) for t in planes)]}
     metadata = {"format": FORMAT, "version": str(VERSION), "weights": json.dumps(about)}
     path = os.fspath(path)
@@ -151,8 +153,8 @@ def save_int(weights, path):
 def load_int(path, model=None, bits=None):
     """Reads a file of :func:`save_int`: {parameter name: IntWeight}, on the CPU.
 
-    ``bits``: an integer m; weights stored with more are opened at m bits, and of their planes only the first m are read
-    and checked. With ``model``, a plain model that is not quantized, every weight in the file is also copied,
+    ``bits``: an integer m; weights stored with more are opened at m bits, but for those that are ``fixed``, and of their
+    planes only the first m are read and checked. With ``model``, a plain model that is not quantized, every weight in the file is also copied,
     dequantized, into the parameter of its name. All names and shapes are compared first; what the file does not have
     (biases, norms) is left as it is.
 
@@ -196,7 +198,8 @@ def _read(f, bits):
         try:
             sums = [int(v) for v in entry.pop("crc32")]
             stored, shape, dtype = entry["bits"], torch.Size(entry["shape"]), _DTYPES[entry["dtype"]]
-            settings = {"grid": entry["grid"], "signed": entry["signed"], "dtype": dtype}
+            settings = {"grid": entry["grid"], "signed": entry["signed"], "dtype": dtype,
+                        "fixed": entry["fixed"]}
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise ValueError(f"{name}: bad metadata {entry!r}") from e
         if type(stored) is not int or not 0 <= stored <= MAX_BITS:
@@ -205,7 +208,7 @@ def _read(f, bits):
         if planes.get_shape() != [stored, used] or planes.get_dtype() != "U8" or len(sums) != 1 + stored:
             raise ValueError(f"{name}: expected planes of shape {[stored, used]} for {stored} bits and shape "
                              f"{list(shape)}, got {planes.get_dtype()} of shape {planes.get_shape()}")
-        m = stored if bits is None else min(bits, stored)
+        m = stored if bits is None or settings["fixed"] else min(bits, stored)
         data, scale = torch.zeros(m, plane_bytes(math.prod(shape)), dtype=torch.uint8), f.get_tensor(f"{name}.scale")
         data[:, :used] = planes[:m]
         weights[name] = IntWeight(Packed(data, shape, m), scale.clone(), **settings)
@@ -252,6 +255,7 @@ def _check(name, v):
     acc = torch.float64 if v.dtype == torch.float64 else torch.float32
     for wrong, text in (
         (v.grid not in GRIDS, f"expected a grid of {GRIDS}, got {v.grid!r}"),
+        (type(v.fixed) is not bool, f"expected fixed true or false, got {v.fixed!r}"),
         (type(v.signed) is not bool, f"expected signed true or false, got {v.signed!r}"),
         (v.dtype not in checks.FLOATS, f"expected a dtype of {list(_DTYPES)}, got {v.dtype}"),
         (v.scale.dtype != acc, f"expected a scale of {acc}, got {v.scale.dtype}"),

@@ -55,6 +55,7 @@ class Slot:
     """What the last list call left for one layer. Never copied or pickled with its layer: results belong to a pass."""
 
     def __init__(self):
+        self.given = None  # q from elsewhere, in the place of a list call: a width's, in a step over several
         self.clear()
 
     def clear(self):
@@ -91,11 +92,19 @@ class WeightQuantizer(torch.nn.Module):
         """``result``, which has no graph, as the result of a new forward that has one."""
         raise NotImplementedError
 
+    @staticmethod
+    def measure(quantizers, w):
+        """[(bits, k, beta, sq_error, scale)] as Python numbers, see :class:`quantops.report.LayerBits`."""
+        raise NotImplementedError
+
     def to_int(self, w):
         """The IntWeight whose dequantize() is the training forward, bit for bit."""
         raise NotImplementedError
 
     def forward(self, original):
+        given = self.slot.given
+        if given is not None and given.dtype == checks.dtype_of(None, [original]):
+            return given
         if torch.compiler.is_compiling():
             traced = self.slot.traced
             return self.launch([self], [original]).q[0] if traced is None else traced
@@ -114,7 +123,7 @@ class WeightQuantizer(torch.nn.Module):
         return super()._apply(fn, recurse)
 
 
-def _trackable(w):
+def trackable(w):
     """True for plain tensors with a version counter."""
     return type(w) in (torch.nn.Parameter, torch.Tensor) and not w.is_inference()
 
@@ -134,7 +143,7 @@ class Pass:
 
     def __init__(self, quantizers, w, value):
         self.quantizers, self.w, self.value = quantizers, w, value
-        self.marks = [_mark(p, t) if _trackable(t) else None for p, t in zip(quantizers, w)]
+        self.marks = [_mark(p, t) if trackable(t) else None for p, t in zip(quantizers, w)]
         self.state = [[*p._buffers.values(), *p._parameters.values()] for p in quantizers]  # alive: ids stay theirs
         self.steps, self.inference = _steps[0], torch.is_inference_mode_enabled()
         self.dtype = checks.dtype_of(None, w)
@@ -179,8 +188,8 @@ class WeightGroup:
         self.kept = {}
 
     def batches(self):
-        """Lists (quantizers, weights) that one call can take."""
-        return batches((p, owner.original) for owner, p in self.layers)
+        """Lists (quantizers, weights) that one call can take, of the layers that have not been given their q."""
+        return batches((p, owner.original) for owner, p in self.layers if p.slot.given is None)
 
     def __call__(self, root, args):
         """Forward pre-hook of the root: q of all layers."""
@@ -194,7 +203,7 @@ class WeightGroup:
             p.slot.clear()  # frees the last pass before the next is computed
         for quantizers, w in self.batches():
             # Sharded weights (FSDP2) and the like are quantized by their layers, once they are whole.
-            own = [i for i, t in enumerate(w) if _trackable(t)]
+            own = [i for i, t in enumerate(w) if trackable(t)]
             if len(own) < len(w):
                 quantizers, w = [quantizers[i] for i in own], [w[i] for i in own]
             if w:

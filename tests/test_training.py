@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from quantops import reference
 from quantops.convert import quantize_
 from quantops.hessian import hessian_trace
-from quantops.methods.msq import MSQConfig, MSQController, add_penalty_grad_, bit_report, penalty
+from quantops.methods.msq import MSQConfig, MSQController, add_penalty_grad_, penalty
 from quantops.nn import quantized
+from quantops.report import bit_report
 
 FUSES = pytest.mark.parametrize("fuse", ["model", "layer"])
 

@@ -13,6 +13,7 @@ from quantops.hessian import hessian_trace
 from quantops.intweight import IntWeight
 from quantops.library import ops
 from quantops.nn import WeightQuantizer, batches, quantized
+from quantops.report import compression, measure
 from quantops.reference.uniform import GRIDS, MAX_BITS
 
 PENALTIES = ("loss", "decoupled")
@@ -105,6 +106,16 @@ class MSQWeight(WeightQuantizer):
     def revive(quantizers, w, result):
         out = _Revive.apply(result, quantizers[0].full, *w)
         return result._replace(q=list(out[:len(w)]), penalty=None if result.penalty is None else out[-1])
+
+    @staticmethod
+    def measure(quantizers, w):
+        scale, bits, k = _arguments(quantizers, w)
+        _, nonzero, sq_error = ops.lsb_stats(w, scale, bits, k, quantizers[0].full, True)
+        top = [float(s.max()) if s.numel() else 0.0 for s in scale]
+        rows = zip(w, bits.tolist(), k.tolist(), nonzero.tolist(), sq_error.tolist(), top)
+        # A negative count is what a GPU says of weights that have a NaN or an infinity.
+        return [(n, kk, count / max(t.numel(), 1), error if count >= 0 else math.nan, s)
+                for t, n, kk, count, error, s in rows]
 
     def to_int(self, w):
         bits, scale = int(self.bits), foreach.absmax([w], per_row=self.per_row)[0]
@@ -251,76 +262,6 @@ def add_penalty_grad_(model, strength):
         foreach.add_lsb_grad_([t.grad for t in w], w, scale, bits, k, strength)
 
 
-# Reports.
-
-
-class LayerBits(NamedTuple):
-    """One row of a :class:`BitReport`."""
-
-    name: str
-    shape: tuple
-    numel: int
-    bits: int
-    k: int
-    beta: float  # fraction of weights with B_k != 0
-    sq_error: float  # E = sum (q - w)^2
-    scale: float  # max|w|
-
-
-class BitReport(NamedTuple):
-    """Bits per layer; str() is a table."""
-
-    rows: tuple
-    average_bits: float
-    compression: float  # 32 * sum(numel) / sum(numel * bits)
-
-    def __str__(self):
-        head = ("layer", "shape", "weights", "bits", "k", "beta", "sq_error", "scale")
-        table = [head] + [(r.name, "x".join(map(str, r.shape)), str(r.numel), str(r.bits), str(r.k), f"{r.beta:.4f}",
-                           f"{r.sq_error:.4g}", f"{r.scale:.4g}") for r in self.rows]
-        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-        lines = ["  ".join(v.ljust(n) if i < 2 else v.rjust(n) for i, (v, n) in enumerate(zip(row, widths)))
-                 for row in table]
-        lines.insert(1, "-" * len(lines[0]))
-        return "\n".join([*lines, f"average {self.average_bits:.3f} bits, compression {self.compression:.2f}x of 32"])
-
-
-def _compression(sizes, bits):
-    used = sum(n * b for n, b in zip(sizes, bits))
-    return 32 * sum(sizes) / used if used else math.inf
-
-
-@torch.no_grad()
-def bit_report(model):
-    """Bits, k, beta, E and scale of each MSQ layer from its weights now, the average bits and the compression.
-
-    Only weights quantized by quantops count, those with fixed bits among them. One list call; reads the values back.
-    Raises ValueError for a model without MSQ weights.
-    """
-    layers = _layers(model)
-    measured = _measure([(p, owner.original) for _, owner, p in layers])
-    rows = [LayerBits(name or "model", tuple(owner.original.shape), owner.original.numel(), *measured[p])
-            for name, owner, p in layers]
-    sizes, bits = [r.numel for r in rows], [r.bits for r in rows]
-    average = sum(n * b for n, b in zip(sizes, bits)) / max(sum(sizes), 1)
-    return BitReport(tuple(rows), average, _compression(sizes, bits))
-
-
-def _measure(pairs):
-    """{quantizer: (bits, k, beta, sq_error, scale)} as Python numbers."""
-    found = {}
-    for quantizers, w in batches(pairs):
-        scale, bits, k = _arguments(quantizers, w)
-        _, nonzero, sq_error = ops.lsb_stats(w, scale, bits, k, quantizers[0].full, True)
-        top = [float(s.max()) if s.numel() else 0.0 for s in scale]
-        for p, t, *values, s in zip(quantizers, w, bits.tolist(), k.tolist(), nonzero.tolist(), sq_error.tolist(), top):
-            n, kk, count, error = values
-            if count < 0 or not math.isfinite(error):  # what a GPU says of weights that have a NaN or an infinity
-                raise ValueError(f"weight of shape {tuple(t.shape)}: expected finite values, got NaN or infinity")
-            found[p] = (n, kk, count / max(t.numel(), 1), error, s)
-    return found
-
-
 # The controller.
 
 
@@ -385,9 +326,9 @@ class MSQController:
         self.threshold = _number("threshold", threshold, 0, 1)
         self._strength = _number("strength", strength, 0, math.inf)
         least = [min(n, self.min_bits) if p.prune else n for (_, _, p), n in zip(self._all, self._bits())]
-        if _compression(self._sizes(), least) < self.target:
+        if compression(self._sizes(), least) < self.target:
             raise ValueError(f"target: {self.target} is out of reach, min_bits = {self.min_bits} and the layers with "
-                             f"fixed bits allow {_compression(self._sizes(), least):.4g}")
+                             f"fixed bits allow {compression(self._sizes(), least):.4g}")
         self.log, self._steps, self._decisions = [], 0, 0
         self._done = self.compression >= self.target
 
@@ -400,7 +341,7 @@ class MSQController:
     @property
     def compression(self):
         """32 * sum(numel) / sum(numel * bits) of the MSQ weights now."""
-        return _compression(self._sizes(), self._bits())
+        return compression(self._sizes(), self._bits())
 
     @property
     def done(self):
@@ -435,13 +376,13 @@ class MSQController:
             bits = [int(p.bits) for p, _ in pairs]
             omegas, wanted = [None] * len(pairs), [1] * len(pairs)
             if traces is not None:
-                measured = _measure(pairs)
+                measured = measure(pairs)
                 omegas = [t * measured[p][3] for t, (p, _) in zip(traces, pairs)]
                 mean = sum(omegas) / len(omegas)
                 wanted = [2 if v < mean else 1 for v in omegas]
             for (p, _), n, k in zip(pairs, bits, wanted):
                 p.set_precision(n, self._limit(k, n))
-            measured = _measure(pairs)
+            measured = measure(pairs)
             rows = [{"name": name or "model", "bits": n, "k": measured[p][1], "beta": measured[p][2],
                      "sq_error": measured[p][3], "trace": t, "omega": v, "pruned": 0, "bits_after": n}
                     for (name, _, p), n, t, v in zip(self._layers, bits, traces or omegas, omegas)]
@@ -460,7 +401,7 @@ class MSQController:
         left = {p: n for (_, _, p), n in zip(self._all, self._bits())}  # read once: on a GPU each read waits
         for i in order:
             row = rows[i]
-            if _compression(self._sizes(), left.values()) >= self.target:
+            if compression(self._sizes(), left.values()) >= self.target:
                 break
             if row["k"] and row["beta"] < self.threshold:
                 row.update(pruned=row["k"], bits_after=row["bits"] - row["k"])

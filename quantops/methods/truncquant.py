@@ -1,0 +1,455 @@
+"""TruncQuant (arXiv 2506.11431): train one set of weights at several widths, and serve any of them by dropping bits."""
+
+import copy
+import dataclasses
+import math
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import parametrize
+
+from quantops import checks
+from quantops.convert import QuantConfig, check_choice, check_int
+from quantops.intweight import IntWeight
+from quantops.library import ops
+from quantops.methods.multibn import KINDS, MultiBatchNorm, check_norms, refuse_recomputing, replace
+from quantops.nn import WEIGHT, WeightGroup, WeightQuantizer, batches, check_module, quantized, trackable
+from quantops.reference.truncate import COMPANDINGS
+from quantops.reference.uniform import MAX_BITS, RULES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TruncQuantConfig(QuantConfig):
+    """Weights truncated to any of several widths, for :func:`quantops.quantize_`; arXiv 2506.11431.
+
+    The weight is ``quantops.truncate`` of the width m that :func:`quantops.set_bits` selects, the widest at first.
+    :func:`quantops.joint_loss` and :func:`quantops.joint_step` train all widths in one step.
+
+    bits: the widths, distinct, each 1..16. base_bits: N, of the codes that are truncated; default the widest.
+    rule: "floor", where the truncated code is the code of m bits; "nearest" and "round_clamp" for comparison.
+    companding: None or "tanh". scale: "absmax", max|w|, or a number f: f * mean|w|, where weights beyond it clamp.
+    out_scale: None (the scale) or "absmean", mean|w|.
+    per_row: scales per row (dim 0: output channels of Linear and Conv, input channels of ConvTranspose).
+    batch_norm: BatchNorm1d, 2d and 3d become :class:`quantops.MultiBatchNorm`, one for each width. False: they are
+        shared by all widths.
+    fuse, cache, first, last, overrides: see QuantConfig. Joint steps read each weight once whatever ``fuse`` is, and
+    do not use the cache. Overrides may set "bits": the layer then has this one width always.
+
+    Raises ValueError naming the field for anything else.
+    """
+
+    bits: tuple[int, ...] = (8, 4, 2, 1)
+    base_bits: int | None = None
+    rule: str = "floor"
+    companding: str | None = None
+    scale: str | float = "absmax"
+    out_scale: str | None = None
+    per_row: bool = False
+    batch_norm: bool = True
+
+    settings: ClassVar[tuple[str, ...]] = ("bits",)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.bits, (list, tuple)) or not self.bits:
+            raise ValueError(f"bits: expected a tuple of widths, such as (8, 4, 2, 1), got {self.bits!r}")
+        base = MAX_BITS if self.base_bits is None else check_int("base_bits", self.base_bits, 1, MAX_BITS)
+        for n in self.bits:
+            if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= base:
+                raise ValueError(f"bits: expected widths in 1..base_bits = {base}, got {n!r} in {tuple(self.bits)}")
+        if len(set(self.bits)) < len(self.bits):
+            raise ValueError(f"bits: expected distinct widths, got {tuple(self.bits)}")
+        object.__setattr__(self, "bits", tuple(sorted(self.bits, reverse=True)))
+        object.__setattr__(self, "base_bits", self.base_bits or self.bits[0])
+        check_choice("rule", self.rule, RULES)
+        check_choice("companding", self.companding, COMPANDINGS)
+        check_choice("out_scale", self.out_scale, (None, "absmean"))
+        check_choice("per_row", self.per_row, (True, False))
+        check_choice("batch_norm", self.batch_norm, (True, False))
+        number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
+        if self.scale != "absmax" and not (number and 0 < self.scale < math.inf):
+            raise ValueError(f"scale: expected 'absmax' or a positive number of times mean|w|, got {self.scale!r}")
+
+    def fixed(self, bits):
+        return {"bits": bits}
+
+    def quantizer(self, name, weight, settings):
+        if "bits" in settings:
+            bits = check_int(f"{name}: bits", settings["bits"], 1, MAX_BITS)
+            return TruncQuantWeight(self, weight.device, (bits,), bits)
+        return TruncQuantWeight(self, weight.device, self.bits, self.base_bits)
+
+    def prepare(self, model):
+        if self.batch_norm:
+            check_norms(model)
+            replace(model, lambda m: MultiBatchNorm(m, self.bits) if type(m) in KINDS else None)
+
+
+class Truncated(NamedTuple):
+    """What one list call gives: q, and what its gradient needs. Of several widths q runs width by width."""
+
+    q: list | None
+    scale: list
+    out_scale: list
+    bits: torch.Tensor  # (widths, weights)
+    base: torch.Tensor
+
+
+class TruncQuantWeight(WeightQuantizer):
+    """original -> q of one width. ``bits``, the width, is a 0-dim int32 buffer that changes in place."""
+
+    def __init__(self, config, device, widths, base_bits):
+        super().__init__()
+        self.register_buffer("bits", torch.full((), widths[0], dtype=torch.int32, device=device))
+        self.register_buffer("base", torch.full((), base_bits, dtype=torch.int32, device=device), persistent=False)
+        self.register_buffer("all_bits", torch.tensor(widths, dtype=torch.int32, device=device), persistent=False)
+        self.model_widths, self.widths, self.base_bits = config.bits, widths, base_bits
+        self.rule, self.tanh = RULES.index(config.rule), config.companding == "tanh"
+        self.scale, self.out_scale, self.per_row = config.scale, config.out_scale, config.per_row
+        self.covered = config.scale == "absmax"
+        self.batch_key = ("truncquant", len(widths), self.rule, self.tanh, self.scale, self.out_scale, self.per_row)
+        self.joint_graph = False  # a joint_loss may wait for its backward pass
+
+    @property
+    def fixed(self):
+        """True for a layer that has one width while its network has several."""
+        return self.widths != self.model_widths
+
+    def select(self, place):
+        """Selects the width at ``place`` of the network's widths, in place: nothing recompiles."""
+        if not self.fixed:
+            self.bits.fill_(self.widths[place])
+
+    @staticmethod
+    def launch(quantizers, w):
+        return _truncate(quantizers, w, torch.stack([p.bits for p in quantizers]).unsqueeze(0))
+
+    @staticmethod
+    def launch_all(quantizers, w):
+        """One list call for all widths, from one read of the weights."""
+        return _truncate(quantizers, w, torch.stack([p.all_bits for p in quantizers], 1))
+
+    @staticmethod
+    def revive(quantizers, w, result):
+        p = quantizers[0]
+        return result._replace(q=list(_Revive.apply(result, (p.rule, p.tanh, p.covered), *w)))
+
+    @staticmethod
+    def measure(quantizers, w):
+        result = TruncQuantWeight.launch(quantizers, w)
+        rows = zip(result.q, w, result.bits[0].tolist(), result.scale)
+        return [(n, 0, 0.0, float((q.double() - t.double()).square().sum()), float(s.max()) if s.numel() else 0.0)
+                for q, t, n, s in rows]
+
+    def to_int(self, w):
+        """The codes of the widest width; ``at(m)`` and ``dequantize(m)`` are those of each other one."""
+        n, (scale, out_scale) = self.widths[0], _scales([self], [w])
+        # With a step of 1 the values are the odd levels 2c - (2^n - 1), by the very kernel of the forward pass.
+        units = [torch.full_like(scale[0], 2**n - 1)]
+        level = ops.truncate([w], scale, units, self.all_bits[:1].reshape(1, 1), self.base.reshape(1), self.rule, self.tanh,
+                             self.covered, scale[0].dtype)[0]
+        codes = ((level + (2**n - 1)) / 2).to(torch.int32)
+        return IntWeight.from_codes(codes, (out_scale or scale)[0], n, grid="full", dtype=w.dtype, fixed=self.fixed)
+
+    def forward(self, original):
+        if self.joint_graph and self.slot.given is None:
+            refuse_recomputing()
+        return super().forward(original)
+
+    def extra_repr(self):
+        return (f"bits={int(self.bits)} of {self.widths}, base_bits={self.base_bits}, rule={RULES[self.rule]!r}, "
+                f"companding={COMPANDINGS[self.tanh]!r}, scale={self.scale!r}, out_scale={self.out_scale!r}, "
+                f"per_row={self.per_row}")
+
+
+def _truncate(quantizers, w, bits):
+    p, (scale, out_scale) = quantizers[0], _scales(quantizers, w)
+    base = torch.stack([p.base for p in quantizers])
+    q = ops.truncate(w, scale, out_scale, bits, base, p.rule, p.tanh, p.covered, checks.dtype_of(None, w))
+    return Truncated(q, scale, out_scale, bits, base)
+
+
+def _scales(quantizers, w):
+    """(scale, out_scale) of a list call; out_scale is [] where it is the scale."""
+    p = quantizers[0]
+    mean = top = None
+    if not p.covered or p.out_scale:
+        mean = ops.absmean(w, p.per_row)
+    top = ops.absmax(w, p.per_row) if p.covered else mean * p.scale
+
+    def split(values):
+        return list(values.split([t.shape[0] for t in w]) if p.per_row else values.unbind())
+
+    return split(top), split(mean) if p.out_scale else []
+
+
+class _Revive(torch.autograd.Function):
+    """Gives a cached result a graph of its own, with the backward of ops.truncate."""
+
+    @staticmethod
+    def forward(ctx, result, settings, *w):
+        ctx.settings, ctx.dtype = settings, w[0].dtype
+        ctx.set_materialize_grads(False)
+        _, tanh, covered = settings
+        ctx.identity = covered and not tanh
+        if not ctx.identity:
+            ctx.own_out = bool(result.out_scale)
+            ctx.save_for_backward(*w, *result.scale, *result.out_scale, result.bits, result.base)
+        return tuple(t.detach() for t in result.q)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        n, (rule, tanh, covered) = len(grads), ctx.settings
+        if ctx.identity or all(g is None for g in grads):
+            return None, None, *(None if g is None else g.to(ctx.dtype) for g in grads)
+        *tensors, bits, base = ctx.saved_tensors
+        w, scale, out_scale = tensors[:n], tensors[n: 2 * n], tensors[2 * n:]
+        given = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, w)]
+        return None, None, *ops.truncate_backward(given, w, scale, out_scale, bits, base, rule, tanh, covered, False)[0]
+
+
+# Choosing the width.
+
+
+class _Network(NamedTuple):
+    """The parts of a model that depend on the width."""
+
+    widths: tuple
+    layers: list  # [(ParametrizationList, TruncQuantWeight)]
+    norms: list
+
+    def select(self, place):
+        for _, p in self.layers:
+            p.select(place)
+        for norm in self.norms:
+            norm.index.fill_(place)
+
+    def note_joint_graph(self, value):
+        for part in (*(p for _, p in self.layers), *self.norms):
+            part.joint_graph = value
+
+    def place(self, bits):
+        if bits is None:
+            return 0
+        if isinstance(bits, bool) or not isinstance(bits, int) or bits not in self.widths:
+            raise ValueError(f"bits: expected one of the widths {', '.join(map(str, self.widths))} that the model was "
+                             f"quantized for, got {bits!r}")
+        return self.widths.index(bits)
+
+
+def _network(model):
+    layers = [(owner, p) for _, owner, p in quantized(model) if isinstance(p, TruncQuantWeight)]
+    if not layers:
+        raise ValueError(f"model: expected weights quantized with TruncQuantConfig, {type(model).__name__} has none")
+    norms = [m for m in model.modules() if isinstance(m, MultiBatchNorm)]
+    found = {p.model_widths for _, p in layers} | {norm.widths for norm in norms}
+    if len(found) > 1:
+        raise ValueError(f"model: expected one set of widths, got {' and '.join(map(str, sorted(found)))}")
+    return _Network(found.pop(), layers, norms)
+
+
+def set_bits(model, bits=None):
+    """Selects the width that the model computes with, its batch norms included; ``None``: the widest.
+
+    In place, in integer buffers on the model's device: nothing is recompiled or read back, and the float weights and
+    what was stored stay as they are. The width is part of the state dict. ``model`` may be compiled.
+
+    Raises ValueError for a width the model was not quantized for, and for a model without TruncQuant weights.
+    """
+    network = _network(model)
+    network.select(network.place(bits))
+    network.note_joint_graph(False)
+
+
+def plain_model(model, bits=None):
+    """A copy of the model at one width (default the widest) that needs no quantops.
+
+    Its layers have plain Parameters with the values of the training forward at that width, and the batch norms of it;
+    evaluated it equals ``model`` with ``set_bits(model, bits)``, bit for bit. ``load_int(path, plain, bits)`` fills it
+    from a file.
+
+    Raises ValueError as :func:`set_bits` does.
+    """
+    model = getattr(model, "_orig_mod", model)
+    place = _network(model).place(bits)
+    plain = copy.deepcopy(model)
+    network = _network(plain)
+    network.select(place)
+    with torch.no_grad():
+        for name, _, _ in quantized(plain):
+            layer = plain.get_submodule(name)
+            _own_class(layer)
+            parametrize.remove_parametrizations(layer, WEIGHT, leave_parametrized=True)
+    for module in plain.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", hook), WeightGroup):
+                    del hooks[key]
+                    module._forward_hooks_always_called.pop(key, None)
+    replace(plain, lambda m: m.plain(place) if isinstance(m, MultiBatchNorm) else None)
+    return plain
+
+
+def _own_class(layer):
+    """A copied layer shares the class that torch made for its parametrizations, which removing them would change."""
+    made = type(layer)
+    members = {k: v for k, v in vars(made).items() if k not in ("__dict__", "__weakref__")}
+    layer.__class__ = type(made.__name__, made.__bases__, members)
+
+
+# Training all widths.
+
+
+class Joint(NamedTuple):
+    """What a joint step gives: the loss, and the losses it is the weighted sum of, {width: detached}."""
+
+    loss: torch.Tensor
+    losses: dict
+
+
+def joint_loss(model, loss_fn, *inputs, weights=None, distill=0.0, temperature=1.0):
+    """The sum over widths m of weights[m] * loss_m, for one backward pass: :class:`Joint`.
+
+        widest    loss = loss_fn(model(*inputs))
+        others    loss = (1 - distill) * loss_fn(out) + distill * T^2 * KL(softmax(out_widest / T) || softmax(out / T))
+
+    where out_widest is detached. The forward runs once per width, the widest first, with the batch norms of that width;
+    the q of all widths of all weights come from one list call, and all their gradients go into one. The activations of
+    all widths are alive until the backward pass; :func:`joint_step` keeps those of one.
+
+    Args:
+        loss_fn: output -> scalar.
+        weights: a number >= 0 per width, widest first; default 1 each.
+        distill: in 0..1. Needs an output that is one tensor (..., classes).
+        temperature: T > 0.
+
+    The selected width is what it was, afterwards. Works inside a function that is compiled, and with a compiled model,
+    which runs one graph for all widths. Checkpointed parts cannot be recomputed: RuntimeError, use joint_step.
+
+    Raises ValueError for a model without TruncQuant weights and settings out of range.
+    """
+    network, weights = _checked(model, loss_fn, weights, distill, temperature)
+    loss, losses = 0.0, {}
+    scope = _Scope(network)
+    try:
+        scope.open(detached=False)
+        for place, part in _each_width(scope, model, loss_fn, inputs, distill, temperature):
+            loss = loss + weights[place] * part
+            losses[network.widths[place]] = part.detach()
+    finally:
+        scope.close()
+    if not torch.compiler.is_compiling():
+        network.note_joint_graph(True)
+    return Joint(loss, losses)
+
+
+def joint_step(model, loss_fn, *inputs, weights=None, distill=0.0, temperature=1.0, backward=torch.Tensor.backward):
+    """As :func:`joint_loss`, with the backward passes: adds to ``.grad`` and returns :class:`Joint`, detached.
+
+    Each width's backward pass follows its forward pass, so that the activations of one width are alive at a time, and
+    torch.utils.checkpoint works. The weights wait until all gradients of their q are there: one list call for all.
+
+    ``backward``: called with each width's weighted loss; e.g. ``lambda loss: scaler.scale(loss).backward()``. With DDP,
+    whose parameters want one backward pass, use joint_loss.
+    """
+    network, weights = _checked(model, loss_fn, weights, distill, temperature)
+    loss, losses = 0.0, {}
+    scope = _Scope(network)
+    try:
+        network.note_joint_graph(False)
+        scope.open(detached=True)
+        for place, part in _each_width(scope, model, loss_fn, inputs, distill, temperature):
+            weighted = weights[place] * part
+            backward(weighted)
+            loss = loss + weighted.detach()
+            losses[network.widths[place]] = part.detach()
+            del part, weighted
+        scope.backward()
+    finally:
+        scope.close()
+    return Joint(loss, losses)
+
+
+class _Scope:
+    """While it is open, the layers have been given q of all widths; ``select`` says which they use."""
+
+    def __init__(self, network):
+        self.network, self.given, self.roots = network, [], []
+        self.before = [p.bits.clone() for _, p in network.layers], [norm.index.clone() for norm in network.norms]
+
+    def open(self, detached):
+        for _, p in self.network.layers:
+            p.slot.clear()  # frees what earlier forwards left
+        # Sharded weights (FSDP2) are computed by their layers, once they are whole: one width at a time.
+        for quantizers, w in batches((p, owner.original) for owner, p in self.network.layers
+                                     if torch.compiler.is_compiling() or trackable(owner.original)):
+            q = given = quantizers[0].launch_all(quantizers, w).q
+            if detached:
+                given = [t.detach().requires_grad_(t.requires_grad) for t in q]
+                self.roots += [(t, leaf) for t, leaf in zip(q, given) if t.requires_grad]
+            for i, p in enumerate(quantizers):
+                self.given.append((p, given[i::len(w)]))
+
+    def select(self, place):
+        self.network.select(place)
+        for p, q in self.given:
+            p.slot.given = q[place if len(q) > 1 else 0]
+
+    def backward(self):
+        """From the gradients of q, which the widths have left in the leaves, to the weights."""
+        used = [(q, leaf.grad) for q, leaf in self.roots if leaf.grad is not None]
+        if used:
+            torch.autograd.backward([q for q, _ in used], [grad for _, grad in used])
+
+    def close(self):
+        for p, _ in self.given:
+            p.slot.given = None
+        bits, index = self.before
+        for (_, p), old in zip(self.network.layers, bits):
+            p.bits.copy_(old)
+        for norm, old in zip(self.network.norms, index):
+            norm.index.copy_(old)
+
+
+def _each_width(scope, model, loss_fn, inputs, distill, temperature):
+    """(place, loss) of each width, the widest first."""
+    teacher = None
+    for place in range(len(scope.network.widths)):
+        scope.select(place)
+        out = model(*inputs)
+        if not distill:
+            yield place, loss_fn(out)
+            continue
+        if not isinstance(out, torch.Tensor) or out.dim() < 2:
+            raise TypeError(f"distill: expected a model whose output is one tensor (..., classes), got "
+                            f"{type(out).__name__}")
+        if place == 0:
+            teacher = F.log_softmax(out.detach() / temperature, -1).flatten(0, -2)
+            yield place, loss_fn(out)
+            continue
+        student = F.log_softmax(out / temperature, -1).flatten(0, -2)
+        part = distill * temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        yield place, part if distill == 1 else part + (1 - distill) * loss_fn(out)
+
+
+def _checked(model, loss_fn, weights, distill, temperature):
+    check_module(model)
+    network = _network(model)
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn: expected a function of the output, got {type(loss_fn).__name__}")
+    weights = [1.0] * len(network.widths) if weights is None else weights
+    good = isinstance(weights, (list, tuple)) and len(weights) == len(network.widths) and all(
+        _is_number(v) and 0 <= v < math.inf for v in weights)
+    if not good:
+        raise ValueError(f"weights: expected {len(network.widths)} numbers >= 0, one for each of the widths "
+                         f"{network.widths}, got {weights!r}")
+    if not _is_number(distill) or not 0 <= distill <= 1:
+        raise ValueError(f"distill: expected a number 0..1, got {distill!r}")
+    if not _is_number(temperature) or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: expected a number > 0, got {temperature!r}")
+    return network, weights
+
+
+def _is_number(v):
+    return isinstance(v, (int, float)) and not isinstance(v, bool)

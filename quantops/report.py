@@ -1,0 +1,74 @@
+"""What the weights of a quantized model are now: bits, errors and compression, layer by layer."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from quantops.nn import batches, quantized
+
+
+class LayerBits(NamedTuple):
+    """One row of a :class:`BitReport`."""
+
+    name: str
+    shape: tuple
+    numel: int
+    bits: int
+    k: int
+    beta: float  # fraction of weights with B_k != 0; 0 without k
+    sq_error: float  # E = sum (q - w)^2
+    scale: float  # max|w|; the largest of several
+
+
+class BitReport(NamedTuple):
+    """Bits per layer; str() is a table."""
+
+    rows: tuple
+    average_bits: float
+    compression: float  # 32 * sum(numel) / sum(numel * bits)
+
+    def __str__(self):
+        head = ("layer", "shape", "weights", "bits", "k", "beta", "sq_error", "scale")
+        table = [head] + [(r.name, "x".join(map(str, r.shape)), str(r.numel), str(r.bits), str(r.k), f"{r.beta:.4f}",
+                           f"{r.sq_error:.4g}", f"{r.scale:.4g}") for r in self.rows]
+        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+        lines = ["  ".join(v.ljust(n) if i < 2 else v.rjust(n) for i, (v, n) in enumerate(zip(row, widths)))
+                 for row in table]
+        lines.insert(1, "-" * len(lines[0]))
+        return "\n".join([*lines, f"average {self.average_bits:.3f} bits, compression {self.compression:.2f}x of 32"])
+
+
+def compression(sizes, bits):
+    used = sum(n * b for n, b in zip(sizes, bits))
+    return 32 * sum(sizes) / used if used else math.inf
+
+
+@torch.no_grad()
+def bit_report(model):
+    """Bits, k, beta, E and scale of each layer from its weights now, the average bits and the compression.
+
+    Only weights quantized by quantops count, those with fixed bits among them; with TruncQuant their bits are the width
+    that is selected, and k is 0. One list call; reads the values back. Raises ValueError for a model without quantized
+    weights, and for weights with NaN or inf.
+    """
+    layers = quantized(model)
+    if not layers:
+        raise ValueError(f"model: expected weights quantized by quantops.quantize_, {type(model).__name__} has none")
+    measured = measure([(p, owner.original) for _, owner, p in layers])
+    rows = [LayerBits(name or "model", tuple(owner.original.shape), owner.original.numel(), *measured[p])
+            for name, owner, p in layers]
+    sizes, bits = [r.numel for r in rows], [r.bits for r in rows]
+    average = sum(n * b for n, b in zip(sizes, bits)) / max(sum(sizes), 1)
+    return BitReport(tuple(rows), average, compression(sizes, bits))
+
+
+def measure(pairs):
+    """{quantizer: (bits, k, beta, sq_error, scale)} as Python numbers, of pairs (quantizer, weight)."""
+    found = {}
+    for quantizers, w in batches(pairs):
+        for p, t, row in zip(quantizers, w, quantizers[0].measure(quantizers, w)):
+            if not math.isfinite(row[3]):
+                raise ValueError(f"weight of shape {tuple(t.shape)}: expected finite values, got NaN or infinity")
+            found[p] = row
+    return found
