@@ -211,8 +211,8 @@ inline ScalarType check_list(const char* name, const Tensors& list, std::initial
 
 // One contiguous scale per weight, of one element or one per row.
 inline void check_scales(const Tensors& scale, const Tensors& w, ScalarType dtype, const char* argument = "scale") {
-  QUANTOPS_CHECK(scale.size() == w.size(), argument, ": expected a list with one entry per weight (", w.size(), "), got ",
-                 scale.size());
+  QUANTOPS_CHECK(scale.size() == w.size(), argument, ": expected a list with one entry per weight (", w.size(),
+                 "), got ", scale.size());
   DeviceId device = device_of(w[0]);
   for (size_t i = 0; i < w.size(); ++i) {
     const Tensor& s = scale[i];

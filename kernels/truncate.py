@@ -1,8 +1,8 @@
 """Family ``truncate`` in Triton: the ops of quantops/library.py, each a single launch over a list of any tensors.
 
-As in family ``uniform``: :func:`cut` and :func:`add_up` go over every tensor in runs of BLOCK elements, :func:`add_up_rows`
-along rows, for the gradients of scales, whose sums are taken in two stages of fixed shape. A program reads its weights
-once, and loops over the widths, whose number is no constant of the kernels.
+As in family ``uniform``: :func:`cut` and :func:`add_up` go over every tensor in runs of BLOCK elements,
+:func:`add_up_rows` along rows, for the gradients of scales, whose sums are taken in two stages of fixed shape. A program
+reads its weights once, and loops over the widths, whose number is no constant of the kernels.
 """
 
 import numpy as np
@@ -113,7 +113,7 @@ def cut(table, chunks, bits, base_bits, weights, widths, A: tl.constexpr, W_T: t
 @triton.jit
 def _sum_block(entry, bits, base, weights, widths, start, i, mask, o, c, valid, A: tl.constexpr, X_T: tl.constexpr,
                COVERED: tl.constexpr, SCALES: tl.constexpr, WIDEST: tl.constexpr, VEC: tl.constexpr):
-    """The sum of the gradients at ``i``; that of g * q / out_scale; and not 0 where a width with a gradient is invalid."""
+    """The sum of the gradients at ``i``; that of g * q / out_scale; not 0 where a width with a gradient is invalid."""
     # -0 + g is g, also where that is -0.
     total = tl.where(tl.load(entry + USED) != 0, tl.full(i.shape, -0.0, A), tl.full(i.shape, 0.0, A))
     level = tl.full(i.shape, 0.0, A)
@@ -139,7 +139,8 @@ def _grad_block(entry, bits, base, weights, widths, start, i, mask, s, o, A: tl.
                 X_T: tl.constexpr, RULE: tl.constexpr, TANH: tl.constexpr, COVERED: tl.constexpr, SCALES: tl.constexpr,
                 WIDEST: tl.constexpr, VEC: tl.constexpr):
     """Writes dL/dw at ``i``; gives what the elements add to the sums (g * q / out_scale, g * (x/s) * inside)."""
-    w_ptr, out = tl.load(entry + W).to(tl.pointer_type(W_T)) + start, tl.load(entry + OUT).to(tl.pointer_type(W_T)) + start
+    w_ptr = tl.load(entry + W).to(tl.pointer_type(W_T)) + start
+    out = tl.load(entry + OUT).to(tl.pointer_type(W_T)) + start
     if VEC:  # promises as in flat
         w_ptr = tl.multiple_of(w_ptr, 16 * W_T.primitive_bitwidth // WIDEST)
         out = tl.multiple_of(out, 16 * W_T.primitive_bitwidth // WIDEST)
@@ -229,7 +230,8 @@ def add_up_rows(table, chunks, bits, base_bits, weights, widths, levels, inners,
         for k in range(0, inner.to(tl.int32), COLUMNS):
             column = k + tl.arange(0, COLUMNS)[None, :]
             a, b = _grad_block(entry, bits + t, base, weights, widths, inner * 0, lines[:, None] * inner + column,
-                               here & (column < inner), s_tile, o_tile, A, W_T, X_T, RULE, TANH, False, True, WIDEST, False)
+                               here & (column < inner), s_tile, o_tile, A, W_T, X_T, RULE, TANH, False, True, WIDEST,
+                               False)
             level_tile += a
             inner_tile += b
         _write_scales(entry, lines, tl.sum(level_tile, 1).to(tl.float64), tl.sum(inner_tile, 1).to(tl.float64),
@@ -240,8 +242,9 @@ def add_up_rows(table, chunks, bits, base_bits, weights, widths, levels, inners,
         at = row * inner + piece
         s, o = tl.load(s_ptr + row), tl.load(o_ptr + row)
         if (tl.load(entry + ALIGNED) != 0) & (inner - piece >= BLOCK):
-            levels_v, inners_v = _grad_block(entry, bits + t, base, weights, widths, at, tl.arange(0, BLOCK), None, s, o,
-                                             A, W_T, X_T, RULE, TANH, False, True, WIDEST, True)
+            lanes = tl.arange(0, BLOCK)
+            levels_v, inners_v = _grad_block(entry, bits + t, base, weights, widths, at, lanes, None, s, o, A, W_T, X_T,
+                                             RULE, TANH, False, True, WIDEST, True)
             level, inner_sum = tl.sum(levels_v).to(tl.float64), tl.sum(inners_v).to(tl.float64)
         else:
             level_sums = tl.zeros([SUB], A)

@@ -53,8 +53,8 @@ def _constant(value, count, dtype, device):
 def _may_keep(device):
     """Whether a tensor made now may serve later calls too.
 
-    A tensor made while tracing, under a dispatch mode (fake tensors) or for inference alone must not be kept, nor one on
-    a GPU, where it may belong to a graph that is being captured, or to another stream.
+    A tensor made while tracing, under a dispatch mode (fake tensors) or for inference alone must not be kept, nor one
+    on a GPU, where it may belong to a graph that is being captured, or to another stream.
     """
     return not (device.type != "cpu" or torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
                 or torch._C._len_torch_dispatch_stack())
@@ -162,9 +162,10 @@ def out_scales(value, scale, w):
     if value is None:
         return scale, []
     value = scales(value, w, name="out_scale")
-    pairs = [(s if s.numel() >= o.numel() else s.reshape(()).expand(o.shape).contiguous(),
-              o if o.numel() >= s.numel() else o.reshape(()).expand(s.shape).contiguous()) for s, o in zip(scale, value)]
-    return [s for s, _ in pairs], [o for _, o in pairs]
+    def spread(s, o):
+        return s.reshape(()).expand(o.shape).contiguous() if s.numel() == 1 != o.numel() else s
+
+    return [spread(s, o) for s, o in zip(scale, value)], [spread(o, s) for s, o in zip(scale, value)]
 
 
 def decode_scales(value, codes, out_dtype):

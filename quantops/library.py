@@ -235,7 +235,7 @@ def _truncate_backward(grads, w, scale, out_scale, bits, base_bits, rule, tanh, 
 
 
 def used_gradients(grads, w):
-    """The gradients of one weight's widths as :func:`reference.truncate_backward` takes them: None where there is none."""
+    """The gradients of one weight's widths as the reference takes them: None where there is none."""
     return [None if g.numel() == 0 and w.numel() else g for g in grads]
 
 
@@ -538,8 +538,8 @@ class _TruncateBackward(torch.autograd.Function):
                 if not used:
                     continue
                 i = at % n
-                ratio, inner = truncate_scale_terms(w[i], scale[i], bits[at // n, i], base_bits=base_bits.reshape(-1)[i],
-                                                    **options)
+                ratio, inner = truncate_scale_terms(w[i], scale[i], bits[at // n, i],
+                                                    base_bits=base_bits.reshape(-1)[i], **options)
                 for v, term in ((gg_scale[i] if gg_scale else None, -inner if ctx.own_out else ratio - inner),
                                 (gg_out[i] if gg_out else None, ratio)):
                     if v is not None:

@@ -499,8 +499,8 @@ def _check_truncate_backward(grads, w, s, out, bits, base, rule, what, tanh=Fals
         assert [len(v) for v in got] == [len(w), len(w) * scale_grad, len(out) * scale_grad]
         for i, t in enumerate(w):
             used = used_gradients(grads[i::len(w)], t)
-            options = {"base_bits": base[i], "rule": reference.uniform.RULES[rule], "out_scale": out[i] if out else None,
-                       "companding": "tanh" if tanh else None}
+            options = {"base_bits": base[i], "rule": reference.uniform.RULES[rule],
+                       "out_scale": out[i] if out else None, "companding": "tanh" if tanh else None}
             want = reference.truncate_backward(used, t, s[i], bits[:, i], **options)
             where = f"{what} bits={bits[:, i]} of {base[i]} w[{i}]"
             _exact(got[0][i], want[0], f"grad_w {where}")
@@ -525,8 +525,9 @@ def truncate():
         w, s = _weights(dtype, per_row)
         bits, base = _widths(len(w), 1 + case % 4, case)
         for out_dtype in DTYPES:
+            what = f"{dtype} to {out_dtype} per_row={per_row} rule={rule}"
             _check_truncate(w, s, cases.scales(w, per_row, seed=7) if case % 2 else [], bits, base, rule,
-                            getattr(torch, out_dtype), f"{dtype} to {out_dtype} per_row={per_row} rule={rule}", case % 5 > 2)
+                            getattr(torch, out_dtype), what, tanh=case % 5 > 2)
 
 
 @check
@@ -557,8 +558,9 @@ def truncate_backward():
                 grads[i] = grads[i].new_empty(0)
         grads[-1].view(-1)[::5] = torch.tensor(float("nan"))
         grads[6].view(-1)[::2] = -0.0
-        _check_truncate_backward(grads, w, s, cases.scales(w, per_row, seed=7) if case % 2 else [], bits, base, case % 3,
-                                 f"{dtype} grad {grad_dtype} per_row={per_row}", case // 4 % 2 == 1)
+        out = cases.scales(w, per_row, seed=7) if case % 2 else []
+        _check_truncate_backward(grads, w, s, out, bits, base, case % 3,
+                                 f"{dtype} grad {grad_dtype} per_row={per_row}", tanh=case // 4 % 2 == 1)
         s = [t.reshape(()) for t in torch.ops.quantops.absmax(w[:-1], False).unbind()]
         some = [g for i, g in enumerate(grads) if i % len(w) != len(w) - 1]
         got = torch.ops.quantops.truncate_backward(some, w[:-1], s, [], bits[:, :-1], base[:-1], 1, False, True, False)
@@ -605,9 +607,9 @@ def truncate_values_out_of_range():
     import torch
 
     nan, inf = float("nan"), float("inf")
-    bad = [(0, 8, 1.0, 1.0), (9, 8, 1.0, 1.0), (-1, 8, 1.0, 1.0), (2**31 - 1, 8, 1.0, 1.0), (4, 17, 1.0, 1.0), (4, 0, 1.0, 1.0),
-           (4, -1, 1.0, 1.0), (4, 2**31 - 1, 1.0, 1.0), (4, 8, -1.0, 1.0), (4, 8, nan, 1.0), (4, 8, inf, 1.0),
-           (4, 8, 1.0, -1.0), (4, 8, 1.0, nan), (4, 8, 1.0, inf), (4, 8, 1.0, 1.0)]
+    bad = [(n, base, 1.0, 1.0) for n, base in ((0, 8), (9, 8), (-1, 8), (2**31 - 1, 8), (4, 17), (4, 0), (4, -1),
+                                               (4, 2**31 - 1), (4, 8))]
+    bad += [(4, 8, v, 1.0) for v in (-1.0, nan, inf)] + [(4, 8, 1.0, v) for v in (-1.0, nan, inf)]
     for shape in ((6, 50), (0,)):
         w = [torch.randn(shape) for _ in bad]
         s, out = ([torch.ones(shape[0]) for _ in bad] for _ in range(2))

@@ -124,7 +124,9 @@ def test_out_scale_of_another_kind_than_the_scale():
     for s, out in ((Q.absmax(w), rows), (Q.absmax(w, per_row=True), one), (Q.absmax(w, per_row=True), 0.5),
                    (None, one), (2.0, rows.unsqueeze(1)), (rows.unsqueeze(1), one)):
         q = Q.truncate(w, s, 2, out_scale=out)
-        assert same(q, ref.truncate(w, Q.absmax(w) if s is None else torch.as_tensor(s), 2, out_scale=torch.as_tensor(out)))
+        s = Q.absmax(w) if s is None else torch.as_tensor(s)
+        assert same(q, ref.truncate(w, s, 2, out_scale=torch.as_tensor(out)))
+    assert Q.truncate(w[:0], rows[:0], 2, out_scale=one).shape == Q.truncate(w[:0], one, 2, out_scale=rows[:0]).shape
 
 
 def near_an_edge(w, scale, base, rule):
@@ -480,10 +482,12 @@ BAD = {
     "scale infinite with tanh": (lambda: Q.truncate(W, torch.tensor(torch.inf), 4, companding="tanh"), ValueError,
                                  r"scale.*>= 0, got.*inf"),
     "out_scale negative": (lambda: Q.truncate(W, 1.0, 4, out_scale=-1.0), ValueError, r"out_scale: .*>= 0 .*got -1"),
-    "out_scale, tensor": (lambda: Q.truncate(W, 1.0, 4, out_scale=torch.tensor(-1.0)), ValueError, r"out_scale.*>= 0.*-1"),
+    "out_scale, tensor": (lambda: Q.truncate(W, 1.0, 4, out_scale=torch.tensor(-1.0)), ValueError,
+                          r"out_scale.*>= 0.*-1"),
     "out_scale shape": (lambda: Q.truncate(W, 1.0, 4, out_scale=torch.ones(3)), ValueError,
                         r"out_scale: expected one element or one per row \(4\).*\(3,\)"),
-    "out_scale no list": (lambda: Q.foreach.truncate([W], None, 4, out_scale=1.0), ValueError, r"out_scale: expected a list"),
+    "out_scale no list": (lambda: Q.foreach.truncate([W], None, 4, out_scale=1.0), ValueError,
+                          r"out_scale: expected a list"),
     "out_dtype": (lambda: Q.truncate(W, 1.0, 4, out_dtype=torch.int8), TypeError, r"out_dtype: .*int8"),
     "weight": (lambda: Q.truncate(W.int(), 1.0, 4), TypeError, r"w: .*int32"),
     "op: scale's dtype": (lambda: _op(scale=torch.ones((), dtype=torch.float64)), ValueError, r"scale: .*float64"),

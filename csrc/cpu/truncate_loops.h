@@ -29,8 +29,14 @@ QUANTOPS_SIMD void code_loop(const In* __restrict w, A* __restrict c, int64_t n,
   }
 }
 
+template <class In, class A>
+void code_loop(const In* w, A* c, int64_t n, const Quantizer<A>& p, Rule rule, bool tanh) {
+  tanh ? code_loop<true>(w, c, n, p, rule) : code_loop<false>(w, c, n, p, rule);
+}
+
 template <class Out, class A>
-QUANTOPS_SIMD void cut_loop(const A* __restrict c, Out* __restrict q, bool streaming, int64_t n, const Width<A>& width) {
+QUANTOPS_SIMD void cut_loop(const A* __restrict c, Out* __restrict q, bool streaming, int64_t n,
+                            const Width<A>& width) {
   const Width<A> v = width;
   alignas(64) Out lanes[kLanes];
   int64_t i = 0;
@@ -63,7 +69,7 @@ const G* minus_zeros() {
   return block.data();
 }
 
-// out = (g[0] + g[1] + g[2] + g[3]) * inside [* slope], added in that order; kCovered: the sum alone, and w is not read.
+// out = (g[0] + g[1] + g[2] + g[3]) * inside [* slope], added in that order. kCovered: the sum alone, w is not read.
 template <GradKind kKind, class In, class G, class A>
 QUANTOPS_SIMD void grad_loop(const In* __restrict w, const G* const* g, In* __restrict out, bool streaming, int64_t n,
                              const Quantizer<A>& quantizer) {

@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // -------------------------------------------------------------------------------------------------------- backward
 
-// What is wanted: the sum of the gradients alone, without w; times inside and the slope of tanh; that and the sums for scales.
+// What is wanted: the sum of the gradients alone, without w; times inside and the slope of tanh; and the sums for scales.
 enum { kCovered, kInside, kScales };
 
 // The sums of an item: of g * q / out_scale, and of g * (x/s) * inside.
@@ -336,7 +336,8 @@ struct List {
     for (int64_t i = 0; i < count; ++i) {
       const Rows r = rows_of(w[i], scale[i]);
       const Tensor& out = out_scale.empty() ? scale[i] : out_scale[i];
-      entries.push_back({w[i].data_ptr(), nullptr, scale[i].data_ptr(), out.data_ptr(), nullptr, nullptr, r.rows, r.inner});
+      entries.push_back({w[i].data_ptr(), nullptr, scale[i].data_ptr(), out.data_ptr(), nullptr, nullptr, r.rows,
+                         r.inner});
     }
   }
 
