@@ -67,11 +67,12 @@ def test_truncate_moves_128_bits(kernels, arch, dtype):
         found = [k for (a, n), k in kernels.items() if a == arch and n.startswith(name)]
         assert len(found) == 2, "one for each size of the table"
         for kernel in found:
-            main = max(kernel.loops(), key=lambda loop: _count(loop, rf"{op}\.E\.128"))
-            assert _count(main, rf"{op}\.E\.128") == _count(main, op) >= 2, name
-            assert _count((text for _, text in kernel.code), rf"{other}\.E\.128") >= 2
+            main = max(kernel.loops(), key=lambda loop: count(loop, rf"{op}\.E\.128"))
+            assert count(main, rf"{op}\.E\.128") == count(main, op) >= 2, name
+            assert count((text for _, text in kernel.code), rf"{other}\.E\.128") >= 2
 
 
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name, loads, stores", [
     ("pack_kernel<{}", 8, 1), ("unpack_kernel<{}, Codes", 4, 2), ("unpack_kernel<{}, Values<float, float>", 4, 2),
     ("unpack_kernel<{}, Values<float, __nv_bfloat16>", 4, 1), ("unpack_kernel<{}, Values<double, double>", 4, 4)])
@@ -82,10 +83,10 @@ def test_packing_moves_128_bits(kernels, arch, name, loads, stores):
         assert len(found) == 2, "one for each size of the table"
         for kernel in found:
             code = [text for _, text in kernel.code]
-            assert _count(code, r"LDG\.E\.128") == loads and _count(code, r"STG\.E\.128") >= stores
+            assert count(code, r"LDG\.E\.128") == loads and count(code, r"STG\.E\.128") >= stores
             first, last = (next(i for i, text in order if re.search(r"\bLDG\.E\.128", text)) for order in (
                 enumerate(code), reversed(list(enumerate(code)))))
-            assert not _count(code[first:last], "(STS|SHFL)"), "a load waits for another"
+            assert not count(code[first:last], "(STS|SHFL)"), "a load waits for another"
 
 
 def test_nothing_is_fused(kernels):
