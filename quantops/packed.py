@@ -42,9 +42,9 @@ class Packed:
 
     def truncate(self, bits):
         """The codes c >> (n - bits), packed: with planes a view of the first ``bits`` of them, no copy."""
+        checks.bits_of_stored(checks.stored_bits(bits, 1), [self.bits], [self.data])
         if self.layout == "dense":
             return pack(unpack([self], bits), bits, layout=self.layout)[0]
-        checks.bits_of_stored(bits, [self.bits], [self.data])
         return dataclasses.replace(self, data=self.data[:bits], bits=bits)
 
 

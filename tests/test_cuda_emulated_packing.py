@@ -116,6 +116,25 @@ def unaligned_and_many():
 
 
 @check
+def reading_m_planes_touches_no_other():
+    """The planes behind them cannot be read: this process would be killed."""
+    import ctypes
+    import mmap
+
+    import torch
+
+    ops, page = torch.ops.quantops, mmap.PAGESIZE
+    codes = torch.randint(0, 16, (8 * page,), dtype=torch.int32)
+    data = torch.frombuffer(mmap.mmap(-1, 4 * page), dtype=torch.uint8).view(4, page)
+    data.copy_(ops.pack([codes], [4], 0)[0])
+    for m in (3, 1, 0):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(data.data_ptr() + m * page), (4 - m) * page, 0) == 0
+        shared = [data], [8 * page], [1], [4]
+        _exact(ops.unpack(*shared, _int32([m]), 0)[0], codes >> (4 - m), f"{m} planes")
+        ops.decode_packed(*shared, [torch.ones(())], _int32([m]), 0, True, True, torch.bfloat16)
+
+
+@check
 def values_out_of_range():
     """Of a code the low bits; bits out of range give INVALID, or NaN, for that tensor and for no other."""
     import torch

@@ -339,6 +339,7 @@ BAD = {
     "more than stored, values": (lambda: Q.decode(P, 1.0, 5), ValueError, r"bits: expected 0\.\.4, .*stored, got 5"),
     "more than stored, cut": (lambda: P.truncate(5), ValueError, r"bits: expected 0\.\.4, .*stored, got 5"),
     "more than stored, dense cut": (lambda: D.truncate(5), ValueError, r"bits: expected 0\.\.4, .*stored, got 5"),
+    "cut to a tensor": (lambda: P.truncate(torch.tensor(2)), TypeError, r"bits: expected an integer"),
     "less than none": (lambda: Q.unpack(P, -1), ValueError, r"bits: .*got -1"),
     "less than none, tensor": (lambda: Q.unpack(P, torch.tensor(-1)), ValueError, r"bits.*got -1"),
     "codes, not packed": (lambda: Q.unpack(C), TypeError, r"packed: expected a Packed, got torch.int32"),
