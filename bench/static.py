@@ -190,8 +190,8 @@ def heading(result):
     m = result["machine"]
     return (f"**Counted, not measured: the machine code for an H100 (sm_{ARCH}), nvcc {m['nvcc']}, triton "
             f"{m['triton']}; commit {m['commit']} of {m['date']}.** Per element: bytes, and instructions of one lane "
-            f"on the main path. \"Share of a copy, at most\": the bytes at {BANDWIDTH / 1e12:.2f} TB/s as a fraction of the longest time "
-            "that bytes or instructions need.")
+            f"on the main path. \"Share of a copy, at most\": the bytes at {BANDWIDTH / 1e12:.2f} TB/s as a fraction of the "
+            "longest time that bytes or instructions need.")
 
 
 def summary(result):
