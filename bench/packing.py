@@ -40,7 +40,8 @@ def _codes_of(data, shape, bits):
 
 
 CASES = [
-    Case("pack 4 bits", PackInputs, lambda s: 4, lambda s: BITS / 8, lambda x: [p.data for p in foreach.pack(x.codes, BITS)],
+    Case("pack 4 bits", PackInputs, lambda s: 4, lambda s: BITS / 8,
+         lambda x: [p.data for p in foreach.pack(x.codes, BITS)],
          lambda got, x: equal(got, (reference.pack(c, BITS) for c in x.codes)),
          op_peers(lambda x, i, bits: _bits_of(x.codes[i], bits)), dtypes=(torch.float32,)),
     Case("unpack 4 bits", PackInputs, lambda s: BITS / 8, lambda s: 4, lambda x: foreach.unpack(x.packed),

@@ -50,7 +50,8 @@ class Case:
     dtypes: those the case makes sense for.
     forward: x -> (a forward pass, its parameters), where the case trains.
     keeps: bytes per element that autograd needs of it, beyond the parameters.
-    cuda: the Op of csrc/cuda that items_kernel runs, with T for the element type; for the static table.
+    cuda: the name of its kernel in csrc/cuda for short lists, with T for the element type, and longest: whether its
+        longest way is the one taken; for the static table.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Case:
     forward: Callable | None = None
     keeps: float = 0.0
     cuda: str | None = None
+    longest: bool = True
     family: str = ""
 
     def bytes(self, size):
@@ -84,13 +86,13 @@ def cases():
     return found
 
 
-def copier(source, target, bytes_per_element):
+def copier(x, bytes_per_element):
     """A copy of the op's own inputs to its own results, and the factor from its bytes to those of the op.
 
     The same memory, since its bandwidth depends on where the pages lie: other buffers were up to twice as fast.
     """
-    moved = sum(t.nbytes for t in [*source, *target])
-    factor = bytes_per_element * sum(t.numel() for t in source) / moved
+    source, target = x.source, x.target
+    factor = bytes_per_element * x.numel / sum(t.nbytes for t in [*source, *target])
     if len(source) == 1:
         return lambda: target[0].copy_(source[0]), factor
     return lambda: torch._foreach_copy_(target, source), factor

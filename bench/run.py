@@ -100,7 +100,7 @@ def measure_one(case, workload, dtype, plan):
     peers, absent, compiled = _peers(case, x, workload, dtype, plan)
 
     moved = case.bytes(DTYPES[dtype].itemsize)
-    copy, factor = copier(x.source, x.target, moved)
+    copy, factor = copier(x, moved)
     functions = {OURS: lambda: case.run(x), COPY: copy, **{name: function for name, (_, function) in peers.items()}}
     captured = [OURS, COPY]
     if plan.cuda:

@@ -59,39 +59,51 @@ class Kernel:
         """Bodies of the innermost loops: code between a backward branch and its target."""
         return [[text for at, text in self.code if low <= at <= high] for low, high in self.spans()]
 
-    def spans(self):
-        """Addresses (first, last) of the innermost loops."""
+    def spans(self, nested=False):
+        """Addresses (first, last) of the innermost loops, or of all."""
         spans = [(to, at) for at, text in self.code if (to := target(text)) is not None and to < at]
-        return [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
+        return spans if nested else [
+            s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
 
     def opcodes(self):
         """{opcode with its modifiers: how often}."""
         return collections.Counter(full_opcode(text) for _, text in self.code)
 
     def shortest(self, through):
-        """The instructions on the shortest way from the start through all addresses ``through``, in their order, to the
-        end of the program: slow paths, which are longer, are left aside."""
-        places, path = {at: i for i, (at, _) in enumerate(self.code)}, [0]
+        """[(address, instruction)] on the shortest way from the start through all addresses ``through``, in their
+        order, to the end of the program: slow paths, which are longer, are left aside."""
+        places, path = self._places(), [0]
         for goal in [*(places[at] for at in through), None]:
             path += self._way(path[-1], goal)
-        return [self.code[i][1] for i in path]
+        return [self.code[i] for i in path]
 
-    def longest(self, first, last):
-        """The instructions on the longest way through a loop, from address ``first`` to ``last``."""
-        inside = [i for i, (at, _) in enumerate(self.code) if first <= at <= last]
-        best = {inside[0]: [inside[0]]}
-        for i in inside:
-            for j in self._following(i) if i in best else ():
-                if i < j <= inside[-1] and len(best.get(j, ())) <= len(best[i]):
-                    best[j] = [*best[i], j]
-        return [self.code[i][1] for i in best[inside[-1]]]
+    def around(self, first, last, through, longest):
+        """The same on the longest or shortest way once through a loop, from address ``first`` to ``last``."""
+        places, better = self._places(), (lambda a, b: a > b) if longest else (lambda a, b: a < b)
+        stops, path = [places[at] for at in (first, *through, last)], [places[first]]
+        for start, goal in zip(stops, stops[1:]):
+            best = {start: (0, None)}  # place: (instructions on the way there, the place before)
+            for i in range(start, goal):
+                for j in self._following(i) if i in best else ():
+                    if i < j <= goal and (j not in best or better(best[i][0] + 1, best[j][0])):
+                        best[j] = best[i][0] + 1, i
+            if goal not in best:
+                raise ValueError(f"no way from {self.code[start]} to {self.code[goal]}")
+            part = [goal] if goal != start else []
+            while part and best[part[-1]][1] not in (start, None):
+                part.append(best[part[-1]][1])
+            path += part[::-1]
+        return [self.code[i] for i in path]
+
+    def _places(self):
+        return {at: i for i, (at, _) in enumerate(self.code)}
 
     def _following(self, i):
         """Places that may come after place ``i``; calls are taken to return."""
         text = self.code[i][1]
         name, always = opcode(text), not text.startswith("@")
         if name == "BRA":
-            places = {at: i for i, (at, _) in enumerate(self.code)}
+            places = self._places()
             falls = not always or re.search(r"BRA\S* !?U?P\d", text)
             return [places[target(text)], *[i + 1] * bool(falls)]
         if always and name in ("EXIT", "RET", "BRX", "JMP"):

@@ -22,6 +22,7 @@ ARCH = 90
 BANDWIDTH = 3.35e12  # bytes a second of an H100 SXM
 LANES = 132 * 1.755e9  # multiprocessors times clock: what follows are lanes a clock of one
 RATES = {"issue": 128 * LANES, "alu": 64 * LANES, "fp64": 64 * LANES, "conversions": 16 * LANES}
+WIDE = 16  # bytes
 WARPS, REGISTERS, SHARED, BLOCKS = 64, 65536, 227 * 1024, 32  # of a multiprocessor
 
 FMA = {"FADD", "FMUL", "FFMA", "IMAD", "HFMA2", "HADD2", "HMUL2", "HMNMX2"}
@@ -51,10 +52,17 @@ def occupancy(kernel, threads):
     return min(of_registers, of_shared, BLOCKS, WARPS // warps) * warps / WARPS
 
 
-def cost(kernel, body, moved, elements, setup, threads):
-    """A row of the table from the instructions ``body`` that work on ``elements`` elements of one lane and move
-    ``moved`` bytes of them."""
-    counts = {"issue": len(body), **{name: sum(unit(t) == name for t in body) for name in RATES if name != "issue"}}
+def cost(kernel, way, trips, moved, elements, setup, threads):
+    """A row of the table. ``way``: [(address, instruction)] for ``elements`` elements of one lane, ``moved`` bytes;
+    ``trips``: {(first, last): how often that loop turns}."""
+    def times(at):
+        return math.prod(n for (first, last), n in trips.items() if first <= at <= last)
+
+    counts = dict.fromkeys(RATES, 0)
+    for at, text in way:
+        counts["issue"] += times(at)
+        if unit(text):
+            counts[unit(text)] += times(at)
     seconds = {"memory": moved / elements / BANDWIDTH,
                **{name: counts[name] / elements / rate for name, rate in RATES.items()}}
     binds = max(seconds, key=seconds.get)
@@ -65,40 +73,68 @@ def cost(kernel, body, moved, elements, setup, threads):
             "share_of_copy": seconds["memory"] / seconds[binds]}
 
 
+def accesses(kernel, op, code):
+    """{bytes: addresses} of the loads or stores in ``code``; guarded ones, those of odd ends, only where wide."""
+    found = {}
+    for at, text in code:
+        if sass.opcode(text) == op and (sass.width(text) == WIDE or not text.startswith("@")):
+            found.setdefault(sass.width(text), []).append(at)
+    return found
+
+
+def choose(kernel, op, code, needed):
+    """(addresses, trips) of the widest accesses that move ``needed`` bytes; those of a loop may turn several times."""
+    found = accesses(kernel, op, code)
+    for width, places in sorted(found.items(), reverse=True):
+        count, rest = divmod(needed, width)
+        if not count or rest:
+            continue
+        count = int(count)
+        if count <= len(places):
+            # The table of the list is read before, sums are written after.
+            return (places[-count:] if op == "LDG" else places[:count]), {}
+        loops = {s for s in kernel.spans() for at in places if s[0] <= at <= s[1]}
+        if width == WIDE and len(loops) == 1 and count % len(places) == 0:
+            return places, {loops.pop(): count // len(places)}
+    counts = {width: len(places) for width, places in found.items()}
+    raise NoMainPath(f"{op} of {needed:g} bytes a thread expected, found {{bytes: count}} {counts}")
+
+
 class NoMainPath(Exception):
     """The machine code has no path that moves the case's bytes in one width; says what there is."""
 
 
-def cuda_cost(kernel, reads):
-    """The main loop of a kernel of csrc/cuda, on its longest way; setup is the shortest way around it."""
-    loops = [kernel.longest(*span) for span in kernel.spans()]
-    if not loops:
-        raise NoMainPath("no loop")
-    body = max(loops, key=lambda loop: sum(sass.width(t) for t in loop if sass.opcode(t) == "LDG"))
-    loaded, stored = (sum(sass.width(t) for t in body if sass.opcode(t) == op) for op in ("LDG", "STG"))
-    return cost(kernel, body, loaded + stored, loaded / reads, len(kernel.shortest([])), 256)
+def cuda_cost(kernel, reads, writes, longest=True):
+    """The main loop of a kernel of csrc/cuda: the smallest that has the most wide loads. ``longest``: on the longest
+    way, with all that optional arguments ask for. Setup is the shortest way around the loop."""
+    def inside(span):
+        return [(at, text) for at, text in kernel.code if span[0] <= at <= span[1]]
+
+    loads = {span: accesses(kernel, "LDG", inside(span)).get(WIDE, []) for span in kernel.spans(nested=True)}
+    if not any(loads.values()):
+        raise NoMainPath("no loop with wide loads")
+    most = max(len(places) for places in loads.values())
+    span = min((s for s in loads if len(loads[s]) == most), key=lambda s: s[1] - s[0])
+    elements, through, trips = WIDE * most / reads, loads[span], {}
+    if writes:
+        stores, trips = choose(kernel, "STG", inside(span), elements * writes)
+        through = sorted([*through, *stores])
+    way = kernel.around(*span, [at for at in through if span[0] < at < span[1]], longest)
+    moved = elements * writes + WIDE * most
+    return cost(kernel, way, trips, moved, elements, len(kernel.shortest([])), 256)
 
 
 def triton_cost(kernel, constants, reads, writes):
     """The wide path of a Triton kernel, from its start to its end: a program takes its elements all at once."""
     threads = 32 * constants["num_warps"]
-    elements = constants["BLOCK"] // threads
-    through = []
+    elements, through, trips = constants["BLOCK"] // threads, [], {}
     for op, each in (("LDG", reads), ("STG", writes)):
-        widths = {}
-        for at, text in kernel.code:
-            if sass.opcode(text) == op and not text.startswith("@"):  # guarded ones are the path of odd ends
-                widths.setdefault(sass.width(text), []).append(at)
-        wide = [w for w, places in widths.items() if w * len(places) >= elements * each]
-        if not wide:
-            found = {w: len(places) for w, places in widths.items()}
-            raise NoMainPath(f"{op} of {elements * each} bytes a thread expected, found {{width: count}} {found}")
-        # The table of the list is read before, sums are written after.
-        needed, places = int(elements * each / max(wide)), widths[max(wide)]
-        through += places[-needed:] if op == "LDG" else places[:needed]
+        if each:
+            places, turns = choose(kernel, op, kernel.code, elements * each)
+            through += places
+            trips.update(turns)
     way = kernel.shortest(sorted(through))
-    texts = dict(kernel.code)
-    return cost(kernel, way, sum(sass.width(texts[at]) for at in through), elements, 0, threads)
+    return cost(kernel, way, trips, elements * (reads + writes), elements, 0, threads)
 
 
 def _triton_launch(case, dtype):
@@ -114,15 +150,6 @@ def _triton_launch(case, dtype):
     raise NoMainPath("calls no op of quantops")
 
 
-def _cuda_name(kernels, op, dtype):
-    """The kernel of ``op`` for the large table, as it is named in the machine code."""
-    name = f"items_kernel<{op.replace('T', TYPES[dtype])}, "
-    found = [n for _, n in kernels if n.startswith(name) and n.endswith("60>")]
-    if len(found) != 1:
-        raise NoMainPath(f"{name}60> expected once, found {found}")
-    return found[0]
-
-
 def rows():
     """Rows of the table: of each op, by CUDA where nvcc is, and by Triton where it is installed."""
     found, kernels = [], {}
@@ -134,10 +161,12 @@ def rows():
             continue  # made of several kernels
         for dtype in (d for d in case.dtypes if d in TYPES):
             for by, function in (("CUDA", _cuda_row), ("Triton", _triton_row)):
-                if by == "CUDA" and not (kernels and case.cuda):
+                if by == "CUDA" and not kernels:
                     continue
                 row = {"case": case.name, "dtype": str(dtype).removeprefix("torch."), "by": by}
                 try:
+                    if by == "CUDA" and not case.cuda:
+                        raise NoMainPath("not counted: its loops turn as often as there are bits")
                     row.update(function(case, dtype, kernels))
                 except (NoMainPath, ValueError) as error:
                     row["absent"] = str(error)
@@ -146,8 +175,10 @@ def rows():
 
 
 def _cuda_row(case, dtype, kernels):
-    name = _cuda_name(kernels, case.cuda, dtype)
-    return {"kernel": name, **cuda_cost(kernels[str(ARCH), name], case.reads(dtype.itemsize))}
+    name, size = case.cuda.replace("T,", TYPES[dtype] + ",").replace("T>", TYPES[dtype] + ">"), dtype.itemsize
+    if (str(ARCH), name) not in kernels:
+        raise NoMainPath(f"no kernel {name}")
+    return {"kernel": name, **cuda_cost(kernels[str(ARCH), name], case.reads(size), case.writes(size), case.longest)}
 
 
 def _triton_row(case, dtype, kernels):
@@ -190,8 +221,8 @@ def heading(result):
     m = result["machine"]
     return (f"**Counted, not measured: the machine code for an H100 (sm_{ARCH}), nvcc {m['nvcc']}, triton "
             f"{m['triton']}; commit {m['commit']} of {m['date']}.** Per element: bytes, and instructions of one lane "
-            f"on the main path. \"Share of a copy, at most\": the bytes at {BANDWIDTH / 1e12:.2f} TB/s as a fraction of the longest time "
-            "that bytes or instructions need.")
+            f"on the main path. \"Share of a copy, at most\": the bytes at {BANDWIDTH / 1e12:.2f} TB/s as a fraction "
+            "of the longest time that bytes or instructions need.")
 
 
 def summary(result):

@@ -24,7 +24,7 @@ def test_case(benchmark, case, workload, dtype, function):
         measure.check_served(lambda: case.run(x), DEVICE)
         call = lambda: case.run(x)  # noqa: E731
     elif function == COPY:
-        call, factor = copier(x.source, x.target, moved)
+        call, factor = copier(x, moved)
         benchmark.extra_info["bytes_of_the_op / bytes_copied"] = factor
     else:
         try:
