@@ -1,8 +1,9 @@
-"""Shared inputs: weights of every kind that a kernel must get right."""
+"""Shared inputs, weights of every kind that a kernel must get right, and a counter of calls."""
 
 import os
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Triton's interpreter takes milliseconds for a program: there, fewer and smaller cases of the same kinds.
 EXHAUSTIVE = os.environ.get("TRITON_INTERPRET") != "1"
@@ -68,3 +69,17 @@ def free_gigabytes():
             return int(next(line for line in f if line.startswith("MemAvailable")).split()[1]) >> 20
     except OSError:
         return 0
+
+
+class Calls(TorchDispatchMode):
+    """Counts calls of quantops ops by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "quantops":
+            name = func._schema.name.removeprefix("quantops::")
+            self.counts[name] = self.counts.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))

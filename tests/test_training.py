@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import Calls
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from quantops import reference
@@ -85,20 +85,6 @@ def one_step(model, strength=0.0, **kwargs):
 def set_bits(model, bits, k=1):
     for _, _, p in quantized(model):
         p.set_precision(bits, k)
-
-
-class Calls(TorchDispatchMode):
-    """Counts calls of quantops ops by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "quantops":
-            name = func._schema.name.removeprefix("quantops::")
-            self.counts[name] = self.counts.get(name, 0) + 1
-        return func(*args, **(kwargs or {}))
 
 
 # Forward and gradients

@@ -8,9 +8,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def refuse_recomputing():
-    """RuntimeError within a backward pass, where nothing says which width a checkpointed part had."""
-    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+def refuse_recomputing(part):
+    """RuntimeError within the backward pass of a joint_loss, where nothing says which width a checkpointed part had."""
+    if not torch.compiler.is_compiling() and part.joint_graph and torch._C._current_graph_task_id() != -1:
         raise RuntimeError("a checkpointed forward was computed again in the backward pass of a joint_loss, where its "
                            "width is not known: use quantops.joint_step; to train at one width call quantops.set_bits")
 
@@ -46,8 +46,7 @@ class MultiBatchNorm(nn.Module):
 
     def forward(self, x):
         """BatchNorm of the width that is selected."""
-        if self.joint_graph:
-            refuse_recomputing()
+        refuse_recomputing(self)
         self.kind._check_input_dim(self, x)
         at = self.index.reshape(1).clone()  # autograd keeps it, and the width may change before the backward pass
         weight, bias, mean, var = (None if t is None else t.index_select(0, at).squeeze(0) for t in (
@@ -93,7 +92,9 @@ def replace(model, swap):
     """Puts ``swap(module)`` in the place of each module for which it is not None, wherever it is used."""
     made = {}
     for module in list(model.modules()):
-        for name, child in module.named_children():
+        for name, child in list(module._modules.items()):  # named_children has each child once
+            if child is None:
+                continue
             if child not in made:
                 made[child] = swap(child)
             if made[child] is not None:

@@ -137,6 +137,9 @@ class TruncQuantWeight(WeightQuantizer):
 
     @staticmethod
     def measure(quantizers, w):
+        finite = [bool(torch.isfinite(t).all()) for t in w]
+        if not all(finite):
+            return [(int(p.bits), 0, 0.0, 0.0 if ok else math.nan, math.nan) for p, ok in zip(quantizers, finite)]
         result = TruncQuantWeight.launch(quantizers, w)
         rows = zip(result.q, w, result.bits[0].tolist(), result.scale)
         return [(n, 0, 0.0, float((q.double() - t.double()).square().sum()), float(s.max()) if s.numel() else 0.0)
@@ -153,8 +156,8 @@ class TruncQuantWeight(WeightQuantizer):
         return IntWeight.from_codes(codes, (out_scale or scale)[0], n, grid="full", dtype=w.dtype, fixed=self.fixed)
 
     def forward(self, original):
-        if self.joint_graph and self.slot.given is None:
-            refuse_recomputing()
+        if self.slot.given is None:
+            refuse_recomputing(self)
         return super().forward(original)
 
     def extra_repr(self):
@@ -200,13 +203,13 @@ class _Revive(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        n, (rule, tanh, covered) = len(grads), ctx.settings
+        n, (rule, tanh, _) = len(grads), ctx.settings
         if ctx.identity or all(g is None for g in grads):
             return None, None, *(None if g is None else g.to(ctx.dtype) for g in grads)
         *tensors, bits, base = ctx.saved_tensors
         w, scale, out_scale = tensors[:n], tensors[n: 2 * n], tensors[2 * n:]
         given = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, w)]
-        return None, None, *ops.truncate_backward(given, w, scale, out_scale, bits, base, rule, tanh, covered, False)[0]
+        return None, None, *ops.truncate_backward(given, w, scale, out_scale, bits, base, rule, tanh, False, False)[0]
 
 
 # Choosing the width.

@@ -1,0 +1,661 @@
+"""TruncQuant training: joint steps, a batch norm per width, set_bits, compile, resume, integers and plain models."""
+
+import copy
+import importlib.util
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import Calls
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import quantops
+from quantops import (
+    MultiBatchNorm,
+    TruncQuantConfig,
+    bit_report,
+    joint_loss,
+    joint_step,
+    plain_model,
+    quantize_,
+    set_bits,
+    to_int,
+)
+from quantops.nn import quantized
+
+FUSES = pytest.mark.parametrize("fuse", ["model", "layer"])
+STEPS = pytest.mark.parametrize("kind", ["loss", "step"])
+WIDTHS = (8, 4, 2, 1)
+RULES = [{}, {"rule": "nearest"}, {"companding": "tanh", "out_scale": "absmean"}, {"scale": 2.5, "per_row": True},
+         {"bits": (5, 3), "base_bits": 11, "out_scale": "absmean", "per_row": True}]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The networks here are tiny."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Net(nn.Module):
+    reentrant = None
+
+    def __init__(self, affine=True):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4, affine=affine)
+        self.conv2, self.bn2 = nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6, momentum=0.3)
+        self.fc1, self.bn3, self.fc2 = nn.Linear(24, 9), nn.BatchNorm1d(9), nn.Linear(9, 5)
+
+    def features(self, x):
+        x = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())).relu()
+        return self.bn3(self.fc1(x.flatten(1))).relu()
+
+    def forward(self, x):
+        if self.reentrant is None:
+            return self.fc2(self.features(x))
+        return self.fc2(checkpoint(self.features, x, use_reentrant=self.reentrant))
+
+
+def make(dtype=torch.float32, affine=True, **config):
+    torch.manual_seed(0)
+    return quantize_(Net(affine).to(dtype), TruncQuantConfig(**config))
+
+
+def data(dtype=torch.float32, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(8, 1, 6, 6, generator=g).to(dtype), torch.randint(0, 5, (8,), generator=g)
+
+
+def loss_of(model, seed=1, dtype=torch.float32):
+    x, y = data(dtype, seed)
+    return F.cross_entropy(model(x), y)
+
+
+def joint(model, kind="loss", seed=1, dtype=torch.float32, **options):
+    """A joint step that ends with gradients."""
+    x, y = data(dtype, seed)
+    if kind == "step":
+        return joint_step(model, lambda out: F.cross_entropy(out, y), x, **options)
+    result = joint_loss(model, lambda out: F.cross_entropy(out, y), x, **options)
+    result.loss.backward()
+    return result
+
+
+def separately(model, seed=1, dtype=torch.float32, weights=None):
+    """The same by steps at one width each, before one backward pass."""
+    widths = quantized(model)[0][2].model_widths
+    total = 0.0
+    for i, m in enumerate(widths):
+        set_bits(model, m)
+        total = total + (weights[i] if weights else 1.0) * loss_of(model, seed, dtype)
+    set_bits(model)
+    total.backward()
+    return total
+
+
+def grads(model):
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+def originals(model):
+    return {name: owner.original for name, owner, _ in quantized(model)}
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def close(a, b, tolerance=1e-6):
+    """Equal but for the order in which a few gradients were added."""
+    assert a.keys() == b.keys()
+    return all((a[k] - b[k]).abs().max() <= tolerance * (1 + b[k].abs().max()) for k in a)
+
+
+def state(model):
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+# Forward
+
+
+@FUSES
+@pytest.mark.parametrize("options", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_weights_are_truncate_and_integers_decode_to_them_at_every_width(fuse, options, dtype):
+    model = make(dtype, fuse=fuse, **options)
+    config = TruncQuantConfig(**options)
+    weights = to_int(model)
+    for m in config.bits:
+        set_bits(model, m)
+        model(data(dtype)[0])
+        for name, w in originals(model).items():
+            top, mean = quantops.absmax(w, per_row=config.per_row), quantops.absmean(w, per_row=config.per_row)
+            scale = top if config.scale == "absmax" else config.scale * mean
+            q = quantops.reference.truncate(
+                w.detach(), scale, m, base_bits=config.base_bits, rule=config.rule, companding=config.companding,
+                out_scale=mean if config.out_scale else None)
+            v = weights[f"{name}.weight"]
+            assert torch.equal(model.get_submodule(name).weight, q) and q.dtype == dtype, (name, m)
+            assert torch.equal(v.dequantize(m), q) and torch.equal(v.at(m).dequantize(), q)
+            assert v.bits == config.bits[0] and v.dequantize(m).dtype == dtype
+    assert not torch.equal(weights["fc1.weight"].dequantize(config.bits[0]), weights["fc1.weight"].dequantize(
+        config.bits[1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plain_model_is_the_evaluated_model_at_that_width(dtype):
+    for options in ({}, {"fuse": "layer"}, {"affine": False}, {"batch_norm": False}, {"first": "skip", "last": 6}):
+        model = make(dtype, **options)
+        joint(model, dtype=dtype)
+        model.eval()
+        for m in WIDTHS:
+            plain = plain_model(model, m)
+            assert {type(p) for p in plain.modules()} == {type(p) for p in Net().modules()}
+            assert not plain._forward_pre_hooks and not plain._forward_hooks and not plain._forward_hooks_always_called
+            set_bits(model, m)
+            assert torch.equal(plain(data(dtype)[0]), model(data(dtype)[0]))
+            assert plain.state_dict().keys() == Net(options.get("affine", True)).state_dict().keys()
+            pickle.dumps(plain)  # nothing of quantops is left
+        assert torch.equal(plain_model(model)(data(dtype)[0]), plain_model(model, 8)(data(dtype)[0]))
+        assert len(quantized(model)) >= 3
+
+
+@pytest.mark.skipif(importlib.util.find_spec("safetensors") is None, reason="safetensors missing")
+def test_a_file_gives_the_model_at_any_width(tmp_path):
+    model, path = make(first=8, overrides={"fc2": {"bits": 3}}, out_scale="absmean"), tmp_path / "w.safetensors"
+    joint(model)
+    model.eval()
+    quantops.save_int(model, path)
+    for m in WIDTHS:
+        plain = plain_model(model, m)
+        for name in originals(model):
+            nn.init.zeros_(plain.get_submodule(name).weight)
+        opened = quantops.load_int(path, plain, bits=m)
+        assert [v.bits for v in opened.values()] == [8, m, m, 3]
+        set_bits(model, m)
+        assert torch.equal(plain(data()[0]), model(data()[0]))
+
+
+def test_layers_with_a_width_of_their_own():
+    model = make(first=8, last="skip", overrides={"conv2": {"bits": 3}})
+    for m in WIDTHS:
+        set_bits(model, m)
+        assert [r.bits for r in bit_report(model).rows] == [8, 3, m]
+    with Calls() as calls:
+        joint(model)
+    assert calls.counts["truncate"] == 2  # one for the layers of all widths, one for those of one
+    twin = make(first=8, last="skip", overrides={"conv2": {"bits": 3}})
+    separately(twin)
+    assert close(grads(model), grads(twin))
+
+
+# Joint steps
+
+
+@FUSES
+@STEPS
+@pytest.mark.parametrize("options", RULES)
+def test_joint_gradients_are_the_sum_of_those_of_the_widths(fuse, kind, options):
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-14)):
+        model, twin = make(dtype, fuse=fuse, **options), make(dtype, fuse=fuse, **options)
+        result, total = joint(model, kind, dtype=dtype), separately(twin, dtype=dtype)
+        assert torch.equal(result.loss.detach(), total.detach())
+        assert list(result.losses) == list(TruncQuantConfig(**options).bits)
+        assert close(grads(model), grads(twin), tolerance) and same(state(model), state(twin))
+        assert all(g.abs().max() > 0 for g in grads(model).values())
+
+
+@STEPS
+def test_weights_of_the_losses_and_accumulation(kind):
+    model, twin = make(), make()
+    weights = [1.0, 0.5, 0.0, 2.0]
+    for seed in (1, 2):
+        joint(model, kind, seed, weights=weights)
+        separately(twin, seed, weights=weights)
+    assert close(grads(model), grads(twin))
+    first = joint(make(), kind, weights=weights)
+    assert first.loss.item() == pytest.approx(sum(w * v.item() for w, v in zip(weights, first.losses.values())))
+
+
+@FUSES
+@STEPS
+@pytest.mark.parametrize("cache", [False, True])
+def test_one_call_reads_the_weights_for_all_widths(fuse, kind, cache):
+    model = make(fuse=fuse, cache=cache)
+    for _ in range(2):
+        with Calls() as calls:
+            joint(model, kind)
+        assert calls.counts == {"absmax": 1, "truncate": 1, "truncate_backward": 1}
+    with Calls() as calls:
+        loss_of(model).backward()  # outside of it: the selected width alone, whose backward is the identity
+    times = 1 if fuse == "model" else 4
+    assert calls.counts == {"absmax": times, "truncate": times}
+
+
+@FUSES
+def test_nothing_is_saved_for_backward_but_parameters_and_scalars(fuse):
+    model, saved = make(fuse=fuse), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        scope = quantops.methods.truncquant._Scope(quantops.methods.truncquant._network(model))
+        scope.open(detached=False)
+    kept = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    extra = [t for t in saved if t.untyped_storage().data_ptr() not in kept]
+    assert len(saved) > len(extra) and sum(t.numel() for t in extra) <= 4 * (1 + len(WIDTHS) + 1)  # scales, bits, base
+    scope.close()
+
+
+def test_frozen_weights_have_no_gradient():
+    for kind in ("loss", "step"):
+        model = make()
+        originals(model)["conv2"].requires_grad_(False)
+        joint(model, kind)
+        twin = make()
+        originals(twin)["conv2"].requires_grad_(False)
+        separately(twin)
+        assert originals(model)["conv2"].grad is None
+        have = [{k: v for k, v in grads(m).items() if v is not None} for m in (model, twin)]
+        assert close(*have) and len(have[0]) == len(grads(model)) - 1
+
+
+@STEPS
+def test_the_selected_width_stays_and_nothing_is_left_over(kind):
+    model = make()
+    set_bits(model, 2)
+    before = {k: v for k, v in state(model).items() if k.endswith((".bits", ".index"))}
+    x, _ = data()
+    for fail in (False, True):
+        try:
+            run = joint_step if kind == "step" else joint_loss
+            run(model, lambda out: 1 / 0 if fail else out.sum(), x)
+        except ZeroDivisionError:
+            pass
+        assert same(before, {k: v for k, v in state(model).items() if k in before})
+        assert all(p.slot.given is None and p.slot.result is None for _, _, p in quantized(model))
+        assert len(model.fc1.weight.unique()) <= 4
+
+
+@STEPS
+def test_distillation(kind):
+    x, y = data()
+    for share, t in ((1.0, 1.0), (0.3, 2.5)):
+        model, twin = make(), make()
+        result = joint(model, kind, distill=share, temperature=t)
+        outs = []
+        for m in WIDTHS:
+            set_bits(twin, m)
+            outs.append(twin(x))
+        target = (outs[0] / t).softmax(-1).detach()
+        losses = [F.cross_entropy(outs[0], y)]
+        for out in outs[1:]:
+            kl = (target * (target.log() - (out / t).log_softmax(-1))).sum() / len(x)
+            losses.append(share * t * t * kl + (1 - share) * F.cross_entropy(out, y))
+        sum(losses).backward()
+        assert all(a.item() == pytest.approx(b.item(), rel=1e-5, abs=1e-6) for a, b in zip(result.losses.values(), losses))
+        assert close(grads(model), grads(twin), 1e-5)
+    # The target is detached: the widest learns from its own loss alone.
+    model, twin = make(), make()
+    joint(model, kind, distill=1.0)
+    loss_of(twin).backward()
+    assert torch.equal(model.bn1.weight.grad[0], twin.bn1.weight.grad[0])
+
+
+@FUSES
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_parts_are_recomputed_at_their_width(fuse, reentrant):
+    model, plain = make(fuse=fuse), make(fuse=fuse)
+    model.reentrant = reentrant
+    x, y = data()
+    joint_step(model, lambda out: F.cross_entropy(out, y), x.clone().requires_grad_())
+    joint(plain)
+    assert close(grads(model), grads(plain))
+    with pytest.raises(RuntimeError, match="use quantops.joint_step"):
+        joint_loss(model, lambda out: F.cross_entropy(out, y), x.clone().requires_grad_()).loss.backward()
+    model.zero_grad(), plain.zero_grad()
+    if reentrant and fuse == "model":
+        return  # one graph for all layers, used up by the first part's backward pass: see quantops/nn.py
+    for m in (model, plain):
+        set_bits(m, 4)
+        F.cross_entropy(m(x.clone().requires_grad_()), y).backward()
+    assert close(grads(model), grads(plain))
+
+
+@FUSES
+@STEPS
+def test_autocast(fuse, kind):
+    model, twin = make(fuse=fuse), make(fuse=fuse)
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = []
+        handle = model.fc1.register_forward_hook(lambda layer, *args: seen.append(layer.weight.dtype))
+        joint(model, kind)
+        handle.remove()
+        separately(twin)
+    assert set(seen) == {torch.bfloat16} and len(seen) == len(WIDTHS)
+    assert all(g.dtype == torch.float32 for g in grads(model).values()) and close(grads(model), grads(twin), 1e-2)
+
+    class Inside(Net):  # begins inside the model, where the q that was given does not fit
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x).float()
+
+    torch.manual_seed(0)
+    inside = quantize_(Inside(), TruncQuantConfig(fuse=fuse))
+    joint(inside, kind)
+    assert close(grads(inside), grads(model), 1e-2)
+
+
+def test_grad_scaler_and_evaluation():
+    model, twin = make(), make()
+    joint(model, "step", backward=lambda loss: (loss * 8).backward())
+    joint(twin, "step")
+    assert close({k: v / 8 for k, v in grads(model).items()}, grads(twin))
+    model.eval()
+    with torch.no_grad():
+        result = joint_loss(model, lambda out: out.sum(), data()[0])
+    for m in WIDTHS:
+        set_bits(model, m)
+        assert result.losses[m] == model(data()[0]).sum() and not result.loss.requires_grad
+
+
+# Batch norms
+
+
+def test_a_batch_norm_per_width_keeps_its_own_statistics():
+    model = make()
+    start = state(model)
+    set_bits(model, 2)
+    for seed in range(3):
+        loss_of(model, seed).backward()
+    after = state(model)
+    for name in ("bn1", "bn2", "bn3"):
+        norm = model.get_submodule(name)
+        assert isinstance(norm, MultiBatchNorm) and norm.num_batches_tracked.tolist() == [0, 0, 3, 0]
+        for part in ("running_mean", "running_var", "weight", "bias"):
+            old, new = start[f"{name}.{part}"], after[f"{name}.{part}"]
+            assert new.shape == (4, norm.features)
+            moved = [not torch.equal(a, b) for a, b in zip(old, new)]
+            assert moved == [False, False, "running" in part, False]
+        assert [g.abs().max() > 0 for g in norm.weight.grad] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("norm, shape", [
+    (nn.BatchNorm1d(3), (5, 3)), (nn.BatchNorm1d(3, affine=False), (5, 3, 4)), (nn.BatchNorm2d(3, eps=0.1), (5, 3, 4, 2)),
+    (nn.BatchNorm3d(3, momentum=0.5), (2, 3, 4, 2, 2)), (nn.BatchNorm2d(3, track_running_stats=False), (5, 3, 4, 2))])
+def test_a_row_is_the_batch_norm_of_torch_bit_for_bit(norm, shape):
+    torch.manual_seed(0)
+    if norm.affine:
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    plain, parameters = copy.deepcopy(norm), dict(norm.named_parameters())
+    multi = MultiBatchNorm(norm, (8, 2))
+    assert dict(multi.named_parameters()) == parameters  # the same objects
+    multi.index.fill_(1)
+    for train in (True, True, False):
+        x = torch.randn(shape)
+        multi.train(train), plain.train(train)
+        assert torch.equal(multi(x), plain(x))
+        for k, v in plain.state_dict().items():
+            assert torch.equal(multi.state_dict()[k][1], v)
+            assert torch.equal(multi.plain(1).state_dict()[k], v)
+    with pytest.raises(ValueError, match="expected .*D input"):
+        multi(torch.randn(4))
+
+
+def test_optimizers_made_before_and_shared_norms():
+    torch.manual_seed(0)
+    model = Net()
+    model.again = model.bn3
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    quantize_(model, TruncQuantConfig())
+    assert model.again is model.bn3 and isinstance(model.bn3, MultiBatchNorm)
+    before = state(model)
+    joint(model)
+    optimizer.step()
+    assert all(not torch.equal(before[k], p) for k, p in model.named_parameters())
+    shared = make(batch_norm=False)
+    assert isinstance(shared.bn1, nn.BatchNorm2d)
+    joint(shared)
+    assert int(shared.bn1.num_batches_tracked) == 4
+
+
+@pytest.mark.parametrize("norm, text", [
+    (nn.SyncBatchNorm(9), "bn3: expected BatchNorm1d, 2d or 3d, got SyncBatchNorm"),
+    (nn.LazyBatchNorm1d(), "bn3: expected BatchNorm1d, 2d or 3d, got LazyBatchNorm1d"),
+    (nn.BatchNorm1d(9, momentum=None), "bn3: expected a number as momentum, got None")])
+def test_norms_that_cannot_be_converted_leave_the_model_untouched(norm, text):
+    model = Net()
+    model.bn3 = norm
+    modules = dict(model.named_modules())
+    with pytest.raises(ValueError, match=text):
+        quantize_(model, TruncQuantConfig())
+    assert dict(model.named_modules()) == modules and not quantized(model)
+    quantize_(model, TruncQuantConfig(batch_norm=False))
+
+
+# State
+
+
+@pytest.mark.parametrize("fuse, kind, cache", [("model", "loss", False), ("layer", "step", False), ("model", "step", True)])
+def test_resume_is_bit_for_bit(fuse, kind, cache, tmp_path):
+    def start():
+        model = make(fuse=fuse, cache=cache)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.01)
+
+    def train(model, optimizer, steps):
+        for seed in steps:
+            optimizer.zero_grad()
+            joint(model, kind, seed, distill=0.5)
+            optimizer.step()
+            set_bits(model, WIDTHS[seed % 4])
+
+    whole, first, second = start(), start(), start()
+    train(*whole, range(6))
+    train(*first, range(3))
+    torch.save([part.state_dict() for part in first], tmp_path / "checkpoint.pt")
+    for part, saved in zip(second, torch.load(tmp_path / "checkpoint.pt", weights_only=True)):
+        part.load_state_dict(saved)
+    assert bit_report(second[0]).rows[0].bits == WIDTHS[2]  # the width is part of the state
+    train(*second, range(3, 6))
+    assert same(state(whole[0]), state(second[0]))
+    for a, b in zip(whole[1].state_dict()["state"].values(), second[1].state_dict()["state"].values()):
+        assert same(a, b)
+
+
+@FUSES
+def test_deepcopy_and_dtype(fuse):
+    model = make(fuse=fuse)
+    joint(model)
+    twin = copy.deepcopy(model)
+    set_bits(twin, 1)
+    assert len(twin.fc1.weight.unique()) == 2 < len(model.fc1.weight.unique())
+    for m in (model, twin):
+        m.zero_grad()
+        joint(m)
+    assert same(grads(model), grads(twin))
+    plain_model(model, 4)
+    model(data()[0])  # it has its parametrizations still
+    model.double()
+    joint(model, dtype=torch.float64)
+    assert model.bn1.index.dtype == torch.int64 and model.fc1.weight.dtype == torch.float64
+
+
+@FUSES
+@pytest.mark.parametrize("options", RULES)
+def test_cache_computes_once_and_has_the_same_gradients(fuse, options):
+    cached, plain = make(fuse=fuse, cache=True, **options), make(fuse=fuse, **options)
+    times = 1 if fuse == "model" else 4
+    for m in TruncQuantConfig(**options).bits[:2]:
+        set_bits(cached, m), set_bits(plain, m)
+        with Calls() as calls:
+            for seed in range(3):
+                loss_of(cached, seed).backward()
+        assert calls.counts["truncate"] == times
+        for seed in range(3):
+            loss_of(plain, seed).backward()
+        assert same(grads(cached), grads(plain))
+
+
+# torch.compile
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@FUSES
+def test_set_bits_recompiles_nothing(fuse, fresh_compiler):
+    model, eager = make(fuse=fuse), make(fuse=fuse)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    counts = []
+    for m in (8, 2, 1, 4, 8):
+        set_bits(compiled, m), set_bits(eager, m)
+        loss_of(compiled).backward(), loss_of(eager).backward()
+        counts.append(graphs())
+    assert set(counts) == {counts[0]} and close(grads(model), grads(eager)) and same(state(model), state(eager))
+    model.eval(), eager.eval(), compiled.eval()
+    with torch.no_grad():
+        compiled(data()[0])
+        before = graphs()
+        for m in WIDTHS:
+            set_bits(model, m), set_bits(eager, m)
+            assert torch.equal(compiled(data()[0]), eager(data()[0]))
+    assert graphs() == before
+
+
+@STEPS
+def test_joint_steps_of_a_compiled_model_run_one_graph(kind, fresh_compiler):
+    model, eager = make(), make()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for seed in range(3):
+        joint(compiled, kind, seed), joint(eager, kind, seed)
+    assert graphs() == 1 and close(grads(model), grads(eager)) and same(state(model), state(eager))
+
+
+def objective(model, x, y):
+    return joint_loss(model, lambda out: F.cross_entropy(out, y), x, distill=0.5).loss
+
+
+@FUSES
+def test_compiled_joint_loss_is_one_graph_with_one_read_of_the_weights(fuse, fresh_compiler):
+    ops = []
+
+    def keep(graph, inputs):
+        from functorch.compile import make_boxed_func
+
+        ops.append([n.target.__name__ for n in graph.graph.nodes if str(n.target).startswith("quantops")])
+        return make_boxed_func(graph)
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    model, eager = make(fuse=fuse), make(fuse=fuse)
+    step = torch.compile(objective, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+    for seed in range(2):
+        step(model, *data(seed=seed)).backward()
+        objective(eager, *data(seed=seed)).backward()
+    assert close(grads(model), grads(eager), 1e-5) and same(state(model), state(eager)) and graphs() == 1
+    assert sorted(ops[0]) == ["absmax.default", "truncate.default"]
+    assert ops[1] == ["truncate_backward.default"]
+
+
+# Errors
+
+
+@pytest.mark.parametrize("options, text", [
+    ({"bits": ()}, r"bits: expected a tuple of widths, .* got \(\)"), ({"bits": 8}, "bits: .*got 8"),
+    ({"bits": (8, 8)}, r"bits: expected distinct widths, got \(8, 8\)"), ({"bits": (8, 0)}, "bits: .*1..base_bits.*got 0"),
+    ({"bits": (8, 4), "base_bits": 6}, "bits: expected widths in 1..base_bits = 6, got 8"),
+    ({"bits": (17,)}, "bits: .*16, got 17"), ({"bits": (4.0,)}, "bits: .*got 4.0"), ({"bits": (True,)}, "bits: .*got True"),
+    ({"base_bits": 17}, "base_bits: .*got 17"), ({"rule": "ceil"}, "rule: .*'ceil'"),
+    ({"companding": "mu"}, "companding: .*'mu'"), ({"scale": 0}, "scale: .*got 0"), ({"scale": "max"}, "scale: .*'max'"),
+    ({"scale": True}, "scale: "), ({"out_scale": "absmax"}, "out_scale: "), ({"per_row": 1}, "per_row: "),
+    ({"batch_norm": None}, "batch_norm: "), ({"overrides": {"a": {"k": 1}}}, "overrides.*'k'")])
+def test_config_errors_name_the_field(options, text):
+    with pytest.raises(ValueError, match=text):
+        TruncQuantConfig(**options)
+
+
+def test_fixed_widths_are_checked_with_their_layer():
+    for options, text in (({"last": 0}, "fc2: bits: expected an integer 1..16, got 0"),
+                          ({"overrides": {"fc1": {"bits": (8, 4)}}}, "fc1: bits: ")):
+        with pytest.raises(ValueError, match=text):
+            make(**options)
+
+
+def test_errors_of_the_functions():
+    model, x = make(), data()[0]
+    for call in (lambda m: set_bits(model, m), lambda m: plain_model(model, m)):
+        for bad in (3, 16, 0, True, "8", 8.0):
+            with pytest.raises(ValueError, match=f"bits: expected one of the widths 8, 4, 2, 1 .* got {bad!r}"):
+                call(bad)
+    for call in (set_bits, plain_model, lambda m: joint_loss(m, torch.sum, x), lambda m: joint_step(m, torch.sum, x)):
+        with pytest.raises(ValueError, match="expected weights quantized with TruncQuantConfig, Net has none"):
+            call(Net())
+    before = state(model)
+    for options, error, text in (
+        ({"weights": [1, 1]}, ValueError, r"weights: expected 4 numbers .*got \[1, 1\]"),
+        ({"weights": [1, 1, 1, -1]}, ValueError, "weights: "), ({"weights": 1.0}, ValueError, "weights: "),
+        ({"distill": 1.5}, ValueError, "distill: .*got 1.5"), ({"distill": True}, ValueError, "distill: "),
+        ({"temperature": 0}, ValueError, "temperature: .*got 0"),
+    ):
+        for run in (joint_loss, joint_step):
+            with pytest.raises(error, match=text):
+                run(model, torch.sum, x, **options)
+    with pytest.raises(TypeError, match="loss_fn: expected a function of the output, got Tensor"):
+        joint_loss(model, x)
+    assert same(before, state(model))
+    several = nn.ModuleList([quantize_(nn.Linear(2, 2), TruncQuantConfig(bits=b)) for b in ((8, 4), (8, 2))])
+    with pytest.raises(ValueError, match=r"expected one set of widths, got \(8, 2\) and \(8, 4\)"):
+        set_bits(several, 8)
+    with pytest.raises(TypeError, match="distill: expected a model whose output is one tensor"):
+        joint_loss(quantize_(nn.Sequential(nn.Linear(3, 3), Pair()), TruncQuantConfig()), sum, torch.ones(2, 3), distill=1)
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+# Reports
+
+
+def test_bit_report():
+    model = make()
+    for m in WIDTHS:
+        set_bits(model, m)
+        report = bit_report(model)
+        assert report.average_bits == m and report.compression == 32 / m
+        for row, (name, w) in zip(report.rows, originals(model).items()):
+            q = model.get_submodule(name).weight
+            assert (row.name, row.bits, row.k, row.beta) == (name, m, 0, 0) and row.scale == float(w.detach().abs().max())
+            assert row.sq_error == pytest.approx(float((q - w).detach().double().square().sum()), rel=1e-5)
+    with torch.no_grad():
+        originals(model)["fc1"][0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        bit_report(model)
+
+
+def test_training_learns_at_every_width():
+    torch.manual_seed(0)
+    x = torch.randn(128, 1, 6, 6)
+    y = (x[:, 0, :3].sum((1, 2)) > 0).long() + 2 * (x[:, 0, 3:].sum((1, 2)) > 0).long()
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for _ in range(150):
+        optimizer.zero_grad()
+        joint_step(model, lambda out: F.cross_entropy(out, y), x)
+        optimizer.step()
+    model.eval()
+    for m in WIDTHS:
+        set_bits(model, m)
+        assert (model(x).argmax(1) == y).float().mean() > 0.75, m  # a quarter by chance
