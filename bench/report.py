@@ -345,9 +345,9 @@ def report(args):
         texts.append(f"{summary(device)}\n\nEvery figure, and plots: [{link}]({link}).")
     costs = static.load()
     if costs:
-        page_of_costs = static.PATH.with_suffix(".md")
-        page_of_costs.write_text(f"{static.heading(costs)}\n\n{static.table(costs, _measured(found))}\n")
-        link = page_of_costs.relative_to(ROOT)
+        path = static.PATH.with_suffix(".md")
+        path.write_text(static.page(costs, _measured(found)))
+        link = path.relative_to(ROOT)
         texts.append(f"{static.heading(costs)} {static.summary(costs)} The table: [{link}]({link}).")
     text = "\n\n".join(texts)
     print(text)

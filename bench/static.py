@@ -225,6 +225,11 @@ def heading(result):
             "of the longest time that bytes or instructions need.")
 
 
+def page(result, measured=None):
+    """The table and what it is, as Markdown beside the JSON."""
+    return f"{heading(result)}\n\n{table(result, measured)}\n"
+
+
 def summary(result):
     """What binds which kernels, one paragraph."""
     rows = [r for r in result["rows"] if "absent" not in r]
@@ -249,7 +254,8 @@ def static(args):
     path = args.out or PATH
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{heading(result)}\n\n{table(result)}\n\nwrote {path}")
+    path.with_suffix(".md").write_text(page(result))
+    print(f"{page(result)}\nwrote {path}")
     return 0
 
 
