@@ -16,12 +16,15 @@ from quantops.library import ops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CPU_WORKLOADS = ("64K", "1M", "16M", "resnet20", "resnet50", "mobilenet_v3_large", "deit_small")
-CUDA_WORKLOADS = (*CPU_WORKLOADS[:3], "64M", "256M", *CPU_WORKLOADS[3:], "transformer_1b")
+CUDA_WORKLOADS = ("64K", "1M", "16M", "256M", *CPU_WORKLOADS[3:], "transformer_1b")
+BUDGET = {"cpu": 0.4, "cuda": 0.25}  # seconds of timing for a row
 
-# torch.compile takes seconds per graph, and most of a minute for a list as one graph: on CPU, where it is done by two
-# cores, not everything is compiled unless asked for. The result says what was left out.
-CPU_COMPILED = ("16M",)
-CPU_COMPILED_STEPS = {("msq step", w, "float32") for w in ("64K", "1M", "resnet20", "resnet50")}
+# torch.compile takes seconds per graph, and a minute or more for a list as one graph: not everything is compiled unless
+# asked for. The result says what was left out.
+COMPILED = ("16M",)
+COMPILED_STEPS = {"cpu": {("msq step", w, "float32") for w in ("64K", "1M", "resnet20", "resnet50")},
+                  "cuda": {(step, w, "float32") for step in ("msq step", "truncate step")
+                           for w in ("64K", "1M", "256M", "resnet20", "resnet50", "deit_small", "transformer_1b")}}
 LARGEST_GRAPH = 1 << 26  # elements; a CUDA graph holds memory of its own, and of larger ones launches are no part
 
 
@@ -29,19 +32,23 @@ class Plan:
     """What is measured of each row."""
 
     def __init__(self, args):
-        self.device, self.cuda = args.device, torch.device(args.device).type == "cuda"
-        self.budget, self.compile_seconds, self.peers = args.budget, args.compile_seconds, not args.no_peers
-        self.compile_all = args.compile_all or self.cuda
+        self.device, self.kind = args.device, torch.device(args.device).type
+        self.cuda, self.compile_all, self.peers = self.kind == "cuda", args.compile_all, not args.no_peers
+        self.budget, self.compile_seconds = args.budget or BUDGET[self.kind], args.compile_seconds
+
+    def counts_launches(self, workload, dtype):
+        """On a GPU that takes the profiler a second, and the answer is the same for most rows."""
+        return not self.cuda or (dtype == "float32" and workload in ("16M", *LISTS))
 
     def left_out(self, peer, case, workload, dtype, tensors):
         """Why a peer is not run, or None."""
         if tensors > 1 and not peer.lists:
             return "measured on single weights, and in the training steps of lists"
-        if tensors == 1 and peer.whole_list:
+        if tensors == 1 and peer.whole_list and "compiled" in case.peers:
             return "one weight: the same as compiled"
         if peer.compiles and not self.compile_all:
-            if workload not in CPU_COMPILED and (case.name, workload, dtype) not in CPU_COMPILED_STEPS:
-                return "not compiled on CPU by default, for the time it takes: --compile-all"
+            if workload not in COMPILED and (case.name, workload, dtype) not in COMPILED_STEPS[self.kind]:
+                return "not compiled by default, for the time it takes: --compile-all"
         return None
 
 
@@ -120,7 +127,7 @@ def measure_one(case, workload, dtype, plan):
                r: moved * x.numel / measure.summary(of[OURS])["median"] / 1e9 for r, of in times.items()},
            "peak_bytes": {name: measure.peak_bytes(f, device) for name, f in functions.items() if name != COPY},
            "launches": {name: measure.launches(f, device) for name, f in functions.items()
-                        if plan.cuda or name not in compiled},
+                        if plan.counts_launches(workload, dtype) and (plan.cuda or name not in compiled)},
            "first_calls": {OURS: {"first_call": first}, **compiled}, "absent": absent,
            "notes": {name: peer.note for name, (peer, _) in peers.items() if peer.note}}
     if case.forward:
@@ -235,8 +242,8 @@ def add_arguments(parser):
     parser.add_argument("--workloads", help=f"of {', '.join(SIZES)} and {', '.join(LISTS)}; default: by device")
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--cases", help="default: all")
-    parser.add_argument("--budget", type=float, default=0.4, help="seconds of timing for a row")
+    parser.add_argument("--budget", type=float, help="seconds of timing for a row; default: by device")
     parser.add_argument("--backends", help="on a GPU: default cuda,triton, one process each")
     parser.add_argument("--no-peers", action="store_true", help="time quantops and the copy alone")
-    parser.add_argument("--compile-all", action="store_true", help="on CPU: compile what is left out for its time")
+    parser.add_argument("--compile-all", action="store_true", help="compile what is left out for its time")
     parser.set_defaults(call=run)
