@@ -144,6 +144,21 @@ def test_floor_codes_decode_to_the_narrower_floor_codes(layout):
         assert same(Q.decode(packed.truncate(m), scale, grid="full"), want)
 
 
+@pytest.mark.parametrize("rule", ref.uniform.RULES)
+def test_decode_at_every_width_is_truncate(rule):
+    """The training forward of TruncQuant, and what is served from the packed weight, bit for bit."""
+    w = torch.randn(37, 53, generator=torch.Generator().manual_seed(0))
+    for base, scale in ((8, torch.tensor(2.5)), (5, torch.rand(37)), (16, torch.tensor(1.0))):
+        codes = Q.encode(w, scale, base, rule=rule)
+        widths = range(1, base + 1) if EXHAUSTIVE else (1, 3, base)
+        want = Q.truncate(w, scale, tuple(widths), base_bits=base, rule=rule)
+        for layout in LAYOUTS:
+            packed = Q.pack(codes, base, layout=layout)
+            for m, q in zip(widths, want):
+                assert same(Q.decode(packed, scale, m, grid="full"), q), (base, m)
+                assert same(Q.decode(Q.unpack(packed, m), scale, m, grid="full"), q), (base, m)
+
+
 def test_msq_codes_keep_their_values_where_the_dropped_bits_are_zero():
     w, scale = torch.randn(5000, generator=torch.Generator().manual_seed(0)), torch.tensor(3.0)
     codes = Q.encode(w, scale, 8)
