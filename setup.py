@@ -137,7 +137,7 @@ def extensions():
 
 
 PACKAGES = {"quantops": "quantops", "quantops.reference": "quantops/reference", "quantops.methods": "quantops/methods",
-            "quantops.kernels": "kernels", "quantops.csrc": "csrc", "quantops.csrc.cpu": "csrc/cpu",
+            "quantops.demo": "quantops/demo", "quantops.kernels": "kernels", "quantops.csrc": "csrc", "quantops.csrc.cpu": "csrc/cpu",
             "quantops.csrc.cuda": "csrc/cuda"}
 
 setup(

@@ -650,11 +650,13 @@ def test_training_learns_at_every_width():
     x = torch.randn(128, 1, 6, 6)
     y = (x[:, 0, :3].sum((1, 2)) > 0).long() + 2 * (x[:, 0, 3:].sum((1, 2)) > 0).long()
     model = make()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    for _ in range(150):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 120)
+    for _ in range(120):
         optimizer.zero_grad()
         joint_step(model, lambda out: F.cross_entropy(out, y), x)
         optimizer.step()
+        schedule.step()
     model.eval()
     for m in WIDTHS:
         set_bits(model, m)

@@ -3,94 +3,20 @@
 import copy
 import json
 import statistics
-import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-TARGET = 12.8  # compression: 2.5 bits a weight
-BATCH = 64
+import quantops
+from quantops.demo.digits import BATCH, Digits, Net, step_costs, train
+from quantops.reference import paper
+
+EPOCHS = 60
 INTERVAL = 42  # steps between decisions: two epochs
-
-
-def add_arguments(parser):
-    """Options of ``python -m quantops demo``."""
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default 3)")
-    parser.add_argument("--epochs", type=int, default=60, help="epochs of every training run (default 60)")
-    parser.add_argument("--strength", type=float, default=1e-3, help="lambda of the LSB penalty (default 1e-3)")
-    parser.add_argument("--target", type=float, default=TARGET, help=f"compression to stop at (default {TARGET})")
-    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder of the figure and the JSON")
-
-
-class Net(nn.Module):
-    """Three convolutions and a linear layer, 56,224 weights, for 8 x 8 images."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32)
-        self.conv2, self.bn2 = nn.Conv2d(32, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)
-        self.conv3, self.bn3 = nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)
-        self.fc = nn.Linear(64, 10)
-
-    def forward(self, x):
-        """(batch, 1, 8, 8) images to (batch, 10) logits."""
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.max_pool2d(F.relu(self.bn2(self.conv2(x))), 2)
-        x = F.relu(self.bn3(self.conv3(x)))
-        return self.fc(x.mean((2, 3)))
-
-
-class Digits:
-    """1,797 real scans of handwritten digits, a fixed quarter of them held out."""
-
-    def __init__(self):
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        images, labels = load_digits(return_X_y=True)
-        split = train_test_split(images, labels, test_size=0.25, stratify=labels, random_state=0)
-        self.x, self.x_test = (torch.tensor(v, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1 for v in split[:2])
-        self.y, self.y_test = (torch.tensor(v) for v in split[2:])
-
-    def batches(self, generator):
-        """One epoch of shuffled training batches."""
-        for i in torch.randperm(len(self.x), generator=generator).split(BATCH):
-            if len(i) == BATCH:
-                yield self.x[i], self.y[i]
-
-    def accuracy(self, model):
-        """Fraction of the held-out images that the model gets right, in percent."""
-        model.eval()
-        with torch.no_grad():
-            right = (model(self.x_test).argmax(1) == self.y_test).float().mean()
-        model.train()
-        return 100 * right.item()
-
-
-def train(model, data, epochs, seed, bar, after_step=None, penalty=None):
-    """Adam with a cosine schedule; ``penalty()`` is added to the loss, ``after_step(x, y)`` follows every step."""
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(data.x) // BATCH))
-    for _ in range(epochs):
-        for x, y in data.batches(generator):
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(x), y)
-            (loss if penalty is None else loss + penalty()).backward()
-            optimizer.step()
-            schedule.step()
-            if after_step:
-                after_step(x, y)
-        bar.update()
-    return data.accuracy(model)
 
 
 def train_msq(model, data, args, seed, bar):
     """(accuracy, controller, measured): MSQ from 8 bits to the target, then finetuning with lambda = 0."""
-    import quantops
-
     quantops.quantize_(model, quantops.MSQConfig(bits=8))
     controller = quantops.MSQController(model, args.target, interval=INTERVAL, threshold=0.3, strength=args.strength,
                                         samples=4, seed=seed)
@@ -101,13 +27,11 @@ def train_msq(model, data, args, seed, bar):
     def after_step(x, y):
         controller.step(lambda: F.cross_entropy(model(x), y))
 
-    return train(model, data, args.epochs, seed, bar, after_step, penalty), controller
+    return train(model, data, args.epochs or EPOCHS, seed, bar, after_step, penalty), controller
 
 
 def fixed_bits(report, model, data, epochs, seed, bar):
     """Accuracy of plain training with the same rule at the same average bits: two widths, the wider one first."""
-    import quantops
-
     low, total = int(report.average_bits), sum(r.numel for r in report.rows)
     extra, overrides = (report.average_bits - low) * total, {}
     for row in report.rows:
@@ -121,60 +45,27 @@ def fixed_bits(report, model, data, epochs, seed, bar):
 
 def costs(data):
     """{name: (milliseconds a step, bytes saved for backward by quantization)} of one and the same network."""
-    import quantops
-    from quantops.reference import paper
-
     x, y = data.x[:BATCH], data.y[:BATCH]
 
-    def float_step(model, opt):
+    def float_step(model):
         return F.cross_entropy(model(x), y)
 
-    def fused_step(model, opt):
+    def fused_step(model):
         return F.cross_entropy(model(x), y) + 1e-3 * quantops.penalty(model)
 
-    def eager_step(model, opt):
+    def eager_step(model):
         weights = {n: p for n, p in model.named_parameters() if p.dim() > 1}
         made = {n: paper.msq(w, 8, 1) for n, w in weights.items()}
         logits = torch.func.functional_call(model, {n: r[0] for n, r in made.items()}, x)
         return F.cross_entropy(logits, y) + 1e-3 * sum(r[1] for r in made.values())
 
-    runs = {}
-    for name, step in (("float", float_step), ("paper-style eager chain", eager_step), ("quantops", fused_step)):
+    def make(quantized):
         torch.manual_seed(0)
-        model = Net()
-        if name == "quantops":
-            quantops.quantize_(model, quantops.MSQConfig(bits=8))
-        runs[name] = (model, torch.optim.SGD(model.parameters(), lr=1e-3), step)
+        return quantops.quantize_(Net(), quantops.MSQConfig(bits=8)) if quantized else Net()
 
-    def once(name):
-        model, opt, step = runs[name]
-        start = time.perf_counter()
-        opt.zero_grad()
-        step(model, opt).backward()
-        opt.step()
-        return time.perf_counter() - start
-
-    times = {name: [] for name in runs}
-    for i in range(120):  # in turn, so that what disturbs the machine disturbs all of them
-        for name in runs:
-            seconds = once(name)
-            if i >= 20:
-                times[name].append(seconds)
-    saved = {}
-    for name, (model, opt, step) in runs.items():
-        seen, parameters = {}, {p.data_ptr() for p in model.parameters()}
-
-        def pack(t):
-            storage = t.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                seen[storage.data_ptr()] = storage.nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            loss = step(model, opt)
-        saved[name] = sum(seen.values())
-        del loss
-    return {name: (1e3 * statistics.median(t), saved[name] - saved["float"]) for name, t in times.items()}
+    steps = {"float": (make(False), float_step), "paper-style eager chain": (make(False), eager_step),
+             "quantops": (make(True), fused_step)}
+    return step_costs({name: (model, lambda m=model, f=step: f(m).backward()) for name, (model, step) in steps.items()})
 
 
 def draw(path, log, start, end):
@@ -205,29 +96,20 @@ def draw(path, log, start, end):
 
 def run(args):
     """The whole demo; prints tables, writes demo.png and demo.json to ``args.out``."""
-    import quantops
+    from tqdm import tqdm
 
-    try:
-        import matplotlib  # noqa: F401
-        import sklearn  # noqa: F401
-        from tqdm import tqdm
-    except ModuleNotFoundError as error:
-        raise SystemExit(f"the demo needs {error.name}: pip install 'quantops[demo]', or make demo") from None
-    print(quantops.info())
-    if args.seeds < 1 or args.epochs < 4:
-        raise SystemExit(f"--seeds, --epochs: expected at least 1 and 4, got {args.seeds} and {args.epochs}")
-    data, results = Digits(), []
-    with tqdm(total=3 * args.seeds * args.epochs, desc="training", unit="epoch") as bar:
+    data, results, epochs = Digits(), [], args.epochs or EPOCHS
+    with tqdm(total=3 * args.seeds * epochs, desc="MSQ", unit="epoch") as bar:
         for seed in range(args.seeds):
             torch.manual_seed(seed)
             model = Net()
             untouched = copy.deepcopy(model)
             plain = copy.deepcopy(model)
-            baseline = train(model, data, args.epochs, seed, bar)
+            baseline = train(model, data, epochs, seed, bar)
             model = copy.deepcopy(untouched)
             accuracy, controller = train_msq(model, data, args, seed, bar)
             report = quantops.bit_report(model)
-            fixed, fixed_average = fixed_bits(report, plain, data, args.epochs, seed, bar)
+            fixed, fixed_average = fixed_bits(report, plain, data, epochs, seed, bar)
             results.append({"seed": seed, "float": baseline, "msq": accuracy, "compression": report.compression,
                             "average_bits": report.average_bits, "fixed": fixed, "fixed_bits": fixed_average,
                             "done": controller.done, "steps_to_target": controller.log[-1]["step"]})
@@ -235,7 +117,6 @@ def run(args):
                 first = untouched, model, controller, report
     untouched, model, controller, report = first
 
-    args.out.mkdir(parents=True, exist_ok=True)
     w = untouched.conv2.weight.detach()
     draw(args.out / "demo.png", controller.log,
          (w, quantops.round_clamp(w, None, 8), "conv2 at the start, 8 bits"),
@@ -260,8 +141,8 @@ def run(args):
     measured = costs(data)
     print(f"\nA training step of this network, batch {BATCH}, {torch.get_num_threads()} threads, 8 bits:")
     for name, (milliseconds, saved) in measured.items():
-        ratio = milliseconds / measured["float"][0]
-        print(f"  {name:24} {milliseconds:7.2f} ms  {ratio:5.2f}x float   {saved / 1e6:6.2f} MB kept for backward by "
+        ratio, extra = milliseconds / measured["float"][0], saved - measured["float"][1]
+        print(f"  {name:24} {milliseconds:7.2f} ms  {ratio:5.2f}x float   {extra / 1e6:6.2f} MB kept for backward by "
               "quantization")
     (args.out / "demo.json").write_text(json.dumps({"results": results, "log": controller.log, "costs": measured}))
     print(f"\nFigure: {args.out / 'demo.png'}")
