@@ -153,9 +153,9 @@ def save_int(weights, path):
 def load_int(path, model=None, bits=None):
     """Reads a file of :func:`save_int`: {parameter name: IntWeight}, on the CPU.
 
-    ``bits``: an integer m; weights stored with more are opened at m bits, but for those that are ``fixed``, and of their
-    planes only the first m are read and checked. With ``model``, a plain model that is not quantized, every weight in
-    the file is also copied, dequantized, into the parameter of its name. All names and shapes are compared first; what
+    ``bits``: an integer m; weights stored with more are opened at m bits, but for those that are ``fixed``, and of
+    their planes only the first m are read and checked. With ``model``, a plain model that is not quantized, every weight
+    in the file is also copied, dequantized, into the parameter of its name. All names and shapes are compared first; what
     the file does not have (biases, norms) is left as it is.
 
     Raises ValueError naming ``path`` and what is wrong for a file that is truncated, corrupt or not of this format, for

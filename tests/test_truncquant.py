@@ -295,7 +295,8 @@ def test_distillation(kind):
             kl = (target * (target.log() - (out / t).log_softmax(-1))).sum() / len(x)
             losses.append(share * t * t * kl + (1 - share) * F.cross_entropy(out, y))
         sum(losses).backward()
-        assert all(a.item() == pytest.approx(b.item(), rel=1e-5, abs=1e-6) for a, b in zip(result.losses.values(), losses))
+        got = [v.item() for v in result.losses.values()]
+        assert got == pytest.approx([v.item() for v in losses], rel=1e-5, abs=1e-6)
         assert close(grads(model), grads(twin), 1e-5)
     # The target is detached: the widest learns from its own loss alone.
     model, twin = make(), make()
@@ -383,7 +384,8 @@ def test_a_batch_norm_per_width_keeps_its_own_statistics():
 
 
 @pytest.mark.parametrize("norm, shape", [
-    (nn.BatchNorm1d(3), (5, 3)), (nn.BatchNorm1d(3, affine=False), (5, 3, 4)), (nn.BatchNorm2d(3, eps=0.1), (5, 3, 4, 2)),
+    (nn.BatchNorm1d(3), (5, 3)), (nn.BatchNorm1d(3, affine=False), (5, 3, 4)),
+    (nn.BatchNorm2d(3, eps=0.1), (5, 3, 4, 2)),
     (nn.BatchNorm3d(3, momentum=0.5), (2, 3, 4, 2, 2)), (nn.BatchNorm2d(3, track_running_stats=False), (5, 3, 4, 2))])
 def test_a_row_is_the_batch_norm_of_torch_bit_for_bit(norm, shape):
     torch.manual_seed(0)
@@ -438,7 +440,8 @@ def test_norms_that_cannot_be_converted_leave_the_model_untouched(norm, text):
 # State
 
 
-@pytest.mark.parametrize("fuse, kind, cache", [("model", "loss", False), ("layer", "step", False), ("model", "step", True)])
+@pytest.mark.parametrize("fuse, kind, cache", [("model", "loss", False), ("layer", "step", False),
+                                               ("model", "step", True)])
 def test_resume_is_bit_for_bit(fuse, kind, cache, tmp_path):
     def start():
         model = make(fuse=fuse, cache=cache)
@@ -573,11 +576,14 @@ def test_compiled_joint_loss_is_one_graph_with_one_read_of_the_weights(fuse, fre
 
 @pytest.mark.parametrize("options, text", [
     ({"bits": ()}, r"bits: expected a tuple of widths, .* got \(\)"), ({"bits": 8}, "bits: .*got 8"),
-    ({"bits": (8, 8)}, r"bits: expected distinct widths, got \(8, 8\)"), ({"bits": (8, 0)}, "bits: .*1..base_bits.*got 0"),
+    ({"bits": (8, 8)}, r"bits: expected distinct widths, got \(8, 8\)"),
+    ({"bits": (8, 0)}, "bits: .*1..base_bits.*got 0"),
     ({"bits": (8, 4), "base_bits": 6}, "bits: expected widths in 1..base_bits = 6, got 8"),
-    ({"bits": (17,)}, "bits: .*16, got 17"), ({"bits": (4.0,)}, "bits: .*got 4.0"), ({"bits": (True,)}, "bits: .*got True"),
+    ({"bits": (17,)}, "bits: .*16, got 17"), ({"bits": (4.0,)}, "bits: .*got 4.0"),
+    ({"bits": (True,)}, "bits: .*got True"),
     ({"base_bits": 17}, "base_bits: .*got 17"), ({"rule": "ceil"}, "rule: .*'ceil'"),
-    ({"companding": "mu"}, "companding: .*'mu'"), ({"scale": 0}, "scale: .*got 0"), ({"scale": "max"}, "scale: .*'max'"),
+    ({"companding": "mu"}, "companding: .*'mu'"), ({"scale": 0}, "scale: .*got 0"),
+    ({"scale": "max"}, "scale: .*'max'"),
     ({"scale": True}, "scale: "), ({"out_scale": "absmax"}, "out_scale: "), ({"per_row": 1}, "per_row: "),
     ({"batch_norm": None}, "batch_norm: "), ({"overrides": {"a": {"k": 1}}}, "overrides.*'k'")])
 def test_config_errors_name_the_field(options, text):
@@ -618,7 +624,8 @@ def test_errors_of_the_functions():
     with pytest.raises(ValueError, match=r"expected one set of widths, got \(8, 2\) and \(8, 4\)"):
         set_bits(several, 8)
     with pytest.raises(TypeError, match="distill: expected a model whose output is one tensor"):
-        joint_loss(quantize_(nn.Sequential(nn.Linear(3, 3), Pair()), TruncQuantConfig()), sum, torch.ones(2, 3), distill=1)
+        pair = quantize_(nn.Sequential(nn.Linear(3, 3), Pair()), TruncQuantConfig())
+        joint_loss(pair, sum, torch.ones(2, 3), distill=1)
 
 
 class Pair(nn.Module):
@@ -637,7 +644,8 @@ def test_bit_report():
         assert report.average_bits == m and report.compression == 32 / m
         for row, (name, w) in zip(report.rows, originals(model).items()):
             q = model.get_submodule(name).weight
-            assert (row.name, row.bits, row.k, row.beta) == (name, m, 0, 0) and row.scale == float(w.detach().abs().max())
+            assert (row.name, row.bits, row.k, row.beta) == (name, m, 0, 0)
+            assert row.scale == float(w.detach().abs().max())
             assert row.sq_error == pytest.approx(float((q - w).detach().double().square().sum()), rel=1e-5)
     with torch.no_grad():
         originals(model)["fc1"][0, 0] = float("nan")

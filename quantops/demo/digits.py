@@ -80,7 +80,10 @@ def train(model, data, epochs, seed, bar, after_step=None, penalty=None, backwar
 
 
 def step_costs(steps, rounds=120):
-    """{name: (milliseconds a step, most bytes kept for backward at a time)} of {name: (model, forward and backward)}."""
+    """{name: (milliseconds a step, most bytes kept for backward at a time)} of {name: (model, its step)}.
+
+    A step: a function that runs a forward and a backward pass.
+    """
     optimizers = {name: torch.optim.SGD(model.parameters(), lr=1e-3) for name, (model, _) in steps.items()}
     times = {name: [] for name in steps}
     for i in range(rounds):  # in turn, so that what disturbs the machine disturbs all of them

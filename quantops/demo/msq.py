@@ -65,7 +65,8 @@ def costs(data):
 
     steps = {"float": (make(False), float_step), "paper-style eager chain": (make(False), eager_step),
              "quantops": (make(True), fused_step)}
-    return step_costs({name: (model, lambda m=model, f=step: f(m).backward()) for name, (model, step) in steps.items()})
+    return step_costs({name: (model, lambda m=model, loss=loss: loss(m).backward())
+                       for name, (model, loss) in steps.items()})
 
 
 def draw(path, log, start, end):
@@ -136,7 +137,8 @@ def run(args):
         print(f"  {r['seed']:>4} {r['float']:>7.2f} {r['msq']:>7.2f} {r['average_bits']:>6.2f} "
               f"{r['compression']:>11.1f}x {r['fixed']:>11.2f} {r['fixed_bits']:>6.2f}")
     mean = {key: statistics.mean(r[key] for r in results) for key in ("float", "msq", "compression", "fixed")}
-    print(f"  mean {mean['float']:>7.2f} {mean['msq']:>7.2f} {'':>6} {mean['compression']:>11.1f}x {mean['fixed']:>11.2f}")
+    print(f"  mean {mean['float']:>7.2f} {mean['msq']:>7.2f} {'':>6} {mean['compression']:>11.1f}x "
+          f"{mean['fixed']:>11.2f}")
 
     measured = costs(data)
     print(f"\nA training step of this network, batch {BATCH}, {torch.get_num_threads()} threads, 8 bits:")

@@ -12,7 +12,8 @@ from quantops.demo.digits import BATCH, Digits, Net, step_costs, train
 
 WIDTHS = (8, 4, 2, 1)
 EPOCHS = 12
-ORDINARY, DOREFA, JOINT, SEPARATE = "8-bit QAT, truncated", "8-bit DoReFa, truncated", "TruncQuant", "a network per width"
+ORDINARY, DOREFA = "8-bit QAT, truncated", "8-bit DoReFa, truncated"
+JOINT, SEPARATE = "TruncQuant", "a network per width"
 NORMS = "8-bit QAT, truncated, norms re-estimated"
 
 
@@ -59,8 +60,11 @@ def joint(untouched, data, epochs, seed, bar):
 
 def separate(untouched, data, epochs, seed, bar):
     """{width: accuracy} of networks of their own, with the codes of TruncQuant."""
-    return {m: train(quantops.quantize_(copy.deepcopy(untouched), quantops.TruncQuantConfig(bits=(m,))), data, epochs, seed,
-                     bar) for m in WIDTHS}
+    found = {}
+    for m in WIDTHS:
+        model = quantops.quantize_(copy.deepcopy(untouched), quantops.TruncQuantConfig(bits=(m,)))
+        found[m] = train(model, data, epochs, seed, bar)
+    return found
 
 
 def costs(data):
@@ -72,7 +76,8 @@ def costs(data):
 
     def make(quantized):
         torch.manual_seed(0)
-        return quantops.quantize_(Net(), quantops.TruncQuantConfig(bits=WIDTHS, batch_norm=False)) if quantized else Net()
+        config = quantops.TruncQuantConfig(bits=WIDTHS, batch_norm=False)
+        return quantops.quantize_(Net(), config) if quantized else Net()
 
     def floats(model):
         sum(loss_fn(model(x)) for _ in WIDTHS).backward()
@@ -117,7 +122,8 @@ def draw(path, table):
         line, = axis.plot(places, mean, marker="o", label=name)
         axis.fill_between(places, [min(r[m] for r in rows) for m in WIDTHS], [max(r[m] for r in rows) for m in WIDTHS],
                           color=line.get_color(), alpha=0.15)
-    axis.set(xticks=places, xticklabels=WIDTHS, xlabel="bits", ylabel="accuracy, %", title="dropping bits of one network")
+    axis.set(xticks=places, xticklabels=WIDTHS, xlabel="bits", ylabel="accuracy, %",
+             title="dropping bits of one network")
     axis.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -147,7 +153,8 @@ def run(args):
     means = {}
     for name, rows in table.items():
         means[name] = {m: statistics.mean(r[m] for r in rows) for m in WIDTHS}
-        print(f"  {name:40}" + "".join(f"{f'{means[name][m]:.2f} ({min(r[m] for r in rows):.2f})':>16}" for m in WIDTHS))
+        cells = (f"{means[name][m]:.2f} ({min(r[m] for r in rows):.2f})" for m in WIDTHS)
+        print(f"  {name:40}" + "".join(f"{cell:>16}" for cell in cells))
 
     measured = costs(data)
     print(f"\nA step that trains all widths of this network, batch {BATCH}, {torch.get_num_threads()} threads:")

@@ -150,8 +150,8 @@ class TruncQuantWeight(WeightQuantizer):
         n, (scale, out_scale) = self.widths[0], _scales([self], [w])
         # With a step of 1 the values are the odd levels 2c - (2^n - 1), by the very kernel of the forward pass.
         units = [torch.full_like(scale[0], 2**n - 1)]
-        level = ops.truncate([w], scale, units, self.all_bits[:1].reshape(1, 1), self.base.reshape(1), self.rule, self.tanh,
-                             self.covered, scale[0].dtype)[0]
+        level = ops.truncate([w], scale, units, self.all_bits[:1].reshape(1, 1), self.base.reshape(1), self.rule,
+                             self.tanh, self.covered, scale[0].dtype)[0]
         codes = ((level + (2**n - 1)) / 2).to(torch.int32)
         return IntWeight.from_codes(codes, (out_scale or scale)[0], n, grid="full", dtype=w.dtype, fixed=self.fixed)
 
