@@ -89,8 +89,8 @@ struct PackedShapes {
       const int64_t rows = shape[i].empty() ? 1 : shape[i][0];
       QUANTOPS_CHECK(device_of(scale[i]) == device_of(data), name(), ": expected device ", device_name(data),
                      ", where the data is, got ", device_name(scale[i]));
-      QUANTOPS_CHECK(scale[i].numel() == 1 || scale[i].numel() == rows, name(), ": expected one element or one per row (",
-                     rows, "), got shape ", numbers(scale[i].sizes()));
+      QUANTOPS_CHECK(scale[i].numel() == 1 || scale[i].numel() == rows, name(),
+                     ": expected one element or one per row (", rows, "), got shape ", numbers(scale[i].sizes()));
       QUANTOPS_CHECK(scale[i].is_contiguous(), name(), ": expected a contiguous tensor, got strides ",
                      numbers(scale[i].strides()));
     }

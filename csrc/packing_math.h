@@ -38,8 +38,9 @@ QUANTOPS_INLINE uint8_t pop_byte(Bytes& b) {
   return byte;
 }
 
-// The 8 x 8 bits with rows and columns exchanged: bit j of byte i becomes bit i of byte j. By exchanging the off-diagonal
-// bits of 2 x 2 blocks, then 2 x 2 blocks in those of 4 x 4, then 4 x 4 ones (Warren, Hacker's Delight, 7-3).
+// The 8 x 8 bits with rows and columns exchanged: bit j of byte i becomes bit i of byte j. By exchanging the
+// off-diagonal bits of 2 x 2 blocks, then 2 x 2 blocks in those of 4 x 4, then 4 x 4 ones (Warren, Hacker's Delight,
+// 7-3).
 QUANTOPS_INLINE uint64_t transpose_bits(uint64_t x) {
   uint64_t t = (x ^ x >> 7) & 0x00aa00aa00aa00aaull;
   x ^= t ^ t << 7;

@@ -80,7 +80,8 @@ def pack_codes(table, chunks, DENSE: tl.constexpr, BLOCK: tl.constexpr):
     left = tl.load(entry + NUMEL) - start
     n = tl.load(entry + STORED).to(tl.int32)
     stride = tl.multiple_of(tl.load(entry + STRIDE), 16)
-    codes, data = tl.load(entry + CODES).to(tl.pointer_type(tl.int32)), tl.load(entry + DATA).to(tl.pointer_type(tl.uint8))
+    codes = tl.load(entry + CODES).to(tl.pointer_type(tl.int32))
+    data = tl.load(entry + DATA).to(tl.pointer_type(tl.uint8))
     octets: tl.constexpr = BLOCK // 8
     if (tl.load(entry + ALIGNED) != 0) & (left >= BLOCK):
         # The promise sticks to the sum it is made on: this path has sums of its own.

@@ -229,7 +229,8 @@ def packed(value):
         if not isinstance(p, Packed):
             raise TypeError(f"{_entry('packed', i, value)}: expected a Packed, got {_kind(p)}")
         if p.layout != value[0].layout:
-            raise ValueError(f"packed: expected one layout, got {value[0].layout!r} in entry 0 and {p.layout!r} in entry {i}")
+            raise ValueError(f"packed: expected one layout, got {value[0].layout!r} in entry 0 and {p.layout!r} in entry "
+                             f"{i}")
     choice("packed.layout", value[0].layout, LAYOUTS)
     return value
 
@@ -242,9 +243,9 @@ def packed_data(data, shapes, stored, layout):
                                           stored_bits(stored, len(data)))):
         expected = data_shape(math.prod(shape), n, layout)
         if min(shape, default=0) < 0 or d.shape != expected or not d.is_contiguous():
-            raise ValueError(f"{_entry('data', i, data)}: expected a contiguous tensor of shape {expected} for codes of "
-                             f"{n} bits and of shape {tuple(shape)} in {layout!r}, got shape {tuple(d.shape)}, strides "
-                             f"{d.stride()}")
+            raise ValueError(f"{_entry('data', i, data)}: expected a contiguous tensor of shape {expected} for codes "
+                             f"of {n} bits and of shape {tuple(shape)} in {layout!r}, got shape {tuple(d.shape)}, "
+                             f"strides {d.stride()}")
 
 
 def bits_of_stored(value, stored, data):

@@ -166,6 +166,6 @@ def unpack(packed, bits=None):
     """The codes (int32) of a :class:`quantops.Packed`; with ``bits`` m, the m most significant of n: c >> (n-m).
 
     ``bits``: 0..n (default n), an integer or an integer tensor. With planes, m/8 bytes per weight are read. More bits
-    than are stored raise; in a tensor on another device than the CPU they are not read back and give -2^31. No gradient.
+    than are stored raise; in a tensor that is not on the CPU they are not read back and give -2^31. No gradient.
     """
     return foreach.unpack([packed], bits)[0]

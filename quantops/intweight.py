@@ -154,9 +154,9 @@ def load_int(path, model=None, bits=None):
     """Reads a file of :func:`save_int`: {parameter name: IntWeight}, on the CPU.
 
     ``bits``: an integer m; weights stored with more are opened at m bits, but for those that are ``fixed``, and of
-    their planes only the first m are read and checked. With ``model``, a plain model that is not quantized, every weight
-    in the file is also copied, dequantized, into the parameter of its name. All names and shapes are compared first; what
-    the file does not have (biases, norms) is left as it is.
+    their planes only the first m are read and checked. With ``model``, a plain model that is not quantized, every
+    weight in the file is also copied, dequantized, into the parameter of its name. All names and shapes are compared
+    first; what the file does not have (biases, norms) is left as it is.
 
     Raises ValueError naming ``path`` and what is wrong for a file that is truncated, corrupt or not of this format, for
     more ``bits`` than any weight in it has, and for a model that does not fit; the model is then untouched.
@@ -266,7 +266,10 @@ def _check(name, v):
             raise ValueError(f"{name}: {text}")
     if not bool(((v.scale >= 0) & (v.scale < torch.inf)).all()):
         raise ValueError(f"{name}: expected finite scales >= 0")
-    checks.packed_data([v.packed.data], [v.shape], [v.bits], v.packed.layout)
+    try:
+        checks.packed_data([v.packed.data], [v.shape], [v.bits], v.packed.layout)
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{name}: {e}") from e
 
 
 def _targets(model, weights):

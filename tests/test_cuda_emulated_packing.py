@@ -82,11 +82,11 @@ def values_of_every_dtype_and_scale():
         acc = torch.float64 if case % 4 == 3 else torch.float32
         scale = [torch.rand(r, dtype=acc) * 2 for r in rows]
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            q = torch.ops.quantops.decode_packed(data, sizes, [2] * len(codes), [n] * len(codes), scale, _int32(m), which,
-                                                 full, signed, dtype)
+            q = torch.ops.quantops.decode_packed(data, sizes, [2] * len(codes), [n] * len(codes), scale, _int32(m),
+                                                 which, full, signed, dtype)
             for i, c in enumerate(codes):
-                want = reference.decode(c >> (n - m[i]), scale[i], m[i], grid="full" if full else "dyadic", signed=signed,
-                                        dtype=dtype)
+                want = reference.decode(c >> (n - m[i]), scale[i], m[i], grid="full" if full else "dyadic",
+                                        signed=signed, dtype=dtype)
                 _exact(q[i], want, f"{layout} n={n} m={m[i]} {dtype} full={full} signed={signed} codes[{i}]")
 
 
@@ -157,8 +157,8 @@ def values_out_of_range():
     nan = float("nan")
     for s in (nan, -1.0, float("inf")):
         scale = [torch.tensor([1.0, s])]
-        q = ops.decode_packed(ops.pack([_int32([1] * 40)], [2], 0), [2, 20], [2], [2], scale, _int32([2]), 0, False, True,
-                              torch.float32)[0]
+        q = ops.decode_packed(ops.pack([_int32([1] * 40)], [2], 0), [2, 20], [2], [2], scale, _int32([2]), 0, False,
+                              True, torch.float32)[0]
         assert q[1].isnan().all() and not q[0].isnan().any()
 
 

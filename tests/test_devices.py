@@ -150,6 +150,7 @@ def test_truncation_to_fixed_widths_is_captured():
             assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want))
 
 
+@needs_gpu
 def test_packing_what_is_out_of_range_on_a_gpu():
     codes = torch.tensor([-1, 16, 5, INVALID], dtype=torch.int32, device="cuda")
     for layout in ("planes", "dense"):

@@ -110,7 +110,7 @@ def rows_of(shape, per_row):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bits", [0, 1, 2, 5, 8, 9, 16] if EXHAUSTIVE else [0, 3, 16])
 def test_decode_is_decode_of_unpack(bits, layout):
-    """At every width, for every output dtype, with a scale and with one per row, also of rows that end within a byte."""
+    """At every width, for every output dtype, with one scale or one per row, also of rows that end within a byte."""
     shapes = [(), (9,), (0,), (5, 27), (3, 1), (64, 3, 3, 3), (2, 1200)]
     shapes += [(3, 0), (100, 30, 11), (70, 1000)] if EXHAUSTIVE else []
     generator = torch.Generator().manual_seed(bits)
@@ -273,7 +273,8 @@ def test_loops_of_each_instruction_set(loops, instructions, step, flags):
         codes = random_codes(n, (5 * step + 17,))
         want, stride = ref.pack(codes, n), ref.packing.plane_bytes(len(codes))
         data, seen, out = torch.zeros_like(want), ctypes.c_uint32(0), torch.full_like(codes, -7)
-        done = pack(where(codes), ctypes.c_int64(len(codes)), n, where(data), ctypes.c_int64(stride), ctypes.byref(seen))
+        done = pack(where(codes), ctypes.c_int64(len(codes)), n, where(data), ctypes.c_int64(stride),
+                    ctypes.byref(seen))
         assert done == 5 * step and seen.value == 2**n - 1
         assert torch.equal(data[:, : done // 8], want[:, : done // 8]) and not data[:, done // 8:].any()
         for m in range(n + 1):
@@ -342,11 +343,11 @@ BAD = {
     "empty list": (lambda: Q.foreach.pack([], 4), TypeError, r"codes: expected a non-empty list"),
     "17 bits": (lambda: Q.pack(C, 17), ValueError, r"bits: expected 0\.\.16, got 17"),
     "-1 bits": (lambda: Q.pack(C, -1), ValueError, r"bits: .*got -1"),
-    "bits tensor": (lambda: Q.pack(C, torch.tensor(4)), TypeError, r"bits: expected an integer, since the size.*tensor"),
+    "bits tensor": (lambda: Q.pack(C, torch.tensor(4)), TypeError, r"bits: expected an integer, since .*tensor"),
     "bits float": (lambda: Q.pack(C, 4.0), TypeError, r"bits: .*float"),
     "bits bool": (lambda: Q.pack(C, True), TypeError, r"bits: .*bool"),
     "bits count": (lambda: Q.foreach.pack([C, C], [4]), ValueError, r"bits: .*\(2\), got 1"),
-    "layout": (lambda: Q.pack(C, 4, layout="rows"), ValueError, r"layout: expected one of 'planes', 'dense', got 'rows'"),
+    "layout": (lambda: Q.pack(C, 4, layout="rows"), ValueError, r"layout: expected one of 'planes', .* got 'rows'"),
     "more than stored": (lambda: Q.unpack(P, 5), ValueError, r"bits: expected 0\.\.4, the bits that are stored, got 5"),
     "more than stored, tensor": (lambda: Q.unpack(P, torch.tensor(5)), ValueError, r"bits.*0\.\.4, .*stored, got 5"),
     "more than stored, dense": (lambda: Q.unpack(D, 5), ValueError, r"bits: expected 0\.\.4, .*stored, got 5"),
@@ -359,17 +360,21 @@ BAD = {
     "less than none, tensor": (lambda: Q.unpack(P, torch.tensor(-1)), ValueError, r"bits.*got -1"),
     "codes, not packed": (lambda: Q.unpack(C), TypeError, r"packed: expected a Packed, got torch.int32"),
     "packed in no list": (lambda: Q.foreach.unpack(P), TypeError, r"packed: expected a non-empty list"),
-    "too short": (lambda: Q.unpack(Packed(P.data, (200,), 4)), ValueError, r"data: .*\(4, 32\) for codes of 4 .*\(4, 16\)"),
+    "too short": (lambda: Q.unpack(Packed(P.data, (200,), 4)), ValueError, r"data: .*\(4, 32\) for .*\(4, 16\)"),
     "too long": (lambda: Q.unpack(Packed(P.data, (0,), 4)), ValueError, r"data: .*\(4, 0\)"),
-    "too short, dense": (lambda: Q.unpack(Packed(D.data[1:], D.shape, 4, "dense")), ValueError, r"data: .*\(8,\).*\(7,\)"),
-    "too few planes": (lambda: Q.decode(Packed(P.data[1:], P.shape, 4), 1.0), ValueError, r"data: .*\(4, 16\).*\(3, 16\)"),
+    "too short, dense": (lambda: Q.unpack(Packed(D.data[1:], D.shape, 4, "dense")), ValueError,
+                         r"data: .*\(8,\).*\(7,\)"),
+    "too few planes": (lambda: Q.decode(Packed(P.data[1:], P.shape, 4), 1.0), ValueError,
+                       r"data: .*\(4, 16\).*\(3, 16\)"),
     "wrong layout": (lambda: Q.unpack(Packed(P.data, P.shape, 4, "dense")), ValueError, r"data: .*'dense'"),
     "unknown layout": (lambda: Q.unpack(Packed(P.data, P.shape, 4, "bits")), ValueError, r"layout: .*'bits'"),
     "two layouts": (lambda: Q.foreach.unpack([P, D]), ValueError, r"packed: expected one layout"),
     "strided data": (lambda: Q.unpack(Packed(P.data.t().contiguous().t(), P.shape, 4)), ValueError, r"data: .*contig"),
-    "int8 data": (lambda: Q.unpack(Packed(P.data.to(torch.int8), P.shape, 4)), (TypeError, ValueError), r"data: expected .*uint8"),
+    "int8 data": (lambda: Q.unpack(Packed(P.data.to(torch.int8), P.shape, 4)), (TypeError, ValueError),
+                  r"data: expected .*uint8"),
     "codes without bits": (lambda: Q.decode(C, 1.0), TypeError, r"bits: expected an integer.*NoneType"),
-    "scale per element": (lambda: Q.decode(Q.pack(C.view(4, 4), 4), torch.ones(4, 4)), ValueError, r"scale: .*\(4, 4\)"),
+    "scale per element": (lambda: Q.decode(Q.pack(C.view(4, 4), 4), torch.ones(4, 4)), ValueError,
+                          r"scale: .*\(4, 4\)"),
     "scale negative": (lambda: Q.decode(P, -1.0), ValueError, r"scale: .*got -1"),
     "scale NaN": (lambda: Q.decode(P, torch.tensor(torch.nan)), ValueError, r"scale.*nan"),
     "scale device": (lambda: Q.decode(P, torch.ones((), device="meta")), ValueError, r"scale: expected device cpu"),

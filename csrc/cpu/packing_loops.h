@@ -1,5 +1,5 @@
-// Loops that pack and unpack a block of codes, which begins at a whole octet. Bit planes go through the instructions that
-// move a bit of each byte of a register to a mask and back, which compilers do not find by themselves.
+// Loops that pack and unpack a block of codes, which begins at a whole octet. Bit planes go through the instructions
+// that move a bit of each byte of a register to a mask and back, which compilers do not find by themselves.
 #pragma once
 #include <algorithm>
 #include <cstring>

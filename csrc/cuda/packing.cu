@@ -1,6 +1,6 @@
-// Family `packing` on CUDA: the ops of quantops/library.py over lists of tensors, one launch each. What happens to eight
-// codes in a row is in csrc/packing_math.h. Values on the GPU are never read back: of a code out of range the low bits
-// are packed; bits to be read that are out of range give kInvalid, or NaN, for that tensor.
+// Family `packing` on CUDA: the ops of quantops/library.py over lists of tensors, one launch each. What happens to
+// eight codes in a row is in csrc/packing_math.h. Values on the GPU are never read back: of a code out of range the low
+// bits are packed; bits to be read that are out of range give kInvalid, or NaN, for that tensor.
 //
 // A warp takes tiles of 1024 codes. Codes are read and written 16 bytes per lane, 128 codes per warp at once; packed
 // bytes too, through shared memory, where a lane finds the bytes of its octet. A lane has four codes of a group of 128,
@@ -271,7 +271,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // Calls launch_table(on, table, blocks) for each part of the list that fits a table.
 template <int N, class Launch>
-void for_tables(const OnDevice& on, const std::vector<PackedEntry>& entries, int64_t segment, const Launch& launch_table) {
+void for_tables(const OnDevice& on, const std::vector<PackedEntry>& entries, int64_t segment,
+                const Launch& launch_table) {
   for (size_t base = 0; base < entries.size(); base += N) {
     PackedTable<N> table;
     table.segment = segment;
@@ -320,7 +321,8 @@ Tensors pack(Tensors codes, std::vector<int64_t> bits, int64_t layout) {
 }
 
 template <class Op>
-void unpack_into(const Tensor& like, const std::vector<PackedEntry>& entries, const Tensor& bits, int64_t layout, Op op) {
+void unpack_into(const Tensor& like, const std::vector<PackedEntry>& entries, const Tensor& bits, int64_t layout,
+                 Op op) {
   const int32_t* m = static_cast<const int32_t*>(bits.data_ptr());
   for_tables(like, entries, [&](const OnDevice& on, const auto& table, dim3 blocks) {
     using T = std::decay_t<decltype(table)>;
