@@ -32,7 +32,7 @@ test: $(VENV)/.installed
 	QUANTOPS_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q \
 		$(foreach family,uniform truncate packing,tests/test_$(family).py) tests/test_errors.py
 
-# On a CPU in under 10 minutes; the JSON, report.md and plots go to bench/results/<device>/.
+# On a CPU; the JSON, report.md and plots go to bench/results/<device>/.
 bench: $(VENV)/.installed
 	$(PY) -m bench run
 	$(PY) -m bench steps
