@@ -57,7 +57,8 @@ def _cpu():
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return {"device": f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads, "
                       f"{torch.backends.cpu.get_cpu_capability()}",
-            "driver": f"{platform.system()} {re.match('[0-9.]*', platform.release())[0]}", "last_level_cache_bytes": last_level_cache(),
+            "driver": f"{platform.system()} {re.match('[0-9.]*', platform.release())[0]}",
+            "last_level_cache_bytes": last_level_cache(),
             "huge_pages": pages.read_text().strip() if pages.exists() else "unknown", "allocator": dict(_allocator)}
 
 
