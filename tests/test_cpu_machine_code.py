@@ -44,7 +44,6 @@ LOOPS = {
     "bf16_to_float": ("pslld",),
     "float_to_bf16": ("psrld", "paddd"),
     "join_octets": ("psrlq", "psllq"),
-    "scale_codes_loop<float>": ("cvtdq2ps", "mulps"),
 }
 
 

@@ -58,6 +58,20 @@ QUANTOPS_INLINE void put_lanes(T* to, const T* from, bool streaming) {
   std::memcpy(to, from, kLanes * sizeof(T));
 }
 
+// Results for n elements, kLanes at a time: f(i, result of element i). A loop compiled for several instruction sets calls
+// it with a lambda marked QUANTOPS_LANES, which then becomes part of each of its clones.
+#define QUANTOPS_LANES __attribute__((always_inline))
+template <class T, class F>
+QUANTOPS_INLINE void map_lanes(T* __restrict to, bool streaming, int64_t n, const F& f) {
+  alignas(64) T lanes[kLanes];
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int j = 0; j < kLanes; j++) f(i + j, lanes[j]);
+    put_lanes(to + i, lanes, streaming);
+  }
+  for (; i < n; i++) f(i, to[i]);
+}
+
 template <class A>
 inline Storage native();
 template <>
@@ -171,21 +185,11 @@ inline void end_streaming() {
 #endif
 }
 
-// Where a kernel writes elements [i, i + n) of `p`: in place where that is their storage and they are to be cached.
+// Writes a block of elements [i, i + n) of `p` from a buffer.
 template <class A>
-A* store_target(void* p, Storage t, int64_t i, bool streaming, A* buffer) {
-  if (t == native<A>() && !streaming) return static_cast<A*>(p) + i;
-  return buffer;
-}
-
-// Completes store_target: moves the block to storage if it went to the buffer.
-template <class A>
-void store_block(void* p, Storage t, int64_t i, int64_t n, bool streaming, const A* block, const A* buffer) {
-  if (block != buffer) return;
+void store_block(void* p, Storage t, int64_t i, int64_t n, bool streaming, const A* block) {
   char* to = static_cast<char*>(p) + i * item_size(t);
-  if (t == native<A>()) {
-    stream(to, block, n * int64_t(sizeof(A)));
-  } else if (t == Storage::f64) {
+  if (t == Storage::f64) {
     detail::cast(block, reinterpret_cast<double*>(to), n);
   } else if (t == Storage::f32) {
     detail::cast(block, reinterpret_cast<float*>(to), n);
@@ -221,7 +225,7 @@ void with_target(void* p, Storage t, int64_t i, int64_t n, bool streaming, const
   }
   A buffer[kBlock];
   f(static_cast<A*>(buffer), false);
-  store_block<A>(p, t, i, n, streaming, buffer, buffer);
+  store_block<A>(p, t, i, n, streaming, buffer);
 }
 
 }  // namespace quantops

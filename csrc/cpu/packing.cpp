@@ -1,6 +1,7 @@
 // Family `packing` on CPU: the ops of quantops/library.py over lists of codes.
 #include "cpu/list.h"
 #include "cpu/packing_loops.h"
+#include "cpu/uniform_loops.h"
 #include "packed_tensor.h"
 
 namespace quantops {
@@ -153,16 +154,15 @@ void decode_into(const PackedList& packed, const List& list, bool full, bool is_
   for_chunks(packed.chunks, [&](int64_t chunk) {
     const Chunk& c = packed.chunks[chunk];
     alignas(64) int32_t codes[kBlock];
-    alignas(64) A out[kBlock];
     for (int64_t i = c.begin; i < c.end; i += kBlock) {
       const int64_t n = std::min(kBlock, c.end - i);
       packed.read(c.tensor, i, n, codes);
-      A* y = store_target<A>(q.data[c.tensor], q.type, i, q.streaming, out);
       for_rows({c.tensor, i, i + n}, list.rows[c.tensor], [&](int64_t row, int64_t begin, int64_t end) {
-        scale_codes_loop(codes + (begin - i), y + (begin - i), end - begin,
-                         quantizer<A>(list, c.tensor, row, full, is_signed));
+        const Quantizer<A> p = quantizer<A>(list, c.tensor, row, full, is_signed);
+        with_target<A>(q.data[c.tensor], q.type, begin, end - begin, q.streaming, [&](auto* y, bool streaming) {
+          decode_loop(codes + (begin - i), y, streaming, end - begin, p);
+        });
       });
-      store_block<A>(q.data[c.tensor], q.type, i, n, q.streaming, y, out);
     }
     end_streaming();
   });

@@ -315,12 +315,4 @@ inline void unpack_dense_loop(const uint8_t* data, int64_t bytes, int64_t count,
   }
 }
 
-// The weights of codes in range.
-template <class A>
-QUANTOPS_SIMD void scale_codes_loop(const int32_t* __restrict codes, A* __restrict q, int64_t n,
-                                    const Quantizer<A>& quantizer) {
-  const Quantizer<A> p = quantizer;
-  for (int64_t i = 0; i < n; i++) q[i] = level(static_cast<A>(codes[i]), p) * p.step;
-}
-
 }  // namespace quantops

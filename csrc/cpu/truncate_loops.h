@@ -8,7 +8,7 @@
 
 namespace quantops {
 
-// Elements are read and written as they are stored, kLanes at a time (put_lanes); codes are floats in a buffer.
+// Elements are read and written as they are stored; codes are floats in a buffer.
 
 template <bool kTanh, class A>
 QUANTOPS_INLINE A companded(A w) {
@@ -38,13 +38,7 @@ template <class Out, class A>
 QUANTOPS_SIMD void cut_loop(const A* __restrict c, Out* __restrict q, bool streaming, int64_t n,
                             const Width<A>& width) {
   const Width<A> v = width;
-  alignas(64) Out lanes[kLanes];
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int j = 0; j < kLanes; j++) narrow(odd_level(c[i + j], v) * v.step, lanes[j]);
-    put_lanes(q + i, lanes, streaming);
-  }
-  for (; i < n; i++) narrow(odd_level(c[i], v) * v.step, q[i]);
+  map_lanes(q, streaming, n, [&](int64_t i, Out& y) QUANTOPS_LANES { narrow(odd_level(c[i], v) * v.step, y); });
 }
 
 enum GradKind { kCovered, kInside, kTanhInside };
@@ -75,21 +69,11 @@ QUANTOPS_SIMD void grad_loop(const In* __restrict w, const G* const* g, In* __re
                              const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
   const G *__restrict g0 = g[0], *__restrict g1 = g[1], *__restrict g2 = g[2], *__restrict g3 = g[3];
-  alignas(64) In lanes[kLanes];
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int j = 0; j < kLanes; j++) {
-      A total = ((widen(g0[i + j]) + widen(g1[i + j])) + widen(g2[i + j])) + widen(g3[i + j]);
-      if constexpr (kKind != kCovered) total = grad_element<kKind>(widen(w[i + j]), total, p);
-      narrow(total, lanes[j]);
-    }
-    put_lanes(out + i, lanes, streaming);
-  }
-  for (; i < n; i++) {
+  map_lanes(out, streaming, n, [&](int64_t i, In& y) QUANTOPS_LANES {
     A total = ((widen(g0[i]) + widen(g1[i])) + widen(g2[i])) + widen(g3[i]);
     if constexpr (kKind != kCovered) total = grad_element<kKind>(widen(w[i]), total, p);
-    narrow(total, out[i]);
-  }
+    narrow(total, y);
+  });
 }
 
 template <class A>

@@ -340,7 +340,7 @@ void add_lsb_grad_into(const List& list, const Targets& grad, A strength) {
       A g[kBlock];
       load_block<A>(grad.data[t], grad.type, i, end - i, g);
       add_lsb_grad_loop(w, g, end - i, p, strength);
-      store_block<A>(grad.data[t], grad.type, i, end - i, false, g, g);
+      store_block<A>(grad.data[t], grad.type, i, end - i, false, g);
     });
   });
 }

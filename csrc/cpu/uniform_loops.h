@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cpu/blocks.h"
 #include "cpu/simd.h"
 #include "quant_math.h"
 
@@ -15,20 +16,15 @@ struct LsbSums {
   double sq_error = 0;
 };
 
-// Elements are read and written as they are stored, kLanes at a time (put_lanes).
+// Elements are read and written as they are stored.
 
 template <class In, class Out, class A>
 QUANTOPS_SIMD void quantize_loop(const In* __restrict w, Out* __restrict q, bool streaming, int64_t n,
                                  const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
-  alignas(64) Out lanes[kLanes];
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int j = 0; j < kLanes; j++)
-      narrow(level(round_clamp_code(round_clamp_unit(widen(w[i + j]), p), p.mul, p.top), p) * p.step, lanes[j]);
-    put_lanes(q + i, lanes, streaming);
-  }
-  for (; i < n; i++) narrow(level(round_clamp_code(round_clamp_unit(widen(w[i]), p), p.mul, p.top), p) * p.step, q[i]);
+  map_lanes(q, streaming, n, [&](int64_t i, Out& y) QUANTOPS_LANES {
+    narrow(level(round_clamp_code(round_clamp_unit(widen(w[i]), p), p.mul, p.top), p) * p.step, y);
+  });
 }
 
 // One weight of msq: q, |B| and the squared error. With k = 1, the usual case, |B| is the parity of the code: half of
@@ -88,36 +84,22 @@ QUANTOPS_INLINE int32_t encode_element(A w, const Quantizer<A>& p) {
   else return to_int(code(unit(w, p), rule, p), p.valid);
 }
 
-template <class A>
-QUANTOPS_INLINE int32_t lsb_element(A w, const Quantizer<A>& p) {
-  A u = round_clamp_unit(w, p);
-  return to_int(lsb_residual(u, round_clamp_code(u, p.mul, p.top), p), p.valid);
-}
-
 template <Rule rule, class In, class A>
 QUANTOPS_SIMD void encode_loop(const In* __restrict w, int32_t* __restrict codes, bool streaming, int64_t n,
                                const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
-  alignas(64) int32_t lanes[kLanes];
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int j = 0; j < kLanes; j++) lanes[j] = encode_element<rule>(widen(w[i + j]), p);
-    put_lanes(codes + i, lanes, streaming);
-  }
-  for (; i < n; i++) codes[i] = encode_element<rule>(widen(w[i]), p);
+  map_lanes(codes, streaming, n,
+            [&](int64_t i, int32_t& c) QUANTOPS_LANES { c = encode_element<rule>(widen(w[i]), p); });
 }
 
 template <class In, class A>
 QUANTOPS_SIMD void lsb_loop(const In* __restrict w, int32_t* __restrict b, bool streaming, int64_t n,
                             const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
-  alignas(64) int32_t lanes[kLanes];
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int j = 0; j < kLanes; j++) lanes[j] = lsb_element(widen(w[i + j]), p);
-    put_lanes(b + i, lanes, streaming);
-  }
-  for (; i < n; i++) b[i] = lsb_element(widen(w[i]), p);
+  map_lanes(b, streaming, n, [&](int64_t i, int32_t& v) QUANTOPS_LANES {
+    A u = round_clamp_unit(widen(w[i]), p);
+    v = to_int(lsb_residual(u, round_clamp_code(u, p.mul, p.top), p), p.valid);
+  });
 }
 
 // Returns how many codes are outside 0..2^n - 1.
@@ -126,20 +108,11 @@ QUANTOPS_SIMD int64_t decode_loop(const int32_t* __restrict codes, Out* __restri
                                   const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
   const int32_t top = static_cast<int32_t>(p.top);
-  alignas(64) Out lanes[kLanes];
   int32_t outside = 0;
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int j = 0; j < kLanes; j++) {
-      narrow(level(static_cast<A>(codes[i + j]), p) * p.step, lanes[j]);
-      outside += (codes[i + j] < 0) | (codes[i + j] > top);
-    }
-    put_lanes(q + i, lanes, streaming);
-  }
-  for (; i < n; i++) {
-    narrow(level(static_cast<A>(codes[i]), p) * p.step, q[i]);
+  map_lanes(q, streaming, n, [&](int64_t i, Out& y) QUANTOPS_LANES {
+    narrow(level(static_cast<A>(codes[i]), p) * p.step, y);
     outside += (codes[i] < 0) | (codes[i] > top);
-  }
+  });
   return outside;
 }
 
@@ -152,32 +125,17 @@ template <class In, class G, class A>
 QUANTOPS_SIMD void grad_loop(const In* __restrict w, const G* __restrict g, In* __restrict out, bool streaming, int64_t n,
                              const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
-  alignas(64) In lanes[kLanes];
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int j = 0; j < kLanes; j++) narrow(grad_element(widen(w[i + j]), widen(g[i + j]), p), lanes[j]);
-    put_lanes(out + i, lanes, streaming);
-  }
-  for (; i < n; i++) narrow(grad_element(widen(w[i]), widen(g[i]), p), out[i]);
-}
-
-template <class A>
-QUANTOPS_INLINE A grad_penalty_element(A w, A g, const Quantizer<A>& p, A r) {
-  A v = g + r * lsb_sign(w, p);
-  return inside(w, p) ? v : A(0);
+  map_lanes(out, streaming, n,
+            [&](int64_t i, In& y) QUANTOPS_LANES { narrow(grad_element(widen(w[i]), widen(g[i]), p), y); });
 }
 
 template <class In, class G, class A>
 QUANTOPS_SIMD void grad_penalty_loop(const In* __restrict w, const G* __restrict g, In* __restrict out, bool streaming,
                                      int64_t n, const Quantizer<A>& quantizer, A r) {
   const Quantizer<A> p = quantizer;
-  alignas(64) In lanes[kLanes];
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int j = 0; j < kLanes; j++) narrow(grad_penalty_element(widen(w[i + j]), widen(g[i + j]), p, r), lanes[j]);
-    put_lanes(out + i, lanes, streaming);
-  }
-  for (; i < n; i++) narrow(grad_penalty_element(widen(w[i]), widen(g[i]), p, r), out[i]);
+  map_lanes(out, streaming, n, [&](int64_t i, In& y) QUANTOPS_LANES {
+    narrow(grad_element(widen(w[i]), widen(g[i]) + r * lsb_sign(widen(w[i]), p), p), y);
+  });
 }
 
 // g += r * sign(B) * inside

@@ -375,13 +375,6 @@ Tensors decode_packed(Tensors data, std::vector<int64_t> sizes, std::vector<int6
 }  // namespace
 }  // namespace quantops::cuda
 
-#ifdef QUANTOPS_EMULATE
-#define QUANTOPS_KEY CPU
-#else
-#define QUANTOPS_KEY CUDA
-#endif
-#define QUANTOPS_REGISTER(key, m) STABLE_TORCH_LIBRARY_IMPL(quantops, key, m)
-
 QUANTOPS_REGISTER(QUANTOPS_KEY, m) {
   using namespace quantops::cuda;
   m.impl("pack", TORCH_BOX(&pack));
