@@ -209,13 +209,13 @@ inline ScalarType check_list(const char* name, const Tensors& list, std::initial
 }
 
 // One contiguous scale per weight, of one element or one per row.
-inline void check_scales(const Tensors& scale, const Tensors& w, ScalarType dtype) {
-  QUANTOPS_CHECK(scale.size() == w.size(), "scale: expected a list with one entry per weight (", w.size(), "), got ",
+inline void check_scales(const Tensors& scale, const Tensors& w, ScalarType dtype, const char* argument = "scale") {
+  QUANTOPS_CHECK(scale.size() == w.size(), argument, ": expected a list with one entry per weight (", w.size(), "), got ",
                  scale.size());
   DeviceId device = device_of(w[0]);
   for (size_t i = 0; i < w.size(); ++i) {
     const Tensor& s = scale[i];
-    auto name = [&] { return entry_name("scale", i, w.size()); };
+    auto name = [&] { return entry_name(argument, i, w.size()); };
     QUANTOPS_CHECK(s.scalar_type() == dtype, name(), ": expected dtype ", dtype_name(dtype), ", got ",
                    dtype_name(s.scalar_type()));
     QUANTOPS_CHECK(device_of(s) == device, name(), ": expected device ", device_name(w[0]),

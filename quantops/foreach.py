@@ -144,3 +144,19 @@ def decode(codes, scale, bits, *, grid=None, signed=True, out_dtype=None):
         codes = [c.to(torch.int32) if c.element_size() < 4 else c.clamp(-1, 1 << 16).to(torch.int32) for c in codes]
     n, scale, dtype = checks.bits(bits, codes), *checks.decode_scales(scale, codes, out_dtype)
     return ops.decode(codes, scale, n, checks.full_grid(grid), signed, dtype)
+
+
+def categorical(x, alpha, sigma, bits, *, gates=None, signed=True, mode="hard", grad="winner", seed=None,
+                out_dtype=None):
+    """Categorically quantized tensors, see :func:`quantops.categorical`.
+
+    ``gates``: None, or a list with a tensor per entry of ``x``. One seed serves the list: its elements are counted
+    through, so that element i of entry k has the counter numel(x[0]) + ... + numel(x[k-1]) + i.
+    """
+    x = checks.tensors("x", x)
+    options = checks.categorical_mode(mode, grad)
+    checks.choice("signed", signed, (True, False))
+    n = checks.categorical_bits(bits, x, mode, grad)
+    alpha, sigma = checks.widths(alpha, sigma, x)
+    return call(ops.categorical, x, alpha, sigma, n, checks.gates(gates, bits, x), checks.seed(seed, mode, x), *options,
+                signed, checks.dtype_of(out_dtype, x))

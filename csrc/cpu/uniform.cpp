@@ -257,22 +257,6 @@ Tensors decode(Tensors codes, Tensors scale, Tensor bits, bool full,
 
 // --- backward --------------------------------------------------------------------------------------------------
 
-// Adds up the parts of rows longer than a chunk; shorter ones have been written by their chunk.
-template <class A>
-void add_parts(const List& list, const std::vector<double>& parts, const std::vector<A*>& result) {
-  for (size_t i = 0; i < list.chunks.size();) {
-    const Chunk& c = list.chunks[i];
-    const Rows& rows = list.rows[c.tensor];
-    int64_t row = c.begin / rows.inner;
-    double total = 0;
-    size_t first = i;
-    for (; i < list.chunks.size() && list.chunks[i].tensor == c.tensor &&
-           (i == first || (row_in_parts(rows) && list.chunks[i].begin / rows.inner == row)); i++)
-      total += parts[i];
-    if (row_in_parts(rows)) result[c.tensor][row] = A(total);
-  }
-}
-
 template <class A>
 void backward_into(const List& list, const Tensors& grad, const A* penalty, bool full, bool is_signed,
                    const Targets& out, const std::vector<A*>& grad_scale) {

@@ -1,5 +1,6 @@
 """The specification: every op in plain PyTorch, any dtype, any device. The only oracle of tests and benches."""
 
+from quantops.reference.categorical import categorical, categorical_backward
 from quantops.reference.uniform import (
     absmax,
     absmean,
@@ -17,6 +18,8 @@ __all__ = [
     "absmax",
     "absmean",
     "add_lsb_grad",
+    "categorical",
+    "categorical_backward",
     "decode",
     "encode",
     "lsb",

@@ -1,0 +1,362 @@
+// Loops over a part of a row, elements that share one scale. Each is compiled for three instruction sets (simd.h).
+#pragma once
+#include "categorical_math.h"
+#include "cpu/simd.h"
+
+namespace quantops {
+
+constexpr int64_t kPart = 256;  // elements: what is kept of each of them stays in the first-level cache
+constexpr int kMaxLevels = kMaxBits;
+
+// ------------------------------------------------------------------------------------------------------------- forward
+
+template <class A>
+QUANTOPS_SIMD void nearest_loop(const A* __restrict x, A* __restrict q, int64_t n, const Bins<A>& bins) {
+  const Bins<A> p = bins;
+  for (int64_t i = 0; i < n; i++) q[i] = p.alpha * nearest_class(x[i], p);
+}
+
+// T_t and the top class of each level, kCount of them; those that are not there have a T_t of minus infinity.
+template <class A>
+struct Bounds {
+  A value[kMaxLevels - 1], top[kMaxLevels - 1];
+};
+
+// The hard class with gates.
+template <int kCount, class A>
+QUANTOPS_SIMD void bounded_loop(const A* __restrict x, A* __restrict j, int64_t n, const Bins<A>& bins,
+                                const Bounds<A>& bounds, A lowest) {
+  const Bins<A> p = bins;
+  const Bounds<A> b = bounds;
+  for (int64_t i = 0; i < n; i++) {
+    const Mirrored<A> m = mirror(x[i], p, lowest);
+    A c = m.c;
+    for (int t = 0; t < kCount; t++) c = bounded(m.value, c, b.value[t], b.top[t]);
+    j[i] = unmirror(c, m.negative);
+  }
+}
+
+template <class A>
+void bounded_loop(const A* x, A* j, int64_t n, const Bins<A>& p, const Bounds<A>& b, const Levels& levels) {
+  const A lowest = levels.is_signed ? std::numeric_limits<A>::lowest() : A(0);
+  if (levels.count <= 4) bounded_loop<3>(x, j, n, p, b, lowest);
+  else if (levels.count <= 8) bounded_loop<7>(x, j, n, p, b, lowest);
+  else bounded_loop<15>(x, j, n, p, b, lowest);
+}
+
+template <class A>
+QUANTOPS_SIMD void scale_loop(const A* __restrict j, A* __restrict q, int64_t n, A alpha) {
+  for (int64_t i = 0; i < n; i++) q[i] = alpha * j[i];
+}
+
+// ------------------------------------------------------------------------------------- the place of x among the classes
+
+template <class A>
+struct Places {
+  A c[kPart], z[kPart];
+};
+
+template <class A>
+QUANTOPS_SIMD void place_loop(const A* __restrict x, Places<A>& at, int64_t n, const Bins<A>& bins) {
+  const Bins<A> p = bins;
+  for (int64_t i = 0; i < n; i++) {
+    at.c[i] = nearest_class(x[i], p);
+    at.z[i] = offset_of(x[i], at.c[i], p);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------- draw
+
+struct Draws {
+  uint32_t first[kPart], second[kPart];
+};
+
+QUANTOPS_SIMD inline void philox_loop(Draws& draws, int64_t n, uint64_t seed, uint64_t index) {
+  for (int64_t i = 0; i < n; i++) {
+    const Words words = philox(seed, index + i);
+    draws.first[i] = words.first;
+    draws.second[i] = words.second;
+  }
+}
+
+template <class A>
+QUANTOPS_SIMD void interval_loop(const Places<A>& at, A* __restrict mass, A* __restrict total, int64_t n,
+                                 const Level<A>& level, const Bins<A>& bins) {
+  const Bins<A> p = bins;
+  const Level<A> k = level;
+  for (int64_t i = 0; i < n; i++) {
+    mass[i] = interval_mass(k, at.c[i], at.z[i], p);
+    total[i] += mass[i];
+  }
+}
+
+template <class A>
+QUANTOPS_SIMD void first_draw_loop(const Draws& draws, A* __restrict total, int64_t n) {
+  for (int64_t i = 0; i < n; i++) total[i] *= unit_of<A>(draws.first[i]);
+}
+
+// Takes the class from this interval where what is left is in it, or where it is the last; `left` of none is infinite.
+template <class A>
+QUANTOPS_SIMD void draw_loop(const Places<A>& at, const Draws& draws, const A* __restrict mass, A* __restrict left,
+                             A* __restrict j, int64_t n, const Level<A>& level, const Bins<A>& bins, bool last) {
+  const Bins<A> p = bins;
+  const Level<A> k = level;
+  const A none = std::numeric_limits<A>::infinity(), add = last ? none : A(0);
+  for (int64_t i = 0; i < n; i++) {
+    const A drawn = draw_inside(draws.second[i], k, at.c[i], at.z[i], p), part = mass[i] + add, rest = left[i] - mass[i];
+    const bool here = left[i] < part;
+    j[i] = here ? drawn : j[i];
+    left[i] = here ? none : rest;
+  }
+}
+
+// --------------------------------------------------------------------------------------------------- winner's backward
+
+// What a run of elements adds to the gradients of alpha and sigma.
+struct ScaleSums {
+  double alpha = 0, sigma = 0;
+};
+
+template <class A>
+struct Lanes {
+  A alpha[kLanes] = {}, sigma[kLanes] = {};
+
+  void add_to(ScaleSums& sums) const {
+    for (int j = 0; j < kLanes; j++) {
+      sums.alpha += alpha[j];
+      sums.sigma += sigma[j];
+    }
+  }
+};
+
+template <class A>
+QUANTOPS_INLINE A winner_of_one_at(A x, A g, const Bins<A>& p, const OneInterval<A>& k, A& alpha, A& sigma) {
+  const A c = nearest_class(x, p);
+  const Factors<A> f = winner_of_one(c, offset_of(x, c, p), p, k);
+  alpha += g * f.alpha;
+  sigma += g * f.sigma;
+  return g * f.x;
+}
+
+template <class A>
+QUANTOPS_SIMD void winner_of_one_loop(const A* __restrict x, const A* __restrict g, A* __restrict out, int64_t n,
+                                      const Bins<A>& bins, const OneInterval<A>& interval, ScaleSums& sums) {
+  const Bins<A> p = bins;
+  const OneInterval<A> k = interval;
+  Lanes<A> s;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int j = 0; j < kLanes; j++) out[i + j] = winner_of_one_at(x[i + j], g[i + j], p, k, s.alpha[j], s.sigma[j]);
+  for (int j = 0; i < n; i++, j++) out[i] = winner_of_one_at(x[i], g[i], p, k, s.alpha[j], s.sigma[j]);
+  s.add_to(sums);
+}
+
+// The masses of a part's elements, and the classes that won there.
+template <class A>
+struct WinnerPart {
+  Places<A> at;
+  A j[kPart], gate[kPart];  // gate = G of j's level
+  A total[kPart], by_x[kPart], by_alpha[kPart], top_s[kPart], top_n[kPart], bottom_s[kPart], bottom_n[kPart];
+  A mass[kMaxLevels][kPart];  // of each level's own classes, times G_t
+  A share[kPart];             // g alpha j r
+};
+
+template <class A>
+QUANTOPS_SIMD void level_loop(WinnerPart<A>& w, int t, int64_t n, const Level<A>& level, A below, A above,
+                              const Bins<A>& bins) {
+  const Bins<A> p = bins;
+  const Level<A> k = level;
+  A* __restrict mass = w.mass[t];
+  for (int64_t i = 0; i < n; i++) {
+    Masses<A> m = {w.total[i], w.by_x[i], w.by_alpha[i], {w.top_s[i], w.top_n[i]}, {w.bottom_s[i], w.bottom_n[i]}};
+    mass[i] = add_level(m, k, w.at.c[i], w.at.z[i], w.j[i], p);
+    w.total[i] = m.total;
+    w.by_x[i] = m.by_x;
+    w.by_alpha[i] = m.by_alpha;
+    w.top_s[i] = m.top.s;
+    w.top_n[i] = m.top.n;
+    w.bottom_s[i] = m.bottom.s;
+    w.bottom_n[i] = m.bottom.n;
+    w.gate[i] = (w.j[i] < below) | (w.j[i] > above) ? k.weight : w.gate[i];  // outside the level before
+  }
+}
+
+template <class A>
+QUANTOPS_INLINE A winner_of_many_at(WinnerPart<A>& w, int64_t i, A g, A sharp, const Bins<A>& p, A& alpha, A& sigma) {
+  const Masses<A> m = {w.total[i], w.by_x[i], w.by_alpha[i], {}, {}};
+  A r;
+  const Factors<A> f = winner_of_many(m, w.at.c[i], w.at.z[i], w.j[i], w.gate[i], sharp, p, r);
+  w.share[i] = g * (p.alpha * (w.j[i] * r));
+  alpha += g * f.alpha;
+  sigma += g * f.sigma;
+  return g * f.x;
+}
+
+template <class A>
+QUANTOPS_SIMD void winner_of_many_loop(WinnerPart<A>& w, const A* __restrict g, A* __restrict out, int64_t n, A sharp,
+                                       const Bins<A>& bins, ScaleSums& sums) {
+  const Bins<A> p = bins;
+  Lanes<A> s;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int j = 0; j < kLanes; j++)
+      out[i + j] = winner_of_many_at(w, i + j, g[i + j], sharp, p, s.alpha[j], s.sigma[j]);
+  for (int j = 0; i < n; i++, j++) out[i] = winner_of_many_at(w, i, g[i], sharp, p, s.alpha[j], s.sigma[j]);
+  s.add_to(sums);
+}
+
+// Sum of share * ([j is in a level above t] - r of those levels), from the highest t down: `tail` collects their masses.
+template <class A>
+QUANTOPS_SIMD double winner_gate_loop(WinnerPart<A>& w, A* __restrict tail, int t, int64_t n, A bottom, A top) {
+  const A* __restrict mass = w.mass[t];
+  A sum[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int j = 0; j < kLanes; j++) {
+      const int64_t k = i + j;
+      tail[k] += mass[k];
+      const A above = (w.j[k] < bottom) | (w.j[k] > top) ? A(1) : A(0);
+      sum[j] += w.share[k] * (above - tail[k] / w.total[k]);
+    }
+  for (int j = 0; i < n; i++, j++) {
+    tail[i] += mass[i];
+    const A above = (w.j[i] < bottom) | (w.j[i] > top) ? A(1) : A(0);
+    sum[j] += w.share[i] * (above - tail[i] / w.total[i]);
+  }
+  double total = 0;
+  for (int j = 0; j < kLanes; j++) total += sum[j];
+  return total;
+}
+
+// ---------------------------------------------------------------------------------------------------------------- soft
+
+// The soft sums of a part's elements.
+template <class A>
+struct SoftPart {
+  Places<A> at;
+  A y[kPart], w[kPart];
+  A weight[kPart], first[kPart], slope[kPart], slope_first[kPart], stretch[kPart], stretch_first[kPart];
+  int32_t place[kPart];                                                // of c in the table of gates
+  A up[kPart], down[kPart];                                            // G u of the pair at hand
+  A tail[kMaxSoftBits][kPart], tail_first[kMaxSoftBits][kPart];        // sum w, sum w n over the levels above t
+};
+
+// `gates`: G by class, from `low` on, or null where all are 1.
+template <class A>
+QUANTOPS_SIMD void soft_start_loop(SoftPart<A>& s, int64_t n, const A* gates, A sharp, const Bins<A>& bins) {
+  const Bins<A> p = bins;
+  for (int64_t i = 0; i < n; i++) {
+    s.y[i] = exponential(s.at.z[i] - p.half);
+    s.w[i] = exponential(-s.at.z[i] - p.half);
+    const A c = s.at.c[i] == s.at.c[i] ? s.at.c[i] : p.low;  // NaN is no place
+    s.place[i] = static_cast<int32_t>(c) - static_cast<int32_t>(p.low);
+  }
+  for (int64_t i = 0; i < n; i++) s.up[i] = gates ? gates[s.place[i]] : A(1);
+  for (int64_t i = 0; i < n; i++) {
+    const SoftSums<A> sums = soft_center(s.y[i], s.w[i], s.up[i], sharp);
+    s.weight[i] = sums.weight;
+    s.first[i] = sums.first;
+    s.slope[i] = sums.slope;
+    s.slope_first[i] = sums.slope_first;
+    s.stretch[i] = sums.stretch;
+    s.stretch_first[i] = sums.stretch_first;
+  }
+}
+
+// Adds the classes `step` up and down. The table of gates is 0 for `step` places to either side.
+template <bool kSlopes, bool kGates, class A>
+QUANTOPS_SIMD void soft_pair_loop(SoftPart<A>& s, int64_t n, int step, A inner, A outer, const A* __restrict gates,
+                                  A sharp, const Bins<A>& bins) {
+  const Bins<A> p = bins;
+  const A distance = static_cast<A>(step), last_up = p.high - distance, last_down = p.low + distance;
+  for (int64_t i = 0; i < n; i++) {
+    const Pair<A> u = soft_pair(s.y[i], s.w[i], inner, outer);
+    const A up_gate = kGates ? gates[s.place[i] + step] : s.at.c[i] <= last_up ? A(1) : A(0);
+    const A down_gate = kGates ? gates[s.place[i] - step] : s.at.c[i] >= last_down ? A(1) : A(0);
+    SoftSums<A> sums = {s.weight[i], s.first[i], A(0), A(0), A(0), A(0)};
+    if (kSlopes) sums = {s.weight[i], s.first[i], s.slope[i], s.slope_first[i], s.stretch[i], s.stretch_first[i]};
+    add_pair<kSlopes>(sums, u, distance, up_gate, down_gate, sharp);
+    s.weight[i] = sums.weight;
+    s.first[i] = sums.first;
+    if (kSlopes) {
+      s.slope[i] = sums.slope;
+      s.slope_first[i] = sums.slope_first;
+      s.stretch[i] = sums.stretch;
+      s.stretch_first[i] = sums.stretch_first;
+    }
+    if (kSlopes && kGates) {
+      s.up[i] = up_gate * u.up;
+      s.down[i] = down_gate * u.down;
+    }
+  }
+}
+
+// Adds the pair at hand to the sums over the levels above t, whose classes are beyond bottom..top.
+template <class A>
+QUANTOPS_SIMD void soft_tail_loop(SoftPart<A>& s, int t, int64_t n, A step, A bottom, A top) {
+  A *__restrict tail = s.tail[t], *__restrict first = s.tail_first[t];
+  for (int64_t i = 0; i < n; i++) {
+    const A i_up = s.at.c[i] + step, i_down = s.at.c[i] - step;
+    const A up = (i_up > top) | (i_up < bottom) ? s.up[i] : A(0);
+    const A down = (i_down > top) | (i_down < bottom) ? s.down[i] : A(0);
+    tail[i] += up + down;
+    first[i] += step * (up - down);
+  }
+}
+
+// The same for c itself.
+template <class A>
+QUANTOPS_SIMD void soft_tail_start_loop(SoftPart<A>& s, int t, int64_t n, A bottom, A top) {
+  for (int64_t i = 0; i < n; i++) {
+    s.tail[t][i] = (s.at.c[i] > top) | (s.at.c[i] < bottom) ? s.weight[i] : A(0);
+    s.tail_first[t][i] = A(0);
+  }
+}
+
+template <class A>
+QUANTOPS_SIMD void soft_value_loop(const SoftPart<A>& s, A* __restrict q, int64_t n, A alpha) {
+  for (int64_t i = 0; i < n; i++) q[i] = alpha * (s.at.c[i] + s.first[i] / s.weight[i]);
+}
+
+// Leaves the mean in first and 1/weight in weight, for the gates.
+template <class A>
+QUANTOPS_INLINE A soft_gradient_at(SoftPart<A>& s, int64_t i, A g, const Bins<A>& p, A& alpha, A& sigma) {
+  const SoftSums<A> sums = {s.weight[i],      s.first[i],   s.slope[i],
+                            s.slope_first[i], s.stretch[i], s.stretch_first[i]};
+  const Factors<A> f = soft_factors(sums, s.at.c[i], s.at.z[i], p, s.first[i], s.weight[i]);
+  alpha += g * f.alpha;
+  sigma += g * f.sigma;
+  return g * f.x;
+}
+
+template <class A>
+QUANTOPS_SIMD void soft_gradient_loop(SoftPart<A>& s, const A* __restrict g, A* __restrict out, int64_t n,
+                                      const Bins<A>& bins, ScaleSums& sums) {
+  const Bins<A> p = bins;
+  Lanes<A> lanes;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int j = 0; j < kLanes; j++)
+      out[i + j] = soft_gradient_at(s, i + j, g[i + j], p, lanes.alpha[j], lanes.sigma[j]);
+  for (int j = 0; i < n; i++, j++) out[i] = soft_gradient_at(s, i, g[i], p, lanes.alpha[j], lanes.sigma[j]);
+  lanes.add_to(sums);
+}
+
+// After soft_gradient_loop: the sum of g dq/dG over the levels above t, times G.
+template <class A>
+QUANTOPS_SIMD double soft_gate_loop(const SoftPart<A>& s, const A* __restrict g, int t, int64_t n, A alpha) {
+  const A *__restrict tail = s.tail[t], *__restrict first = s.tail_first[t];
+  A sum[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int j = 0; j < kLanes; j++) {
+      const int64_t k = i + j;
+      sum[j] += (g[k] * alpha) * ((first[k] - s.first[k] * tail[k]) * s.weight[k]);
+    }
+  for (int j = 0; i < n; i++, j++) sum[j] += (g[i] * alpha) * ((first[i] - s.first[i] * tail[i]) * s.weight[i]);
+  double total = 0;
+  for (int j = 0; j < kLanes; j++) total += sum[j];
+  return total;
+}
+
+}  // namespace quantops
