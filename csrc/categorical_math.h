@@ -28,20 +28,22 @@ QUANTOPS_INLINE To bits_of(From v) {
   return r;
 }
 
-// exp(x) to less than 1 ulp for -87 <= x <= 88; 0 below. Polynomial of Cephes (S. Moshier, expf). NaN stays NaN.
-QUANTOPS_INLINE float exponential(float x) {
+// exp(x) to less than 1 ulp for -87 <= x <= 88, and `exponential` 0 below. Reduced as in Cephes (S. Moshier, expf): x = n ln 2 + r, with a
+// minimax polynomial for exp(r) to 0.06 ulp, in the order with the shortest chains. NaN stays NaN.
+QUANTOPS_INLINE float exponential_in_range(float x) {
   const float shifted = x * 1.44269504f + 12582912.f;  // its lowest bits are the integer n nearest to x / ln 2
   const float n = shifted - 12582912.f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const float y = (p * (r * r) + r) + 1.f;
-  const float scaled = bits_of<float>(bits_of<uint32_t>(y) + (bits_of<uint32_t>(shifted) << 23));  // y 2^n
-  return x < -87.f ? 0.f : scaled;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f, square = r * r;
+  const float low = 0.49999994f + 0.16666521f * r, high = 0.041668393f + 0.0083687454f * r;
+  const float p = low + square * (high + square * 0.0013814532f);
+  const float y = (p * square + r) + 1.f;
+  return bits_of<float>(bits_of<uint32_t>(y) + (bits_of<uint32_t>(shifted) << 23));  // y 2^n
+}
+QUANTOPS_INLINE double exponential_in_range(double x) { return exp(x); }
+
+QUANTOPS_INLINE float exponential(float x) {
+  const float y = exponential_in_range(x);
+  return x < -87.f ? 0.f : y;
 }
 QUANTOPS_INLINE double exponential(double x) { return exp(x); }
 
@@ -256,20 +258,18 @@ QUANTOPS_INLINE void hard_bounds(const A* gates, const Levels& levels, A alpha, 
   }
 }
 
-// The mirrored value and class of x: class c >= 0 is itself, c < 0 is -1 - c. Unsigned, x counts as at least 0.
+// The mirrored value and class of x, class c >= 0 being itself and c < 0 being -1 - c; `below` = 1 for those, else 0.
 template <class A>
 struct Mirrored {
-  A value, c;
-  bool negative;
+  A value, c, below;
 };
 
+// `lowest`: 0 unsigned, where x counts as at least 0, else the lowest number.
 template <class A>
 QUANTOPS_INLINE Mirrored<A> mirror(A x, const Bins<A>& p, A lowest) {
-  const A v = at_least(x * p.inv_alpha, lowest);  // lowest: 0 unsigned, else the lowest number
-  const bool negative = v < A(0);
-  const A size = negative ? -v : v, one = negative ? A(1) : A(0);
-  // size - one is exact where it matters: from 1/2 up. Infinity counts as the largest number, below an infinite bound.
-  return {at_most(size - one, std::numeric_limits<A>::max()), rint_small(at_most(size, p.high + one)) - one, negative};
+  const A v = at_least(x * p.inv_alpha, lowest), size = v < A(0) ? -v : v, below = v < A(0) ? A(1) : A(0);
+  // size - below is exact where it matters: from 1/2 up. Infinity counts as the largest number, below an infinite bound.
+  return {at_most(size - below, std::numeric_limits<A>::max()), rint_small(at_most(size, p.high + below)) - below, below};
 }
 
 // Applies T_t: the class is at most `top` below it.
@@ -280,8 +280,8 @@ QUANTOPS_INLINE A bounded(A value, A c, A bound, A top) {
 }
 
 template <class A>
-QUANTOPS_INLINE A unmirror(A c, bool negative) {
-  return (negative ? A(-1) - c : c) + A(0);
+QUANTOPS_INLINE A unmirrored(A c, A below) {
+  return c * (A(1) - A(2) * below) - below;
 }
 
 // ---------------------------------------------------------------------------------------------------- winner's backward
@@ -292,42 +292,87 @@ struct Factors {
   A x, alpha, sigma;
 };
 
-// From T = dlog(r_j)/dx sigma and Q = dlog(r_j)/dalpha sigma, edges counted from class j, at distance (alpha j - x)/sigma.
+// From r times T = dlog(r_j)/dx sigma and r times Q = dlog(r_j)/dalpha sigma, edges counted from class j, which is at
+// distance (alpha j - x)/sigma.
 template <class A>
 QUANTOPS_INLINE Factors<A> winner_factors(A j, A rt, A rq, A distance, const Bins<A>& p) {
   const A factor = j * p.beta;
   return {factor * rt, j + factor * (rq - j * rt), factor * (distance * rt - p.beta * rq)};
 }
 
-// Constants of the case without gates, where D is the mass of the one interval low..high.
+// The case without gates, where the winner is the nearest class c and D the mass of the one interval low..high.
+//
+// Let b = exp(-distance of x to the nearer edge of c, in sigmas) and t = exp(-beta), so that t/b is the same of the farther
+// edge. Then pi = (1 - t) b/P with P = (1 + b)(b + t); T = -+(b^2 - t)/P; Q = (((1 + t)(b^2 + t))/2 + 2 t b)/((1 - t) P).
+// The whole grid is a bin like that, too: B of its nearer end, S = theta/B of the farther one, D = (1 - theta)/(1 + B)(1 + S).
+// An end more than kOuterLimit sigmas away counts as infinitely far.
+template <class A>
+QUANTOPS_INLINE A outer_limit() { return sizeof(A) == 4 ? A(-17.5) : A(-38); }
+template <class A>
+QUANTOPS_INLINE A least_exponent() { return sizeof(A) == 4 ? A(-30) : A(-115); }  // of b: it is divided by
+template <class A>
+QUANTOPS_INLINE A least_outer() { return sizeof(A) == 4 ? A(1e-12) : A(1e-50); }  // B where it is divided by
+
 template <class A>
 struct OneInterval {
-  A t, theta;                          // exp(-beta), exp(-beta (high - low + 1))
-  A ratio, inv_sharp_half, inv_open;   // (1 - t)/(1 - theta), 1/(2 (1 - t)), 1/(1 - theta)
+  A t, theta;              // exp(-beta), exp(-beta (high - low + 1)) where not below exp(2 outer_limit)
+  A ratio;                 // (1 - t)/(1 - theta)
+  A square, linear;        // of b^2 + t and b in Q P: (1 + t)/2/(1 - t), 2 t/(1 - t)
+  A inv_open;              // 1/(1 - theta)
+  A middle, half_classes;  // (low + high)/2, (high - low + 1)/2
 };
 
 template <class A>
 QUANTOPS_INLINE OneInterval<A> make_one_interval(const Bins<A>& p) {
-  const double beta = static_cast<double>(p.beta);
-  const double sharp = one_minus_exp(beta), open = one_minus_exp(beta * static_cast<double>(p.high - p.low + A(1)));
-  return {static_cast<A>(1 - sharp), static_cast<A>(1 - open), static_cast<A>(sharp / open), static_cast<A>(0.5 / sharp),
-          static_cast<A>(1 / open)};
+  const double beta = static_cast<double>(p.beta), classes = static_cast<double>(p.high - p.low + A(1));
+  const double sharp = one_minus_exp(beta), open = one_minus_exp(beta * classes), t = exp(-beta);
+  const A theta = -beta * classes < 2.0 * outer_limit<A>() + 0.001 ? A(0) : static_cast<A>(exp(-beta * classes));
+  return {static_cast<A>(t), theta, static_cast<A>(sharp / open), static_cast<A>(0.5 * (1 + t) / sharp),
+          static_cast<A>(2 * t / sharp), static_cast<A>(1 / open), A(0.5) * (p.low + p.high),
+          static_cast<A>(0.5 * classes)};
 }
 
-// The winner's factors for the nearest class j = c without gates. With y = exp(-A), w = exp(B) of a bin's edges A > B,
-// y w = exp(B - A) is a constant of the bin, and everything is a fraction over (1 + y)(1 + w) = 1 + y w + (y + w).
 template <class A>
-QUANTOPS_INLINE Factors<A> winner_of_one(A c, A z, const Bins<A>& p, const OneInterval<A>& k) {
-  const A up = p.high + A(0.5) - c, down = c + A(0.5) - p.low;
-  const A y = exponential(z - p.half), w = exponential(-z - p.half);
-  const A outer_y = exponential(z - p.beta * up), outer_w = exponential(-z - p.beta * down);
-  const A sum = y + w, inv = A(1) / ((A(1) + k.t) + sum);
-  const A outer = ((A(1) + k.theta) + (outer_y + outer_w)) * inv;
-  const A twice = A(2) * k.theta;
-  const A spread = up * ((outer_y + twice) + k.theta * outer_w) + down * ((outer_w + twice) + k.theta * outer_y);
-  const A rt = k.ratio * (((w - y) * outer - (outer_w - outer_y)) * inv);
-  const A rq = k.ratio * ((((A(1) + k.t) * sum + A(4) * k.t) * k.inv_sharp_half * outer - spread * k.inv_open) * inv);
-  return winner_factors(c, rt, rq, -z, p);
+QUANTOPS_INLINE A with_sign_of(A sign, A v) { return sign < A(0) ? -v : v; }
+
+// Exponents of b and B.
+template <class A>
+QUANTOPS_INLINE A inner_exponent(A z, const Bins<A>& p) { return (z < A(0) ? -z : z) - p.half; }
+
+template <class A>
+QUANTOPS_INLINE A outer_exponent(A c, A z, const Bins<A>& p, const OneInterval<A>& k) {
+  const A side = c - k.middle, away = side < A(0) ? -side : side;
+  return with_sign_of(side, z) - p.beta * (k.half_classes - away);
+}
+
+template <class A>
+QUANTOPS_INLINE A inner_exponential(A exponent) {
+  return exponential_in_range(at_least(exponent, least_exponent<A>()));
+}
+
+template <class A>
+QUANTOPS_INLINE A outer_exponential(A exponent) {
+  const A outer = exponential_in_range(at_least(exponent, least_exponent<A>()));
+  return exponent < outer_limit<A>() ? A(0) : outer;
+}
+
+// r T and r Q, as winner_factors wants them. kOuter: B may differ from 0.
+template <class A>
+struct Slopes {
+  A rt, rq;
+};
+
+template <bool kOuter, class A>
+QUANTOPS_INLINE Slopes<A> winner_of_one(A c, A z, A b, A outer, const OneInterval<A>& k) {
+  const A inv = A(1) / ((A(1) + b) * (b + k.t)), square = b * b, g = k.ratio * (b * inv);
+  const A t = with_sign_of(z, k.t - square) * inv, q = (k.square * (square + k.t) + k.linear * b) * inv;
+  if (!kOuter) return {g * t, g * q};
+  const A inv_outer = A(1) / (outer < least_outer<A>() ? least_outer<A>() : outer);
+  const A far = k.theta * inv_outer, whole = (A(1) + k.theta) + (outer + far), twice = A(2) * k.theta;
+  const A side = c - k.middle, away = side < A(0) ? -side : side;
+  const A spread = (k.half_classes - away) * ((outer + twice) + k.theta * far) +
+                   (k.half_classes + away) * ((far + twice) + k.theta * outer);
+  return {g * (t * whole + with_sign_of(side, outer - far)), g * (q * whole - spread * k.inv_open)};
 }
 
 // S at an edge and at minus that edge.
@@ -359,7 +404,6 @@ template <class A>
 struct Level {
   A top, bottom, weight, step;  // weight = G_t, step = G_t - G_(t+1)
   A own, whole;                 // 1 - exp(-beta n) of the n classes of its own on one side, of all from bottom to top
-  bool first, is_signed;
 };
 
 template <class A>
@@ -370,22 +414,22 @@ QUANTOPS_INLINE Level<A> make_level(const A* gates, const Levels& l, int t, A be
   const double width = static_cast<double>(beta), classes = l.is_signed ? 2.0 * top + 2 : top + 1.0;
   const A whole = static_cast<A>(one_minus_exp(width * classes));
   return {static_cast<A>(top), l.is_signed ? static_cast<A>(-top - 1) : A(0), weight, weight - next,
-          t == 1 ? whole : static_cast<A>(one_minus_exp(width * (top - before))), whole, t == 1, l.is_signed};
+          t == 1 ? whole : static_cast<A>(one_minus_exp(width * (top - before))), whole};
 }
 
 // All classes as one level: what there is without gates.
 template <class A>
 QUANTOPS_INLINE Level<A> make_only_level(const Levels& l, A beta) {
   const A whole = static_cast<A>(one_minus_exp(static_cast<double>(beta) * (l.high - l.low + 1.0)));
-  return {static_cast<A>(l.high), static_cast<A>(l.low), A(1), A(1), whole, whole, true, l.is_signed};
+  return {static_cast<A>(l.high), static_cast<A>(l.low), A(1), A(1), whole, whole};
 }
 
 // Adds level k for an element at (c, z) whose class is j; gives the mass of the level's own classes times G_t.
-template <class A>
+template <bool kFirst, bool kSigned, class A>
 QUANTOPS_INLINE A add_level(Masses<A>& m, const Level<A>& k, A c, A z, A j, const Bins<A>& p) {
   const Edge<A> top = edge_at(p.beta * (k.top + A(0.5) - c) - z), bottom = edge_at(p.beta * (k.bottom - A(0.5) - c) - z);
-  A mass = (top.s * (k.first ? bottom.n : m.top.n)) * k.own;
-  if (k.is_signed && !k.first) mass += (m.bottom.s * bottom.n) * k.own;
+  A mass = (top.s * (kFirst ? bottom.n : m.top.n)) * k.own;
+  if (kSigned && !kFirst) mass += (m.bottom.s * bottom.n) * k.own;
   mass *= k.weight;
   const A over = top.s * top.n, under = bottom.s * bottom.n;
   m.total += mass;
@@ -444,8 +488,8 @@ QUANTOPS_INLINE A draw_inside(uint32_t word, const Level<A>& k, A c, A z, const 
 // The farthest class from c that can be felt: G u falls like exp(-beta n), from no less than the least gate.
 template <class A>
 QUANTOPS_INLINE int soft_reach(const Levels& l, const A* gates, A beta) {
-  const double felt = (sizeof(A) == 4 ? 24.0 : 48.0) - log(cumulative_gate(gates, l.count));
-  const double n = ceil(felt / static_cast<double>(beta)) + 1;
+  const double felt = (sizeof(A) == 4 ? 21.0 : 44.0) - log(cumulative_gate(gates, l.count));
+  const double n = ceil(felt / static_cast<double>(beta) + 0.5);
   const int most = l.high - l.low;
   return n < most ? static_cast<int>(n) : most;
 }

@@ -292,19 +292,15 @@ void winner_part(const Problem& p, int64_t t, const Scale<A>& s, Mode mode, int6
   place_loop(x, w.at, n, s.bins);
   if (mode == kHard) hard_classes(s, x, w.j, n);
   else draw_classes(s, w.at, w.j, n, p.seed, uint64_t(p.first[t] + i));
-  std::fill(w.total, w.total + n, A(0));
-  std::fill(w.by_x, w.by_x + n, A(0));
-  std::fill(w.by_alpha, w.by_alpha + n, A(0));
   for (int k = 0; k < s.count; k++) {
-    // Level 1 takes every class: none is in the interval 1..0 before it.
-    const A below = k ? s.level[k - 1].bottom : A(1), above = k ? s.level[k - 1].top : A(0);
-    level_loop(w, k, n, s.level[k], below, above, s.bins);
+    const Level<A>& before = s.level[k ? k - 1 : 0];
+    level_loop(w, k, n, s.level[k], before.bottom, before.top, s.bins, s.levels->is_signed);
   }
   winner_of_many_loop(w, g, y, n, s.sharp, s.bins, sums);
   if (!gates) return;
   A tail[kPart] = {};
   for (int k = s.count - 1; k > 0; k--)
-    gates->gate[k] += winner_gate_loop(w, tail, k, n, s.level[k - 1].bottom, s.level[k - 1].top);
+    gates->gate[k] += winner_gate_loop(w, w.mass[k], tail, n, s.level[k - 1].bottom, s.level[k - 1].top);
 }
 
 template <class A>
@@ -350,7 +346,8 @@ void backward_into(const Problem& p, const Tensors& grad, Mode mode, bool soft, 
         const A* x = load_block<A>(list.data[t], list.type, i, n, in);
         const A* g = load_block<A>(g_data[t], g_type, i, n, gradient);
         A* y = store_target<A>(out.x.data[t], out.x.type, i, out.x.streaming, result);
-        if (one) winner_of_one_loop(x, g, y, n, s.bins, s.one, sums);
+        if (one && out.alpha.empty()) winner_of_one_block<false>(x, g, y, n, s.bins, s.one, sums);
+        else if (one) winner_of_one_block<true>(x, g, y, n, s.bins, s.one, sums);
         else
           for (int64_t k = 0; k < n; k += kPart) {
             const int64_t size = std::min(kPart, n - k);

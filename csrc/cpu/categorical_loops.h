@@ -32,7 +32,7 @@ QUANTOPS_SIMD void bounded_loop(const A* __restrict x, A* __restrict j, int64_t 
     const Mirrored<A> m = mirror(x[i], p, lowest);
     A c = m.c;
     for (int t = 0; t < kCount; t++) c = bounded(m.value, c, b.value[t], b.top[t]);
-    j[i] = unmirror(c, m.negative);
+    j[i] = unmirrored(c, m.below);
   }
 }
 
@@ -129,26 +129,107 @@ struct Lanes {
   }
 };
 
+// The case of one interval, in short loops, of which the processor has more under way at a time than of a long one.
 template <class A>
-QUANTOPS_INLINE A winner_of_one_at(A x, A g, const Bins<A>& p, const OneInterval<A>& k, A& alpha, A& sigma) {
-  const A c = nearest_class(x, p);
-  const Factors<A> f = winner_of_one(c, offset_of(x, c, p), p, k);
-  alpha += g * f.alpha;
-  sigma += g * f.sigma;
-  return g * f.x;
+struct OnePart {
+  Places<A> at;
+  A inner[kPart], outer[kPart];  // b and B; in the place of B its exponent first
+};
+
+// Returns whether an end of the grid can be felt.
+template <class A>
+QUANTOPS_SIMD bool one_place_loop(const A* __restrict x, OnePart<A>& w, int64_t n, const Bins<A>& bins,
+                                  const OneInterval<A>& interval) {
+  const Bins<A> p = bins;
+  const OneInterval<A> k = interval;
+  for (int64_t i = 0; i < n; i++) {
+    const A c = nearest_class(x[i], p), z = offset_of(x[i], c, p), e = outer_exponent(c, z, p, k);
+    w.at.c[i] = c;
+    w.at.z[i] = z;
+    w.outer[i] = e;
+  }
+  int32_t felt = 0;
+  for (int64_t i = 0; i < n; i++) felt += w.outer[i] >= outer_limit<A>();
+  return felt;
 }
 
 template <class A>
-QUANTOPS_SIMD void winner_of_one_loop(const A* __restrict x, const A* __restrict g, A* __restrict out, int64_t n,
-                                      const Bins<A>& bins, const OneInterval<A>& interval, ScaleSums& sums) {
+QUANTOPS_SIMD void inner_exponential_loop(OnePart<A>& w, int64_t n, const Bins<A>& bins) {
   const Bins<A> p = bins;
+  for (int64_t i = 0; i < n; i++) w.inner[i] = inner_exponential(inner_exponent(w.at.z[i], p));
+}
+
+template <class A>
+QUANTOPS_SIMD void outer_exponential_loop(OnePart<A>& w, int64_t n) {
+  for (int64_t i = 0; i < n; i++) w.outer[i] = outer_exponential(w.outer[i]);
+}
+
+// Sums over the lanes of a block that the gradients of alpha and sigma are made of, with u = g c: winner_factors, term by
+// term.
+template <class A>
+struct OneLanes {
+  A u[kLanes] = {}, q[kLanes] = {}, c[kLanes] = {}, z[kLanes] = {};
+
+  void add_to(ScaleSums& sums, A beta) const {
+    double of_u = 0, of_q = 0, of_c = 0, of_z = 0;
+    for (int j = 0; j < kLanes; j++) {
+      of_u += u[j];
+      of_q += q[j];
+      of_c += c[j];
+      of_z += z[j];
+    }
+    const double b = beta;
+    sums.alpha += of_u + b * (of_q - of_c);
+    sums.sigma -= b * (of_z + b * of_q);
+  }
+};
+
+// kScales: sums for alpha and sigma are wanted.
+template <bool kOuter, bool kScales, class A>
+QUANTOPS_INLINE A winner_of_one_at(const OnePart<A>& w, int64_t i, A g, const OneInterval<A>& k, A beta, OneLanes<A>& s,
+                                   int j) {
+  const A c = w.at.c[i], z = w.at.z[i];
+  const Slopes<A> slopes = winner_of_one<kOuter>(c, z, w.inner[i], w.outer[i], k);
+  const A u = g * c, t = u * slopes.rt;
+  if (kScales) {
+    s.u[j] += u;
+    s.q[j] += u * slopes.rq;
+    s.c[j] += t * c;
+    s.z[j] += t * z;
+  }
+  return beta * t;
+}
+
+template <bool kOuter, bool kScales, class A>
+QUANTOPS_SIMD void winner_of_one_loop(const OnePart<A>& w, const A* __restrict g, A* __restrict out, int64_t n, A beta,
+                                      const OneInterval<A>& interval, OneLanes<A>& sums) {
   const OneInterval<A> k = interval;
-  Lanes<A> s;
+  OneLanes<A> s = sums;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
-    for (int j = 0; j < kLanes; j++) out[i + j] = winner_of_one_at(x[i + j], g[i + j], p, k, s.alpha[j], s.sigma[j]);
-  for (int j = 0; i < n; i++, j++) out[i] = winner_of_one_at(x[i], g[i], p, k, s.alpha[j], s.sigma[j]);
-  s.add_to(sums);
+    for (int j = 0; j < kLanes; j++) out[i + j] = winner_of_one_at<kOuter, kScales>(w, i + j, g[i + j], k, beta, s, j);
+  for (int j = 0; i < n; i++, j++) out[i] = winner_of_one_at<kOuter, kScales>(w, i, g[i], k, beta, s, j);
+  sums = s;
+}
+
+// A block of any length.
+template <bool kScales, class A>
+void winner_of_one_block(const A* x, const A* g, A* out, int64_t size, const Bins<A>& p, const OneInterval<A>& k,
+                         ScaleSums& sums) {
+  OneLanes<A> lanes;
+  OnePart<A> w;
+  for (int64_t i = 0; i < size; i += kPart) {
+    const int64_t n = size - i < kPart ? size - i : kPart;
+    const bool outer = one_place_loop(x + i, w, n, p, k);
+    inner_exponential_loop(w, n, p);
+    if (outer) {
+      outer_exponential_loop(w, n);
+      winner_of_one_loop<true, kScales>(w, g + i, out + i, n, p.beta, k, lanes);
+    } else {
+      winner_of_one_loop<false, kScales>(w, g + i, out + i, n, p.beta, k, lanes);
+    }
+  }
+  lanes.add_to(sums, p.beta);
 }
 
 // The masses of a part's elements, and the classes that won there.
@@ -161,15 +242,17 @@ struct WinnerPart {
   A share[kPart];             // g alpha j r
 };
 
-template <class A>
-QUANTOPS_SIMD void level_loop(WinnerPart<A>& w, int t, int64_t n, const Level<A>& level, A below, A above,
+template <bool kFirst, bool kSigned, class A>
+QUANTOPS_SIMD void level_loop(WinnerPart<A>& w, A* __restrict mass, int64_t n, const Level<A>& level, A below, A above,
                               const Bins<A>& bins) {
   const Bins<A> p = bins;
   const Level<A> k = level;
-  A* __restrict mass = w.mass[t];
   for (int64_t i = 0; i < n; i++) {
-    Masses<A> m = {w.total[i], w.by_x[i], w.by_alpha[i], {w.top_s[i], w.top_n[i]}, {w.bottom_s[i], w.bottom_n[i]}};
-    mass[i] = add_level(m, k, w.at.c[i], w.at.z[i], w.j[i], p);
+    const A j = w.j[i];
+    Masses<A> m = no_masses<A>();
+    if (!kFirst)
+      m = {w.total[i], w.by_x[i], w.by_alpha[i], {w.top_s[i], w.top_n[i]}, {w.bottom_s[i], w.bottom_n[i]}};
+    mass[i] = add_level<kFirst, kSigned>(m, k, w.at.c[i], w.at.z[i], j, p);
     w.total[i] = m.total;
     w.by_x[i] = m.by_x;
     w.by_alpha[i] = m.by_alpha;
@@ -177,8 +260,16 @@ QUANTOPS_SIMD void level_loop(WinnerPart<A>& w, int t, int64_t n, const Level<A>
     w.top_n[i] = m.top.n;
     w.bottom_s[i] = m.bottom.s;
     w.bottom_n[i] = m.bottom.n;
-    w.gate[i] = (w.j[i] < below) | (w.j[i] > above) ? k.weight : w.gate[i];  // outside the level before
+    const A before = kFirst ? k.weight : w.gate[i];
+    w.gate[i] = (j < below) | (j > above) ? k.weight : before;  // outside the level before
   }
+}
+
+template <class A>
+void level_loop(WinnerPart<A>& w, int t, int64_t n, const Level<A>& k, A below, A above, const Bins<A>& p, bool is_signed) {
+  if (t == 0) level_loop<true, true>(w, w.mass[t], n, k, below, above, p);
+  else if (is_signed) level_loop<false, true>(w, w.mass[t], n, k, below, above, p);
+  else level_loop<false, false>(w, w.mass[t], n, k, below, above, p);
 }
 
 template <class A>
@@ -207,22 +298,20 @@ QUANTOPS_SIMD void winner_of_many_loop(WinnerPart<A>& w, const A* __restrict g, 
 
 // Sum of share * ([j is in a level above t] - r of those levels), from the highest t down: `tail` collects their masses.
 template <class A>
-QUANTOPS_SIMD double winner_gate_loop(WinnerPart<A>& w, A* __restrict tail, int t, int64_t n, A bottom, A top) {
-  const A* __restrict mass = w.mass[t];
+QUANTOPS_INLINE A winner_gate_at(const WinnerPart<A>& w, const A* mass, A* tail, int64_t i, A bottom, A top) {
+  const A all = tail[i] + mass[i], above = (w.j[i] < bottom) | (w.j[i] > top) ? A(1) : A(0);
+  tail[i] = all;
+  return w.share[i] * (above - all / w.total[i]);
+}
+
+template <class A>
+QUANTOPS_SIMD double winner_gate_loop(const WinnerPart<A>& w, const A* __restrict mass, A* __restrict tail, int64_t n,
+                                      A bottom, A top) {
   A sum[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
-    for (int j = 0; j < kLanes; j++) {
-      const int64_t k = i + j;
-      tail[k] += mass[k];
-      const A above = (w.j[k] < bottom) | (w.j[k] > top) ? A(1) : A(0);
-      sum[j] += w.share[k] * (above - tail[k] / w.total[k]);
-    }
-  for (int j = 0; i < n; i++, j++) {
-    tail[i] += mass[i];
-    const A above = (w.j[i] < bottom) | (w.j[i] > top) ? A(1) : A(0);
-    sum[j] += w.share[i] * (above - tail[i] / w.total[i]);
-  }
+    for (int j = 0; j < kLanes; j++) sum[j] += winner_gate_at(w, mass, tail, i + j, bottom, top);
+  for (int j = 0; i < n; i++, j++) sum[j] += winner_gate_at(w, mass, tail, i, bottom, top);
   double total = 0;
   for (int j = 0; j < kLanes; j++) total += sum[j];
   return total;
