@@ -482,8 +482,7 @@ QUANTOPS_INLINE A draw_inside(uint32_t word, const Level<A>& k, A c, A z, const 
 // ---------------------------------------------------------------------------------------------------------------- soft
 
 // The soft sum runs outward from c, n = 1, 2, ... classes up and down at once. With y = exp(z - half) and
-// w = exp(-z - half), the edges beyond c are at y exp(-beta n) and w exp(-beta n). pi_i = sharp u_i, and the weights
-// G u have the sums that q and its derivatives take.
+// w = exp(-z - half), the edges beyond c are at y exp(-beta n) and w exp(-beta n). pi_i = sharp u_i.
 
 // The farthest class from c that can be felt: G u falls like exp(-beta n), from no less than the least gate.
 template <class A>
@@ -493,13 +492,6 @@ QUANTOPS_INLINE int soft_reach(const Levels& l, const A* gates, A beta) {
   const int most = l.high - l.low;
   return n < most ? static_cast<int>(n) : most;
 }
-
-template <class A>
-struct SoftSums {
-  A weight, first;              // sum w, sum w n
-  A slope, slope_first;         // sum w T, sum w n T          T = dlog(pi)/dx sigma
-  A stretch, stretch_first;     // sum w V, sum w n V          V = pi/2 + n T
-};
 
 // Two classes' u and |T|, n classes up and down: `inner`, `outer` = exp(-beta (n - 1)), exp(-beta n).
 template <class A>
@@ -515,34 +507,55 @@ QUANTOPS_INLINE Pair<A> soft_pair(A y, A w, A inner, A outer) {
   return {y0 * up, w0 * down, (A(1) - y0 * y1) * up, (A(1) - w0 * w1) * down};
 }
 
-// The class at c itself, with gate `weight`.
+// Of the class at c itself: u, and T with its sign.
 template <class A>
-QUANTOPS_INLINE SoftSums<A> soft_center(A y, A w, A weight, A sharp) {
-  const A u = A(1) / ((A(1) + y) * (A(1) + w)), g = weight * u;
-  return {g, A(0), g * ((w - y) * u), A(0), g * (A(0.5) * sharp * u), A(0)};
+struct Center {
+  A u, slope;
+};
+
+template <class A>
+QUANTOPS_INLINE Center<A> soft_center(A y, A w) {
+  const A u = A(1) / ((A(1) + y) * (A(1) + w));
+  return {u, (w - y) * u};
 }
 
-// Adds the weights g * u of the pair at n; gates of 0 leave a class out. kSlopes: what the backward needs, too.
-template <bool kSlopes, class A>
-QUANTOPS_INLINE void add_pair(SoftSums<A>& s, const Pair<A>& u, A n, A up_gate, A down_gate, A sharp) {
+// First pass: sum w and sum w n, of weights w = G u. Gates of 0 leave a class out.
+template <class A>
+struct SoftSums {
+  A weight, first;
+};
+
+template <class A>
+QUANTOPS_INLINE void add_pair(SoftSums<A>& s, const Pair<A>& u, A n, A up_gate, A down_gate) {
   const A up = up_gate * u.up, down = down_gate * u.down;
   s.weight += up + down;
   s.first += n * (up - down);
-  if (!kSlopes) return;
-  const A up_t = up * u.up_slope, down_t = down * u.down_slope;
-  s.slope += up_t - down_t;
-  s.slope_first += n * (up_t + down_t);
-  const A up_v = up * (A(0.5) * sharp * u.up) + n * up_t, down_v = down * (A(0.5) * sharp * u.down) + n * down_t;
-  s.stretch += up_v + down_v;
-  s.stretch_first += n * (up_v - down_v);
+}
+
+// Second pass, with deviations d = w (n - mean): sum d T and sum d V, V = pi/2 + n T, which are covariances under r.
+template <class A>
+struct SoftSlopes {
+  A by_x, by_width;
+};
+
+template <class A>
+QUANTOPS_INLINE SoftSlopes<A> center_slopes(const Center<A>& at, A gate, A mean, A sharp, A& deviation) {
+  deviation = -(gate * at.u) * mean;
+  return {deviation * at.slope, deviation * (A(0.5) * sharp * at.u)};
 }
 
 template <class A>
-QUANTOPS_INLINE Factors<A> soft_factors(const SoftSums<A>& s, A c, A z, const Bins<A>& p, A& mean, A& inv) {
-  inv = A(1) / s.weight;
-  mean = s.first * inv;
-  const A in_x = p.beta * ((s.slope_first - mean * s.slope) * inv);
-  const A in_width = p.beta * ((s.stretch_first - mean * s.stretch) * inv);
+QUANTOPS_INLINE void add_slopes(SoftSlopes<A>& s, const Pair<A>& u, A n, A mean, A up_gate, A down_gate, A sharp, A& up,
+                                A& down) {
+  up = (up_gate * u.up) * (n - mean);
+  down = (down_gate * u.down) * (-n - mean);
+  s.by_x += up * u.up_slope - down * u.down_slope;
+  s.by_width += up * (A(0.5) * sharp * u.up + n * u.up_slope) + down * (A(0.5) * sharp * u.down + n * u.down_slope);
+}
+
+template <class A>
+QUANTOPS_INLINE Factors<A> soft_factors(const SoftSlopes<A>& s, A c, A z, A mean, A inv_weight, const Bins<A>& p) {
+  const A in_x = p.beta * (s.by_x * inv_weight), in_width = p.beta * (s.by_width * inv_weight);
   return {in_x, c * (A(1) - in_x) + (mean - in_width), p.beta * in_width - z * in_x};
 }
 

@@ -99,9 +99,9 @@ struct Scale {
   Level<A> level[kMaxLevels];  // from the lowest
   int count;
   A sharp;
-  std::vector<A> table;        // G by class, from `low` on, with `reach` zeros to either side
-  std::vector<A> decay;        // exp(-beta n), n = 0..reach
-  const A* table_low;
+  std::vector<A> decay;        // exp(-beta n), n = 0, 1, ... to where it is felt
+  GateSteps<A> steps;          // `step_count` of them
+  int step_count;
 };
 
 template <class A>
@@ -158,14 +158,16 @@ void make_scale(Scale<A>& s, const Problem& p, int64_t t, int64_t row, const std
                                   : make_only_level(*s.levels, s.bins.beta);
     return;
   }
-  const int reach = soft_reach(*s.levels, s.gates, s.bins.beta), classes = s.levels->high - s.levels->low + 1;
-  s.decay.resize(reach + 1);
-  for (int n = 0; n <= reach; n++) s.decay[n] = exponential(-s.bins.beta * A(n));
-  if (!p.gates[t]) return;
-  s.table.assign(classes + 2 * reach, A(0));
-  s.table_low = s.table.data() + reach;
-  for (int i = 0; i < classes; i++)
-    s.table[reach + i] = A(cumulative_gate(s.gates, level_of(s.levels->low + i, s.levels->is_signed)));
+  s.decay.resize(soft_reach(*s.levels, s.gates, s.bins.beta) + 1);
+  for (size_t n = 0; n < s.decay.size(); n++) s.decay[n] = exponential(-s.bins.beta * A(n));
+  s.step_count = p.gates[t] ? s.levels->count : 1;
+  for (int k = 0; k < kMaxSoftBits; k++) {  // those past the count repeat the last
+    const int32_t top = k < s.step_count - 1 ? top_of_level(k + 1, s.levels->is_signed) : s.levels->high;
+    s.steps.top[k] = A(top);
+    s.steps.bottom[k] = s.levels->is_signed && k < s.step_count - 1 ? A(-top - 1) : A(s.levels->low);
+    s.steps.weight[k] = k < s.step_count ? A(cumulative_gate(s.gates, k + 1)) : A(0);
+  }
+  s.steps.weight[kMaxSoftBits] = A(0);
 }
 
 // --- classes ---------------------------------------------------------------------------------------------------
@@ -197,27 +199,43 @@ void draw_classes(const Scale<A>& s, const Places<A>& at, A* j, int64_t n, uint6
 
 // --- forward ---------------------------------------------------------------------------------------------------
 
+// The first pass. kSteps: of s.steps that are looked at.
+template <int kSteps, class A>
+void soft_sums(const Scale<A>& s, SoftPart<A>& part, int64_t n) {
+  soft_start_loop<kSteps>(part, n, s.steps, s.bins);
+  for (size_t step = 1; step < s.decay.size(); step++)
+    soft_pair_loop<kSteps>(part, n, A(step), s.decay[step - 1], s.decay[step], s.steps);
+}
+
+// Sums of deviations over the levels above each, after every step: `step` 0 is c itself.
 template <class A>
-void soft_sums(const Scale<A>& s, SoftPart<A>& part, int64_t n, bool has_gates, bool slopes, bool tails) {
-  const A* gates = has_gates ? s.table_low : nullptr;
-  soft_start_loop(part, n, gates, s.sharp, s.bins);
-  if (tails)
-    for (int t = 1; t < s.levels->count; t++) {
-      const A top = A(top_of_level(t, s.levels->is_signed));
-      soft_tail_start_loop(part, t, n, s.levels->is_signed ? -top - A(1) : A(0), top);
-    }
-  for (int step = 1; step < int(s.decay.size()); step++) {
-    const A inner = s.decay[step - 1], outer = s.decay[step];
-    if (!slopes && !gates) soft_pair_loop<false, false>(part, n, step, inner, outer, gates, s.sharp, s.bins);
-    else if (!slopes) soft_pair_loop<false, true>(part, n, step, inner, outer, gates, s.sharp, s.bins);
-    else if (!gates) soft_pair_loop<true, false>(part, n, step, inner, outer, gates, s.sharp, s.bins);
-    else soft_pair_loop<true, true>(part, n, step, inner, outer, gates, s.sharp, s.bins);
-    if (tails)
-      for (int t = 1; t < s.levels->count; t++) {
-        const A top = A(top_of_level(t, s.levels->is_signed));
-        soft_tail_loop(part, t, n, A(step), s.levels->is_signed ? -top - A(1) : A(0), top);
-      }
+void soft_tails(const Scale<A>& s, SoftPart<A>& part, int64_t n, int step) {
+  for (int t = 1; t < s.levels->count; t++) {
+    const A top = A(top_of_level(t, s.levels->is_signed)), bottom = s.levels->is_signed ? -top - A(1) : A(0);
+    soft_tail_loop(part.at.c, part.up, part.down, part.tail[t], n, A(step), bottom, top);
   }
+}
+
+// The second pass.
+template <int kSteps, class A>
+void soft_slopes(const Scale<A>& s, SoftPart<A>& part, int64_t n, bool tails) {
+  soft_mean_loop(part, n, s.sharp);
+  if (tails) {
+    for (int t = 1; t < s.levels->count; t++) std::fill(part.tail[t], part.tail[t] + n, A(0));
+    soft_tails(s, part, n, 0);
+  }
+  for (size_t step = 1; step < s.decay.size(); step++) {
+    soft_slope_loop<kSteps>(part, n, A(step), s.decay[step - 1], s.decay[step], s.steps, s.sharp);
+    if (tails) soft_tails(s, part, n, int(step));
+  }
+}
+
+template <int kSteps, class A>
+void soft_value_part(const Scale<A>& s, const A* x, A* q, int64_t n) {
+  SoftPart<A> part;
+  place_loop(x, part.at, n, s.bins);
+  soft_sums<kSteps>(s, part, n);
+  soft_value_loop(part, q, n, s.bins.alpha);
 }
 
 template <class A>
@@ -227,10 +245,9 @@ void forward_part(const Problem& p, int64_t t, const Scale<A>& s, Mode mode, int
     bounded_loop(x, j, n, s.bins, *s.bounds, *s.levels);
     scale_loop(j, q, n, s.bins.alpha);
   } else if (mode == kSoft) {
-    SoftPart<A> part;
-    place_loop(x, part.at, n, s.bins);
-    soft_sums(s, part, n, p.gates[t], false, false);
-    soft_value_loop(part, q, n, s.bins.alpha);
+    if (s.step_count == 1) soft_value_part<1>(s, x, q, n);
+    else if (s.step_count <= 4) soft_value_part<4>(s, x, q, n);
+    else soft_value_part<8>(s, x, q, n);
   } else {
     Places<A> at;
     A j[kPart];
@@ -303,15 +320,22 @@ void winner_part(const Problem& p, int64_t t, const Scale<A>& s, Mode mode, int6
     gates->gate[k] += winner_gate_loop(w, w.mass[k], tail, n, s.level[k - 1].bottom, s.level[k - 1].top);
 }
 
-template <class A>
-void soft_gradient_part(const Problem& p, int64_t t, const Scale<A>& s, const A* x, const A* g, A* y, int64_t n,
-                        ScaleSums& sums, GateSums* gates) {
+template <int kSteps, class A>
+void soft_gradient_part(const Scale<A>& s, const A* x, const A* g, A* y, int64_t n, ScaleSums& sums, GateSums* gates) {
   SoftPart<A> part;
   place_loop(x, part.at, n, s.bins);
-  soft_sums(s, part, n, p.gates[t], true, gates != nullptr);
+  soft_sums<kSteps>(s, part, n);
+  soft_slopes<kSteps>(s, part, n, gates != nullptr);
   soft_gradient_loop(part, g, y, n, s.bins, sums);
   if (!gates) return;
-  for (int k = 1; k < s.levels->count; k++) gates->gate[k] += soft_gate_loop(part, g, k, n, s.bins.alpha);
+  for (int k = 1; k < s.levels->count; k++) gates->gate[k] += soft_gate_loop(part, part.tail[k], g, n, s.bins.alpha);
+}
+
+template <class A>
+void soft_gradient_part(const Scale<A>& s, const A* x, const A* g, A* y, int64_t n, ScaleSums& sums, GateSums* gates) {
+  if (s.step_count == 1) soft_gradient_part<1>(s, x, g, y, n, sums, gates);
+  else if (s.step_count <= 4) soft_gradient_part<4>(s, x, g, y, n, sums, gates);
+  else soft_gradient_part<8>(s, x, g, y, n, sums, gates);
 }
 
 template <class A>
@@ -351,7 +375,7 @@ void backward_into(const Problem& p, const Tensors& grad, Mode mode, bool soft, 
         else
           for (int64_t k = 0; k < n; k += kPart) {
             const int64_t size = std::min(kPart, n - k);
-            if (soft) soft_gradient_part(p, t, s, x + k, g + k, y + k, size, sums, gate_sums);
+            if (soft) soft_gradient_part(s, x + k, g + k, y + k, size, sums, gate_sums);
             else winner_part(p, t, s, mode, i + k, x + k, g + k, y + k, size, sums, gate_sums);
           }
         store_block<A>(out.x.data[t], out.x.type, i, n, out.x.streaming, y, result);

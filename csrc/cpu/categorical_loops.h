@@ -319,86 +319,59 @@ QUANTOPS_SIMD double winner_gate_loop(const WinnerPart<A>& w, const A* __restric
 
 // ---------------------------------------------------------------------------------------------------------------- soft
 
+// G of a class: weight[0] in the lowest of kMaxSoftBits nested intervals, weight[t] outside of the t lowest; so of levels,
+// and 0 outside of all.
+template <class A>
+struct GateSteps {
+  A bottom[kMaxSoftBits], top[kMaxSoftBits], weight[kMaxSoftBits + 1];
+};
+
+// Of the kSteps lowest intervals.
+template <int kSteps, class A>
+QUANTOPS_INLINE A gate_of(A i, const GateSteps<A>& gates) {
+  if (kSteps == 1) return A((i <= gates.top[0]) & (i >= gates.bottom[0]));  // G_1 = 1; a ternary would become a branch
+  A g = gates.weight[0];
+  for (int t = 0; t < kSteps; t++) g = (i > gates.top[t]) | (i < gates.bottom[t]) ? gates.weight[t + 1] : g;
+  return g;
+}
+
 // The soft sums of a part's elements.
 template <class A>
 struct SoftPart {
   Places<A> at;
   A y[kPart], w[kPart];
-  A weight[kPart], first[kPart], slope[kPart], slope_first[kPart], stretch[kPart], stretch_first[kPart];
-  int32_t place[kPart];                                                // of c in the table of gates
-  A up[kPart], down[kPart];                                            // G u of the pair at hand
-  A tail[kMaxSoftBits][kPart], tail_first[kMaxSoftBits][kPart];        // sum w, sum w n over the levels above t
+  A weight[kPart], first[kPart];       // after the first pass: 1/weight and the mean
+  A by_x[kPart], by_width[kPart];
+  A gate[kPart];                       // G of c
+  A up[kPart], down[kPart];            // deviations of the pair at hand
+  A tail[kMaxSoftBits][kPart];         // sums of deviations over the levels above t
 };
 
-// `gates`: G by class, from `low` on, or null where all are 1.
-template <class A>
-QUANTOPS_SIMD void soft_start_loop(SoftPart<A>& s, int64_t n, const A* gates, A sharp, const Bins<A>& bins) {
+template <int kSteps, class A>
+QUANTOPS_SIMD void soft_start_loop(SoftPart<A>& s, int64_t n, const GateSteps<A>& gates, const Bins<A>& bins) {
   const Bins<A> p = bins;
+  const GateSteps<A> steps = gates;
   for (int64_t i = 0; i < n; i++) {
     s.y[i] = exponential(s.at.z[i] - p.half);
     s.w[i] = exponential(-s.at.z[i] - p.half);
-    const A c = s.at.c[i] == s.at.c[i] ? s.at.c[i] : p.low;  // NaN is no place
-    s.place[i] = static_cast<int32_t>(c) - static_cast<int32_t>(p.low);
   }
-  for (int64_t i = 0; i < n; i++) s.up[i] = gates ? gates[s.place[i]] : A(1);
   for (int64_t i = 0; i < n; i++) {
-    const SoftSums<A> sums = soft_center(s.y[i], s.w[i], s.up[i], sharp);
+    s.gate[i] = gate_of<kSteps>(s.at.c[i], steps);
+    s.weight[i] = s.gate[i] * soft_center(s.y[i], s.w[i]).u;
+    s.first[i] = A(0);
+  }
+}
+
+// Adds the classes `step` up and down.
+template <int kSteps, class A>
+QUANTOPS_SIMD void soft_pair_loop(SoftPart<A>& s, int64_t n, A step, A inner, A outer, const GateSteps<A>& gates) {
+  const GateSteps<A> steps = gates;
+  for (int64_t i = 0; i < n; i++) {
+    SoftSums<A> sums = {s.weight[i], s.first[i]};
+    add_pair(sums, soft_pair(s.y[i], s.w[i], inner, outer), step, gate_of<kSteps>(s.at.c[i] + step, steps),
+             gate_of<kSteps>(s.at.c[i] - step, steps));
     s.weight[i] = sums.weight;
     s.first[i] = sums.first;
-    s.slope[i] = sums.slope;
-    s.slope_first[i] = sums.slope_first;
-    s.stretch[i] = sums.stretch;
-    s.stretch_first[i] = sums.stretch_first;
-  }
-}
-
-// Adds the classes `step` up and down. The table of gates is 0 for `step` places to either side.
-template <bool kSlopes, bool kGates, class A>
-QUANTOPS_SIMD void soft_pair_loop(SoftPart<A>& s, int64_t n, int step, A inner, A outer, const A* __restrict gates,
-                                  A sharp, const Bins<A>& bins) {
-  const Bins<A> p = bins;
-  const A distance = static_cast<A>(step), last_up = p.high - distance, last_down = p.low + distance;
-  for (int64_t i = 0; i < n; i++) {
-    const Pair<A> u = soft_pair(s.y[i], s.w[i], inner, outer);
-    const A up_gate = kGates ? gates[s.place[i] + step] : s.at.c[i] <= last_up ? A(1) : A(0);
-    const A down_gate = kGates ? gates[s.place[i] - step] : s.at.c[i] >= last_down ? A(1) : A(0);
-    SoftSums<A> sums = {s.weight[i], s.first[i], A(0), A(0), A(0), A(0)};
-    if (kSlopes) sums = {s.weight[i], s.first[i], s.slope[i], s.slope_first[i], s.stretch[i], s.stretch_first[i]};
-    add_pair<kSlopes>(sums, u, distance, up_gate, down_gate, sharp);
-    s.weight[i] = sums.weight;
-    s.first[i] = sums.first;
-    if (kSlopes) {
-      s.slope[i] = sums.slope;
-      s.slope_first[i] = sums.slope_first;
-      s.stretch[i] = sums.stretch;
-      s.stretch_first[i] = sums.stretch_first;
-    }
-    if (kSlopes && kGates) {
-      s.up[i] = up_gate * u.up;
-      s.down[i] = down_gate * u.down;
-    }
-  }
-}
-
-// Adds the pair at hand to the sums over the levels above t, whose classes are beyond bottom..top.
-template <class A>
-QUANTOPS_SIMD void soft_tail_loop(SoftPart<A>& s, int t, int64_t n, A step, A bottom, A top) {
-  A *__restrict tail = s.tail[t], *__restrict first = s.tail_first[t];
-  for (int64_t i = 0; i < n; i++) {
-    const A i_up = s.at.c[i] + step, i_down = s.at.c[i] - step;
-    const A up = (i_up > top) | (i_up < bottom) ? s.up[i] : A(0);
-    const A down = (i_down > top) | (i_down < bottom) ? s.down[i] : A(0);
-    tail[i] += up + down;
-    first[i] += step * (up - down);
-  }
-}
-
-// The same for c itself.
-template <class A>
-QUANTOPS_SIMD void soft_tail_start_loop(SoftPart<A>& s, int t, int64_t n, A bottom, A top) {
-  for (int64_t i = 0; i < n; i++) {
-    s.tail[t][i] = (s.at.c[i] > top) | (s.at.c[i] < bottom) ? s.weight[i] : A(0);
-    s.tail_first[t][i] = A(0);
   }
 }
 
@@ -407,19 +380,61 @@ QUANTOPS_SIMD void soft_value_loop(const SoftPart<A>& s, A* __restrict q, int64_
   for (int64_t i = 0; i < n; i++) q[i] = alpha * (s.at.c[i] + s.first[i] / s.weight[i]);
 }
 
-// Leaves the mean in first and 1/weight in weight, for the gates.
+// Between the passes.
 template <class A>
-QUANTOPS_INLINE A soft_gradient_at(SoftPart<A>& s, int64_t i, A g, const Bins<A>& p, A& alpha, A& sigma) {
-  const SoftSums<A> sums = {s.weight[i],      s.first[i],   s.slope[i],
-                            s.slope_first[i], s.stretch[i], s.stretch_first[i]};
-  const Factors<A> f = soft_factors(sums, s.at.c[i], s.at.z[i], p, s.first[i], s.weight[i]);
+QUANTOPS_SIMD void soft_mean_loop(SoftPart<A>& s, int64_t n, A sharp) {
+  for (int64_t i = 0; i < n; i++) {
+    const A inv = A(1) / s.weight[i], mean = s.first[i] * inv;
+    A deviation;
+    const SoftSlopes<A> slopes = center_slopes(soft_center(s.y[i], s.w[i]), s.gate[i], mean, sharp, deviation);
+    s.by_x[i] = slopes.by_x;
+    s.by_width[i] = slopes.by_width;
+    s.up[i] = deviation;
+    s.down[i] = A(0);
+    s.weight[i] = inv;
+    s.first[i] = mean;
+  }
+}
+
+template <int kSteps, class A>
+QUANTOPS_SIMD void soft_slope_loop(SoftPart<A>& s, int64_t n, A step, A inner, A outer, const GateSteps<A>& gates, A sharp) {
+  const GateSteps<A> steps = gates;
+  for (int64_t i = 0; i < n; i++) {
+    SoftSlopes<A> slopes = {s.by_x[i], s.by_width[i]};
+    A up, down;
+    add_slopes(slopes, soft_pair(s.y[i], s.w[i], inner, outer), step, s.first[i], gate_of<kSteps>(s.at.c[i] + step, steps),
+               gate_of<kSteps>(s.at.c[i] - step, steps), sharp, up, down);
+    s.by_x[i] = slopes.by_x;
+    s.by_width[i] = slopes.by_width;
+    if (kSteps > 1) {
+      s.up[i] = up;
+      s.down[i] = down;
+    }
+  }
+}
+
+// Adds the deviations of the pair at hand to the sums over the levels above t, whose classes are beyond bottom..top.
+template <class A>
+QUANTOPS_SIMD void soft_tail_loop(const A* __restrict c, const A* __restrict of_up, const A* __restrict of_down,
+                                  A* __restrict tail, int64_t n, A step, A bottom, A top) {
+  for (int64_t i = 0; i < n; i++) {
+    const A i_up = c[i] + step, i_down = c[i] - step;
+    const A up = (i_up > top) | (i_up < bottom) ? of_up[i] : A(0);
+    const A down = (i_down > top) | (i_down < bottom) ? of_down[i] : A(0);
+    tail[i] += up + down;
+  }
+}
+
+template <class A>
+QUANTOPS_INLINE A soft_gradient_at(const SoftPart<A>& s, int64_t i, A g, const Bins<A>& p, A& alpha, A& sigma) {
+  const Factors<A> f = soft_factors(SoftSlopes<A>{s.by_x[i], s.by_width[i]}, s.at.c[i], s.at.z[i], s.first[i], s.weight[i], p);
   alpha += g * f.alpha;
   sigma += g * f.sigma;
   return g * f.x;
 }
 
 template <class A>
-QUANTOPS_SIMD void soft_gradient_loop(SoftPart<A>& s, const A* __restrict g, A* __restrict out, int64_t n,
+QUANTOPS_SIMD void soft_gradient_loop(const SoftPart<A>& s, const A* __restrict g, A* __restrict out, int64_t n,
                                       const Bins<A>& bins, ScaleSums& sums) {
   const Bins<A> p = bins;
   Lanes<A> lanes;
@@ -431,18 +446,15 @@ QUANTOPS_SIMD void soft_gradient_loop(SoftPart<A>& s, const A* __restrict g, A* 
   lanes.add_to(sums);
 }
 
-// After soft_gradient_loop: the sum of g dq/dG over the levels above t, times G.
+// The sum of g dq/dG over the levels above t, times G.
 template <class A>
-QUANTOPS_SIMD double soft_gate_loop(const SoftPart<A>& s, const A* __restrict g, int t, int64_t n, A alpha) {
-  const A *__restrict tail = s.tail[t], *__restrict first = s.tail_first[t];
+QUANTOPS_SIMD double soft_gate_loop(const SoftPart<A>& s, const A* __restrict tail, const A* __restrict g, int64_t n,
+                                    A alpha) {
   A sum[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
-    for (int j = 0; j < kLanes; j++) {
-      const int64_t k = i + j;
-      sum[j] += (g[k] * alpha) * ((first[k] - s.first[k] * tail[k]) * s.weight[k]);
-    }
-  for (int j = 0; i < n; i++, j++) sum[j] += (g[i] * alpha) * ((first[i] - s.first[i] * tail[i]) * s.weight[i]);
+    for (int j = 0; j < kLanes; j++) sum[j] += (g[i + j] * alpha) * (tail[i + j] * s.weight[i + j]);
+  for (int j = 0; i < n; i++, j++) sum[j] += (g[i] * alpha) * (tail[i] * s.weight[i]);
   double total = 0;
   for (int j = 0; j < kLanes; j++) total += sum[j];
   return total;
