@@ -125,10 +125,14 @@ QUANTOPS_INLINE Levels make_levels(const A* gates, int64_t gate_count, int64_t b
 
 // The level, counted from 1, of class i.
 QUANTOPS_INLINE int level_of(int32_t i, bool is_signed) {
-  uint32_t m = static_cast<uint32_t>(i < 0 ? -i - 1 : i);
-  int t = is_signed ? 1 : 0;
-  for (; m; m >>= 1) ++t;
-  return t > 0 ? t : 1;
+  const uint32_t m = static_cast<uint32_t>(i < 0 ? ~i : i);
+#if defined(__CUDA_ARCH__)
+  const int width = 32 - __clz(static_cast<int>(m));
+#else
+  int width = 0;
+  for (uint32_t v = m; v; v >>= 1) ++width;
+#endif
+  return is_signed ? width + 1 : width > 0 ? width : 1;
 }
 
 template <class A>

@@ -9,9 +9,6 @@
 namespace quantops::cuda {
 namespace {
 
-template <class T>
-using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 // ---------------------------------------------------------------------------------------------- what an element does
 
 // Where the quantizer of a scale comes from.
@@ -94,6 +91,7 @@ struct Msq : OpBase {
 
 template <class A>
 struct FinishMsq {
+  using E = Entry;
   static constexpr bool kPerScale = false;
   Source source;
   const Sums* partial;
@@ -290,6 +288,7 @@ struct AbsMean : OpBase {
 // One number of type A per scale: the sum, the mean or the largest of its items.
 template <class A, class Partial, class Combine, bool kMean>
 struct FinishScale {
+  using E = Entry;
   static constexpr bool kPerScale = true;
   const Partial* partial;
 

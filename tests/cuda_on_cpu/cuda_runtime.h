@@ -207,6 +207,8 @@ T __shfl_down_sync(unsigned, T value, int delta) {
   return cuda_on_cpu::shuffle_from(value, lane + delta < 32 ? lane + delta : lane);
 }
 
+inline void __syncwarp() { cuda_on_cpu::shuffle_from(0, cuda_on_cpu::machine().current % 32); }
+
 template <class T>
 void __stwb(T* to, T value) {
   if (reinterpret_cast<uintptr_t>(to) % sizeof(T)) cuda_on_cpu::stop("a store that is not aligned");
