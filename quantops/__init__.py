@@ -1,4 +1,4 @@
-"""Fused kernels for quantization-aware training with MSQ and TruncQuant."""
+"""Fused kernels for quantization-aware training with MSQ, TruncQuant and CPQ."""
 
 from quantops import backends, foreach, layout, reference
 from quantops.backends import info
@@ -7,6 +7,7 @@ from quantops.functional import (
     MSQ,
     absmax,
     absmean,
+    categorical,
     decode,
     encode,
     lsb,
@@ -28,7 +29,7 @@ from quantops.version import __version__
 
 __all__ = [
     "IntWeight", "MSQ", "MSQConfig", "MSQController", "MultiBatchNorm", "Packed", "TruncQuantConfig", "absmax", "absmean",
-    "add_penalty_grad_", "backends", "bit_report", "decode", "encode", "foreach", "hessian_trace", "info",
+    "add_penalty_grad_", "backends", "bit_report", "categorical", "decode", "encode", "foreach", "hessian_trace", "info",
     "is_linear_or_conv", "joint_loss", "joint_step", "layout", "load_int", "lsb", "lsb_penalty", "msq", "pack", "penalty",
     "plain_model", "quantize_", "reference", "round_clamp", "save_int", "set_bits", "to_int", "truncate", "unpack",
     "__version__",

@@ -5,8 +5,9 @@ import math
 
 import torch
 
-from quantops.reference.truncate import COMPANDINGS
+from quantops.reference.categorical import GRADS, MAX_SOFT_BITS, MODES
 from quantops.reference.packing import LAYOUTS, data_shape, split_shapes
+from quantops.reference.truncate import COMPANDINGS
 from quantops.reference.uniform import GRIDS, MAX_BITS, RULES, acc_dtype
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -259,6 +260,81 @@ def bits_of_stored(value, stored, data):
     return read
 
 
+# Family categorical.
+
+
+def categorical_mode(mode, grad):
+    """(mode, grad) as the ops take them."""
+    return MODES.index(choice("mode", mode, MODES)), GRADS.index(choice("grad", grad, GRADS))
+
+
+def categorical_bits(value, x, mode, grad):
+    """Bit-widths: up to 16, and up to 8 where a soft sum is taken."""
+    return integers("bits", value, x, 0, MAX_SOFT_BITS if "soft" in (mode, grad) else MAX_BITS)
+
+
+def alpha_and_sigma(alpha, sigma, x):
+    """Lists of alpha and sigma: contiguous, of the arithmetic dtype, one element or one per row, as many in both."""
+    dtype, device = acc_dtype(x[0].dtype), x[0].device
+    lists = []
+    for name, value in (("alpha", alpha), ("sigma", sigma)):
+        if not isinstance(value, (list, tuple)) or len(value) != len(x):
+            got = f"{len(value)}" if isinstance(value, (list, tuple)) else _kind(value)
+            raise ValueError(f"{name}: expected a list with one entry per tensor ({len(x)}), got {got}")
+        for i, v in enumerate(value):
+            if not isinstance(v, torch.Tensor) and isinstance(v, (int, float)) and not (
+                    0 < v <= torch.finfo(dtype).max and (name == "sigma" or 1 / torch.finfo(dtype).max <= v)):
+                raise ValueError(f"{_entry(name, i, x)}: expected a finite value > 0 of {dtype}, got {v}")
+        lists.append([_scale(_entry(name, i, x), v, t, dtype, device) for i, (v, t) in enumerate(zip(value, x))])
+    for i, (a, s) in enumerate(zip(*lists)):
+        if a.numel() != s.numel():
+            one, rows = (0, s) if a.numel() == 1 else (1, a)
+            lists[one][i] = lists[one][i].reshape(1).expand(rows.numel()).contiguous()
+    return lists
+
+
+def gates(value, bits_value, x):
+    """A list of gates, one tensor of ``bits`` values per tensor of x, of the arithmetic dtype; [] for None."""
+    if value is None:
+        return []
+    dtype, device = acc_dtype(x[0].dtype), x[0].device
+    if not isinstance(value, (list, tuple)) or len(value) != len(x):
+        got = f"{len(value)}" if isinstance(value, (list, tuple)) else _kind(value)
+        raise ValueError(f"gates: expected a list with one tensor per tensor of x ({len(x)}), got {got}")
+    counts = [None] * len(x) if isinstance(bits_value, torch.Tensor) else _repeated(bits_value, x)
+    return [_gates(_entry("gates", i, x), g, n, dtype, device) for i, (g, n) in enumerate(zip(value, counts))]
+
+
+def _gates(name, g, count, dtype, device):
+    if not isinstance(g, torch.Tensor) or g.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a tensor of {_names(FLOATS)}, got {_kind(g)}")
+    if g.device != device:
+        raise ValueError(f"{name}: expected device {device}, where x is, got {g.device}")
+    if g.dim() != 1 or (count is not None and g.numel() != count):
+        raise ValueError(f"{name}: expected shape ({'bits' if count is None else count},), one value per bit, got "
+                         f"{tuple(g.shape)}")
+    return g.to(dtype).contiguous()
+
+
+def seed(value, mode, x):
+    """The key of the draws as an int64 tensor on x's device; None where nothing is drawn."""
+    if mode != "sample":
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, torch.Tensor)):
+        raise (ValueError if value is None else TypeError)(
+            f"seed: expected an integer or an integer tensor of one element for mode 'sample', got {_kind(value)}")
+    if not isinstance(value, torch.Tensor):
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"seed: expected an integer of 64 bits, got {value}")
+        return torch.full((), value, dtype=torch.int64, device=x[0].device)
+    if value.dtype not in INTS:
+        raise TypeError(f"seed: expected an integer or an integer tensor of one element, got {_kind(value)}")
+    if value.numel() != 1 or value.device != x[0].device:
+        raise ValueError(f"seed: expected one element on {x[0].device}, where x is, got shape {tuple(value.shape)} on "
+                         f"{value.device}")
+    return value.to(torch.int64)
+
+
 def choice(name, value, allowed):
     """``value`` where it is one of ``allowed``."""
     if value not in allowed:
@@ -361,6 +437,8 @@ def structure(arguments):
     """
     if "layout" in arguments:
         return packing_structure(arguments)
+    if "alpha" in arguments:
+        return _categorical_structure(arguments)
     w = tensors("codes", arguments["codes"], INTS) if "codes" in arguments else tensors("w", arguments["w"])
     for name in ("grad", "q"):
         listed = arguments.get(name)
@@ -437,3 +515,25 @@ def packing_structure(arguments):
             if s.device != data[0].device or not s.is_contiguous() or s.numel() not in (1, rows):
                 raise ValueError(f"{_entry('scale', i, scale)}: expected one element or one per row ({rows}), "
                                  f"contiguous, on {data[0].device}, got {_kind(s)} on {s.device}")
+
+
+def _categorical_structure(arguments):
+    x = tensors("x", arguments["x"])
+    acc, device, seed_tensor = acc_dtype(x[0].dtype), x[0].device, arguments["seed"]
+    given = [*arguments["alpha"], *arguments["sigma"]]
+    fit = [v for values in widths(arguments["alpha"], arguments["sigma"], x) for v in values]
+    if arguments["gates"]:
+        given, fit = [*given, *arguments["gates"]], [*fit, *gates(arguments["gates"], arguments["bits"], x)]
+    for a, b in zip(given, fit):
+        if a is not b:
+            raise ValueError(f"alpha, sigma, gates: expected contiguous {acc} tensors, alpha and sigma of as many elements, "
+                             f"got {_kind(a)}, strides {a.stride()}")
+    if integers("bits", arguments["bits"], x, 0, MAX_BITS) is not arguments["bits"]:
+        raise ValueError(f"bits: expected int32, got {arguments['bits'].dtype}")
+    if seed_tensor is not None and (seed_tensor.dtype != torch.int64 or seed_tensor.numel() != 1
+                                    or seed_tensor.device != device):
+        raise ValueError(f"seed: expected one int64 element on {device}, got {_kind(seed_tensor)} on {seed_tensor.device}")
+    grad = arguments.get("grad")
+    if grad is not None and ([t.shape for t in tensors("grad", grad)] != [t.shape for t in x] or grad[0].device != device):
+        raise ValueError(f"grad: expected the shapes of x on {device}, got {[tuple(t.shape) for t in grad]} on "
+                         f"{grad[0].device}")

@@ -161,3 +161,19 @@ def truncate(w, scale, bits, *, base_bits=8, rule="floor", companding=None, out_
     scale, out_scale = checks.out_scales(out_scale, scale, w)
     q = call(ops.truncate, w, scale, out_scale, n, base, rule, tanh, covered, checks.dtype_of(out_dtype, w))
     return q if one else tuple(q[i: i + len(w)] for i in range(0, len(q), len(w)))
+
+
+def categorical(x, alpha, sigma, bits, *, gates=None, signed=True, mode="hard", grad="winner", seed=None,
+                out_dtype=None):
+    """Categorically quantized tensors, see :func:`quantops.categorical`.
+
+    ``gates``: None, or a list with a tensor per entry of ``x``. One seed serves the list: its elements are counted
+    through, so that element i of entry k has the counter numel(x[0]) + ... + numel(x[k-1]) + i.
+    """
+    x = checks.tensors("x", x)
+    options = checks.categorical_mode(mode, grad)
+    checks.choice("signed", signed, (True, False))
+    n = checks.categorical_bits(bits, x, mode, grad)
+    alpha, sigma = checks.alpha_and_sigma(alpha, sigma, x)
+    return call(ops.categorical, x, alpha, sigma, n, checks.gates(gates, bits, x), checks.seed(seed, mode, x), *options,
+                signed, checks.dtype_of(out_dtype, x))

@@ -169,3 +169,49 @@ def unpack(packed, bits=None):
     than are stored raise; in a tensor that is not on the CPU they are not read back and give -2^31. No gradient.
     """
     return foreach.unpack([packed], bits)[0]
+
+
+def categorical(x, alpha, sigma, bits, *, gates=None, signed=True, mode="hard", grad="winner", seed=None,
+                out_dtype=None):
+    """The categorical quantizer of CPQ with DropBits (arXiv 2109.02100), without a tensor of the 2^b classes.
+
+    Grid g_i = alpha i, i = lo..hi (signed -2^(b-1)..2^(b-1) - 1, unsigned 0..2^b - 1). With S the logistic sigmoid,
+
+        pi_i = S((g_i + alpha/2 - x)/sigma) - S((g_i - alpha/2 - x)/sigma)
+        r_i  = G_t(i) pi_i / sum_j G_t(j) pi_j,  G_t = gates[1] ... gates[t-1]
+
+    where t(i) is the bit level of class i, counted from 1: signed 1 + bit_length(i if i >= 0 else -i - 1), unsigned
+    max(1, bit_length(i)). A cumulative gate below 2^-64 counts as 0: those levels are out, and get no gradient.
+
+    Args:
+        x: float32, bfloat16, float16 or float64, any shape.
+        alpha, sigma: step and width, numbers or tensors with one element or one per row (dim 0) of x; > 0.
+        bits: 0..16 (0: pruned, q = 0); 0..8 where a soft sum is taken. An int or an integer tensor on x's device.
+        gates: None, or a tensor of ``bits`` values in [0, 1]; gates[0] counts as 1.
+        mode: "hard" q = alpha j, j = argmax r: without gates clamp(rint(x * (1/alpha)), lo, hi); with gates and equal r
+            the class nearest to x. "soft" q = sum r_i g_i. "sample" q = alpha j with j drawn from r.
+        grad: "winner" or "soft", for modes hard and sample: see below.
+        seed: for "sample", an int or an integer tensor of one element. The draw of an element is a function of the seed
+            and its place in x's memory (row-major where x is not dense) alone: Philox4x32-10, the same on every backend.
+        out_dtype: dtype of q; default x's own, under autocast the autocast dtype.
+
+    Gradients, with g = dL/dq, the edges A_i, B_i = (alpha (i +- 1/2) - x)/sigma, T_i = S(A_i) + S(B_i) - 1 and
+    Q_i = (S'(A_i) + S'(B_i)) / (2 pi_i):
+
+        dlog pi_i/dx     = T_i / sigma
+        dlog pi_i/dalpha = (Q_i - i T_i) / sigma
+        dlog pi_i/dsigma = ((g_i - x) T_i - alpha Q_i) / sigma^2
+        dlog (G pi)_i/dgates[s] = [t(i) > s] / gates[s],  s >= 1, gates[s] > 0
+
+    ``grad="winner"``, the paper's multi-class straight-through estimator: of the class j that won, dL/dr_j = g g_j with
+    dr_j = r_j (dlog (G pi)_j - sum_i r_i dlog (G pi)_i); other classes get nothing; and g j goes to alpha. A weight at
+    grid point 0 gets no gradient. ``grad="soft"``: the exact gradient of the soft sum q = sum_i r_i g_i at the value of
+    the other mode, dq = sum_i r_i (g_i - q) dlog (G pi)_i, and g q/alpha to alpha. Mode "soft" is exact.
+
+    Sums are deterministic. Nothing is saved for backward but the inputs. Second derivatives raise NotImplementedError.
+
+    Returns q in x's shape. Raises ValueError or TypeError naming the argument, what was expected and what came; values on
+    other devices than the CPU are not read back and give NaN where out of range. NaN in x gives NaN there.
+    """
+    return foreach.categorical([x], [alpha], [sigma], bits, gates=None if gates is None else [gates], signed=signed,
+                               mode=mode, grad=grad, seed=seed, out_dtype=out_dtype)[0]

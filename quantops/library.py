@@ -7,6 +7,10 @@ device with one element per weight; per-weight sums come back as one tensor with
 chooses the full grid over the dyadic one. ``covered`` promises that every weight is inside its scale (the scale is
 max|w|): the backward is then the identity but for the penalty.
 
+Of the categorical ops: ``alpha`` and ``sigma`` are like ``scale``, with equally many elements; ``gates`` holds a tensor
+of ``bits`` values per weight, or nothing; ``seed`` is an int64 tensor of one element; ``mode`` and ``grad_of`` count in
+MODES and GRADS of the reference.
+
 The default kernel of each op is the reference, on any device; compiled backends (see backends.py) take over theirs.
 """
 
@@ -14,9 +18,10 @@ import torch
 
 from quantops import checks, reference
 from quantops.layout import empty_like
-from quantops.reference.truncate import COMPANDINGS, tanh_curvature, truncate_scale_terms
+from quantops.reference.categorical import GRADS, MAX_SOFT_BITS, MODES
 from quantops.reference.packing import LAYOUTS, data_shape, split_shapes
-from quantops.reference.uniform import GRIDS, RULES, acc_dtype
+from quantops.reference.truncate import COMPANDINGS, tanh_curvature, truncate_scale_terms
+from quantops.reference.uniform import GRIDS, MAX_BITS, RULES, acc_dtype
 
 _lib = torch.library.Library("quantops", "DEF")
 
@@ -61,6 +66,13 @@ OPS = {
         "unpack": "(Tensor[] data, SymInt[] sizes, int[] dims, int[] stored, Tensor bits, int layout) -> Tensor[]",
         "decode_packed": "(Tensor[] data, SymInt[] sizes, int[] dims, int[] stored, Tensor[] scale, Tensor bits, "
         "int layout, bool full, bool signed, ScalarType dtype) -> Tensor[]",
+    },
+    "categorical": {
+        "categorical": "(Tensor[] x, Tensor[] alpha, Tensor[] sigma, Tensor bits, Tensor[] gates, Tensor? seed, int mode, "
+        "int grad_of, bool signed, ScalarType dtype) -> Tensor[]",
+        "categorical_backward": "(Tensor[] grad, Tensor[] x, Tensor[] alpha, Tensor[] sigma, Tensor bits, Tensor[] gates, "
+        "Tensor? seed, int mode, int grad_of, bool signed, bool scale_grad, bool gate_grad) -> "
+        "(Tensor[] grad_x, Tensor[] grad_alpha, Tensor[] grad_sigma, Tensor[] grad_gates)",
     },
 }
 
@@ -273,6 +285,56 @@ def _check_values(scale, bits, k=None):
             raise ValueError(f"scale[{i}]: expected finite values >= 0, got {s.reshape(-1)[:8].tolist()}")
 
 
+# Family categorical.
+
+
+def _each_categorical(x, alpha, sigma, bits, gates, seed, mode, signed):
+    """Arguments and options of the reference for every tensor of the list, whose elements are numbered through."""
+    counts = [t.numel() for t in x]
+    for i, (t, a, s, n) in enumerate(zip(x, alpha, sigma, bits.reshape(-1))):
+        yield (t, a, s, n), dict(gates=gates[i] if gates else None, signed=signed, mode=MODES[mode],
+                                 seed=seed, offset=sum(counts[:i]))
+
+
+@_default
+def _categorical(x, alpha, sigma, bits, gates, seed, mode, grad_of, signed, dtype):
+    _check_categorical(alpha, sigma, bits, gates, seed, mode, grad_of)
+    return _laid_out([reference.categorical(*args, **options, out_dtype=dtype)
+                      for args, options in _each_categorical(x, alpha, sigma, bits, gates, seed, mode, signed)], x)
+
+
+@_default
+def _categorical_backward(grad, x, alpha, sigma, bits, gates, seed, mode, grad_of, signed, scale_grad, gate_grad):
+    _check_categorical(alpha, sigma, bits, gates, seed, mode, grad_of)
+    each = [reference.categorical_backward(g, *args, **options, grad_of=GRADS[grad_of])
+            for g, (args, options) in zip(grad, _each_categorical(x, alpha, sigma, bits, gates, seed, mode, signed))]
+    grad_x, grad_alpha, grad_sigma, grad_gates = map(list, zip(*each))
+    return (_laid_out(grad_x, x), grad_alpha if scale_grad else [], grad_sigma if scale_grad else [],
+            grad_gates if gate_grad and gates else [])
+
+
+def _check_categorical(alpha, sigma, bits, gates, seed, mode, grad_of):
+    """As _check_values."""
+    if MODES[mode] == "sample" and seed is None:
+        raise ValueError("seed: expected an int64 tensor of one element for mode sample, got none")
+    if bits.device.type != "cpu":
+        return
+    soft = "soft" in (MODES[mode], GRADS[grad_of])
+    most = MAX_SOFT_BITS if soft else MAX_BITS
+    for i, n in enumerate(bits.reshape(-1).tolist()):
+        if not 0 <= n <= most:
+            raise ValueError(f"bits[{i}]: expected 0..{most}{' where soft sums are taken' if soft else ''}, got {n}")
+        if gates and gates[i].numel() != n:
+            raise ValueError(f"gates[{i}]: expected one value per bit ({n}), got shape {tuple(gates[i].shape)}")
+        if gates and not bool(((gates[i] >= 0) & (gates[i] <= 1)).all()):
+            raise ValueError(f"gates[{i}]: expected values in [0, 1], got {gates[i].tolist()}")
+    for name, values in (("alpha", alpha), ("sigma", sigma)):
+        for i, v in enumerate(values):
+            if not bool(((v > 0) & (v < torch.inf) & ((1 / v < torch.inf) | (name == "sigma"))).all()):
+                raise ValueError(f"{name}[{i}]: expected finite values > 0"
+                                 f"{' whose inverse is finite' if name == 'alpha' else ''}, got {v.reshape(-1)[:8].tolist()}")
+
+
 # Fakes: shapes, dtypes and layouts of the results.
 
 
@@ -374,6 +436,18 @@ def _fake_unpack(data, sizes, dims, stored, bits, layout):
 @_fake
 def _fake_decode_packed(data, sizes, dims, stored, scale, bits, layout, full, signed, dtype):
     return [d.new_empty(shape, dtype=dtype) for d, shape in zip(data, split_shapes(sizes, dims))]
+
+
+@_fake
+def _fake_categorical(x, alpha, sigma, bits, gates, seed, mode, grad_of, signed, dtype):
+    return [empty_like(t, dtype) for t in x]
+
+
+@_fake
+def _fake_categorical_backward(grad, x, alpha, sigma, bits, gates, seed, mode, grad_of, signed, scale_grad, gate_grad):
+    alphas, sigmas = ([torch.empty_like(v) for v in values] if scale_grad else [] for values in (alpha, sigma))
+    return ([empty_like(t, t.dtype) for t in x], alphas, sigmas,
+            [g.new_empty(g.numel()) for g in gates] if gate_grad else [])
 
 
 # Autograd. Only inputs are saved, so that nothing is kept for backward beyond the parameters themselves.
@@ -547,6 +621,41 @@ class _TruncateBackward(torch.autograd.Function):
                         result[at] = v if result[at] is None else result[at] + v
         result = [None if g is None else g.to(ctx.grad_dtype) for g in result]
         return None, None, None, *result, *(grad_w if ctx.tanh else ())
+class _Categorical(torch.autograd.Function):
+    """q of x, alpha, sigma and gates; the backward computes from these what it needs, draws included."""
+
+    @staticmethod
+    def forward(ctx, keyset, op, args, *tensors):
+        q = _below_autograd(keyset, op, args)
+        x, _, _, bits, gates, seed, *ctx.options, _ = args
+        ctx.set_materialize_grads(False)
+        ctx.count, ctx.gate_count, ctx.has_seed = len(x), len(gates), seed is not None
+        ctx.save_for_backward(*tensors, bits, *([seed] if ctx.has_seed else []))
+        return tuple(q)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        n, saved = ctx.count, list(ctx.saved_tensors)
+        if not _any(grads):
+            return *[None] * 3, *[None] * (3 * n + ctx.gate_count)
+        x, alpha, sigma, gates = (saved[:n], saved[n: 2 * n], saved[2 * n: 3 * n], saved[3 * n: 3 * n + ctx.gate_count])
+        bits, seed = saved[3 * n + ctx.gate_count], saved[-1] if ctx.has_seed else None
+        scale_grad, gate_grad = (any(t.requires_grad for t in v) for v in (alpha + sigma, gates))
+        grad_x, grad_alpha, grad_sigma, grad_gates = ops.categorical_backward(
+            _materialize(grads, x), x, alpha, sigma, bits, gates, seed, *ctx.options, scale_grad, gate_grad)
+        return (*[None] * 3, *grad_x, *(grad_alpha or [None] * n), *(grad_sigma or [None] * n),
+                *(grad_gates or [None] * ctx.gate_count))
+
+
+class _CategoricalBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, keyset, op, args, *tensors):
+        return tuple(t for listed in _below_autograd(keyset, op, args) for t in listed)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise NotImplementedError("categorical: second derivatives are not implemented; call backward() or "
+                                  "torch.autograd.grad() without create_graph=True on its result")
 
 
 def _autograd(fn):
@@ -602,6 +711,20 @@ def _autograd_truncate_backward(keyset, op, args):
     out = list(_TruncateBackward.apply(keyset, op, args, *grads, *(w if tanh else ())))
     n = len(w)
     return out[:n], out[n: 2 * n] if scale_grad else [], out[2 * n:] if scale_grad else []
+
+
+@_autograd
+def _autograd_categorical(keyset, op, args):
+    x, alpha, sigma, _, gates, *_ = args
+    return list(_Categorical.apply(keyset, op, args, *x, *alpha, *sigma, *gates))
+
+
+@_autograd
+def _autograd_categorical_backward(keyset, op, args):
+    grad, x, alpha, sigma, _, gates, *_, scale_grad, gate_grad = args
+    out = _CategoricalBackward.apply(keyset, op, args, *grad, *x, *alpha, *sigma, *gates)
+    n, scales = len(x), len(x) if scale_grad else 0
+    return list(out[:n]), list(out[n: n + scales]), list(out[n + scales: n + 2 * scales]), list(out[n + 2 * scales:])
 
 
 # No gradient flows through these: their results never require grad.

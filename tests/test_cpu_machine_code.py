@@ -41,6 +41,23 @@ LOOPS = {
     "inner_loop<false, float, float>": ("mulps", "cmp\\w*ps"),
     "inner_loop<true, float, float>": ("mulps", "cmp\\w*ps", "divps"),
     "scale_loop<float, float>": ("mulps", "addps"),
+    "nearest_loop<float, float, float>": ("mulps", "minps", "maxps"),
+    "nearest_loop<BFloat16, BFloat16, float>": ("mulps", "minps", "maxps", "pslld"),
+    "bounded_loop<7, float>": ("mulps", "minps", "cmp\\w*ps"),
+    "one_place_loop<float>": ("mulps", "minps", "subps"),
+    "inner_exponential_loop<float>": ("mulps", "addps", "pslld"),
+    "outer_exponential_loop<float>": ("mulps", "addps", "pslld"),
+    "winner_of_one_loop<true, true, float>": ("mulps", "addps", "divps"),
+    "winner_of_one_loop<false, false, float>": ("mulps", "addps", "divps"),
+    "level_loop<false, true, float>": ("mulps", "divps", "pslld"),
+    "winner_of_many_loop<float>": ("mulps", "divps", "pslld"),
+    "winner_gate_loop<float>": ("mulps", "divps"),
+    "draw_loop<float>": ("mulps", "divps", "psrad"),
+    "soft_pair_loop<1, float>": ("mulps", "divps"),
+    "soft_pair_loop<8, float>": ("mulps", "divps", "cmp\\w*ps"),
+    "soft_slope_loop<1, float>": ("mulps", "divps"),
+    "soft_tail_loop<float>": ("addps", "cmp\\w*ps"),
+    "philox_loop": ("psrlq",),
     "bf16_to_float": ("pslld",),
     "float_to_bf16": ("psrld", "paddd"),
     "join_octets": ("psrlq", "psllq"),
@@ -60,7 +77,7 @@ def functions():
         head = re.match(r"[0-9a-f]+ <(.*)\([^()]*\) \[clone \.arch_x86_64_(v\d)[^\]]*\]", block.partition("\n")[0])
         if head:
             name = head[1].replace("quantops::", "").replace("detail::", "")
-            name = re.sub(r"^(void|long|unsigned int|unsigned short|unsigned long|double) ", "", name)
+            name = re.sub(r"^(void|bool|long|unsigned int|unsigned short|unsigned long|double) ", "", name)
             found.setdefault(name, {}).setdefault(head[2], "")
             found[name][head[2]] += block
     if not found:

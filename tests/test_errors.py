@@ -68,7 +68,53 @@ BAD = {
     "codes negative": (lambda: Q.decode(torch.tensor([-1, 1]), 1.0, 4), ValueError, r"codes.*0\.\.2\^4"),
     "0-dim per row": (lambda: Q.absmax(torch.ones(()), per_row=True), ValueError, r"w.*dimension"),
     "gradient shape": (lambda: Q.foreach.add_lsb_grad_([torch.ones(3)], [W], None, 4, 1, 0.1), ValueError, r"grad\[0\]"),
+    "alpha negative": (lambda: cat(alpha=-1.0), ValueError, r"alpha: expected a finite value > 0 .*got -1"),
+    "alpha zero": (lambda: cat(alpha=0), ValueError, r"alpha: .*> 0.*got 0"),
+    "alpha without an inverse": (lambda: cat(alpha=1e-39), ValueError, r"alpha: .*got 1e-39"),
+    "alpha zero, tensor": (lambda: cat(alpha=torch.zeros(1)), ValueError, r"alpha.*> 0.*got.*0"),
+    "alpha NaN in a row": (lambda: cat(alpha=torch.tensor([1, torch.nan, 1, 1])), ValueError, r"alpha.*nan"),
+    "alpha without an inverse, tensor": (lambda: cat(alpha=torch.tensor(1e-39)), ValueError, r"alpha.*inverse"),
+    "alpha is a string": (lambda: cat(alpha="1"), TypeError, r"alpha: expected a number or a tensor, got str"),
+    "alpha length": (lambda: cat(alpha=torch.ones(3)), ValueError, r"alpha: .*per row \(4\).*shape \(3,\)"),
+    "alpha count": (lambda: Q.foreach.categorical([W, W], [1.0], [1.0, 1.0], 3), ValueError, r"alpha: .*\(2\), got 1"),
+    "sigma negative": (lambda: cat(sigma=-0.1), ValueError, r"sigma: expected a finite value > 0 .*got -0\.1"),
+    "sigma infinite": (lambda: cat(sigma=torch.tensor(torch.inf)), ValueError, r"sigma.*inf"),
+    "sigma zero, tensor": (lambda: cat(sigma=torch.zeros(4)), ValueError, r"sigma.*> 0.*got.*0"),
+    "sigma integers": (lambda: cat(sigma=torch.ones(1, dtype=torch.int32)), TypeError, r"sigma: .*int32"),
+    "gates above 1": (lambda: cat(gates=torch.tensor([1, 1.5, 1])), ValueError, r"gates.*\[0, 1\].*1\.5"),
+    "gates below 0": (lambda: cat(gates=torch.tensor([1, -0.5, 1])), ValueError, r"gates.*\[0, 1\].*-0\.5"),
+    "gates NaN": (lambda: cat(gates=torch.tensor([1, torch.nan, 1])), ValueError, r"gates.*\[0, 1\].*nan"),
+    "gates length": (lambda: cat(gates=torch.ones(4)), ValueError, r"gates: expected shape \(3,\).*got \(4,\)"),
+    "gates length, bits a tensor": (lambda: cat(bits=torch.tensor(3), gates=torch.ones(4)), ValueError, r"gates.*per bit \(3\)"),
+    "gates shape": (lambda: cat(gates=torch.ones(1, 3)), ValueError, r"gates: expected shape \(3,\)"),
+    "gates integers": (lambda: cat(gates=torch.ones(3, dtype=torch.int64)), TypeError, r"gates: .*int64"),
+    "gates are a list": (lambda: cat(gates=[1.0, 1.0, 1.0]), TypeError, r"gates: expected a tensor.*got list"),
+    "gates device": (lambda: cat(gates=torch.ones(3, device="meta")), ValueError, r"gates: expected device cpu"),
+    "gates count": (lambda: Q.foreach.categorical([W, W], [1.0] * 2, [1.0] * 2, 3, gates=[torch.ones(3)]), ValueError,
+                    r"gates: .*\(2\), got 1"),
+    "seed missing": (lambda: cat(mode="sample"), ValueError, r"seed: expected an integer .*'sample', got NoneType"),
+    "seed float": (lambda: cat(mode="sample", seed=1.0), TypeError, r"seed: .*got float"),
+    "seed bool": (lambda: cat(mode="sample", seed=True), TypeError, r"seed: .*got bool"),
+    "seed float tensor": (lambda: cat(mode="sample", seed=torch.ones(1)), TypeError, r"seed: .*float32"),
+    "seed is a generator": (lambda: cat(mode="sample", seed=torch.Generator()), TypeError, r"seed: .*Generator"),
+    "seed shape": (lambda: cat(mode="sample", seed=torch.ones(2, dtype=torch.int64)), ValueError, r"seed: .*one element.*\(2,\)"),
+    "seed of 65 bits": (lambda: cat(mode="sample", seed=2**64), ValueError, r"seed: .*64 bits"),
+    "seed device": (lambda: cat(mode="sample", seed=torch.empty((), dtype=torch.int64, device="meta")), ValueError,
+                    r"seed: .*on cpu"),
+    "mode": (lambda: cat(mode="argmax"), ValueError, r"mode: expected one of 'hard', 'soft', 'sample', got 'argmax'"),
+    "grad": (lambda: cat(grad="ste"), ValueError, r"grad: expected one of 'winner', 'soft', got 'ste'"),
+    "soft at 9 bits": (lambda: cat(bits=9, mode="soft"), ValueError, r"bits: expected 0\.\.8, got 9"),
+    "soft at 9 bits, tensor": (lambda: cat(bits=torch.tensor(9), mode="soft"), ValueError, r"bits.*0\.\.8 .*soft.*got 9"),
+    "soft gradient at 9 bits": (lambda: cat(bits=9, grad="soft"), ValueError, r"bits: expected 0\.\.8, got 9"),
+    "categorical at 17 bits": (lambda: cat(bits=17), ValueError, r"bits: expected 0\.\.16, got 17"),
+    "categorical of integers": (lambda: Q.categorical(torch.ones(3, dtype=torch.int64), 1.0, 1.0, 3), TypeError, r"x: .*int64"),
+    "categorical signed": (lambda: cat(signed=None), ValueError, r"signed: "),
+    "categorical out_dtype": (lambda: cat(out_dtype=torch.int8), TypeError, r"out_dtype: .*int8"),
 }
+
+
+def cat(alpha=1.0, sigma=0.5, bits=3, **options):
+    return Q.categorical(W, alpha, sigma, bits, **options)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -99,3 +145,22 @@ def test_the_ops_themselves_read_nothing_out_of_bounds(args):
     with pytest.raises((ValueError, RuntimeError, TypeError)):
         torch.ops.quantops.round_clamp(*args, False, True, False, torch.float32)
         raise AssertionError("the op took arguments that do not fit")
+
+
+ONE, THREE = torch.ones(1), torch.tensor([3], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("change", [
+    dict(alpha=[]), dict(alpha=[torch.ones(3)]), dict(sigma=[ONE.double()]), dict(sigma=[torch.ones(4)]),
+    dict(bits=THREE.long()), dict(gates=[torch.ones(2)]), dict(gates=[torch.ones(3).double()]), dict(seed=ONE),
+    dict(seed=None), dict(seed=torch.ones(2, dtype=torch.int64)), dict(grad=[torch.ones(5)]), dict(grad=[]),
+])
+def test_the_categorical_ops_themselves_read_nothing_out_of_bounds(change):
+    good = dict(grad=[W], x=[W], alpha=[ONE], sigma=[ONE], bits=THREE, gates=[torch.ones(3)], seed=torch.tensor(1))
+    forward = lambda v: torch.ops.quantops.categorical(*list(v.values())[1:], 2, 0, True, torch.float32)  # noqa: E731
+    backward = lambda v: torch.ops.quantops.categorical_backward(*v.values(), 2, 0, True, True, True)  # noqa: E731
+    forward(good), backward(good)
+    for call in (backward,) if "grad" in change else (forward, backward):
+        with pytest.raises((ValueError, RuntimeError, TypeError)):
+            call(good | change)
+            raise AssertionError("the op took arguments that do not fit")

@@ -30,6 +30,10 @@ CALLS = {
     "pack": lambda w, s, n, k: (_codes(w), n.tolist(), 0),
     "unpack": lambda w, s, n, k: (*_packed(w, n), n - k, 0),
     "decode_packed": lambda w, s, n, k: (*_packed(w, n), _detached(s), n - k, 0, True, True, torch.float16),
+    "categorical": lambda w, s, n, k: (w, s, s, n, _gates(n), torch.tensor(3), 2, 1, True, torch.bfloat16),
+    "categorical_backward": lambda w, s, n, k: (
+        [torch.randn_like(t) for t in w], _detached(w), _detached(s), _detached(s), n, _detached(_gates(n)), None, 0, 0, True,
+        True, True),  # second derivatives raise
 }
 
 
@@ -40,6 +44,10 @@ def _codes(w):
 def _packed(w, n):
     data = torch.ops.quantops.pack(_codes(w), n.tolist(), 0)
     return data, [size for t in w for size in t.shape], [t.dim() for t in w], n.tolist()
+
+
+def _gates(n):
+    return [torch.rand(int(v)).requires_grad_() for v in n]
 
 
 def _detached(tensors):
@@ -147,6 +155,58 @@ def test_nothing_is_saved_for_backward_but_the_inputs(compiled):
         loss = forward(w, torch.tensor([4, 5], dtype=torch.int32))
     loss.backward()
     assert sum(kept) <= 2 * (4 + 4 + 4), kept  # per weight: its scale, bits and k
+
+
+class CategoricalNet(torch.nn.Module):
+    """Learned alpha, sigma and gates; a seed that is data."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(12, 20)
+        self.alpha, self.sigma = torch.nn.Parameter(torch.full((1,), 0.1)), torch.nn.Parameter(torch.full((20,), 0.05))
+        self.gates = torch.nn.Parameter(torch.tensor([1.0, 0.9, 0.8]))
+
+    def forward(self, x, seed):
+        q = sum(Q.categorical(self.layer.weight, self.alpha, self.sigma, 3, gates=self.gates, mode=mode, grad=grad, seed=seed)
+                for mode, grad in (("hard", "winner"), ("sample", "soft"), ("soft", "winner")))
+        h = Q.categorical(torch.relu(torch.nn.functional.linear(x, q)), 0.5, self.alpha, 2, signed=False)
+        return h.square().mean()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_categorical_compiles_to_one_graph(backend):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    net, x = CategoricalNet(), torch.randn(8, 12)
+    frames = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    compiled = torch.compile(net, fullgraph=True, backend=frames)
+    for seed in (1, 2):
+        results = []
+        for f in (net, compiled):
+            net.zero_grad()
+            loss = f(x, torch.tensor(seed))
+            loss.backward()
+            results.append([loss.detach(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+    assert len(results[0]) == 5 and frames.frame_count == 1
+
+
+def test_categorical_saves_its_inputs_alone():
+    x = [torch.randn(64, 32, requires_grad=True), torch.randn(1000, requires_grad=True)]
+    known, kept = {t.data_ptr() for t in x}, []
+
+    def pack(t):
+        if t.data_ptr() not in known:
+            kept.append(t.numel() * t.element_size())
+        return t
+
+    for mode in ("hard", "soft", "sample"):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            q = Q.foreach.categorical(x, [0.1, 0.2], [0.1, 0.1], 3, mode=mode, gates=[torch.ones(3)] * 2, seed=1)
+        assert sum(kept) <= 2 * (4 + 4 + 4 + 12) + 8, kept  # per tensor: alpha, sigma, bits and gates; and the seed
+        del q
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

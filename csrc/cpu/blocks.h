@@ -189,7 +189,9 @@ inline void end_streaming() {
 template <class A>
 void store_block(void* p, Storage t, int64_t i, int64_t n, bool streaming, const A* block) {
   char* to = static_cast<char*>(p) + i * item_size(t);
-  if (t == Storage::f64) {
+  if (t == native<A>()) {
+    streaming ? stream(to, block, n * int64_t(sizeof(A))) : (void)std::memcpy(to, block, n * sizeof(A));
+  } else if (t == Storage::f64) {
     detail::cast(block, reinterpret_cast<double*>(to), n);
   } else if (t == Storage::f32) {
     detail::cast(block, reinterpret_cast<float*>(to), n);
@@ -215,6 +217,15 @@ void with_source(const void* p, Storage t, int64_t i, int64_t n, const F& f) {
   f(load_block<A>(p, t, i, n, buffer));
 }
 
+// f(where to write elements [i, i + n) of `p` in the arithmetic dtype), in any order; completed by store_block.
+template <class A, class F>
+void with_block(void* p, Storage t, int64_t i, int64_t n, bool streaming, const F& f) {
+  if (t == native<A>() && !streaming) return f(static_cast<A*>(p) + i);
+  A buffer[kBlock];
+  f(static_cast<A*>(buffer));
+  store_block<A>(p, t, i, n, streaming, buffer);
+}
+
 // f(where to write elements [i, i + n) of `p`, whether to stream them), completed by a conversion where needed.
 template <class A, class F>
 void with_target(void* p, Storage t, int64_t i, int64_t n, bool streaming, const F& f) {
@@ -223,9 +234,7 @@ void with_target(void* p, Storage t, int64_t i, int64_t n, bool streaming, const
   if constexpr (sizeof(A) == 4) {
     if (t == Storage::bf16) return f(static_cast<BFloat16*>(p) + i, lanes);
   }
-  A buffer[kBlock];
-  f(static_cast<A*>(buffer), false);
-  store_block<A>(p, t, i, n, streaming, buffer);
+  with_block<A>(p, t, i, n, streaming, [&](A* y) { f(y, false); });
 }
 
 }  // namespace quantops

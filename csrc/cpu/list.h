@@ -106,19 +106,6 @@ void for_blocks(const List& list, bool full, bool is_signed, const F& f) {
   });
 }
 
-struct Targets {
-  std::vector<void*> data;
-  Storage type;
-  bool streaming;
-};
-
-inline Targets targets(const Tensors& out, const List& list) {
-  Targets t{{}, storage(out[0]), false};
-  for (const Tensor& o : out) t.data.push_back(o.data_ptr());
-  t.streaming = list.numel() * item_size(t.type) > kStreamBytes;
-  return t;
-}
-
 // Adds up the parts of rows longer than a chunk; shorter ones have been written by their chunk.
 template <class A>
 void add_parts(const List& list, const std::vector<double>& parts, const std::vector<A*>& result) {
@@ -133,6 +120,19 @@ void add_parts(const List& list, const std::vector<double>& parts, const std::ve
       total += parts[i];
     if (row_in_parts(rows)) result[c.tensor][row] = A(total);
   }
+}
+
+struct Targets {
+  std::vector<void*> data;
+  Storage type;
+  bool streaming;
+};
+
+inline Targets targets(const Tensors& out, const List& list) {
+  Targets t{{}, storage(out[0]), false};
+  for (const Tensor& o : out) t.data.push_back(o.data_ptr());
+  t.streaming = list.numel() * item_size(t.type) > kStreamBytes;
+  return t;
 }
 
 }  // namespace quantops

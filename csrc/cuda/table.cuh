@@ -7,7 +7,7 @@
 // a fixed order. No float atomics, hence the same bits every time.
 //
 // The table is a kernel parameter: no copy to the device, nothing to keep alive, safe in CUDA graphs. Parameters hold
-// 4 KB, and 32 KB since CUDA 12.1: 60 and 500 tensors. A list of more takes ceil(length / kLargeTable) launches.
+// 4 KB, and 32 KB since CUDA 12.1: 60 and 500 tensors of Entry. A list of more takes ceil(length / kLargeTable) launches.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -35,22 +35,26 @@ struct Entry {
   int64_t rows, inner;
 };
 
-template <int kCapacity>
+// E: Entry, or what a family makes of it.
+template <int kCapacity, class E = Entry>
 struct Table {
   int64_t segment;  // elements per item
   int32_t count;    // of entries
   int32_t base;     // the place in the whole list of entry 0
   int64_t first_item[kCapacity + 1];
-  Entry entry[kCapacity];
+  E entry[kCapacity];
 };
 
-constexpr int kSmallTable = 60;  // 4 KB: the weights of ResNet-50 or DeiT-S are one launch
+template <class E>
+constexpr int kSmallTable = (60 * 64) / (sizeof(E) + 8);  // 4 KB: of Entry 60, the weights of ResNet-50 or DeiT-S
 #if CUDART_VERSION >= 12010
-constexpr int kLargeTable = 500;  // 32 KB
+template <class E>
+constexpr int kLargeTable = (500 * 64) / (sizeof(E) + 8);  // 32 KB
 #else
-constexpr int kLargeTable = kSmallTable;
+template <class E>
+constexpr int kLargeTable = kSmallTable<E>;
 #endif
-static_assert(sizeof(Table<kSmallTable>) <= 4096 - 192 && sizeof(Table<kLargeTable>) <= 32764 - 192,
+static_assert(sizeof(Table<kSmallTable<Entry>>) <= 4096 - 192 && sizeof(Table<kLargeTable<Entry>>) <= 32764 - 192,
               "a table and 192 bytes of other arguments must fit the kernel parameters");
 
 // -------------------------------------------------------------------------------------------------------- elements
@@ -139,7 +143,9 @@ constexpr int loads_in_flight() {
 
 // What every Op has.
 struct OpBase {
+  using E = Entry;
   static constexpr int kBytesInFlight = 64;  // of loads, per lane
+  static constexpr bool kIndexed = false;    // where true, State has the place of the element in its tensor, `index`
 
   template <class State>
   __device__ __forceinline__ void flush(State&) const {}
@@ -199,7 +205,7 @@ __device__ __forceinline__ Place place_of(const T& table, int64_t item) {
 //   void end(state, item, lane)    writes the item's sums, if any; all lanes of the warp are there
 template <class Op, int N>
 __global__ void __launch_bounds__(kThreads, 2)
-    items_kernel(const __grid_constant__ Table<N> table, const __grid_constant__ Op op) {
+    items_kernel(const __grid_constant__ Table<N, typename Op::E> table, const __grid_constant__ Op op) {
   using X = typename Op::X;
   using G = typename Op::G;
   using O = typename Op::O;
@@ -210,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (item >= table.first_item[table.count]) return;  // whole warps
   const int lane = threadIdx.x % kWarp;
   const auto [which, n, row, begin] = place_of(table, item);
-  const Entry& entry = table.entry[which];
+  const auto& entry = table.entry[which];
 
   const X* x = static_cast<const X*>(entry.w) + begin;
   const G* g = nullptr;
@@ -243,6 +249,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     Pack<O, V> os;
 #pragma unroll
     for (int j = 0; j < V; ++j) {
+      if constexpr (Op::kIndexed) state.index = begin + head + v * V + j;
       if constexpr (kHasG && kHasO) os.v[j] = op.apply(xs.v[j], gs.v[j], state);
       else if constexpr (kHasO) os.v[j] = op.apply(xs.v[j], None{}, state);
       else op.apply(xs.v[j], None{}, state);
@@ -271,6 +278,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll 1
   for (int i = lane; i < single; i += kWarp) {
     const int at = i < head ? i : i + whole;
+    if constexpr (Op::kIndexed) state.index = begin + at;
     if constexpr (kHasG && kHasO) out[at] = op.apply(x[at], g ? g[at] : G(), state);
     else if constexpr (kHasO) out[at] = op.apply(x[at], None{}, state);
     else op.apply(x[at], None{}, state);
@@ -340,20 +348,41 @@ inline int64_t segment_rule(int64_t elements) {
 
 struct NoFinish {};
 
+// Two second stages over the same partial values.
+template <class First, class Second>
+struct Finishes {
+  First first;
+  Second second;
+};
+
+template <int N, class E, class Finish>
+void launch_finish(const OnDevice& on, const Table<N, E>& table, int64_t most_rows, const Finish& finish) {
+  const int64_t groups = Finish::kPerScale ? std::min<int64_t>(most_rows, 65535) : 1;
+  const bool long_groups = !Finish::kPerScale || most_rows == 1;  // else most are a partial value or a few
+  if (groups > 0)
+    launch(on, finish_kernel<Finish, Table<N, E>>, dim3(static_cast<unsigned>(groups), table.count), long_groups ? 512 : 32, table,
+           finish);
+}
+
+template <int N, class E, class First, class Second>
+void launch_finish(const OnDevice& on, const Table<N, E>& table, int64_t most_rows, const Finishes<First, Second>& both) {
+  launch_finish(on, table, most_rows, both.first);
+  launch_finish(on, table, most_rows, both.second);
+}
+
 // Runs Op over the entries, then Finish over its partial values. `with_scratch(op, finish, scratch)` points both to
 // scratch memory of `partial_bytes` per item.
-template <int N, class Op, class Finish, class WithScratch>
-void run_batches(const OnDevice& on, const Tensor& like, const std::vector<Entry>& entries, int64_t segment,
+template <int N, class E, class Op, class Finish, class WithScratch>
+void run_batches(const OnDevice& on, const Tensor& like, const std::vector<E>& entries, int64_t segment,
                  int64_t partial_bytes, Op op, Finish finish, WithScratch with_scratch) {
-  constexpr bool kFinish = !std::is_same_v<Finish, NoFinish>;
   for (size_t base = 0; base < entries.size(); base += N) {
-    Table<N> table;
+    Table<N, E> table;
     table.segment = segment;
     table.base = static_cast<int32_t>(base);
     table.count = static_cast<int32_t>(std::min<size_t>(N, entries.size() - base));
     int64_t items = 0, most_rows = 0;
     for (int i = 0; i < table.count; ++i) {
-      const Entry& e = entries[base + i];
+      const E& e = entries[base + i];
       table.entry[i] = e;
       table.first_item[i] = items;
       items += e.rows * ((e.inner + segment - 1) / segment);
@@ -362,7 +391,7 @@ void run_batches(const OnDevice& on, const Tensor& like, const std::vector<Entry
     table.first_item[table.count] = items;
 
     Tensor scratch;
-    if constexpr (kFinish) {
+    if constexpr (!std::is_same_v<Finish, NoFinish>) {
       scratch = empty_vector(items * partial_bytes, ScalarType::Byte, like);
       with_scratch(op, finish, scratch.data_ptr());
     }
@@ -371,31 +400,25 @@ void run_batches(const OnDevice& on, const Tensor& like, const std::vector<Entry
       QUANTOPS_CHECK(blocks <= INT32_MAX, "w: expected at most 2^34 runs of one scale, got ", items);
       launch(on, items_kernel<Op, N>, dim3(static_cast<unsigned>(blocks)), kThreads, table, op);
     }
-    if constexpr (kFinish) {
-      const int64_t groups = Finish::kPerScale ? std::min<int64_t>(most_rows, 65535) : 1;
-      const bool long_groups = !Finish::kPerScale || most_rows == 1;  // else most are a partial value or a few
-      if (groups > 0)
-        launch(on, finish_kernel<Finish, Table<N>>, dim3(static_cast<unsigned>(groups), table.count), long_groups ? 512 : 32,
-               table, finish);
-    }
+    if constexpr (!std::is_same_v<Finish, NoFinish>) launch_finish(on, table, most_rows, finish);
   }
 }
 
-template <class Op, class Finish, class WithScratch>
-void run(const Tensor& like, const std::vector<Entry>& entries, int64_t partial_bytes, Op op, Finish finish,
+template <class E, class Op, class Finish, class WithScratch>
+void run(const Tensor& like, const std::vector<E>& entries, int64_t partial_bytes, Op op, Finish finish,
          WithScratch with_scratch) {
   OnDevice on(like);
   int64_t elements = 0;
-  for (const Entry& e : entries) elements += e.rows * e.inner;
+  for (const E& e : entries) elements += e.rows * e.inner;
   const int64_t segment = segment_rule(elements);
-  if (entries.size() <= kSmallTable)
-    run_batches<kSmallTable>(on, like, entries, segment, partial_bytes, op, finish, with_scratch);
+  if (entries.size() <= kSmallTable<E>)
+    run_batches<kSmallTable<E>>(on, like, entries, segment, partial_bytes, op, finish, with_scratch);
   else
-    run_batches<kLargeTable>(on, like, entries, segment, partial_bytes, op, finish, with_scratch);
+    run_batches<kLargeTable<E>>(on, like, entries, segment, partial_bytes, op, finish, with_scratch);
 }
 
-template <class Op>
-void run(const Tensor& like, const std::vector<Entry>& entries, Op op) {
+template <class E, class Op>
+void run(const Tensor& like, const std::vector<E>& entries, Op op) {
   run(like, entries, 0, op, NoFinish{}, [](Op&, NoFinish&, void*) {});
 }
 

@@ -1,7 +1,8 @@
 """The specification: every op in plain PyTorch, any dtype, any device. The only oracle of tests and benches."""
 
-from quantops.reference.truncate import truncate, truncate_backward, truncate_scale_terms
+from quantops.reference.categorical import categorical, categorical_backward
 from quantops.reference.packing import pack, unpack
+from quantops.reference.truncate import truncate, truncate_backward, truncate_scale_terms
 from quantops.reference.uniform import (
     absmax,
     absmean,
@@ -19,6 +20,8 @@ __all__ = [
     "absmax",
     "absmean",
     "add_lsb_grad",
+    "categorical",
+    "categorical_backward",
     "decode",
     "encode",
     "lsb",

@@ -1,0 +1,497 @@
+"""Family ``categorical``: the reference's closed form against all 2^b classes, then whatever kernels serve the CPU here.
+
+Run as it is, the compiled C++ kernels are tested; under QUANTOPS_BACKEND=triton TRITON_INTERPRET=1, the Triton ones.
+"""
+
+import functools
+import itertools
+import sys
+
+import pytest
+import torch
+
+import quantops as Q
+import quantops.reference.categorical  # noqa: F401  the module, which the function of its name hides
+from cases import EXHAUSTIVE, SPECIAL, same, weights
+from quantops.reference import paper
+
+ref = sys.modules["quantops.reference.categorical"]
+ops = torch.ops.quantops
+RATIOS = (100, 10, 3, 1, 0.3, 0.1, 0.01)  # alpha/sigma
+KINDS = ("none", "fractions", "mixed", "ones")
+
+
+def make_gates(kind, bits, dtype, generator, least=0.05):
+    """None; or in (0, 1); or some of them exactly 0 or 1; or all 1."""
+    if kind == "none":
+        return None
+    gates = least + (1 - least) * torch.rand(bits, generator=generator, dtype=torch.float64)
+    if kind == "mixed":
+        choice = torch.rand(bits, generator=generator)
+        gates[choice < 0.4] = 1
+        gates[choice > 0.85] = 0
+    return (torch.ones_like(gates) if kind == "ones" else gates).to(dtype)
+
+
+def interval(bits, signed, gates=None):
+    """The lowest and the highest class that is in."""
+    count = bits if gates is None else int((ref.cumulative_gates(gates, bits) > 0).sum())
+    return ref.levels(bits, signed)[count - 1]
+
+
+def inputs(n, bits, signed, ratio, gates, generator, dtype=torch.float64, beyond=3.0):
+    """x over the grid and ``beyond`` sigmas more, with its alpha and sigma."""
+    low, high = interval(bits, signed, gates)
+    alpha = torch.rand(1, generator=generator, dtype=torch.float64) + 0.5
+    more = min(beyond / ratio, 3.0)
+    x = torch.rand(n, generator=generator, dtype=torch.float64) * (high - low + 1 + 2 * more) + low - 0.5 - more
+    return (x * alpha).to(dtype), alpha.to(dtype), (alpha / ratio).to(dtype)
+
+
+def backward(g, x, alpha, sigma, bits, gates=None, signed=True, mode="hard", grad="winner", seed=7):
+    """[dL/dx, dL/dalpha, dL/dsigma, dL/dgates or None] of one tensor, from the op."""
+    out = ops.categorical_backward([g], [x], [alpha], [sigma], torch.tensor([bits], dtype=torch.int32),
+                                   [] if gates is None else [gates], torch.tensor(seed), ref.MODES.index(mode),
+                                   ref.GRADS.index(grad), signed, True, gates is not None)
+    return [v[0] if v else None for v in out]
+
+
+# --- the reference: two statements of the same ----------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not EXHAUSTIVE, reason="says nothing of kernels")
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_closed_form_equals_all_classes(bits):
+    """Values and gradients of every mode, where the plain difference of sigmoids has its digits, to 1e-12."""
+    generator = torch.Generator().manual_seed(bits)
+    for signed, ratio, kind in itertools.product((True, False), RATIOS, KINDS):
+        gates = make_gates(kind, bits, torch.float64, generator, least=0.5)  # the plain form needs digits in them, too
+        x, alpha, sigma = inputs(60, bits, signed, ratio, gates, generator)
+        g = torch.randn(60, generator=generator, dtype=torch.float64)
+        u = [v.double() * 2.0**-24 for v in ref.uniforms(x, 7)]
+        u[1] = u[1] + 2.0**-25
+        for mode, grad in (("hard", "winner"), ("hard", "soft"), ("soft", "winner"), ("sample", "winner")):
+            what = f"{bits} bits, signed={signed}, alpha/sigma={ratio}, {kind}, {mode}, {grad}"
+            leaves = [t.clone().requires_grad_() for t in (x, alpha, sigma, *([] if gates is None else [gates]))]
+            q = paper.categorical(*leaves[:3], bits, gates=None if gates is None else leaves[3], signed=signed, mode=mode,
+                                  grad=grad, u=u)
+            options = dict(gates=gates, signed=signed, mode=mode, seed=7)
+            torch.testing.assert_close(ref.categorical(x, alpha, sigma, bits, **options), q.detach(), rtol=1e-12,
+                                       atol=1e-12, msg=what)
+            want = torch.autograd.grad((q * g).sum(), leaves)
+            got = ref.categorical_backward(g, x, alpha, sigma, bits, **options, grad_of=grad)
+            # Sums of 60 terms, each of which autograd has from ones as large as 2^b alpha/sigma.
+            room = 1e-13 * 2**bits * max(ratio, 1) * g.abs().sum()
+            for a, b in zip(got, want):
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=float(room), msg=lambda m: f"{what}: {m}")
+
+
+def exact(x, alpha, sigma, bits, signed, gates):
+    """(soft q, and its derivatives by x, alpha, sigma; r of class j as a function) in 60 digits, from the definition."""
+    import mpmath as mp
+    mp.mp.dps = 60
+    low, high = ref.levels(bits, signed)[-1]
+    weight = {}
+    for i in range(low, high + 1):
+        weight[i] = functools.reduce(lambda a, b: a * b, gates[1:ref.level_of(i, signed)], mp.mpf(1))
+
+    def logistic(v):
+        return 1 / (1 + mp.exp(-v))
+
+    def mass(above, below):  # S(above) - S(below) = S(-below) - S(-above): whichever side has the digits
+        return logistic(above) - logistic(below) if above < 0 else logistic(-below) - logistic(-above)
+
+    def r(x, alpha, sigma):
+        half = mp.mpf(1) / 2
+        pi = {i: weight[i] * mass((alpha * (i + half) - x) / sigma, (alpha * (i - half) - x) / sigma) for i in weight}
+        total = sum(pi.values())
+        return {i: v / total for i, v in pi.items()}
+
+    def soft(*at):
+        return at[1] * sum(i * v for i, v in r(*at).items())
+
+    at = [mp.mpf(v) for v in (x, alpha, sigma)]
+    mp.mp.dps = 120
+    step = mp.mpf(10) ** -30
+
+    def slopes(f):
+        found = []
+        for k in range(3):
+            up, down = ([v + side * step * at[2] if i == k else v for i, v in enumerate(at)] for side in (1, -1))
+            found.append(float((f(*up) - f(*down)) / (2 * step * at[2])))
+        return found
+
+    return float(soft(*at)), slopes(soft), lambda j: slopes(lambda *v: r(*v)[j]), max(weight, key=lambda i: r(*at)[i])
+
+
+@pytest.mark.skipif(not EXHAUSTIVE, reason="says nothing of kernels")
+def test_closed_form_far_outside_the_grid():
+    """Where the plain form gives 0/0, against the definition in 60 digits."""
+    pytest.importorskip("mpmath", reason="needs mpmath, which sympy and so torch brings: pip install mpmath")
+    for bits, signed, ratio, kind in itertools.product((1, 3), (True, False), (100, 3, 0.3, 0.01), ("none", "fractions")):
+        gates = make_gates(kind, bits, torch.float64, torch.Generator().manual_seed(bits))
+        alpha, sigma = 0.75, 0.75 / ratio
+        low, high = ref.levels(bits, signed)[-1]
+        for x in (high * alpha + 9 * sigma, high * alpha + 45 * sigma, low * alpha - 400 * sigma, 1e4 * alpha):
+            q, slopes, of_class, j = exact(x, alpha, sigma, bits, signed, [1.0] * bits if gates is None else gates.tolist())
+            args = [torch.tensor([v], dtype=torch.float64) for v in (x, alpha, sigma)]
+            options = dict(gates=gates, signed=signed)
+            what = f"{bits} bits, signed={signed}, alpha/sigma={ratio}, {kind}, x={x}"
+            assert float(ref.categorical(*args, bits, mode="soft", **options)) == pytest.approx(q, rel=1e-11, abs=1e-11), what
+            assert float(ref.categorical(*args, bits, **options)) == alpha * j, what
+            one = torch.ones(1, dtype=torch.float64)
+            got = ref.categorical_backward(one, *args, bits, mode="soft", **options)[:3]
+            assert [float(v) for v in got] == pytest.approx(slopes, rel=1e-9, abs=1e-9), what
+            got = ref.categorical_backward(one, *args, bits, **options)[:3]
+            want = [alpha * j * v for v in of_class(j)]
+            want[1] += j
+            assert [float(v) for v in got] == pytest.approx(want, rel=1e-9, abs=1e-9), what
+
+
+def test_philox_known_answers():
+    """Of Random123: counter 0 and key 0, and those of all ones."""
+    words = ref.philox(0, torch.tensor([0]))
+    assert [f"{int(w):08x}" for w in words] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
+    first = [f"{int(w):08x}" for w in ref.philox(-1, torch.tensor([5]))]
+    again = [f"{int(w):08x}" for w in ref.philox(2**63 - 1, torch.tensor([5]))]
+    assert first != again  # all 64 bits of the key count
+
+
+# --- hard --------------------------------------------------------------------------------------------------------------
+
+
+def scales_of(x, per_row, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    acc = torch.float64 if x[0].dtype == torch.float64 else torch.float32
+    alpha = [(torch.rand(t.shape[0] if per_row and t.dim() else 1, generator=generator) + 0.05).to(acc) for t in x]
+    return alpha, [a / (0.5 + 8 * torch.rand(1, generator=generator).to(acc)) for a in alpha]
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_hard_equals_reference(dtype, per_row):
+    x = weights(dtype)
+    alpha, sigma = scales_of(x, per_row)
+    generator = torch.Generator().manual_seed(0)
+    for signed, kind in itertools.product((True, False), KINDS if EXHAUSTIVE else KINDS[:2]):
+        n = torch.randint(0, 17, (len(x),), generator=generator, dtype=torch.int32)
+        gates = None if kind == "none" else [make_gates(kind, int(b), a.dtype, generator) for b, a in zip(n, alpha)]
+        for out_dtype in (dtype, torch.float32) if EXHAUSTIVE else (dtype,):
+            q = Q.foreach.categorical(x, alpha, sigma, n, gates=gates, signed=signed, out_dtype=out_dtype)
+            for i, t in enumerate(x):
+                want = ref.categorical(t, alpha[i], sigma[i], n[i], gates=gates and gates[i], signed=signed,
+                                       out_dtype=out_dtype)
+                assert same(q[i], want), (i, n[i], signed, kind)
+                assert q[i].stride() == (t.stride() if Q.layout.dense_rows(t) else torch.empty(t.shape).stride())
+
+
+def test_hard_without_gates_is_rounding():
+    x = torch.randn(4000) * 3
+    for bits, signed in itertools.product((1, 2, 4, 8, 16), (True, False)):
+        low, high = ref.levels(bits, signed)[-1]
+        for alpha in (0.3, 1.0, 1e-3):
+            inverse = 1 / torch.tensor(alpha)
+            j = torch.clamp(torch.round(x * inverse), low, high)
+            assert torch.equal(Q.categorical(x, alpha, 0.1, bits, signed=signed), alpha * j)
+    halves = torch.arange(-8, 9) / 2
+    assert torch.equal(Q.categorical(halves, 1.0, 0.1, 3), torch.clamp(torch.round(halves), -4, 3))
+    assert torch.equal(Q.categorical(halves, 1.0, 0.1, 3, gates=torch.ones(3)), torch.clamp(torch.round(halves), -4, 3))
+
+
+@pytest.mark.parametrize("bits", range(2, 17) if EXHAUSTIVE else (3, 8))
+def test_hard_with_gates_over_all_of_the_line(bits):
+    """A fine sweep over every boundary between levels, for gates near and far from each other."""
+    generator = torch.Generator().manual_seed(bits)
+    for ratio, signed in itertools.product(RATIOS, (True, False)) if EXHAUSTIVE else [(3, True), (0.1, False)]:
+        gates = torch.rand(bits, generator=generator) ** 2
+        gates[torch.rand(bits, generator=generator) < 0.3] = 1
+        edges = torch.tensor([2.0**t for t in range(bits + 1)])
+        spread = torch.cat([torch.linspace(-3, 3, 401), torch.linspace(-9, 9, 101) / ratio, torch.linspace(-1, 1, 101) * 2**bits])
+        v = (edges[:, None] + spread).reshape(-1)
+        x = torch.cat([v, -v]) * 0.7 if EXHAUSTIVE else v[::7] * -0.7
+        got = Q.categorical(x, 0.7, 0.7 / ratio, bits, gates=gates, signed=signed)
+        assert torch.equal(got, ref.categorical(x, 0.7, 0.7 / ratio, bits, gates=gates, signed=signed)), (ratio, gates)
+
+
+def test_classes_of_closed_gates_are_out():
+    x = torch.linspace(-9, 9, 181)
+    q = Q.categorical(x, 1.0, 0.4, 4, gates=torch.tensor([1.0, 1.0, 0.0, 1.0]))
+    assert torch.equal(q, Q.categorical(x, 1.0, 0.4, 2))
+    tiny = torch.tensor([0.3, 1.0, 2.0**-40, 2.0**-30])  # the last product is below 2^-64
+    assert Q.categorical(torch.tensor([1e9]), 1.0, 0.04, 4, gates=tiny) == 3
+    assert Q.categorical(torch.tensor([1e9]), 1.0, 0.04, 4, gates=tiny.sqrt()) == 7
+    leaf = torch.tensor([1.0, 1.0, 0.0, 0.5], requires_grad=True)
+    for grad in ("winner", "soft"):
+        g, = torch.autograd.grad(Q.categorical(x, 1.0, 0.4, 4, gates=leaf, grad=grad).sum(), leaf)
+        assert g[0] == 0 and g[1] != 0 and (g[2:] == 0).all()
+
+
+# --- soft, and gradients -----------------------------------------------------------------------------------------------
+
+
+def error(a, b):
+    return (a.double() - b).square().mean().sqrt() if a.numel() else torch.zeros(())
+
+
+@pytest.mark.parametrize("kind", ("none", "fractions", "mixed"))
+def test_error_of_float32(kind):
+    """Soft values and all gradients, element by element: at most four times the error of plain PyTorch in float32.
+
+    Error: the root mean square of the difference from float64, plus half a unit in the last place of the largest.
+    """
+    generator = torch.Generator().manual_seed(3)
+    count = 1500 if EXHAUSTIVE else 40
+    for bits, signed, ratio in itertools.product(*(((1, 2, 4, 8), (True, False), RATIOS) if EXHAUSTIVE else (
+            (3,), (True,), (3, 0.1)))):
+        gates = make_gates(kind, bits, torch.float32, generator)
+        wide = None if gates is None else gates.double()
+        x, alpha, sigma = inputs(count, bits, signed, ratio, gates, generator, torch.float32, beyond=10)
+        # One element per row, so that the sums of alpha and sigma have one term each.
+        narrow = x.view(-1, 1), alpha.expand(count).contiguous(), sigma.expand(count).contiguous()
+        exact64 = [t.double() for t in narrow]
+        one = torch.ones(count, 1)
+        for mode in ("soft", "hard"):
+            options = dict(signed=signed, mode=mode)
+            got = backward(one, *narrow, bits, gates, **options)
+            torchs = ref.categorical_backward(one, *narrow, bits, gates=gates, **options)
+            want = ref.categorical_backward(one.double(), *exact64, bits, gates=wide, **options)
+            rows = slice(None)
+            if mode == "soft":
+                got[3], torchs, want = Q.categorical(*narrow, bits, gates=gates, **options), list(torchs), list(want)
+                torchs[3] = ref.categorical(*narrow, bits, gates=gates, **options)
+                want[3] = ref.categorical(*exact64, bits, gates=wide, **options)
+            else:
+                rows = ref.hard_class(*narrow, bits, gates=gates, signed=signed).double() == ref.hard_class(
+                    *exact64, bits, gates=wide, signed=signed)
+                rows, got, torchs, want = rows.view(-1), got[:3], torchs[:3], want[:3]
+            for name, a, b, c in zip(("x", "alpha", "sigma", "q"), got, torchs, want):
+                room = 4 * error(b[rows], c[rows]) + c[rows].abs().max() * 2.0**-24
+                assert error(a[rows], c[rows]) <= room, (name, mode, bits, signed, ratio, error(a[rows], c[rows]), room)
+
+
+@pytest.mark.parametrize("mode,grad", [("hard", "winner"), ("hard", "soft"), ("soft", "winner"), ("sample", "winner")])
+def test_float64_equals_reference(mode, grad):
+    generator = torch.Generator().manual_seed(4)
+    for bits, signed, ratio, kind in itertools.product(*((range(0, 9), (True, False), (100, 3, 0.3, 0.01), KINDS)
+                                                         if EXHAUSTIVE else ((3,), (True,), (3,), KINDS[:3]))):
+        gates = make_gates(kind, bits, torch.float64, generator)
+        x, alpha, sigma = inputs(90, max(bits, 1), signed, ratio, gates if bits else None, generator, beyond=60)
+        x[:2] = torch.tensor([1e5, -1e5])
+        rows = x.view(6, 15), alpha.expand(6).contiguous(), sigma.expand(6) * torch.linspace(0.8, 1.2, 6).double()
+        g = torch.randn(6, 15, generator=generator, dtype=torch.float64)
+        options = dict(gates=gates, signed=signed, mode=mode, seed=7)
+        what = (bits, signed, ratio, kind)
+        q = Q.categorical(*rows, bits, grad=grad, **options)
+        torch.testing.assert_close(q, ref.categorical(*rows, bits, **options), rtol=1e-11, atol=1e-11, msg=str(what))
+        got = backward(g, *rows, bits, gates, signed, mode, grad)
+        want = ref.categorical_backward(g, *rows, bits, **options, grad_of=grad)
+        room = 1e-13 * 2**bits * max(ratio, 1) * float(g.abs().sum())
+        for a, b in zip(got, want):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=room, msg=lambda m: f"{what}: {m}")
+
+
+def test_dtypes_and_layouts(dtype):
+    """Storage dtypes, strides, empty tensors: a kernel's arithmetic does not see them."""
+    x = weights(dtype, special=False)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    for per_row, (mode, grad) in itertools.product((False, True), (("hard", "winner"), ("soft", "winner"), ("sample", "soft"))):
+        alpha, sigma = scales_of(x, per_row)
+        gates = [torch.tensor([1.0, 0.5, 0.9], dtype=acc)] * len(x)
+        n = torch.full((len(x),), 3, dtype=torch.int32)
+        g = [torch.randn(t.shape, generator=torch.Generator().manual_seed(i)).to(dtype) for i, t in enumerate(x)]
+        args = n, gates, torch.tensor(3), ref.MODES.index(mode), ref.GRADS.index(grad), True
+        wide = [t.to(acc) for t in x]
+        q = ops.categorical(x, alpha, sigma, *args, dtype)
+        q_wide = ops.categorical(wide, alpha, sigma, *args, acc)
+        back = ops.categorical_backward(g, x, alpha, sigma, *args, True, True)
+        back_wide = ops.categorical_backward([t.to(acc) for t in g], wide, alpha, sigma, *args, True, True)
+        for i, t in enumerate(x):
+            assert same(q[i], q_wide[i].to(dtype)) and same(back[0][i], back_wide[0][i].to(dtype)), i
+            assert back[0][i].stride() == q[i].stride() and same(back[1][i], back_wide[1][i])
+            assert back[1][i].shape == alpha[i].shape and same(back[2][i], back_wide[2][i])
+            assert same(back[3][i], back_wide[3][i])
+
+
+@pytest.mark.parametrize("grad", ref.GRADS)
+def test_sums(grad):
+    """Gradients of alpha, sigma and gates over many elements: the same bits every time, and close to float64."""
+    n = 200_003 if EXHAUSTIVE else 3001
+    generator = torch.Generator().manual_seed(5)
+    x, g = torch.randn(n, generator=generator), torch.randn(n, generator=generator)
+    gates = torch.tensor([1.0, 0.9, 0.7])
+    alpha, sigma = torch.tensor([0.6]), torch.tensor([0.25])
+    got = backward(g, x, alpha, sigma, 3, gates, grad=grad)
+    again = backward(g, x, alpha, sigma, 3, gates, grad=grad)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    threaded = backward(g, x, alpha, sigma, 3, gates, grad=grad)
+    torch.set_num_threads(threads)
+    want = ref.categorical_backward(g.double(), x.double(), alpha.double(), sigma.double(), 3, gates=gates.double(), grad_of=grad)
+    for a, b, c, d in zip(got[1:], again[1:], threaded[1:], want[1:]):
+        assert torch.equal(a, b) and torch.equal(a, c)
+        torch.testing.assert_close(a.double(), d, rtol=1e-4, atol=float(g.abs().sum()) * 2e-7)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_gradcheck_of_the_soft_sum(signed):
+    torch.manual_seed(0)
+    x = (torch.randn(4, 5, dtype=torch.float64) * 2).requires_grad_()
+    alpha = (torch.rand(4, dtype=torch.float64) + 0.5).requires_grad_()
+    for bits, sigma in ((1, torch.tensor([0.4])), (3, torch.rand(4) + 0.2)):
+        sigma = sigma.double().requires_grad_()
+        gates = torch.rand(bits, dtype=torch.float64, requires_grad=True)
+        for chosen in (None, gates):
+            leaves = (x, alpha, sigma) if chosen is None else (x, alpha, sigma, chosen)
+            assert torch.autograd.gradcheck(lambda x, a, s, *z: Q.categorical(
+                x, a, s, bits, gates=z[0] if z else None, signed=signed, mode="soft"), leaves)
+
+
+def test_gradient_of_the_soft_sum_at_other_values():
+    torch.manual_seed(0)
+    x = torch.randn(200, dtype=torch.float64, requires_grad=True)
+    alpha = torch.tensor([0.4], dtype=torch.float64, requires_grad=True)
+    gates = torch.tensor([1.0, 0.8, 0.6], dtype=torch.float64, requires_grad=True)
+    leaves = x, alpha, gates
+    want = torch.autograd.grad(Q.categorical(x, alpha, 0.2, 3, gates=gates, mode="soft").square().sum(), leaves)
+    soft = Q.categorical(x, alpha, 0.2, 3, gates=gates, mode="soft").detach()
+    for mode in ("hard", "sample"):
+        q = Q.categorical(x, alpha, 0.2, 3, gates=gates, mode=mode, grad="soft", seed=1)
+        assert not torch.equal(q, soft)
+        for a, b in zip(torch.autograd.grad(q, leaves, 2 * soft), want):
+            torch.testing.assert_close(a, b)
+
+
+def test_winner_gives_no_gradient_at_grid_point_zero():
+    x = torch.linspace(-0.4, 0.4, 9, requires_grad=True)
+    g, = torch.autograd.grad(Q.categorical(x, 1.0, 0.3, 3).sum(), x)
+    assert (g == 0).all()
+    g, = torch.autograd.grad(Q.categorical(x, 1.0, 0.3, 3, grad="soft").sum(), x)
+    assert (g > 0).all()
+
+
+def test_stable_everywhere():
+    """No NaN, no infinity and no value outside of the grid, whatever the width and however far x is."""
+    x = torch.cat([torch.linspace(-300, 300, 61), torch.tensor([1e6, -1e6, 3e38, -3e38])])
+    for bits, ratio, signed in itertools.product((1, 4, 8), (1e7, 1e4, 100, 1, 0.01, 1e-4, 1e-9), (True, False)):
+        low, high = ref.levels(bits, signed)[-1]
+        gates = torch.linspace(1, 0.4, bits)
+        for chosen, mode, grad in itertools.product((None, gates), ref.MODES, ref.GRADS):
+            if not EXHAUSTIVE and (bits == 8 or mode == "sample" or ratio not in (1e7, 100, 1e-9)):
+                continue
+            q = Q.categorical(x, 1.0, 1 / ratio, bits, gates=chosen, signed=signed, mode=mode, grad=grad, seed=1)
+            assert (q >= low).all() and (q <= high).all(), (bits, ratio, signed, mode)
+            got = backward(torch.ones_like(x), x, torch.ones(1), torch.tensor([1 / ratio]), bits, chosen, signed, mode, grad)
+            assert all(v is None or v.isfinite().all() for v in got), (bits, ratio, signed, mode, grad)
+
+
+def test_nan_and_infinity():
+    x = torch.tensor(SPECIAL)
+    gates = torch.tensor([1.0, 0.7, 0.9, 0.8])
+    for chosen, mode in itertools.product((None, gates), ref.MODES):
+        q = Q.categorical(x, 1.0, 0.3, 4, gates=chosen, mode=mode, seed=1)
+        assert q[-1].isnan() and not q[:-1].isnan().any()
+        if mode == "hard":
+            assert q[-3] == (7 if chosen is None else q[5]) and q[-2] == (-8 if chosen is None else q[6])
+        grad_x = backward(torch.ones_like(x), x, torch.ones(1), torch.full((1,), 0.3), 4, chosen, mode=mode)[0]
+        assert grad_x[-1].isnan() and grad_x[:-1].isfinite().all()
+
+
+def test_zero_bits_prune():
+    x = torch.randn(9, requires_grad=True)
+    for mode in ref.MODES:
+        q = Q.categorical(x, 1.0, 0.3, 0, mode=mode, seed=1)
+        assert (q == 0).all() and (torch.autograd.grad(q.sum(), x)[0] == 0).all()
+
+
+def test_second_derivatives_raise():
+    x = torch.randn(5, requires_grad=True)
+    g, = torch.autograd.grad(Q.categorical(x, 1.0, 0.3, 3).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="categorical: second derivatives"):
+        g.sum().backward()
+
+
+def test_unused_entries_of_a_list_get_no_gradient():
+    x = [torch.randn(5, requires_grad=True), torch.randn(6, requires_grad=True)]
+    alpha = [torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)]
+    q = Q.foreach.categorical(x, alpha, [0.3, 0.4], 3)
+    assert torch.autograd.grad(q[0].sum(), x[0])[0].shape == (5,)
+    Q.foreach.categorical(x, alpha, [0.3, 0.4], 3)[0].sum().backward()
+    assert alpha[0].grad is not None and (alpha[1].grad == 0).all() and (x[1].grad == 0).all()
+
+
+# --- sample ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_draws_equal_reference(kind):
+    """The same class on every backend; only a draw within the rounding of exp and log from an edge may differ."""
+    generator = torch.Generator().manual_seed(6)
+    count, wrong, total = 5000 if EXHAUSTIVE else 300, 0, 0
+    for bits, signed, ratio in itertools.product(*(((1, 3, 8, 16), (True, False), (100, 3, 0.1)) if EXHAUSTIVE else (
+            (4,), (True, False), (3,)))):
+        gates = make_gates(kind, bits, torch.float32, generator)
+        x, alpha, sigma = inputs(count, bits, signed, ratio, gates, generator, torch.float32, beyond=50)
+        q = Q.categorical(x, alpha, sigma, bits, gates=gates, signed=signed, mode="sample", seed=11)
+        want = ref.categorical(x, alpha, sigma, bits, gates=gates, signed=signed, mode="sample", seed=11)
+        wrong, total = wrong + int((q != want).sum()), total + count
+    assert wrong <= 2e-4 * total, (wrong, total)
+
+
+def chi_square_bound(freedom):
+    """Below this in all but one of a million cases (Wilson and Hilferty)."""
+    return freedom * (1 - 2 / (9 * freedom) + 4.75 * (2 / (9 * freedom)) ** 0.5) ** 3
+
+
+@pytest.mark.parametrize("signed,gates", [(True, None), (False, None), (True, [1.0, 0.6, 0.5]), (False, [1.0, 0.6, 0.5])])
+def test_frequencies_of_draws(signed, gates):
+    """Chi-square against r of the 2^b classes, for x in the grid, on its edge and outside."""
+    count = 200_000 if EXHAUSTIVE else 4000
+    gates = None if gates is None else torch.tensor(gates)
+    low, high = ref.levels(3, signed)[-1]
+    for value, ratio in itertools.product((0.1, 1.5, 3.6), (3.0, 0.5)) if EXHAUSTIVE else [(1.5, 0.5)]:
+        q = Q.categorical(torch.full((count,), value), 1.0, 1 / ratio, 3, gates=gates, signed=signed, mode="sample", seed=5)
+        index = torch.arange(low, high + 1).double()
+        weight = torch.ones(8).double() if gates is None else ref.cumulative_gates(gates, 3)[
+            [ref.level_of(int(i), signed) - 1 for i in index]]
+        r = weight * (torch.sigmoid((index + 0.5 - value) * ratio) - torch.sigmoid((index - 0.5 - value) * ratio))
+        expected = r / r.sum() * count
+        found = torch.bincount((q - low).long(), minlength=8).double()
+        assert found.sum() == count
+        usual = expected > 5
+        rest = count - expected[usual].sum()
+        terms = ((found - expected)[usual] ** 2 / expected[usual]).sum()
+        if rest > 5:
+            terms = terms + (count - found[usual].sum() - rest) ** 2 / rest
+        assert terms < chi_square_bound(max(int(usual.sum()) - 1 + int(rest > 5), 1)), (value, ratio, found, expected)
+
+
+def test_draws_depend_on_seed_and_place_alone():
+    x = torch.randn(6, 50)
+    args = 0.7, 0.5, 4
+    draw = functools.partial(Q.categorical, mode="sample")
+    q = draw(x, *args, seed=3)
+    assert torch.equal(q, draw(x, *args, seed=torch.tensor([3]))) and not torch.equal(q, draw(x, *args, seed=4))
+    assert not torch.equal(q, draw(x, *args, seed=3 + 2**32))
+    parts = Q.foreach.categorical([x[:2], x[2:]], [0.7, 0.7], [0.5, 0.5], 4, mode="sample", seed=3)
+    assert torch.equal(q, torch.cat(parts))  # a list is counted through
+    assert torch.equal(q, draw(x.double(), *args, seed=3).float())
+    assert torch.equal(q, draw(x.t().contiguous().t(), *args, seed=3))  # not dense by rows: row-major order
+    image = torch.randn(2, 3, 4, 5)
+    last = image.to(memory_format=torch.channels_last)
+    assert torch.equal(draw(last, *args, seed=3), draw(image.permute(0, 2, 3, 1).contiguous(), *args, seed=3).permute(0, 3, 1, 2))
+
+
+# --- the reference on values out of range ------------------------------------------------------------------------------
+
+
+def test_reference_marks_values_out_of_range():
+    """What a GPU gives where it cannot raise."""
+    x, one = torch.randn(4, 5), torch.ones(1)
+    for alpha, sigma, bits, gates in ((-one, one, 3, None), (one * 0, one, 3, None), (one, one * 0, 3, None),
+                                      (one, one * torch.inf, 3, None), (one * torch.nan, one, 3, None), (one, one, 17, None),
+                                      (one, one, -1, None), (one, one, 3, torch.ones(2)), (one, one, 2, torch.tensor([1, 1.1])),
+                                      (one * 1e-39, one, 2, None)):
+        assert ref.categorical(x, alpha, sigma, bits, gates=gates).isnan().all()
+        assert ref.categorical_backward(x, x, alpha, sigma, bits, gates=gates)[0].isnan().all()
+    assert ref.categorical(x, one, one, 9, mode="soft").isnan().all()
+    rows = torch.tensor([1.0, -1.0, 1.0, 1.0])
+    assert ref.categorical(x, rows, one, 3).isnan().any(1).tolist() == [False, True, False, False]
