@@ -15,8 +15,7 @@ from pathlib import Path
 
 import torch
 
-from quantops import checks
-from quantops.library import OPS, _lib, ops
+from quantops.library import OPS, _lib, checked
 from quantops.version import __version__
 
 CHOICES = ("cuda", "triton", "reference")
@@ -55,13 +54,10 @@ def _register_triton(key):
 
 
 def _lazy(family, name):
-    names = [a.name for a in getattr(ops, name).default._schema.arguments]
-
     def kernel(*args):
-        checks.structure(dict(zip(names, args)))
         return getattr(importlib.import_module(f"quantops.kernels.{family}"), name)(*args)
 
-    return kernel
+    return checked(name, kernel)
 
 
 def _setup():

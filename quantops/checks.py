@@ -163,6 +163,7 @@ def out_scales(value, scale, w):
     if value is None:
         return scale, []
     value = scales(value, w, name="out_scale")
+
     def spread(s, o):
         return s.reshape(()).expand(o.shape).contiguous() if s.numel() == 1 != o.numel() else s
 
@@ -521,19 +522,22 @@ def _categorical_structure(arguments):
     x = tensors("x", arguments["x"])
     acc, device, seed_tensor = acc_dtype(x[0].dtype), x[0].device, arguments["seed"]
     given = [*arguments["alpha"], *arguments["sigma"]]
-    fit = [v for values in widths(arguments["alpha"], arguments["sigma"], x) for v in values]
+    fit = [v for values in alpha_and_sigma(arguments["alpha"], arguments["sigma"], x)
+           for v in values]
     if arguments["gates"]:
         given, fit = [*given, *arguments["gates"]], [*fit, *gates(arguments["gates"], arguments["bits"], x)]
     for a, b in zip(given, fit):
         if a is not b:
-            raise ValueError(f"alpha, sigma, gates: expected contiguous {acc} tensors, alpha and sigma of as many elements, "
-                             f"got {_kind(a)}, strides {a.stride()}")
+            raise ValueError(f"alpha, sigma, gates: expected contiguous {acc} tensors, alpha and sigma of as many "
+                             f"elements, got {_kind(a)}, strides {a.stride()}")
     if integers("bits", arguments["bits"], x, 0, MAX_BITS) is not arguments["bits"]:
         raise ValueError(f"bits: expected int32, got {arguments['bits'].dtype}")
     if seed_tensor is not None and (seed_tensor.dtype != torch.int64 or seed_tensor.numel() != 1
                                     or seed_tensor.device != device):
-        raise ValueError(f"seed: expected one int64 element on {device}, got {_kind(seed_tensor)} on {seed_tensor.device}")
+        raise ValueError(f"seed: expected one int64 element on {device}, got {_kind(seed_tensor)} on "
+                         f"{seed_tensor.device}")
     grad = arguments.get("grad")
-    if grad is not None and ([t.shape for t in tensors("grad", grad)] != [t.shape for t in x] or grad[0].device != device):
+    if grad is not None and ([t.shape for t in tensors("grad", grad)] != [t.shape for t in x]
+                             or grad[0].device != device):
         raise ValueError(f"grad: expected the shapes of x on {device}, got {[tuple(t.shape) for t in grad]} on "
                          f"{grad[0].device}")

@@ -83,9 +83,23 @@ for _family in OPS.values():
 ops = torch.ops.quantops
 
 
+def checked(name, kernel):
+    """A Python kernel of the op ``name`` behind what the compiled ones do by themselves: the ops can be called directly,
+    with anything, and those without an autograd kernel of their own must not be recorded."""
+    names = [a.name for a in getattr(ops, name).default._schema.arguments]
+
+    def checked_kernel(*args):
+        checks.structure(dict(zip(names, args)))
+        with torch.no_grad():
+            return kernel(*args)
+
+    return checked_kernel
+
+
 def _default(fn):
     """Registers ``fn`` as the kernel of the op of its name on every device that has no other."""
-    _lib.impl(fn.__name__[1:], fn, "CompositeExplicitAutograd")
+    name = fn.__name__.removeprefix("_")
+    _lib.impl(name, checked(name, fn), "CompositeExplicitAutograd")
     return fn
 
 
@@ -183,7 +197,7 @@ def _encode(w, scale, bits, rule, signed):
 @_default
 def _decode(codes, scale, bits, full, signed, dtype):
     _check_values(scale, bits)
-    each = [reference.decode(c, s.detach(), n, grid=_grid(full), signed=signed, dtype=dtype)
+    each = [reference.decode(c, s, n, grid=_grid(full), signed=signed, dtype=dtype)
             for c, s, n in zip(codes, scale, bits.reshape(-1))]
     _check_codes(codes, bits.reshape(-1))
     return _laid_out(each, codes)
@@ -198,7 +212,6 @@ def _pack(codes, bits, layout):
 @_default
 def _unpack(data, sizes, dims, stored, bits, layout):
     shapes, layout = split_shapes(sizes, dims), LAYOUTS[layout]
-    checks.packed_data(data, shapes, stored, layout)
     _check_stored(bits, stored)
     return [reference.unpack(d, shape, n, m, layout=layout)
             for d, shape, n, m in zip(data, shapes, stored, bits.reshape(-1))]
@@ -207,7 +220,7 @@ def _unpack(data, sizes, dims, stored, bits, layout):
 @_default
 def _decode_packed(data, sizes, dims, stored, scale, bits, layout, full, signed, dtype):
     _check_values(scale, bits)
-    return [reference.decode(c, s.detach(), m, grid=_grid(full), signed=signed, dtype=dtype)
+    return [reference.decode(c, s, m, grid=_grid(full), signed=signed, dtype=dtype)
             for c, s, m in zip(_unpack(data, sizes, dims, stored, bits, layout), scale, bits.reshape(-1))]
 
 
@@ -546,23 +559,25 @@ class _Truncate(torch.autograd.Function):
     def forward(ctx, keyset, op, args, *tensors):
         w, _, _, bits, base_bits, ctx.rule, ctx.tanh, ctx.covered, ctx.q_dtype = args
         ctx.set_materialize_grads(False)
-        ctx.count = len(w)
+        ctx.count, ctx.dtype = len(w), w[0].dtype
         ctx.save_for_backward(*tensors, bits, base_bits)
         return tuple(_below_autograd(keyset, op, args))
 
     @staticmethod
     def backward(ctx, *grads):
-        n, (*tensors, bits, base_bits) = ctx.count, ctx.saved_tensors
-        w, scale, out_scale = tensors[:n], tensors[n: 2 * n], tensors[2 * n:]
-        scale_grad = _any(grads) and any(s.requires_grad for s in (out_scale if ctx.covered else scale + out_scale))
+        n = ctx.count
+        wanted = ctx.needs_input_grad[3:]  # of w, scale, out_scale
+        scale_grad = _any(grads) and any(wanted[2 * n:] if ctx.covered else wanted[n:])
         covered = ctx.covered and not ctx.tanh and not scale_grad  # dL/dw is the sum of the gradients
         used = [[g for g in grads[i::n] if g is not None] for i in range(n)]
-        grad_scale, grad_out_scale = [None] * n, [None] * len(out_scale)
-        if covered and all(len(g) <= 1 for g in used):
-            grad_w = [g[0].to(t.dtype) if g else None for g, t in zip(used, w)]
+        grad_scale, grad_out_scale = [None] * n, [None] * (len(wanted) - 2 * n)
+        if covered and all(len(g) <= 1 for g in used):  # what is saved is not asked for: checkpoints need not recompute
+            grad_w = [g[0].to(ctx.dtype) if g else None for g in used]
         elif not _any(grads):
             grad_w = [None] * n
         else:
+            *tensors, bits, base_bits = ctx.saved_tensors
+            w, scale, out_scale = tensors[:n], tensors[n: 2 * n], tensors[2 * n:]
             grad_w, *sums = ops.truncate_backward(
                 _fill_in(grads, ctx.q_dtype), w, scale, out_scale, bits, base_bits, ctx.rule, ctx.tanh, covered,
                 scale_grad)
@@ -621,6 +636,8 @@ class _TruncateBackward(torch.autograd.Function):
                         result[at] = v if result[at] is None else result[at] + v
         result = [None if g is None else g.to(ctx.grad_dtype) for g in result]
         return None, None, None, *result, *(grad_w if ctx.tanh else ())
+
+
 class _Categorical(torch.autograd.Function):
     """q of x, alpha, sigma and gates; the backward computes from these what it needs, draws included."""
 

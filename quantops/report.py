@@ -40,6 +40,7 @@ class BitReport(NamedTuple):
 
 
 def compression(sizes, bits):
+    """32 * sum(sizes) / sum(sizes * bits), as the papers count it: weights of ``bits`` against float32 ones."""
     used = sum(n * b for n, b in zip(sizes, bits))
     return 32 * sum(sizes) / used if used else math.inf
 

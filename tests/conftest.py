@@ -8,3 +8,12 @@ import torch
 def dtype(request):
     """Every storage dtype of a weight."""
     return request.param
+
+
+@pytest.fixture
+def one_thread():
+    """For tests of networks so small that a second thread costs more than it gives."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

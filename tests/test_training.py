@@ -17,16 +17,8 @@ from quantops.methods.msq import MSQConfig, MSQController, add_penalty_grad_, pe
 from quantops.nn import quantized
 from quantops.report import bit_report
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FUSES = pytest.mark.parametrize("fuse", ["model", "layer"])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The networks here are tiny."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Net(nn.Module):
