@@ -206,6 +206,39 @@ QUANTOPS_INLINE A penalty_slope(A w, const Quantizer<A>& p) {
   return inside(w, p) ? b : A(0);
 }
 
+// The arithmetic of round_clamp again, in forms with the same bits in fewer operations.
+enum Form {
+  kGeneral,      // of any quantizer: the functions above
+  kShort,        // of one that has_short_form, which all but tiny scales on the dyadic grid have
+  kShortInside,  // the same, of weights that are all inside the scale: nothing to clamp
+};
+
+template <class A>
+QUANTOPS_INLINE bool has_short_form(const Quantizer<A>& p) {
+  return p.a == A(1) && p.mul * p.inv <= std::numeric_limits<A>::max();
+}
+
+// 2^n * u; NaN where w is NaN. A power of two multiplies exactly, before the other operations as after them, but where
+// w * inv is so small that the code is that of w = 0 either way.
+template <Form form, class A>
+QUANTOPS_INLINE A scaled_unit(A w, const Quantizer<A>& p) {
+  if (form == kGeneral) return p.mul * round_clamp_unit(w, p);
+  A v = form == kShortInside ? w : at_most(at_least(w, p.low), p.scale);
+  return v * (p.mul * p.inv) + p.mul * p.offset;
+}
+
+template <Form form, class A>
+QUANTOPS_INLINE A level_of(A c, const Quantizer<A>& p) {
+  return form == kGeneral ? level(c, p) : c + p.b;
+}
+
+// B_1 of the weight with 2^n * u = t, which is -1, 0 or 1; NaN stays NaN.
+template <class A>
+QUANTOPS_INLINE A lsb_of(A t, const Quantizer<A>& p) {
+  A half = at_most(rint_small(t * A(0.5)), p.top_lo);
+  return at_most(rint_small(t), p.top) - (half + half);
+}
+
 // dL/dw from g = dL/dq and r = dL/dR.
 template <class A>
 QUANTOPS_INLINE A grad_weight(A w, A g, A r, const Quantizer<A>& p) {

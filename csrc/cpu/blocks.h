@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -41,6 +42,19 @@ QUANTOPS_INLINE void narrow(float v, BFloat16& to) {  // to nearest even, NaN to
   std::memcpy(&u, &v, 4);
   uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   to.bits = uint16_t(v == v ? rounded : 0x7fc0);
+}
+
+// Of a value whose NaNs come from elements of type From or from arithmetic: those of bfloat16 have no bits that rounding
+// could carry into the exponent.
+template <class From, class A, class To>
+QUANTOPS_INLINE void narrow_from(A v, To& to) {
+  if constexpr (std::is_same_v<From, BFloat16> && std::is_same_v<To, BFloat16>) {
+    uint32_t u;
+    std::memcpy(&u, &v, 4);
+    to.bits = uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+  } else {
+    narrow(v, to);
+  }
 }
 
 // Writes kLanes results. Streaming goes past the caches: what is larger than them is not read again before it is gone,

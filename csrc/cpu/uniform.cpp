@@ -36,12 +36,12 @@ Tensor reduce_abs(List& list, bool mean) {
   for_chunks(list.chunks, [&](int64_t chunk) {
     const Chunk& c = list.chunks[chunk];
     const Rows& rows = list.rows[c.tensor];
-    A buffer[kBlock];
     for_rows(c, rows, [&](int64_t row, int64_t begin, int64_t end) {
       Part part;
       for (int64_t i = begin; i < end; i += kBlock) {
         int64_t n = std::min(kBlock, end - i);
-        if (mean) part.sum += abs_sum_loop<A>(load_block<A>(list.data[c.tensor], list.type, i, n, buffer), n);
+        if (mean)
+          with_source<A>(list.data[c.tensor], list.type, i, n, [&](const auto* w) { part.sum += abs_sum_loop<A>(w, n); });
         else part.most = std::max(part.most, absmax_bits(list.data[c.tensor], list.type, i, n));
       }
       if (row_in_parts(rows)) parts[chunk] = part;
@@ -83,11 +83,11 @@ Tensor absmean(Tensors w, bool per_row) { return reduce_abs(w, per_row, true); }
 // --- forward ---------------------------------------------------------------------------------------------------
 
 template <class A>
-void round_clamp_into(const List& list, bool full, bool is_signed, const Targets& q) {
+void round_clamp_into(const List& list, bool full, bool is_signed, bool covered, const Targets& q) {
   for_blocks<A>(list, full, is_signed, [&](int64_t, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
     with_source<A>(list.data[t], list.type, i, end - i, [&](const auto* w) {
       with_target<A>(q.data[t], q.type, i, end - i, q.streaming,
-                     [&](auto* y, bool streaming) { quantize_loop(w, y, streaming, end - i, p); });
+                     [&](auto* y, bool streaming) { quantize_loop(w, y, streaming, end - i, p, covered); });
     });
   });
 }
@@ -97,8 +97,8 @@ void round_clamp_out(Tensors w, Tensors scale, Tensor bits, bool full, bool is_s
   bool is_double = is_double_list(w);
   List list = make_list(w, scale, bits, nullptr, is_double);
   check_results("q", q, list.w, kFloats);
-  is_double ? round_clamp_into<double>(list, full, is_signed, targets(q, list))
-            : round_clamp_into<float>(list, full, is_signed, targets(q, list));
+  is_double ? round_clamp_into<double>(list, full, is_signed, false, targets(q, list))
+            : round_clamp_into<float>(list, full, is_signed, false, targets(q, list));
 }
 
 Tensors round_clamp(Tensors w, Tensors scale, Tensor bits, bool full,
@@ -107,20 +107,20 @@ Tensors round_clamp(Tensors w, Tensors scale, Tensor bits, bool full,
   check_float("dtype", dtype);
   List list = make_list(w, scale, bits, nullptr, is_double);
   Tensors q = empty_like(list.w, dtype);
-  is_double ? round_clamp_into<double>(list, full, is_signed, targets(q, list))
-            : round_clamp_into<float>(list, full, is_signed, targets(q, list));
+  is_double ? round_clamp_into<double>(list, full, is_signed, covered, targets(q, list))
+            : round_clamp_into<float>(list, full, is_signed, covered, targets(q, list));
   return q;
 }
 
 // q may be null: the sums alone.
 template <class A>
-void msq_into(const List& list, bool full, const Targets* q, A* penalty, int64_t* nonzero, A* sq_error) {
+void msq_into(const List& list, bool full, bool covered, const Targets* q, A* penalty, int64_t* nonzero, A* sq_error) {
   std::vector<LsbSums> parts(list.chunks.size());
   for_blocks<A>(list, full, true, [&](int64_t chunk, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
     with_source<A>(list.data[t], list.type, i, end - i, [&](const auto* w) {
-      if (!q) return msq_loop(w, static_cast<A*>(nullptr), false, end - i, p, parts[chunk]);
+      if (!q) return msq_loop(w, static_cast<A*>(nullptr), false, end - i, p, covered, parts[chunk]);
       with_target<A>(q->data[t], q->type, i, end - i, q->streaming,
-                     [&](auto* y, bool streaming) { msq_loop(w, y, streaming, end - i, p, parts[chunk]); });
+                     [&](auto* y, bool streaming) { msq_loop(w, y, streaming, end - i, p, covered, parts[chunk]); });
     });
   });
   std::vector<LsbSums> sums(list.size());
@@ -137,16 +137,16 @@ void msq_into(const List& list, bool full, const Targets* q, A* penalty, int64_t
   }
 }
 
-void msq_into(const List& list, bool full, const Tensors& q, const Tensor& penalty, const Tensor& nonzero,
+void msq_into(const List& list, bool full, bool covered, const Tensors& q, const Tensor& penalty, const Tensor& nonzero,
               const Tensor& sq_error) {
   Targets to;
   if (!q.empty()) to = targets(q, list);
   int64_t* count = static_cast<int64_t*>(nonzero.data_ptr());
   if (list.is_double)
-    msq_into<double>(list, full, q.empty() ? nullptr : &to, static_cast<double*>(penalty.data_ptr()), count,
+    msq_into<double>(list, full, covered, q.empty() ? nullptr : &to, static_cast<double*>(penalty.data_ptr()), count,
                      static_cast<double*>(sq_error.data_ptr()));
   else
-    msq_into<float>(list, full, q.empty() ? nullptr : &to, static_cast<float*>(penalty.data_ptr()), count,
+    msq_into<float>(list, full, covered, q.empty() ? nullptr : &to, static_cast<float*>(penalty.data_ptr()), count,
                     static_cast<float*>(sq_error.data_ptr()));
 }
 
@@ -167,7 +167,7 @@ void msq_out(Tensors w, Tensors scale, Tensor bits, Tensor k, bool full, Tensors
   check_result("penalty", penalty, list.size(), acc, w[0]);
   check_result("nonzero", nonzero, list.size(), ScalarType::Long, w[0]);
   check_result("sq_error", sq_error, list.size(), acc, w[0]);
-  msq_into(list, full, q, penalty, nonzero, sq_error);
+  msq_into(list, full, false, q, penalty, nonzero, sq_error);
 }
 
 std::tuple<Tensors, Tensor, Tensor, Tensor> msq(Tensors w, Tensors scale,
@@ -178,14 +178,14 @@ std::tuple<Tensors, Tensor, Tensor, Tensor> msq(Tensors w, Tensors scale,
   List list = make_list(w, scale, bits, &k, is_double);
   Tensors q = empty_like(list.w, dtype);
   auto [penalty, nonzero, sq_error] = empty_sums(list);
-  msq_into(list, full, q, penalty, nonzero, sq_error);
+  msq_into(list, full, covered, q, penalty, nonzero, sq_error);
   return {q, penalty, nonzero, sq_error};
 }
 
 Sums lsb_stats(Tensors w, Tensors scale, Tensor bits, Tensor k, bool full, bool covered) {
   List list = make_list(w, scale, bits, &k, is_double_list(w));
   Sums sums = empty_sums(list);
-  msq_into(list, full, {}, std::get<0>(sums), std::get<1>(sums), std::get<2>(sums));
+  msq_into(list, full, covered, {}, std::get<0>(sums), std::get<1>(sums), std::get<2>(sums));
   return sums;
 }
 

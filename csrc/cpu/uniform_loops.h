@@ -16,50 +16,76 @@ struct LsbSums {
   double sq_error = 0;
 };
 
+// f(the shortest form of the arithmetic): float32 ones are worth a loop of their own. `covered`: all weights are inside
+// the scale.
+template <class A, class F>
+void with_form(bool short_form, bool covered, const F& f) {
+  if constexpr (sizeof(A) == 4) {
+    if (short_form && covered) return f(std::integral_constant<Form, kShortInside>());
+    if (short_form) return f(std::integral_constant<Form, kShort>());
+  }
+  f(std::integral_constant<Form, kGeneral>());
+}
+
 // Elements are read and written as they are stored.
 
-template <class In, class Out, class A>
+template <Form form, class In, class Out, class A>
 QUANTOPS_SIMD void quantize_loop(const In* __restrict w, Out* __restrict q, bool streaming, int64_t n,
                                  const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
   map_lanes(q, streaming, n, [&](int64_t i, Out& y) QUANTOPS_LANES {
-    narrow(level(round_clamp_code(round_clamp_unit(widen(w[i]), p), p.mul, p.top), p) * p.step, y);
+    const A c = at_most(rint_small(scaled_unit<form>(widen(w[i]), p)), p.top);
+    narrow_from<In>(level_of<form>(c, p) * p.step, y);
   });
+}
+
+template <class In, class Out, class A>
+void quantize_loop(const In* w, Out* q, bool streaming, int64_t n, const Quantizer<A>& p, bool covered) {
+  with_form<A>(has_short_form(p), covered, [&](auto form) { quantize_loop<form.value>(w, q, streaming, n, p); });
 }
 
 // One weight of msq: q, |B| and the squared error. With k = 1, the usual case, |B| is the parity of the code: half of
 // the work.
-template <bool kOne, class A>
+template <Form form, bool kOne, class A>
 QUANTOPS_INLINE void msq_element(A x, const Quantizer<A>& p, A& q, int32_t& size, A& error) {
-  A u = round_clamp_unit_of_number(x, p), c = round_clamp_code(u, p.mul, p.top), y = level(c, p) * p.step;
-  size = kOne ? static_cast<int32_t>(c) & 1 : std::abs(static_cast<int32_t>(lsb_residual(u, c, p)));
-  q = x == x ? y : x;
+  if constexpr (form == kGeneral) {
+    A u = round_clamp_unit_of_number(x, p), c = round_clamp_code(u, p.mul, p.top), y = level(c, p) * p.step;
+    size = kOne ? static_cast<int32_t>(c) & 1 : std::abs(static_cast<int32_t>(lsb_residual(u, c, p)));
+    q = x == x ? y : x;
+  } else {
+    A c = at_most(rint_small(scaled_unit<form>(x, p)), p.top);
+    size = static_cast<int32_t>(c) & 1;  // of NaN too: the machine makes it 0 or a power of two
+    q = level_of<form>(c, p) * p.step;
+  }
   error = (q - x) * (q - x);
 }
 
 // |B| is below 2^16 and a lane sees 32 elements of a block, so an int32 holds its sum; blocks add up in double. q may be
-// null: the sums alone.
-template <bool kOne, class In, class Out, class A>
+// null: the sums alone. Lanes are written in runs: while they are, sums cannot stay in registers.
+template <Form form, bool kOne, class In, class Out, class A>
 QUANTOPS_SIMD void msq_loop(const In* __restrict w, Out* __restrict q, bool streaming, int64_t n,
                             const Quantizer<A>& quantizer, LsbSums& sums) {
   const Quantizer<A> p = quantizer;
-  alignas(64) Out lanes[kLanes];
+  constexpr int kRun = 4 * kLanes;
+  alignas(64) Out run[kRun];
   A error[kLanes] = {}, y, e;
   int32_t total[kLanes] = {}, nonzero[kLanes] = {}, size;
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int j = 0; j < kLanes; j++) {
-      msq_element<kOne>(widen(w[i + j]), p, y, size, e);
-      narrow(y, lanes[j]);
-      total[j] += size;
-      if (!kOne) nonzero[j] += size < 1 ? size : 1;
-      error[j] += e;
-    }
-    if (q) put_lanes(q + i, lanes, streaming);
+  for (; i + kRun <= n; i += kRun) {
+    for (int k = 0; k < kRun; k += kLanes)
+      for (int j = 0; j < kLanes; j++) {
+        msq_element<form, kOne>(widen(w[i + k + j]), p, y, size, e);
+        narrow_from<In>(y, run[k + j]);
+        total[j] += size;
+        if (!kOne) nonzero[j] += size < 1 ? size : 1;
+        error[j] += e;
+      }
+    if (q)
+      for (int k = 0; k < kRun; k += kLanes) put_lanes(q + i + k, run + k, streaming);
   }
-  for (int j = 0; i < n; i++, j++) {
-    msq_element<kOne>(widen(w[i]), p, y, size, e);
-    if (q) narrow(y, q[i]);
+  for (int j = 0; i < n; i++, j = (j + 1) % kLanes) {
+    msq_element<form, kOne>(widen(w[i]), p, y, size, e);
+    if (q) narrow_from<In>(y, q[i]);
     total[j] += size;
     if (!kOne) nonzero[j] += size < 1 ? size : 1;
     error[j] += e;
@@ -74,8 +100,9 @@ QUANTOPS_SIMD void msq_loop(const In* __restrict w, Out* __restrict q, bool stre
 }
 
 template <class In, class Out, class A>
-void msq_loop(const In* w, Out* q, bool streaming, int64_t n, const Quantizer<A>& p, LsbSums& sums) {
-  p.pow_k == A(2) ? msq_loop<true>(w, q, streaming, n, p, sums) : msq_loop<false>(w, q, streaming, n, p, sums);
+void msq_loop(const In* w, Out* q, bool streaming, int64_t n, const Quantizer<A>& p, bool covered, LsbSums& sums) {
+  if (p.pow_k != A(2)) return msq_loop<kGeneral, false>(w, q, streaming, n, p, sums);
+  with_form<A>(has_short_form(p), covered, [&](auto form) { msq_loop<form.value, true>(w, q, streaming, n, p, sums); });
 }
 
 template <Rule rule, class A>
@@ -126,24 +153,49 @@ QUANTOPS_SIMD void grad_loop(const In* __restrict w, const G* __restrict g, In* 
                              const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
   map_lanes(out, streaming, n,
-            [&](int64_t i, In& y) QUANTOPS_LANES { narrow(grad_element(widen(w[i]), widen(g[i]), p), y); });
+            [&](int64_t i, In& y) QUANTOPS_LANES { narrow_from<G>(grad_element(widen(w[i]), widen(g[i]), p), y); });
 }
 
-template <class In, class G, class A>
+// sign(B) of a weight inside the scale.
+template <Form form, class A>
+QUANTOPS_INLINE A slope_element(A w, const Quantizer<A>& p) {
+  if constexpr (form == kGeneral) return lsb_sign(w, p);
+  else return lsb_of(scaled_unit<form>(w, p), p);
+}
+
+template <Form form, class In, class G, class A>
 QUANTOPS_SIMD void grad_penalty_loop(const In* __restrict w, const G* __restrict g, In* __restrict out, bool streaming,
-                                     int64_t n, const Quantizer<A>& quantizer, A r) {
+                                     int64_t n, const Quantizer<A>& quantizer, A strength) {
   const Quantizer<A> p = quantizer;
+  const A r = strength == strength ? strength : quiet_nan<A>();
   map_lanes(out, streaming, n, [&](int64_t i, In& y) QUANTOPS_LANES {
-    narrow(grad_element(widen(w[i]), widen(g[i]) + r * lsb_sign(widen(w[i]), p), p), y);
+    const A x = widen(w[i]);
+    narrow_from<G>(grad_element(x, widen(g[i]) + r * slope_element<form>(x, p), p), y);
   });
 }
 
-// g += r * sign(B) * inside
 template <class In, class G, class A>
+void grad_penalty_loop(const In* w, const G* g, In* out, bool streaming, int64_t n, const Quantizer<A>& p, A r) {
+  with_form<A>(has_short_form(p) && p.pow_k == A(2), false,
+               [&](auto form) { grad_penalty_loop<form.value>(w, g, out, streaming, n, p, r); });
+}
+
+// g += r * sign(B) * inside
+template <Form form, class In, class G, class A>
 QUANTOPS_SIMD void add_lsb_grad_loop(const In* __restrict w, G* __restrict g, int64_t n, const Quantizer<A>& quantizer,
-                                     A r) {
+                                     A strength) {
   const Quantizer<A> p = quantizer;
-  for (int64_t i = 0; i < n; i++) narrow(widen(g[i]) + r * penalty_slope(widen(w[i]), p), g[i]);
+  const A r = strength == strength ? strength : quiet_nan<A>();
+  for (int64_t i = 0; i < n; i++) {
+    const A x = widen(w[i]), slope = slope_element<form>(x, p);
+    narrow_from<G>(widen(g[i]) + r * (inside(x, p) ? slope : A(0)), g[i]);
+  }
+}
+
+template <class In, class G, class A>
+void add_lsb_grad_loop(const In* w, G* g, int64_t n, const Quantizer<A>& p, A r) {
+  with_form<A>(has_short_form(p) && p.pow_k == A(2), false,
+               [&](auto form) { add_lsb_grad_loop<form.value>(w, g, n, p, r); });
 }
 
 template <class In, class G, class A>
@@ -175,13 +227,13 @@ QUANTOPS_SIMD Bits absmax_loop(const char* __restrict w, int64_t n) {
   return most;
 }
 
-template <class A>
-QUANTOPS_SIMD double abs_sum_loop(const A* __restrict w, int64_t n) {
+template <class A, class In>
+QUANTOPS_SIMD double abs_sum_loop(const In* __restrict w, int64_t n) {
   A sum[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
-    for (int j = 0; j < kLanes; j++) sum[j] += w[i + j] < A(0) ? -w[i + j] : w[i + j];
-  for (int j = 0; i < n; i++, j++) sum[j] += w[i] < A(0) ? -w[i] : w[i];
+    for (int j = 0; j < kLanes; j++) sum[j] += widen(w[i + j]) < A(0) ? -widen(w[i + j]) : widen(w[i + j]);
+  for (int j = 0; i < n; i++, j++) sum[j] += widen(w[i]) < A(0) ? -widen(w[i]) : widen(w[i]);
   double total = 0;
   for (int j = 0; j < kLanes; j++) total += sum[j];
   return total;
