@@ -74,11 +74,13 @@ void truncate_into(const Widths& widths, const Targets& q) {
       const Row<A> r(widths, t, row);
       for (int64_t i = begin; i < end; i += kBlock) {
         const int64_t n = std::min(kBlock, end - i);
-        with_source<A>(list.data[t], list.type, i, n,
-                       [&](const auto* w) { code_loop(w, codes, n, r.p, widths.rule, widths.tanh); });
-        for (int64_t j = 0; j < widths.count; j++)
-          with_target<A>(q.data[widths.at(j, t)], q.type, i, n, q.streaming,
-                         [&](auto* y, bool streaming) { cut_loop(codes, y, streaming, n, r.width[j]); });
+        with_source<A>(list.data[t], list.type, i, n, [&](const auto* w) {
+          using In = std::remove_const_t<std::remove_pointer_t<decltype(w)>>;
+          code_loop(w, codes, n, r.p, widths.rule, widths.tanh);
+          for (int64_t j = 0; j < widths.count; j++)
+            with_target<A>(q.data[widths.at(j, t)], q.type, i, n, q.streaming,
+                           [&](auto* y, bool streaming) { cut_loop<In>(codes, y, streaming, n, r.width[j]); });
+        });
       }
     });
     end_streaming();

@@ -34,11 +34,12 @@ void code_loop(const In* w, A* c, int64_t n, const Quantizer<A>& p, Rule rule, b
   tanh ? code_loop<true>(w, c, n, p, rule) : code_loop<false>(w, c, n, p, rule);
 }
 
-template <class Out, class A>
+// In: of the weights that the codes come from.
+template <class In, class Out, class A>
 QUANTOPS_SIMD void cut_loop(const A* __restrict c, Out* __restrict q, bool streaming, int64_t n,
                             const Width<A>& width) {
   const Width<A> v = width;
-  map_lanes(q, streaming, n, [&](int64_t i, Out& y) QUANTOPS_LANES { narrow(odd_level(c[i], v) * v.step, y); });
+  map_lanes(q, streaming, n, [&](int64_t i, Out& y) QUANTOPS_LANES { narrow_from<In>(odd_level(c[i], v) * v.step, y); });
 }
 
 enum GradKind { kCovered, kInside, kTanhInside };
@@ -72,7 +73,7 @@ QUANTOPS_SIMD void grad_loop(const In* __restrict w, const G* const* g, In* __re
   map_lanes(out, streaming, n, [&](int64_t i, In& y) QUANTOPS_LANES {
     A total = ((widen(g0[i]) + widen(g1[i])) + widen(g2[i])) + widen(g3[i]);
     if constexpr (kKind != kCovered) total = grad_element<kKind>(widen(w[i]), total, p);
-    narrow(total, y);
+    narrow_from<G>(total, y);
   });
 }
 
