@@ -360,20 +360,24 @@ QUANTOPS_INLINE A outer_exponential(A exponent) {
   return exponent < outer_limit<A>() ? A(0) : outer;
 }
 
-// r T and r Q, as winner_factors wants them. kOuter: B may differ from 0.
+// r T and r Q, as winner_factors wants them. kOuter: B may differ from 0. kFar: theta, too; without it the same bits.
 template <class A>
 struct Slopes {
   A rt, rq;
 };
 
-template <bool kOuter, class A>
+template <bool kOuter, bool kFar, class A>
 QUANTOPS_INLINE Slopes<A> winner_of_one(A c, A z, A b, A outer, const OneInterval<A>& k) {
   const A inv = A(1) / ((A(1) + b) * (b + k.t)), square = b * b, g = k.ratio * (b * inv);
   const A t = with_sign_of(z, k.t - square) * inv, q = (k.square * (square + k.t) + k.linear * b) * inv;
   if (!kOuter) return {g * t, g * q};
+  const A side = c - k.middle, away = side < A(0) ? -side : side;
+  if (!kFar) {
+    const A whole = A(1) + outer, spread = (k.half_classes - away) * outer;
+    return {g * (t * whole + with_sign_of(side, outer)), g * (q * whole - spread * k.inv_open)};
+  }
   const A inv_outer = A(1) / (outer < least_outer<A>() ? least_outer<A>() : outer);
   const A far = k.theta * inv_outer, whole = (A(1) + k.theta) + (outer + far), twice = A(2) * k.theta;
-  const A side = c - k.middle, away = side < A(0) ? -side : side;
   const A spread = (k.half_classes - away) * ((outer + twice) + k.theta * far) +
                    (k.half_classes + away) * ((far + twice) + k.theta * outer);
   return {g * (t * whole + with_sign_of(side, outer - far)), g * (q * whole - spread * k.inv_open)};

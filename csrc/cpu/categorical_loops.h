@@ -15,7 +15,9 @@ constexpr int kMaxLevels = kMaxBits;
 template <class In, class Out, class A>
 QUANTOPS_SIMD void nearest_loop(const In* __restrict x, Out* __restrict q, bool streaming, int64_t n, const Bins<A>& bins) {
   const Bins<A> p = bins;
-  map_lanes(q, streaming, n, [&](int64_t i, Out& y) QUANTOPS_LANES { narrow(p.alpha * nearest_class(widen(x[i]), p), y); });
+  map_lanes(q, streaming, n, [&](int64_t i, Out& y) QUANTOPS_LANES {
+    narrow_from<In>(p.alpha * nearest_class(widen(x[i]), p), y);
+  });
 }
 
 // T_t and the top class of each level, kCount of them; those that are not there have a T_t of minus infinity.
@@ -187,11 +189,11 @@ struct OneLanes {
 };
 
 // kScales: sums for alpha and sigma are wanted.
-template <bool kOuter, bool kScales, class A>
+template <bool kOuter, bool kFar, bool kScales, class A>
 QUANTOPS_INLINE A winner_of_one_at(const OnePart<A>& w, int64_t i, A g, const OneInterval<A>& k, A beta, OneLanes<A>& s,
                                    int j) {
   const A c = w.at.c[i], z = w.at.z[i];
-  const Slopes<A> slopes = winner_of_one<kOuter>(c, z, w.inner[i], w.outer[i], k);
+  const Slopes<A> slopes = winner_of_one<kOuter, kFar>(c, z, w.inner[i], w.outer[i], k);
   const A u = g * c, t = u * slopes.rt;
   if (kScales) {
     s.u[j] += u;
@@ -202,15 +204,16 @@ QUANTOPS_INLINE A winner_of_one_at(const OnePart<A>& w, int64_t i, A g, const On
   return beta * t;
 }
 
-template <bool kOuter, bool kScales, class A>
+template <bool kOuter, bool kFar, bool kScales, class A>
 QUANTOPS_SIMD void winner_of_one_loop(const OnePart<A>& w, const A* __restrict g, A* __restrict out, int64_t n, A beta,
                                       const OneInterval<A>& interval, OneLanes<A>& sums) {
   const OneInterval<A> k = interval;
   OneLanes<A> s = sums;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
-    for (int j = 0; j < kLanes; j++) out[i + j] = winner_of_one_at<kOuter, kScales>(w, i + j, g[i + j], k, beta, s, j);
-  for (int j = 0; i < n; i++, j++) out[i] = winner_of_one_at<kOuter, kScales>(w, i, g[i], k, beta, s, j);
+    for (int j = 0; j < kLanes; j++)
+      out[i + j] = winner_of_one_at<kOuter, kFar, kScales>(w, i + j, g[i + j], k, beta, s, j);
+  for (int j = 0; i < n; i++, j++) out[i] = winner_of_one_at<kOuter, kFar, kScales>(w, i, g[i], k, beta, s, j);
   sums = s;
 }
 
@@ -226,9 +229,10 @@ void winner_of_one_block(const A* x, const A* g, A* out, int64_t size, const Bin
     inner_exponential_loop(w, n, p);
     if (outer) {
       outer_exponential_loop(w, n);
-      winner_of_one_loop<true, kScales>(w, g + i, out + i, n, p.beta, k, lanes);
+      if (k.theta > A(0)) winner_of_one_loop<true, true, kScales>(w, g + i, out + i, n, p.beta, k, lanes);
+      else winner_of_one_loop<true, false, kScales>(w, g + i, out + i, n, p.beta, k, lanes);
     } else {
-      winner_of_one_loop<false, kScales>(w, g + i, out + i, n, p.beta, k, lanes);
+      winner_of_one_loop<false, false, kScales>(w, g + i, out + i, n, p.beta, k, lanes);
     }
   }
   lanes.add_to(sums, p.beta);

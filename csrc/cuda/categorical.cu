@@ -330,7 +330,7 @@ struct WinnerOne : CategoricalBase {
   __device__ __forceinline__ O apply(X wide, G gx, State& s) const {
     const A x = widen(wide), g = static_cast<A>(widen(gx)), c = nearest_class(x, s.p), z = offset_of(x, c, s.p);
     const A inner = inner_exponential(inner_exponent(z, s.p)), outer = outer_exponential(outer_exponent(c, z, s.p, s.k));
-    const Slopes<A> slopes = winner_of_one<true>(c, z, inner, outer, s.k);
+    const Slopes<A> slopes = winner_of_one<true, true>(c, z, inner, outer, s.k);
     const A u = g * c, t = u * slopes.rt;
     if constexpr (kScales) s.sums.add(g, winner_factors(c, slopes.rt, slopes.rq, -z, s.p));
     return Narrow<O>::from(s.p.beta * t);
