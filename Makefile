@@ -5,7 +5,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc kernels quantops -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench gpu info clean
+.PHONY: demo test bench bench-all gpu info clean
 .NOTPARALLEL:
 
 # An installed torch >= 2.10 will do: PYTHON=... TORCH= VENV_FLAGS=--system-site-packages uses that of the system.
@@ -32,10 +32,16 @@ test: $(VENV)/.installed
 	QUANTOPS_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q \
 		$(foreach family,uniform truncate packing,tests/test_$(family).py) tests/test_errors.py
 
-# On a CPU; the JSON, report.md and plots go to bench/results/<device>/.
+# On a CPU, within 10 minutes; the JSON, report.md and plots go to bench/results/<device>/.
 bench: $(VENV)/.installed
-	$(PY) -m bench run
-	$(PY) -m bench steps
+	$(PY) -m bench run --workloads 1M,16M,resnet50
+	$(PY) -m bench steps --networks resnet20
+	$(PY) -m bench report
+
+# Every workload and network, in half an hour or more. What is there already is kept: interrupt and go on as you like.
+bench-all: $(VENV)/.installed
+	$(PY) -m bench run --resume
+	$(PY) -m bench steps --resume
 	$(PY) -m bench report
 
 # Everything that a GPU can prove, without a network: builds with the system's torch, tests, sanitizers, benchmarks.

@@ -1,0 +1,126 @@
+"""DDP and FSDP2 on two processes: gradients equal those of one process with the whole batch."""
+
+import copy
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from quantops import MSQConfig, TruncQuantConfig, add_penalty_grad_, joint_loss, penalty, quantize_, set_bits
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+PROCESSES, STRENGTH = 2, 0.1
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x).relu()).relu())
+
+
+def make(config):
+    torch.manual_seed(0)
+    return quantize_(Net(), config)
+
+
+def data(rank=None):
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(8, 16, generator=generator), torch.randint(0, 4, (8,), generator=generator)
+    return (x, y) if rank is None else (x.chunk(PROCESSES)[rank], y.chunk(PROCESSES)[rank])
+
+
+def cross_entropy(model, x, y):
+    F.cross_entropy(model(x), y).backward()
+
+
+def with_penalty(model, x, y):
+    (F.cross_entropy(model(x), y) + STRENGTH * penalty(model)).backward()
+
+
+def decoupled(model, x, y):
+    F.cross_entropy(model(x), y).backward()
+    add_penalty_grad_(model, STRENGTH)
+
+
+def joint(model, x, y):
+    joint_loss(model, lambda out: F.cross_entropy(out, y), x).loss.backward()
+
+
+def at_three_bits(model, x, y):
+    set_bits(model.module if isinstance(model, DistributedDataParallel) else model, 3)
+    cross_entropy(model, x, y)
+
+
+STEPS = {"plain": (MSQConfig, {"bits": 5}, cross_entropy),
+         "penalty": (MSQConfig, {"bits": 5}, with_penalty),
+         "decoupled": (MSQConfig, {"bits": 5, "penalty": "decoupled"}, decoupled),
+         "joint": (TruncQuantConfig, {"bits": (6, 3, 1)}, joint),
+         "one width": (TruncQuantConfig, {"bits": (6, 3, 1)}, at_three_bits)}
+
+
+def _ddp(rank, step, fuse):
+    kind, options, run = STEPS[step]
+    expected, model = (make(kind(fuse=fuse, **options)) for _ in range(2))
+    run(expected, *data())
+    wrapped = DistributedDataParallel(model)
+    for _ in range(2):  # the second finds the buckets rebuilt in the order of the gradients
+        wrapped.zero_grad()
+        run(wrapped, *data(rank))
+    for (name, p), q in zip(model.named_parameters(), expected.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, msg=lambda m: f"{name}: {m}")
+
+
+def _fsdp(rank, step, fuse):
+    kind, options, run = STEPS[step]
+    expected = make(kind(fuse=fuse, **options))
+    model = copy.deepcopy(expected)
+    run(expected, *data())
+    for layer in (model.a, model.b, model.c):
+        fully_shard(layer)
+    fully_shard(model)
+    for _ in range(2):
+        model.zero_grad()
+        run(model, *data(rank))
+    for (name, p), q in zip(model.named_parameters(), expected.parameters()):
+        torch.testing.assert_close(p.grad.full_tensor(), q.grad, msg=lambda m: f"{name}: {m}")
+
+
+def _process(rank, port, task):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=PROCESSES)
+    try:
+        task(rank)
+    finally:
+        dist.destroy_process_group()
+
+
+def run_on_all(task):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_process, (port, task), PROCESSES)
+
+
+def _all_ddp(rank):
+    for step in STEPS:
+        for fuse in ("model", "layer"):
+            _ddp(rank, step, fuse)
+
+
+def _all_fsdp(rank):
+    for step in ("plain", "one width"):
+        for fuse in ("model", "layer"):
+            _fsdp(rank, step, fuse)
+
+
+@pytest.mark.parametrize("task", [_all_ddp, _all_fsdp])
+def test_gradients_are_those_of_one_process(task):
+    run_on_all(task)
