@@ -153,12 +153,18 @@ def call_line(device):
         for name, result in device.ops.items())
 
 
-def steps_table(device):
-    """Training steps, as multiples of the unquantized one of their group."""
-    rows = [(name, r) for name, result in device.steps.items() for r in result["rows"]]
+def steps_tables(device):
+    """Training steps, as multiples of the unquantized one of their group: MSQ's, then TruncQuant's of all widths."""
+    return "\n\n".join(filter(None, (_steps_table(device, steps.BASE, steps.VARIANTS),
+                                     _steps_table(device, steps.JOINT_BASE, steps.JOINT))))
+
+
+def _steps_table(device, group, variants):
+    rows = [(name, r) for name, result in device.steps.items() for r in result["rows"]
+            if r["base"].partition(",")[0] == group]
     if not rows:
         return ""
-    labels = [v for v in steps.VARIANTS if v != steps.BASE]
+    labels = [v for v in variants if v != group]
     body = []
     for name, r in rows:
         shorter = {label.partition(",")[0]: v for label, v in r["ratio"].items()}
@@ -167,7 +173,7 @@ def steps_table(device):
         body.append([f"{r['network']}{compiled}", "x".join(map(str, r["input"])), r["dtype"], IMPLEMENTATIONS[name],
                      _time(base["median"]) if base else "",
                      *(f"{shorter[v]:.3f}x" if v in shorter else "" for v in labels)])
-    return _table(["network", "input", "arithmetic", "by", steps.BASE, *labels], body)
+    return _table(["network", "input", "arithmetic", "by", group, *labels], body)
 
 
 def absences(device):
@@ -200,7 +206,7 @@ def summary(device):
                   + (f"; {' / '.join(IMPLEMENTATIONS[n] for n in device.ops)}" if len(device.ops) > 1 else "")
                   + "; bold: misses the target):", share_table(device, promised=True), call_line(device)]
     if device.steps:
-        parts += ["Whole training steps, as multiples of the unquantized step of the same run:", steps_table(device)]
+        parts += ["Whole training steps, as multiples of the unquantized step of the same run:", steps_tables(device)]
     rows = [r for result in device.ops.values() for r in result["rows"]]
     if noisy(rows):
         parts.append(f"{len(noisy(rows))} of {len(rows)} rows are noisy: their slowest tenth took twice the fastest.")
@@ -300,7 +306,8 @@ def _draw_steps(device, figure):
     axis = figure.subplots()
     rows = [r for result in device.steps.values() for r in result["rows"]]
     labels = list(dict.fromkeys(label for r in rows for label in r["ratio"]))
-    _bars(axis, [f"{r['network']}{', compiled' * (',' in r['base'])}" for r in rows],
+    _bars(axis, [f"{r['network']}{', compiled' * (',' in r['base'])}{', all widths' * (r['base'] == steps.JOINT_BASE)}"
+                 for r in rows],
           {label: [r["ratio"].get(label) for r in rows] for label in labels})
     axis.axvline(1, color="0.3", lw=1)
     axis.set(title=f"time of a training step, unquantized = 1\n{device.machine['device']}", xlabel="multiple")

@@ -1,4 +1,6 @@
-"""Whole training steps: forward, loss, backward and optimizer, unquantized and with MSQ in every way there is.
+"""Whole training steps: forward, loss, backward and optimizer, unquantized and quantized in every way there is.
+
+Two groups: MSQ, and TruncQuant's step that trains several widths at once.
 
 All variants of a network train one and the same set of Parameters with one optimizer, so that they differ in the
 quantizer alone and large networks fit. A step is timed to its end on the device.
@@ -18,7 +20,8 @@ from bench import measure, models, store
 from quantops.reference import paper
 
 BITS, K, STRENGTH = 8, 1, 1e-4
-BASE = "unquantized"
+WIDTHS = (8, 4, 2, 1)
+BASE, JOINT_BASE = "unquantized", f"{len(WIDTHS)} unquantized passes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +65,12 @@ class _PaperMSQ(nn.Module):
 
 
 class Variant:
-    """One way to train: ``loss(x, y)`` is differentiated, then ``after()`` runs, then the optimizer."""
+    """One way to train: the loss is differentiated, then ``after()`` runs, then the optimizer.
 
-    compiles = False
+    compiles: its first step takes long. holds: what its loss keeps is what a step keeps.
+    """
+
+    compiles, holds = False, True
 
     def __init__(self, model):
         self.model = sharing(model)
@@ -74,6 +80,12 @@ class Variant:
 
     def outputs(self, x):
         return self.model(x)
+
+    def loss(self, training):
+        return training.task_loss(self.outputs(training.x))
+
+    def backward(self, training):
+        training.loss(self).backward()
 
     def after(self):
         pass
@@ -161,10 +173,69 @@ def _compiled(base):
     return Compiled
 
 
+class Passes(Variant):
+    """Float weights, a forward pass for each width."""
+
+    def loss(self, training):
+        return sum(training.task_loss(self.model(training.x)) for _ in WIDTHS)
+
+
+class JointLoss(Variant):
+    """quantops.joint_loss: one backward pass for all widths."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        quantops.quantize_(self.model, quantops.TruncQuantConfig(bits=WIDTHS, batch_norm=False))
+
+    def loss(self, training):
+        return quantops.joint_loss(self.model, training.task_loss, training.x).loss
+
+
+class JointStep(JointLoss):
+    """quantops.joint_step: a backward pass after each forward pass, and the weights' once."""
+
+    holds = False
+
+    def backward(self, training):
+        with training.autocast():
+            quantops.joint_step(self.model, training.task_loss, training.x)
+
+
+class EagerWidths(Variant):
+    """The chain of eager ops, width by width and layer by layer."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.weights = {f"{name}.weight": m.weight for name, m in quantized_layers(self.model).items()}
+
+    def each_width(self):
+        return ([paper.truncate(w, m) for w in self.weights.values()] for m in WIDTHS)
+
+    def loss(self, training):
+        return sum(training.task_loss(torch.func.functional_call(self.model, dict(zip(self.weights, q)), (training.x,)))
+                   for q in self.each_width())
+
+
+class CompiledWidths(EagerWidths):
+    """The same chain for the whole list of weights and all widths in one graph of torch.compile, the network itself eager."""
+
+    compiles = True
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.call = torch.compile(lambda w: [[paper.truncate(t, m) for t in w] for m in WIDTHS])
+
+    def each_width(self):
+        return self.call(list(self.weights.values()))
+
+
 VARIANTS = {BASE: Unquantized, "quantops": Fused, "quantops decoupled": Decoupled, "eager chain": Eager,
             "compiled chain": CompiledList}
 COMPILED_MODELS = {f"{BASE}, compiled model": _compiled(Unquantized), "quantops, compiled model": _compiled(Fused),
                    "eager chain, compiled model": _compiled(Eager)}
+
+JOINT = {JOINT_BASE: Passes, "quantops joint_step": JointStep, "quantops joint_loss": JointLoss,
+         "eager chain": EagerWidths, "compiled chain": CompiledWidths}
 
 
 class Training:
@@ -185,18 +256,25 @@ class Training:
             self.x = self.x.to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-5, momentum=0.9)
 
+    def autocast(self):
+        """The arithmetic of the networks: bfloat16 on a GPU."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda)
+
+    def task_loss(self, out):
+        """The loss without a penalty."""
+        return F.cross_entropy(out.float(), self.y) if self.images else F.mse_loss(out.float(), self.y)
+
     def loss(self, variant):
         """The task's loss and, where it is a term of it, the penalty."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda):
-            out = variant.outputs(self.x)
-            loss = F.cross_entropy(out.float(), self.y) if self.images else F.mse_loss(out.float(), self.y)
+        with self.autocast():
+            loss = variant.loss(self)
         penalty = variant.penalty()
         return loss if penalty is None else loss + STRENGTH * penalty
 
     def step(self, variant):
         """One step of training."""
         self.optimizer.zero_grad()
-        self.loss(variant).backward()
+        variant.backward(self)
         variant.after()
         self.optimizer.step()
 
@@ -239,13 +317,14 @@ def measure_network(name, device, kinds, compile_seconds, budget):
             continue
         variants[label] = variant
         compiled[label] = {"first_step": seconds}
-    if {"quantops", "eager chain"} <= variants.keys():
-        check(training, variants["quantops"], variants["eager chain"])
+    ours = [label for label in variants if label.startswith("quantops") and variants[label].holds]
+    if ours and "eager chain" in variants:
+        check(training, variants[ours[0]], variants["eager chain"])
     first = next(iter(kinds))
     calls = {label: (lambda v=v: measure.seconds_of(lambda: training.step(v), device)) for label, v in variants.items()}
     times = measure.interleave(calls, budget, least=7, most=60)
     peaks = {label: measure.peak_bytes(lambda v=v: training.step(v), device) for label, v in variants.items()}
-    saved = {label: saved_bytes(training, v) for label, v in variants.items() if not v.compiles}
+    saved = {label: saved_bytes(training, v) for label, v in variants.items() if v.holds and not v.compiles}
     weights = [m.weight for m in quantized_layers(training.model).values()]
     row = {"network": name, "input": list(training.size), "dtype": "bfloat16 autocast" if training.cuda else "float32",
            "weights": sum(w.numel() for w in weights), "tensors": len(weights), "base": first,
@@ -276,7 +355,7 @@ def steps(args):
         if name not in NETWORKS:
             raise SystemExit(f"bench: expected networks of {', '.join(NETWORKS)}, got {name!r}")
         whole = args.compiled_models or (cuda and name in CUDA_COMPILED_MODELS)
-        for kinds in (VARIANTS, COMPILED_MODELS) if whole else (VARIANTS,):
+        for kinds in (VARIANTS, JOINT, COMPILED_MODELS) if whole else (VARIANTS, JOINT):
             if (name, next(iter(kinds))) in done:
                 continue
             if result.time_is_up():

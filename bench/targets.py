@@ -84,7 +84,7 @@ def of_steps(result):
     figures = []
     for row in result["rows"]:
         ours = [v for label, v in row["ratio"].items() if label.startswith(OURS)]
-        if row["network"] in LISTS and ours:
+        if row["network"] in LISTS and ours and row["base"].startswith("unquantized"):
             figures.append((min(ours), f"{row['network']}, against {row['base']}"))
     return _verdict(f"a step, penalty in the loss or decoupled, takes {STEP}x of the unquantized one or less", figures,
                     lambda v: v > STEP, max)

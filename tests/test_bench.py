@@ -233,9 +233,29 @@ def test_the_transformer_list():
     assert sum(torch.Size(s).numel() for s in shapes.LISTS["transformer_1b"]) > 1e9
 
 
-def test_all_ways_to_train_are_one_training(monkeypatch, tmp_path):
+@pytest.fixture
+def small_network(monkeypatch):
     small = steps.Network(lambda: models.Blocks(128, 1, 256), (1, 8, 128), (1, 8, 128), images=False)
     monkeypatch.setitem(steps.NETWORKS, "small", small)
+
+
+def test_all_ways_to_train_several_widths_are_one_training(small_network):
+    training, grads = steps.Training("small", "cpu"), []
+    for label in ("quantops joint_loss", "quantops joint_step"):
+        training.optimizer.zero_grad()
+        steps.JOINT[label](training.model).backward(training)
+        grads.append([p.grad.clone() for p in training.model.parameters()])
+    for (name, _), a, b in zip(training.model.named_parameters(), *grads):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=lambda text: f"{name}: {text}")
+    # The chain has the same forward pass, which is checked below; its slope is 2^m / (2^m - 1) where ours is 1.
+    kinds = {k: v for k, v in steps.JOINT.items() if not v.compiles}
+    row = steps.measure_network("small", "cpu", kinds, 60, 0.01)
+    assert row["ratio"][steps.JOINT_BASE] == 1 and row["ratio"].keys() == kinds.keys() and not row["absent"]
+    assert "quantops joint_step" not in row["saved_bytes"]
+    assert row["saved_bytes"]["eager chain"] > row["saved_bytes"]["quantops joint_loss"]
+
+
+def test_all_ways_to_train_are_one_training(small_network):
     training, grads = steps.Training("small", "cpu"), {}
     for label in ("quantops", "quantops decoupled", "eager chain"):
         variant = steps.VARIANTS[label](training.model)
