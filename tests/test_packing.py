@@ -103,6 +103,16 @@ def test_lists_of_many_widths_with_empties(layout):
     assert equal(Q.foreach.unpack(packed), codes)
 
 
+@pytest.mark.skipif(not EXHAUSTIVE, reason="too large for the interpreter")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bits", [3, 8, 13])
+def test_results_larger_than_the_caches_go_past_them(bits, layout):
+    codes = [random_codes(bits, (n,)) for n in (4_300_001, 7, 333_333)]
+    packed = Q.foreach.pack(codes, bits, layout=layout)
+    assert equal(Q.foreach.unpack(packed), codes)
+    assert equal(Q.foreach.unpack(packed, 2), [c >> (bits - 2) for c in codes])
+
+
 def rows_of(shape, per_row):
     return shape[0] if per_row and shape else 1
 
@@ -237,7 +247,7 @@ extern "C" {
     return detail::pack_planes_##set(c, count, n, d, s, *seen);                                                \
   }                                                                                                            \
   int64_t unpack_##set(const uint8_t* d, int64_t s, int64_t count, int m, int32_t* c) {                        \
-    return detail::unpack_planes_##set(d, s, count, m, c);                                                     \
+    return detail::unpack_planes_##set(d, s, count, m, c, false);                                              \
   }
 LOOPS(avx512)
 LOOPS(avx2)

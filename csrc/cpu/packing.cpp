@@ -104,15 +104,16 @@ struct PackedList : PackedShapes {
   }
 
   // Codes [i, i + n) of tensor t, at most kBlock of them, where i begins an octet.
-  void read(int64_t t, int64_t i, int64_t n, int32_t* codes) const {
+  void read(int64_t t, int64_t i, int64_t n, int32_t* codes, bool streaming = false) const {
+    streaming = streaming && reinterpret_cast<intptr_t>(codes) % 64 == 0;
     if (layout == kDense) {
       const int64_t at = i / 8 * stored[t], bytes = (numel[t] * stored[t] + 7) / 8;
-      return unpack_dense_loop(data[t] + at, bytes - at, n, int(stored[t]), m[t], codes);
+      return unpack_dense_loop(data[t] + at, bytes - at, n, int(stored[t]), m[t], codes, streaming);
     }
     alignas(64) uint8_t rows[kMaxBits * kRow];
     const uint8_t* from = data[t] + i / 8;
     for (int j = 0; j < m[t]; j++, from += plane_bytes(numel[t])) copy(rows + j * kRow, from, octets_of(n));
-    unpack_planes_loop(rows, kRow, n, m[t], codes);
+    unpack_planes_loop(rows, kRow, n, m[t], codes, streaming);
   }
 };
 
@@ -124,12 +125,8 @@ Tensors unpack(Tensors data, std::vector<int64_t> sizes, std::vector<int64_t> di
   for_chunks(list.chunks, [&](int64_t chunk) {
     const auto [t, begin, end] = list.chunks[chunk];
     int32_t* codes = static_cast<int32_t*>(out[t].data_ptr());
-    alignas(64) int32_t buffer[kBlock];
-    for (int64_t i = begin; i < end; i += kBlock) {
-      const int64_t n = std::min(kBlock, end - i);
-      list.read(t, i, n, streaming ? buffer : codes + i);
-      if (streaming) stream(codes + i, buffer, 4 * n);
-    }
+    for (int64_t i = begin; i < end; i += kBlock)
+      list.read(t, i, std::min(kBlock, end - i), codes + i, streaming);
     end_streaming();
   });
   return out;

@@ -18,7 +18,8 @@ namespace quantops {
 namespace detail {
 
 // Each function below returns how many codes it did, from the first: those that fill its registers. Planes are `stride`
-// bytes apart, the most significant first. `seen` collects the bits of all codes.
+// bytes apart, the most significant first. `seen` collects the bits of all codes. Streamed codes begin at a multiple of
+// 64 bytes.
 #if defined(__x86_64__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"  // of GCC 12's own headers (its bug 105593)
@@ -72,7 +73,7 @@ __attribute__((target("avx512f,avx512bw"))) inline int64_t pack_planes_avx512(
 }
 
 __attribute__((target("avx512f,avx512bw"))) inline int64_t unpack_planes_avx512(
-    const uint8_t* data, int64_t stride, int64_t count, int m, int32_t* codes) {
+    const uint8_t* data, int64_t stride, int64_t count, int m, int32_t* codes, bool streaming) {
   const __m512i minus_one = _mm512_set1_epi8(-1);
   int64_t i = 0;
   for (; i + 64 <= count; i += 64) {
@@ -96,10 +97,16 @@ __attribute__((target("avx512f,avx512bw"))) inline int64_t unpack_planes_avx512(
         const __m512i h = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(high + j)));
         c = _mm512_or_si512(c, _mm512_slli_epi32(h, 8));
       }
-      _mm512_storeu_si512(codes + i + j, c);
+      if (streaming) _mm512_stream_si512(reinterpret_cast<__m512i*>(codes + i + j), c);
+      else _mm512_storeu_si512(codes + i + j, c);
     }
   }
   return i;
+}
+
+__attribute__((target("avx2"), always_inline)) inline void store(int32_t* codes, __m256i c, bool streaming) {
+  if (streaming) _mm256_stream_si256(reinterpret_cast<__m256i*>(codes), c);
+  else _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), c);
 }
 
 // The low bytes of 32 codes, in order.
@@ -143,7 +150,7 @@ __attribute__((target("avx2"))) inline int64_t pack_planes_avx2(const int32_t* c
 }
 
 __attribute__((target("avx2"))) inline int64_t unpack_planes_avx2(const uint8_t* data, int64_t stride, int64_t count,
-                                                                  int m, int32_t* codes) {
+                                                                  int m, int32_t* codes, bool streaming) {
   const __m256i spread = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
   const __m256i select = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
   int64_t i = 0;
@@ -168,7 +175,7 @@ __attribute__((target("avx2"))) inline int64_t unpack_planes_avx2(const uint8_t*
         const __m256i h = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(high + j)));
         c = _mm256_or_si256(c, _mm256_slli_epi32(h, 8));
       }
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i + j), c);
+      store(codes + i + j, c, streaming);
     }
   }
   return i;
@@ -177,7 +184,7 @@ __attribute__((target("avx2"))) inline int64_t unpack_planes_avx2(const uint8_t*
 // Each lane takes the four bytes in which its code begins, and shifts and masks it out of them: a code of up to 16 bits
 // ends in the third of them at the latest.
 __attribute__((target("avx2"))) inline int64_t unpack_dense_avx2(const uint8_t* data, int64_t bytes, int64_t count,
-                                                                 int n, int m, int32_t* codes) {
+                                                                 int n, int m, int32_t* codes, bool streaming) {
   alignas(32) uint8_t bytes_of[kOctet][4];
   alignas(32) int32_t shift_of[kOctet];
   for (int i = 0; i < kOctet; i++) {
@@ -191,7 +198,7 @@ __attribute__((target("avx2"))) inline int64_t unpack_dense_avx2(const uint8_t* 
   for (int64_t at = 0; i + kOctet <= count && at + 16 <= bytes; i += kOctet, at += n) {
     const __m256i octet = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data + at)));
     const __m256i c = _mm256_srlv_epi32(_mm256_shuffle_epi8(octet, taken), shift);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), _mm256_and_si256(c, mask));
+    store(codes + i, _mm256_and_si256(c, mask), streaming);
   }
   return i;
 }
@@ -228,11 +235,12 @@ inline uint32_t pack_planes_loop(const int32_t* codes, int64_t count, int n, uin
 }
 
 // The first m planes as codes of m bits.
-inline void unpack_planes_loop(const uint8_t* data, int64_t stride, int64_t count, int m, int32_t* codes) {
+inline void unpack_planes_loop(const uint8_t* data, int64_t stride, int64_t count, int m, int32_t* codes,
+                               bool streaming) {
   int64_t i = 0;
 #if defined(__x86_64__)
-  if (detail::has_avx512()) i = detail::unpack_planes_avx512(data, stride, count, m, codes);
-  else if (detail::has_avx2()) i = detail::unpack_planes_avx2(data, stride, count, m, codes);
+  if (detail::has_avx512()) i = detail::unpack_planes_avx512(data, stride, count, m, codes, streaming);
+  else if (detail::has_avx2()) i = detail::unpack_planes_avx2(data, stride, count, m, codes, streaming);
 #endif
   for (; i < count; i += kOctet) {
     Bytes b = {0, 0};
@@ -300,10 +308,11 @@ inline uint32_t pack_dense_loop(const int32_t* codes, int64_t count, int n, uint
 }
 
 // The m most significant of n bits of each code. From `data` on, `bytes` can be read.
-inline void unpack_dense_loop(const uint8_t* data, int64_t bytes, int64_t count, int n, int m, int32_t* codes) {
+inline void unpack_dense_loop(const uint8_t* data, int64_t bytes, int64_t count, int n, int m, int32_t* codes,
+                              bool streaming) {
   int64_t i = 0;
 #if defined(__x86_64__)
-  if (detail::has_avx2()) i = detail::unpack_dense_avx2(data, bytes, count, n, m, codes);
+  if (detail::has_avx2()) i = detail::unpack_dense_avx2(data, bytes, count, n, m, codes, streaming);
 #endif
   for (; i < count; i += kOctet) {
     const int64_t at = i / kOctet * n;
