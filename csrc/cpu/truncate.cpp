@@ -169,7 +169,9 @@ void backward_into(const Widths& widths, const Gradients& g, bool covered, const
                 if (covered) grad_loop<kCovered>(w, gradients, y, streaming, n, r.p);
                 else if (widths.tanh) grad_loop<kTanhInside>(w, gradients, y, streaming, n, r.p);
                 else grad_loop<kInside>(w, gradients, y, streaming, n, r.p);
-              }  // the result always has the dtype of w
+              } else {
+                __builtin_unreachable();  // the result always has the dtype of w
+              }
             });
           };
           with_source<A>(list.data[t], list.type, i, n, write);

@@ -283,7 +283,9 @@ void backward_into(const List& list, const Tensors& grad, const A* penalty, bool
             if constexpr (std::is_same_v<decltype(*w), std::add_const_t<std::remove_reference_t<decltype(*y)>>&>) {
               if (penalty) grad_penalty_loop(w, g, y, streaming, n, p, penalty[t]);
               else grad_loop(w, g, y, streaming, n, p);
-            }  // the result always has the dtype of w
+            } else {
+              __builtin_unreachable();  // the result always has the dtype of w
+            }
           });
           if (!grad_scale.empty()) sum += scale_grad_loop(w, g, n, p);
         };
