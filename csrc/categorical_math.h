@@ -111,9 +111,10 @@ struct Levels {
   bool is_signed, valid;
 };
 
+// gate_count: -1 without gates.
 template <class A>
 QUANTOPS_INLINE Levels make_levels(const A* gates, int64_t gate_count, int64_t bits, int most_bits, bool is_signed) {
-  Levels l{1, 0, 0, is_signed, bits >= 0 && bits <= most_bits && (!gates || gate_count == bits)};
+  Levels l{1, 0, 0, is_signed, bits >= 0 && bits <= most_bits && (gate_count < 0 || gate_count == bits)};
   if (l.valid && gates)
     for (int i = 0; i < bits; ++i) l.valid = l.valid && gates[i] >= A(0) && gates[i] <= A(1);
   if (!l.valid || bits == 0) return l;
@@ -268,7 +269,13 @@ struct Mirrored {
   A value, c, below;
 };
 
-// `lowest`: 0 unsigned, where x counts as at least 0, else the lowest number.
+// Where x begins to count: at 0 without classes below.
+template <class A>
+QUANTOPS_INLINE A lowest_value(const Bins<A>& p) {
+  return p.low < A(0) ? std::numeric_limits<A>::lowest() : A(0);
+}
+
+// `lowest`: lowest_value(p).
 template <class A>
 QUANTOPS_INLINE Mirrored<A> mirror(A x, const Bins<A>& p, A lowest) {
   const A v = at_least(x * p.inv_alpha, lowest), size = v < A(0) ? -v : v, below = v < A(0) ? A(1) : A(0);

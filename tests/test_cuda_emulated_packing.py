@@ -1,39 +1,21 @@
-"""The CUDA kernels of family ``packing`` equal the reference, bit for bit: see test_cuda_emulated.py for the how.
-
-This file is also the program that loads the library built from csrc/cuda/packing.cu and runs the checks.
-"""
+"""The CUDA kernels of family ``packing`` equal the reference, bit for bit: see emulation.py for the how."""
 
 import itertools
-import json
-import os
-import subprocess
 import sys
-import traceback
 
 import pytest
-from test_cuda_emulated import ROOT, _exact, build
+from emulation import Program, exact, raises
 
-CHECKS = {}
 LAYOUTS = ("planes", "dense")
 LENGTHS = (0, 1, 7, 8, 9, 63, 64, 65, 127, 128, 129, 1023, 1024, 1025, 2047, 3000, 70_007)
 ROWS = [1, 1, 7, 4, 3, 7, 16, 5, 127, 2, 43, 33, 8, 205, 23, 1000, 511]  # of these lengths, which they divide
 
-
-def check(fn):
-    CHECKS[fn.__name__] = fn
-    return fn
+program = Program(__file__, "packing")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    library = build(tmp_path_factory.mktemp("cuda_on_cpu"), "packing")
-    env = {**os.environ, "QUANTOPS_BACKEND": "reference", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    out = subprocess.run([sys.executable, __file__, str(library)], env=env, cwd=library.parent, text=True,
-                         capture_output=True, timeout=600)
-    try:
-        return json.loads(out.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        pytest.fail(f"the emulation died with status {out.returncode}:\n{out.stdout}\n{out.stderr}")
+    return program.results(tmp_path_factory.mktemp("cuda_on_cpu"))
 
 
 def _codes(n, lengths=LENGTHS):
@@ -48,7 +30,7 @@ def _int32(values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-@check
+@program.check
 def every_width_and_length():
     import torch
 
@@ -58,15 +40,15 @@ def every_width_and_length():
         codes = _codes(n)
         data = ops.pack(codes, [n] * len(codes), which)
         for c, d in zip(codes, data):
-            _exact(d, reference.pack(c, n, layout=layout), f"pack {layout} n={n} length {len(c)}")
+            exact(d, reference.pack(c, n, layout=layout), f"pack {layout} n={n} length {len(c)}")
         shared = data, [len(c) for c in codes], [1] * len(codes), [n] * len(codes)
         for m in range(n + 1):
             got = ops.unpack(*shared, _int32([m] * len(codes)), which)
             for c, u in zip(codes, got):
-                _exact(u, c >> (n - m), f"unpack {layout} n={n} m={m} length {len(c)}")
+                exact(u, c >> (n - m), f"unpack {layout} n={n} m={m} length {len(c)}")
 
 
-@check
+@program.check
 def values_of_every_dtype_and_scale():
     import torch
 
@@ -87,10 +69,10 @@ def values_of_every_dtype_and_scale():
             for i, c in enumerate(codes):
                 want = reference.decode(c >> (n - m[i]), scale[i], m[i], grid="full" if full else "dyadic",
                                         signed=signed, dtype=dtype)
-                _exact(q[i], want, f"{layout} n={n} m={m[i]} {dtype} full={full} signed={signed} codes[{i}]")
+                exact(q[i], want, f"{layout} n={n} m={m[i]} {dtype} full={full} signed={signed} codes[{i}]")
 
 
-@check
+@program.check
 def unaligned_and_many():
     """Codes and data that do not begin at 16 bytes go element by element; a list of more than one table."""
     import torch
@@ -103,19 +85,19 @@ def unaligned_and_many():
         shifted = [torch.cat([torch.zeros(3, dtype=torch.uint8), d.view(-1)])[3:].view(d.shape) for d in data]
         m = _int32([n, n - 1, n, 2])
         for i, u in enumerate(ops.unpack(shifted, [len(c) for c in codes], [1] * 4, [n] * 4, m, which)):
-            _exact(data[i], reference.pack(codes[i], n, layout=layout), "packed from odd addresses")
-            _exact(u, codes[i] >> (n - int(m[i])), "unpacked from odd addresses")
+            exact(data[i], reference.pack(codes[i], n, layout=layout), "packed from odd addresses")
+            exact(u, codes[i] >> (n - int(m[i])), "unpacked from odd addresses")
     for count in (60, 61, 500, 503):
         codes = _codes(5, [(i * 7) % 40 for i in range(count)])
         bits = [5 + i % 12 for i in range(count)]
         data = ops.pack(codes, bits, 0)
         got = ops.unpack(data, [len(c) for c in codes], [1] * count, bits, _int32(bits), 0)
         for i, c in enumerate(codes):
-            _exact(data[i], reference.pack(c, bits[i]), f"pack {i} of {count}")
-            _exact(got[i], c, f"unpack {i} of {count}")
+            exact(data[i], reference.pack(c, bits[i]), f"pack {i} of {count}")
+            exact(got[i], c, f"unpack {i} of {count}")
 
 
-@check
+@program.check
 def reading_m_planes_touches_no_other():
     """The planes behind them cannot be read: this process would be killed."""
     import ctypes
@@ -130,11 +112,11 @@ def reading_m_planes_touches_no_other():
     for m in (3, 1, 0):
         assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(data.data_ptr() + m * page), (4 - m) * page, 0) == 0
         shared = [data], [8 * page], [1], [4]
-        _exact(ops.unpack(*shared, _int32([m]), 0)[0], codes >> (4 - m), f"{m} planes")
+        exact(ops.unpack(*shared, _int32([m]), 0)[0], codes >> (4 - m), f"{m} planes")
         ops.decode_packed(*shared, [torch.ones(())], _int32([m]), 0, True, True, torch.bfloat16)
 
 
-@check
+@program.check
 def values_out_of_range():
     """Of a code the low bits; bits out of range give INVALID, or NaN, for that tensor and for no other."""
     import torch
@@ -143,7 +125,7 @@ def values_out_of_range():
     ops = torch.ops.quantops
     bad = _int32([-1, 16, 2**16, 2**31 - 1, -(2**31), 5])
     for (which, layout), n in itertools.product(enumerate(LAYOUTS), (1, 4, 8, 15, 16)):
-        _exact(ops.pack([bad], [n], which)[0], reference.pack(bad & (2**n - 1), n, layout=layout), f"{layout} {n}")
+        exact(ops.pack([bad], [n], which)[0], reference.pack(bad & (2**n - 1), n, layout=layout), f"{layout} {n}")
         codes = _codes(n, (1100,) * 5)
         data, m = ops.pack(codes, [n] * 5, which), _int32([n, n + 1, -1, 2**31 - 1, 0])
         u = ops.unpack(data, [1100] * 5, [1] * 5, [n] * 5, m, which)
@@ -152,8 +134,8 @@ def values_out_of_range():
         for i in range(5):
             valid = 0 <= m[i] <= n
             want = codes[i] >> (n - int(m[i])) if valid else torch.full_like(codes[i], reference.uniform.INVALID)
-            _exact(u[i], want, f"unpack {m[i]} of {n} bits")
-            _exact(q[i], reference.decode(want, scale[i], m[i].clamp(0, 16), grid="full"), f"decode {m[i]} of {n} bits")
+            exact(u[i], want, f"unpack {m[i]} of {n} bits")
+            exact(q[i], reference.decode(want, scale[i], m[i].clamp(0, 16), grid="full"), f"decode {m[i]} of {n} bits")
     nan = float("nan")
     for s in (nan, -1.0, float("inf")):
         scale = [torch.tensor([1.0, s])]
@@ -162,7 +144,7 @@ def values_out_of_range():
         assert q[1].isnan().all() and not q[0].isnan().any()
 
 
-@check
+@program.check
 def errors():
     import torch
 
@@ -173,7 +155,7 @@ def errors():
     def decode(d, scale, dtype):
         return ops.decode_packed(d, [40], [1], [4], [scale], m, 0, False, True, dtype)
 
-    for text, call in {
+    raises({
         "codes: expected dtype int32, got int64": lambda: ops.pack([c[0].long()], [4], 0),
         "bits: expected 0..16, got 17": lambda: ops.pack(c, [17], 0),
         "bits: expected one entry per weight (1), got 2": lambda: ops.pack(c, [4, 4], 0),
@@ -194,41 +176,14 @@ def errors():
         "scale: expected one element or one per row (40), got shape (3,)": lambda: decode(d, torch.ones(3), f32),
         "scale: expected dtype float32, float64, got float16": lambda: decode(d, torch.ones(()).half(), f32),
         "dtype: expected float32": lambda: decode(d, torch.ones(()), torch.int8),
-    }.items():
-        try:
-            call()
-        except ValueError as error:
-            assert text in str(error), f"expected {text!r} in {str(error)!r}"
-        else:
-            raise AssertionError(f"no error, expected {text!r}")
-
-
-def main(library):
-    import torch
-
-    import quantops  # noqa: F401  the schemas
-
-    torch.ops.load_library(library)
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN, integers with their largest value
-    assert torch.empty(5).isnan().all()
-    found = {}
-    with torch.inference_mode():
-        for name, fn in CHECKS.items():
-            torch.manual_seed(0)
-            try:
-                fn()
-                found[name] = None
-            except Exception:
-                found[name] = traceback.format_exc()
-    print(json.dumps(found))
+    })
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    program.main(*sys.argv[1:])
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", program.checks)
 def test_emulated(results, name):
     """Each check of the child process."""
     if results[name]:

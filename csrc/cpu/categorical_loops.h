@@ -42,7 +42,7 @@ QUANTOPS_SIMD void bounded_loop(const A* __restrict x, A* __restrict j, int64_t 
 
 template <class A>
 void bounded_loop(const A* x, A* j, int64_t n, const Bins<A>& p, const Bounds<A>& b, const Levels& levels) {
-  const A lowest = levels.is_signed ? std::numeric_limits<A>::lowest() : A(0);
+  const A lowest = lowest_value(p);
   if (levels.count <= 4) bounded_loop<3>(x, j, n, p, b, lowest);
   else if (levels.count <= 8) bounded_loop<7>(x, j, n, p, b, lowest);
   else bounded_loop<15>(x, j, n, p, b, lowest);

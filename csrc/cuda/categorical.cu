@@ -19,7 +19,7 @@ struct CategoricalEntry : Entry {
   void* bounds;       // kMaxLevels per scale, or null
   void* sigma_result;
   void* gates_result;
-  int64_t gate_count;
+  int64_t gate_count;  // -1 without
   int64_t first;      // the place of element 0 in the list
 };
 
@@ -67,7 +67,7 @@ struct Nearest : CategoricalBase {
 
 // T_t of every scale, for the kernels that choose with gates: one thread per scale.
 template <class A, int N>
-__global__ void __launch_bounds__(64)
+__global__ void __launch_bounds__(64, 1)
     bounds_kernel(const __grid_constant__ Table<N, CategoricalEntry> table, const __grid_constant__ Source source) {
   const CategoricalEntry& e = table.entry[blockIdx.y];
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -96,7 +96,7 @@ struct Bounded : CategoricalBase {
   __device__ __forceinline__ State begin(const E& e, int64_t row, int which) const {
     State s;
     s.p = source.bins<A>(e, row, source.levels<A>(e, which));
-    s.lowest = source.is_signed ? std::numeric_limits<A>::lowest() : A(0);
+    s.lowest = lowest_value(s.p);
     const A* bound = static_cast<const A*>(e.bounds) + row * kMaxLevels;
 #pragma unroll
     for (int t = 0; t < kCount; ++t) {
@@ -133,6 +133,16 @@ struct LevelTable {
     __syncwarp();
   }
 };
+
+// T_t of a scale.
+template <class A>
+__device__ __forceinline__ const A* bounds_of(const CategoricalEntry& e, int64_t row) {
+  __shared__ A shared[kWarpsPerBlock][kMaxLevels];
+  A* mine = shared[warp_index()];
+  if (lane_index() < kMaxLevels) mine[lane_index()] = static_cast<const A*>(e.bounds)[row * kMaxLevels + lane_index()];
+  __syncwarp();
+  return mine;
+}
 
 // exp(-beta n) of a scale, and G by level.
 template <class A>
@@ -184,6 +194,7 @@ __device__ __forceinline__ A draw(const LevelTable<A>& table, A c, A z, uint64_t
 template <class W, class Out>
 struct Sample : CategoricalBase {
   static constexpr bool kIndexed = true;
+  static constexpr bool kRolled = true;
   static constexpr int kBytesInFlight = 16;
   using X = W;
   using G = None;
@@ -226,6 +237,7 @@ __device__ __forceinline__ SoftSums<A> soft_sums(A c, A y, A w, const SoftTable<
 
 template <class W, class Out>
 struct SoftValue : CategoricalBase {
+  static constexpr bool kRolled = true;
   static constexpr int kBytesInFlight = 16;
   using X = W;
   using G = None;
@@ -280,28 +292,28 @@ struct ScaleSums {
   }
 };
 
-// A thread's sums for the gates, in shared memory, since the levels are counted at run time.
-template <class A, bool kGates>
+// A thread's sums for the gates of kCount levels, in shared memory, since the levels are counted at run time.
+template <class A, int kCount>
 struct GateSums {
   A* sum;
 
   __device__ __forceinline__ GateSums() {
-    __shared__ A shared[kMaxLevels][kThreads];
+    __shared__ A shared[kCount][kThreads];
     sum = &shared[0][threadIdx.x];
-    for (int t = 0; t < kMaxLevels; ++t) sum[t * kThreads] = A(0);
+    for (int t = 0; t < kCount; ++t) sum[t * kThreads] = A(0);
   }
   __device__ __forceinline__ void add(int t, A v) const { sum[t * kThreads] += v; }
   template <class P>
   __device__ __forceinline__ void write(P* partial, int64_t item, int lane) const {
 #pragma unroll 1
-    for (int t = 1; t < kMaxLevels; ++t) {
+    for (int t = 1; t < kCount; ++t) {
       const double total = warp_reduce<Add>(static_cast<double>(sum[t * kThreads]));
       if (lane == 0) partial[item].gate[t] = total;
     }
   }
 };
 template <class A>
-struct GateSums<A, false> {
+struct GateSums<A, 0> {
   __device__ __forceinline__ void add(int, A) const {}
   template <class P>
   __device__ __forceinline__ void write(P*, int64_t, int) const {}
@@ -344,6 +356,7 @@ struct WinnerOne : CategoricalBase {
 template <class W, class Grad, bool kGates>
 struct WinnerMany : CategoricalBase {
   static constexpr bool kIndexed = true;
+  static constexpr bool kRolled = true;
   static constexpr int kBytesInFlight = 16;
   using X = W;
   using G = Grad;
@@ -353,11 +366,11 @@ struct WinnerMany : CategoricalBase {
     Bins<A> p;
     LevelTable<A> table;
     A sharp, lowest;
-    const A* bound;
+    const A* bound;  // where a class is hard
     uint64_t seed, first;
     int64_t index;
     ScaleSums sums;
-    GateSums<A, kGates> gates;
+    GateSums<A, kGates ? kMaxLevels : 0> gates;
   };
   Source source;
   bool sample;
@@ -367,8 +380,8 @@ struct WinnerMany : CategoricalBase {
     const Levels l = source.levels<A>(e, which);
     const Bins<A> p = source.bins<A>(e, row, l);
     return {p, LevelTable<A>(e, l, p.beta), static_cast<A>(one_minus_exp(static_cast<double>(p.beta))),
-            source.is_signed ? std::numeric_limits<A>::lowest() : A(0),
-            e.bounds ? static_cast<const A*>(e.bounds) + row * kMaxLevels : nullptr,
+            lowest_value(p),
+            sample ? nullptr : bounds_of<A>(e, row),
             sample ? static_cast<uint64_t>(*source.seed) : 0, static_cast<uint64_t>(e.first), 0, {0.0, 0.0}, {}};
   }
 
@@ -428,6 +441,7 @@ struct WinnerMany : CategoricalBase {
 // The soft sum.
 template <class W, class Grad, bool kGates>
 struct SoftBackward : CategoricalBase {
+  static constexpr bool kRolled = true;
   static constexpr int kBytesInFlight = 16;
   using X = W;
   using G = Grad;
@@ -437,9 +451,8 @@ struct SoftBackward : CategoricalBase {
     Bins<A> p;
     SoftTable<A> table;
     A sharp;
-    int levels;
     ScaleSums sums;
-    GateSums<A, kGates> gates;
+    GateSums<A, kGates ? kMaxSoftBits : 0> gates;
   };
   Source source;
   Partial<kGates>* partial;
@@ -447,7 +460,7 @@ struct SoftBackward : CategoricalBase {
   __device__ __forceinline__ State begin(const E& e, int64_t row, int which) const {
     const Levels l = source.levels<A>(e, which);
     const Bins<A> p = source.bins<A>(e, row, l);
-    return {p, SoftTable<A>(e, l, p.beta), static_cast<A>(one_minus_exp(static_cast<double>(p.beta))), l.count, {0.0, 0.0}, {}};
+    return {p, SoftTable<A>(e, l, p.beta), static_cast<A>(one_minus_exp(static_cast<double>(p.beta))), {0.0, 0.0}, {}};
   }
 
   __device__ __forceinline__ O apply(X wide, G gx, State& s) const {
@@ -477,14 +490,14 @@ struct SoftBackward : CategoricalBase {
   // To the sum of class i's own level; `end` makes sums over the levels above.
   __device__ __forceinline__ void add_gate(State& s, A i, A v) const {
     if (i >= s.p.low && i <= s.p.high) s.gates.add(level_of(static_cast<int32_t>(i), source.is_signed) - 1, v);
-    else if (i != i) s.gates.add(kMaxLevels - 1, i);  // NaN goes to all
+    else if (i != i) s.gates.add(kMaxSoftBits - 1, i);  // NaN goes to all
   }
 
   __device__ __forceinline__ void end(State& s, int64_t item, int lane) const {
     s.sums.write(partial, item, lane);
     if constexpr (kGates) {
 #pragma unroll 1
-      for (int t = kMaxLevels - 2; t > 0; --t) s.gates.add(t, s.gates.sum[(t + 1) * kThreads]);
+      for (int t = kMaxSoftBits - 2; t > 0; --t) s.gates.add(t, s.gates.sum[(t + 1) * kThreads]);
       s.gates.write(partial, item, lane);
     }
   }
@@ -586,6 +599,7 @@ struct Problem {
       e.rows = r.rows;
       e.inner = r.inner;
       e.first = first;
+      e.gate_count = -1;
       first += x[i].numel();
       if (has_gates) {
         kept.push_back(gates[i].is_contiguous() ? gates[i] : torch::stable::contiguous(gates[i]));
@@ -628,35 +642,17 @@ struct Problem {
   }
 };
 
-// f(T{}) with the element type of a result: that of x, or one that float32 is narrowed to; else as for x.
-template <class W, class F>
-void with_result(ScalarType dtype, F f) {
-  if constexpr (std::is_same_v<W, float>) {
-    if (dtype == ScalarType::BFloat16) return f(__nv_bfloat16());
-    if (dtype == ScalarType::Half) return f(__half());
-  } else if constexpr (!std::is_same_v<W, double>) {
-    if (dtype == ScalarType::Float) return f(float());
-  }
-  f(W());
-}
-
-// Whether with_result has a kernel that writes `dtype`; others are converted from the dtype of the arithmetic.
-bool writes(ScalarType x, ScalarType dtype) {
-  return dtype == x || (x != ScalarType::Double && dtype == ScalarType::Float) ||
-         (x == ScalarType::Float && dtype != ScalarType::Double);
-}
-
 Tensors categorical(Tensors x, Tensors alpha, Tensors sigma, Tensor bits, Tensors gates, std::optional<Tensor> seed,
                     int64_t mode, int64_t grad_of, bool is_signed, ScalarType dtype) {
   check_float("dtype", dtype);
   Problem p(x, alpha, sigma, bits, gates, seed, mode, grad_of, is_signed);
-  const ScalarType written = writes(p.dtype, dtype) ? dtype : p.acc;
+  const ScalarType written = reads_grad(p.dtype, dtype) ? dtype : p.acc;
   Tensors q = empty_like(p.x, written);
   p.write_to(q);
   with_float(p.dtype, [&](auto element) {
     using W = decltype(element);
     if (p.mode == kHard && p.has_gates) p.make_bounds<Acc<W>>();
-    with_result<W>(written, [&](auto out) {
+    with_grad<W>(written, [&](auto out) {
       using O = decltype(out);
       if (p.mode == kSoft) run(p.x[0], p.entries, SoftValue<W, O>{{}, p.source});
       else if (p.mode == kSample) run(p.x[0], p.entries, Sample<W, O>{{}, p.source});
@@ -699,7 +695,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> categorical_backward(
   Problem p(x, alpha, sigma, bits, gates, seed, mode, grad_of, is_signed);
   gate_grad = gate_grad && p.has_gates;
   const ScalarType given = check_like("grad", grad, p.x, kFloats);
-  const ScalarType read = given == p.dtype ? given : p.acc;
+  const ScalarType read = reads_grad(p.dtype, given) ? given : p.acc;
   Tensors grad_x = empty_like(p.x, p.dtype), grad_alpha, grad_sigma, grad_gates, laid_out;
   p.write_to(grad_x);
   for (size_t i = 0; i < x.size(); ++i) {
@@ -720,7 +716,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> categorical_backward(
     using W = decltype(element);
     using A = Acc<W>;
     if (!p.soft && p.mode == kHard && p.has_gates) p.make_bounds<A>();
-    auto go = [&](auto grad_element) {
+    with_grad<W>(read, [&](auto grad_element) {
       using G = decltype(grad_element);
       const bool sample = p.mode == kSample;
       if (p.soft && gate_grad) run_with_gates<A>(p, SoftBackward<W, G, true>{{}, p.source, nullptr});
@@ -729,9 +725,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> categorical_backward(
       else if (p.has_gates || sample) run_with_widths<A>(p, WinnerMany<W, G, false>{{}, p.source, sample, nullptr});
       else if (scale_grad) run_with_widths<A>(p, WinnerOne<W, G, true>{{}, p.source, nullptr});
       else run(p.x[0], p.entries, WinnerOne<W, G, false>{{}, p.source, nullptr});
-    };
-    if (read == p.dtype) go(W());
-    else go(A());
+    });
   });
   if (!scale_grad) grad_alpha = grad_sigma = {};
   return {grad_x, grad_alpha, grad_sigma, grad_gates};
@@ -739,13 +733,6 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> categorical_backward(
 
 }  // namespace
 }  // namespace quantops::cuda
-
-#ifdef QUANTOPS_EMULATE
-#define QUANTOPS_KEY CPU
-#else
-#define QUANTOPS_KEY CUDA
-#endif
-#define QUANTOPS_REGISTER(key, m) STABLE_TORCH_LIBRARY_IMPL(quantops, key, m)
 
 QUANTOPS_REGISTER(QUANTOPS_KEY, m) {
   m.impl("categorical", TORCH_BOX(&quantops::cuda::categorical));

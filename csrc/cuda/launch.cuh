@@ -1,7 +1,8 @@
 // Where kernels are launched: the device and stream of a tensor, and the one place of the launch syntax.
 //
 // With QUANTOPS_EMULATE the same sources compile with a plain C++ compiler against tests/cuda_on_cpu, whose `emulate`
-// runs a kernel thread by thread on the CPU: that is how the kernels are tested on machines without a GPU.
+// runs a kernel thread by thread on the CPU: that is how the kernels are tested on machines without a GPU. Its value is
+// the dispatch key that the kernels serve.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -54,7 +55,7 @@ void launch(const OnDevice& on, void (*kernel)(Parameters...), dim3 grid, unsign
 
 // QUANTOPS_REGISTER(QUANTOPS_KEY, m) { ... } registers the kernels of a file.
 #ifdef QUANTOPS_EMULATE
-#define QUANTOPS_KEY CPU
+#define QUANTOPS_KEY QUANTOPS_EMULATE
 #else
 #define QUANTOPS_KEY CUDA
 #endif

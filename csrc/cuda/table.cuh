@@ -146,12 +146,21 @@ struct OpBase {
   using E = Entry;
   static constexpr int kBytesInFlight = 64;  // of loads, per lane
   static constexpr bool kIndexed = false;    // where true, State has the place of the element in its tensor, `index`
+  static constexpr bool kRolled = false;     // where true, `apply` is long: there is no code of its own for each element
 
   template <class State>
   __device__ __forceinline__ void flush(State&) const {}
   template <class State>
   __device__ __forceinline__ void end(State&, int64_t, int) const {}
 };
+
+// A vector of each thread of a block, in shared memory, which unlike registers is indexed at run time.
+template <class T, int kCount>
+struct Staged {
+  T v[kCount][kThreads];
+};
+template <int kCount>
+struct Staged<None, kCount> {};
 
 // ----------------------------------------------------------------------------------------------------------- items
 
@@ -215,8 +224,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t item = int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
   if (item >= table.first_item[table.count]) return;  // whole warps
   const int lane = threadIdx.x % kWarp;
-  const auto [which, n, row, begin] = place_of(table, item);
-  const auto& entry = table.entry[which];
+  const Place place = place_of(table, item);
+  const auto& entry = table.entry[place.which];
+  const int n = place.n;
+  const int64_t begin = place.begin;
 
   const X* x = static_cast<const X*>(entry.w) + begin;
   const G* g = nullptr;
@@ -235,7 +246,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if ((bits & 15) == 0) vectors = (n - head) / V;
   }
 
-  typename Op::State state = op.begin(entry, row, table.base + which);
+  typename Op::State state = op.begin(entry, place.row, table.base + place.which);
 
   auto load_x = [&](int v) { return load_pack<Pack<X, V>>(x + head + v * V); };
   auto load_g = [&](int v) {
@@ -247,12 +258,36 @@ __global__ void __launch_bounds__(kThreads, 2)
   };
   auto apply_pack = [&](int v, const Pack<X, V>& xs, const Pack<G, V>& gs) {
     Pack<O, V> os;
+    if constexpr (Op::kRolled) {
+      __shared__ Staged<X, V> of_x;
+      __shared__ Staged<G, V> of_g;
+      __shared__ Staged<std::conditional_t<std::is_same_v<O, X>, None, O>, V> of_out;
+      const int thread = threadIdx.x;
+      auto result = [&](int j) -> O& {
+        if constexpr (std::is_same_v<O, X>) return of_x.v[j][thread];
+        else return of_out.v[j][thread];
+      };
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      if constexpr (Op::kIndexed) state.index = begin + head + v * V + j;
-      if constexpr (kHasG && kHasO) os.v[j] = op.apply(xs.v[j], gs.v[j], state);
-      else if constexpr (kHasO) os.v[j] = op.apply(xs.v[j], None{}, state);
-      else op.apply(xs.v[j], None{}, state);
+      for (int j = 0; j < V; ++j) {
+        of_x.v[j][thread] = xs.v[j];
+        if constexpr (kHasG) of_g.v[j][thread] = gs.v[j];
+      }
+#pragma unroll 1
+      for (int j = 0; j < V; ++j) {
+        if constexpr (Op::kIndexed) state.index = begin + head + v * V + j;
+        if constexpr (kHasG) result(j) = op.apply(of_x.v[j][thread], of_g.v[j][thread], state);
+        else result(j) = op.apply(of_x.v[j][thread], None{}, state);
+      }
+#pragma unroll
+      for (int j = 0; j < V; ++j) os.v[j] = result(j);
+    } else {
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        if constexpr (Op::kIndexed) state.index = begin + head + v * V + j;
+        if constexpr (kHasG && kHasO) os.v[j] = op.apply(xs.v[j], gs.v[j], state);
+        else if constexpr (kHasO) os.v[j] = op.apply(xs.v[j], None{}, state);
+        else op.apply(xs.v[j], None{}, state);
+      }
     }
     op.flush(state);
     if constexpr (kHasO) store_pack(out + head + v * V, os);
@@ -270,8 +305,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
     for (int u = 0; u < U; ++u) apply_pack(v + u * kWarp, xs[u], gs[u]);
   }
+  if constexpr (U > 1) {
 #pragma unroll 1
-  for (; v < vectors; v += kWarp) apply_pack(v, load_x(v), load_g(v));
+    for (; v < vectors; v += kWarp) apply_pack(v, load_x(v), load_g(v));
+  }
 
   const int whole = vectors * V, single = n - whole;
   if (vectors == 0) head = n;
@@ -434,7 +471,8 @@ void with_float(ScalarType dtype, F f) {
   }
 }
 
-// The dtypes in which a gradient is read as it comes. Others are made float32 (float64) first.
+// The dtypes in which a gradient is read as it comes, others are made float32 (float64) first; and the dtypes in which the
+// kernels of family `categorical` write q.
 inline bool reads_grad(ScalarType w, ScalarType g) {
   return g == w || g == acc_type(w) || (w == ScalarType::Float && g != ScalarType::Double);
 }

@@ -1,5 +1,5 @@
 // Just enough of CUDA to run the kernels of csrc/cuda on the CPU, compiled by a plain C++ compiler from the same files:
-//     g++ -x c++ -DQUANTOPS_EMULATE -I tests/cuda_on_cpu ...
+//     g++ -x c++ -DQUANTOPS_EMULATE=CPU -I tests/cuda_on_cpu ...
 //
 // Blocks run one after another. The threads of a block are fibers that run in turn, each up to its next
 // __syncthreads or shuffle, so that these mean what they mean on a GPU; a shuffle that not all lanes of the warp take
