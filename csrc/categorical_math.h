@@ -278,7 +278,8 @@ QUANTOPS_INLINE A lowest_value(const Bins<A>& p) {
 // `lowest`: lowest_value(p).
 template <class A>
 QUANTOPS_INLINE Mirrored<A> mirror(A x, const Bins<A>& p, A lowest) {
-  const A v = at_least(x * p.inv_alpha, lowest), size = v < A(0) ? -v : v, below = v < A(0) ? A(1) : A(0);
+  const A v = at_least(x * p.inv_alpha, lowest), below = v < A(0) ? A(1) : A(0);
+  const A size = v < A(0) ? -v : v + A(0);  // not -0
   // size - below is exact where it matters: from 1/2 up. Infinity counts as the largest number, below an infinite bound.
   return {at_most(size - below, std::numeric_limits<A>::max()), rint_small(at_most(size, p.high + below)) - below, below};
 }

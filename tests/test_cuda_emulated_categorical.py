@@ -79,19 +79,19 @@ def _check_gradients(g, args, mode, grad_of, signed, what, wanted=(True, True)):
     for i, t in enumerate(x):
         where = f"{what} bits={bits[i]} x[{i}]"
         # Gates of 1 count as none in the C++ kernels, where no gradient of them is wanted: another formula.
-        ones = bool(gates) and bool((gates[i][1:] == 1).all()) and not wanted[1] and (mode, grad_of) == (HARD, WINNER)
-        if ones:
-            torch.testing.assert_close(got[0][i], expected[0][i], rtol=1e-5, atol=1e-5 * float(
-                expected[0][i].nan_to_num().abs().amax()) if t.numel() else 0, equal_nan=True, msg=lambda m: f"{where}: {m}")
-        else:
-            exact(got[0][i] + 0, expected[0][i] + 0, where)  # which zero is left open
         laid_out_like(got[0][i], t)
         if not t.numel():
             continue
-        unit = torch.finfo(alpha[i].dtype).eps
+        unit, size = torch.finfo(alpha[i].dtype).eps, g[i].double().nan_to_num().abs()
         j = float((q[i].reshape(len(alpha[i]), -1) / alpha[i].double()[:, None]).nan_to_num().abs().amax().clamp(min=1))
         beta = max(1.0, float((alpha[i] / sigma[i]).amax()))
-        room = 4 * unit * float(g[i].double().nan_to_num().abs().sum()) * j
+        ones = bool(gates) and bool((gates[i][1:] == 1).all()) and not wanted[1] and (mode, grad_of) == (HARD, WINNER)
+        if ones:
+            torch.testing.assert_close(got[0][i], expected[0][i], rtol=2 * torch.finfo(t.dtype).eps, equal_nan=True,
+                                       atol=4 * unit * float(size.amax()) * j * beta, msg=lambda m: f"{where}: {m}")
+        else:
+            exact(got[0][i] + 0, expected[0][i] + 0, where)  # which zero is left open
+        room = 4 * unit * float(size.sum()) * j
         for a, b in zip(got[1:3], expected[1:3]):
             if a:
                 assert a[i].shape == b[i].shape == alpha[i].shape and a[i].dtype == b[i].dtype
@@ -245,13 +245,14 @@ def values_out_of_range():
                     want = reference.categorical(*args, **options)
                     assert torch.equal(q[i].isnan(), want.isnan()), what
                     if mode == HARD:
-                        exact(q[i], want, what)
+                        exact(q[i] + 0, want + 0, what)  # the reference has -0, too
                 want = reference.categorical_backward(g[i], *args, **options, grad_of=GRADS[grad_of])
                 for name, have, value in zip(("x", "alpha", "sigma", "gates"), back, want):
                     if not have:
                         continue
-                    if name != "gates" or len(have[i]) == bits[i]:
-                        assert torch.equal(have[i].isnan(), value.isnan()), f"{name}: {what}"
+                    # Of gates that are out of range themselves all gradients are NaN, in the reference all but the first.
+                    wrong = value.isnan() if name != "gates" or i != 1 else value.isnan() | have[i].isnan()
+                    assert torch.equal(have[i].isnan(), wrong), f"{name}: {what}"
 
 
 @program.check

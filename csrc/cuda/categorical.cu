@@ -358,6 +358,7 @@ struct WinnerMany : CategoricalBase {
   static constexpr bool kIndexed = true;
   static constexpr bool kRolled = true;
   static constexpr int kBytesInFlight = 16;
+  static constexpr int kBlocks = sizeof(W) == 8 ? 1 : 2;
   using X = W;
   using G = Grad;
   using O = W;

@@ -146,6 +146,7 @@ struct OpBase {
   using E = Entry;
   static constexpr int kBytesInFlight = 64;  // of loads, per lane
   static constexpr bool kIndexed = false;    // where true, State has the place of the element in its tensor, `index`
+  static constexpr int kBlocks = 2;          // at least that many on a multiprocessor: 128 registers
   static constexpr bool kRolled = false;     // where true, `apply` is long: there is no code of its own for each element
 
   template <class State>
@@ -213,7 +214,7 @@ __device__ __forceinline__ Place place_of(const T& table, int64_t item) {
 //   void flush(state)              after each vector, and each element that is not in one
 //   void end(state, item, lane)    writes the item's sums, if any; all lanes of the warp are there
 template <class Op, int N>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, Op::kBlocks)
     items_kernel(const __grid_constant__ Table<N, typename Op::E> table, const __grid_constant__ Op op) {
   using X = typename Op::X;
   using G = typename Op::G;
