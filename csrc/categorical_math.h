@@ -1,9 +1,9 @@
 // The categorical quantizer per element: one inline statement that the CPU and the CUDA kernels both call.
 //
-// The quantities are those of quantops/reference/categorical.py, which has the equations: classes i = low..high that are
-// in, c the nearest to x among them, z = (x - alpha c)/sigma, beta = alpha/sigma, edges at beta/2 to either side of a
-// class. As everywhere, each operation is rounded on its own, so the CPU and the emulated CUDA kernels agree bit for bit;
-// exp and log are written out for that reason, and because a call of libm does not vectorize.
+// The quantities are those of quantops/reference/categorical.py, which has the equations: classes i = low..high that
+// are in, c the nearest to x among them, z = (x - alpha c)/sigma, beta = alpha/sigma, edges at beta/2 to either side of
+// a class. As everywhere, each operation is rounded on its own, so the CPU and the emulated CUDA kernels agree bit for
+// bit; exp and log are written out for that reason, and because a call of libm does not vectorize.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -28,8 +28,9 @@ QUANTOPS_INLINE To bits_of(From v) {
   return r;
 }
 
-// exp(x) to less than 1 ulp for -87 <= x <= 88, and `exponential` 0 below. Reduced as in Cephes (S. Moshier, expf): x = n ln 2 + r, with a
-// minimax polynomial for exp(r) to 0.06 ulp, in the order with the shortest chains. NaN stays NaN.
+// exp(x) to less than 1 ulp for -87 <= x <= 88, and `exponential` 0 below. Reduced as in Cephes (S. Moshier, expf):
+// x = n ln 2 + r, with a minimax polynomial for exp(r) to 0.06 ulp, in the order with the shortest chains.
+// NaN stays NaN.
 QUANTOPS_INLINE float exponential_in_range(float x) {
   const float shifted = x * 1.44269504f + 12582912.f;  // its lowest bits are the integer n nearest to x / ln 2
   const float n = shifted - 12582912.f;
@@ -100,6 +101,7 @@ template <class A>
 QUANTOPS_INLINE double cumulative_gate(const A* gates, int t) {
   double g = 1;
   if (gates)
+    QUANTOPS_ROLLED
     for (int i = 1; i < t; ++i) g *= static_cast<double>(gates[i]);
   return g < kLeastGate ? 0 : g;
 }
@@ -116,8 +118,10 @@ template <class A>
 QUANTOPS_INLINE Levels make_levels(const A* gates, int64_t gate_count, int64_t bits, int most_bits, bool is_signed) {
   Levels l{1, 0, 0, is_signed, bits >= 0 && bits <= most_bits && (gate_count < 0 || gate_count == bits)};
   if (l.valid && gates)
+    QUANTOPS_ROLLED
     for (int i = 0; i < bits; ++i) l.valid = l.valid && gates[i] >= A(0) && gates[i] <= A(1);
   if (!l.valid || bits == 0) return l;
+  QUANTOPS_ROLLED
   while (l.count < bits && cumulative_gate(gates, l.count + 1) > 0) ++l.count;
   l.high = top_of_level(l.count, is_signed);
   l.low = is_signed ? -l.high - 1 : 0;
@@ -216,7 +220,8 @@ QUANTOPS_INLINE A offset_of(A x, A c, const Bins<A>& p) {
 // winner never falls while v rises: the top class of level t, or one below it, wins exactly up to some v = T_t, and
 // where none of these bounds holds, the nearest class does. Below 0 the same is true of -1 - v, the mirrored value.
 
-// Where, going up, the classes first..last, 1/ratio as likely by their gate, begin to win against class `top` below them.
+// Where, going up, the classes first..last, 1/ratio as likely by their gate, begin to win against class `top` below
+// them.
 QUANTOPS_INLINE double crossing(double ratio, double beta, double top, double first, double last) {
   if (ratio == 1 && first == top + 1) return top + 0.5;
   const double h = 0.5 * beta, inverse = 1 / ratio;
@@ -280,15 +285,17 @@ template <class A>
 QUANTOPS_INLINE Mirrored<A> mirror(A x, const Bins<A>& p, A lowest) {
   const A v = at_least(x * p.inv_alpha, lowest), below = v < A(0) ? A(1) : A(0);
   const A size = v < A(0) ? -v : v + A(0);  // not -0
-  // size - below is exact where it matters: from 1/2 up. Infinity counts as the largest number, below an infinite bound.
-  return {at_most(size - below, std::numeric_limits<A>::max()), rint_small(at_most(size, p.high + below)) - below, below};
+  // size - below is exact where it matters: from 1/2 up. Infinity counts as the largest number, below an infinite
+  // bound.
+  const A value = at_most(size - below, std::numeric_limits<A>::max());
+  return {value, rint_small(at_most(size, p.high + below)) - below, below};
 }
 
-// Applies T_t: the class is at most `top` below it.
+// Applies T_t: the class is at most `top` below it. Called from the highest t to the lowest, so that the least counts;
+// `most` is infinite before.
 template <class A>
-QUANTOPS_INLINE A bounded(A value, A c, A bound, A top) {
-  const A least = c > top ? top : c;
-  return value < bound ? least : c;
+QUANTOPS_INLINE A bounded(A value, A most, A bound, A top) {
+  return value < bound ? top : most;
 }
 
 template <class A>
@@ -296,7 +303,7 @@ QUANTOPS_INLINE A unmirrored(A c, A below) {
   return c * (A(1) - A(2) * below) - below;
 }
 
-// ---------------------------------------------------------------------------------------------------- winner's backward
+// --------------------------------------------------------------------------------------------------- winner's backward
 
 // What dL/dq is multiplied by in the gradients of x, alpha and sigma.
 template <class A>
@@ -314,10 +321,11 @@ QUANTOPS_INLINE Factors<A> winner_factors(A j, A rt, A rq, A distance, const Bin
 
 // The case without gates, where the winner is the nearest class c and D the mass of the one interval low..high.
 //
-// Let b = exp(-distance of x to the nearer edge of c, in sigmas) and t = exp(-beta), so that t/b is the same of the farther
-// edge. Then pi = (1 - t) b/P with P = (1 + b)(b + t); T = -+(b^2 - t)/P; Q = (((1 + t)(b^2 + t))/2 + 2 t b)/((1 - t) P).
-// The whole grid is a bin like that, too: B of its nearer end, S = theta/B of the farther one, D = (1 - theta)/(1 + B)(1 + S).
-// An end more than kOuterLimit sigmas away counts as infinitely far.
+// Let b = exp(-distance of x to the nearer edge of c, in sigmas) and t = exp(-beta), so that t/b is the same of the
+// farther edge. Then pi = (1 - t) b/P with P = (1 + b)(b + t); T = -+(b^2 - t)/P;
+// Q = (((1 + t)(b^2 + t))/2 + 2 t b)/((1 - t) P). The whole grid is a bin like that, too: B of its nearer end,
+// S = theta/B of the farther one, D = (1 - theta)/((1 + B)(1 + S)). An end more than outer_limit sigmas away counts as
+// infinitely far.
 template <class A>
 QUANTOPS_INLINE A outer_limit() { return sizeof(A) == 4 ? A(-17.5) : A(-38); }
 template <class A>
@@ -443,7 +451,8 @@ QUANTOPS_INLINE Level<A> make_only_level(const Levels& l, A beta) {
 // Adds level k for an element at (c, z) whose class is j; gives the mass of the level's own classes times G_t.
 template <bool kFirst, bool kSigned, class A>
 QUANTOPS_INLINE A add_level(Masses<A>& m, const Level<A>& k, A c, A z, A j, const Bins<A>& p) {
-  const Edge<A> top = edge_at(p.beta * (k.top + A(0.5) - c) - z), bottom = edge_at(p.beta * (k.bottom - A(0.5) - c) - z);
+  const Edge<A> top = edge_at(p.beta * (k.top + A(0.5) - c) - z);
+  const Edge<A> bottom = edge_at(p.beta * (k.bottom - A(0.5) - c) - z);
   A mass = (top.s * (kFirst ? bottom.n : m.top.n)) * k.own;
   if (kSigned && !kFirst) mass += (m.bottom.s * bottom.n) * k.own;
   mass *= k.weight;
@@ -458,7 +467,8 @@ QUANTOPS_INLINE A add_level(Masses<A>& m, const Level<A>& k, A c, A z, A j, cons
 
 // The winner's factors for any class j, with weight G_j; r_j as well.
 template <class A>
-QUANTOPS_INLINE Factors<A> winner_of_many(const Masses<A>& m, A c, A z, A j, A weight, A sharp, const Bins<A>& p, A& r) {
+QUANTOPS_INLINE Factors<A> winner_of_many(const Masses<A>& m, A c, A z, A j, A weight, A sharp, const Bins<A>& p,
+                                          A& r) {
   const A distance = p.beta * (j - c) - z, inv = A(1) / m.total;
   const Edge<A> a = edge_at(distance + p.half), b = edge_at(distance - p.half);
   r = ((weight * sharp) * (a.s * b.n)) * inv;
@@ -472,7 +482,8 @@ QUANTOPS_INLINE Factors<A> winner_of_many(const Masses<A>& m, A c, A z, A j, A w
 // The mass of [lo_t, hi_t] times its step: the part that it has in the mixture r.
 template <class A>
 QUANTOPS_INLINE A interval_mass(const Level<A>& k, A c, A z, const Bins<A>& p) {
-  const Edge<A> top = edge_at(p.beta * (k.top + A(0.5) - c) - z), bottom = edge_at(p.beta * (k.bottom - A(0.5) - c) - z);
+  const Edge<A> top = edge_at(p.beta * (k.top + A(0.5) - c) - z);
+  const Edge<A> bottom = edge_at(p.beta * (k.bottom - A(0.5) - c) - z);
   return k.step * ((top.s * bottom.n) * k.whole);
 }
 
@@ -488,7 +499,8 @@ QUANTOPS_INLINE A draw_inside(uint32_t word, const Level<A>& k, A c, A z, const 
   const A u = unit_of<A>(word) + half_step, rest = unit_of<A>(~word) + half_step;
   const A near = at_most(at_least(c, k.bottom), k.top);
   const A at = clamp_far(z + p.beta * (c - near), p);
-  const Edge<A> a = edge_at(p.beta * (k.top + A(0.5) - near) - at), b = edge_at(p.beta * (k.bottom - A(0.5) - near) - at);
+  const Edge<A> a = edge_at(p.beta * (k.top + A(0.5) - near) - at);
+  const Edge<A> b = edge_at(p.beta * (k.bottom - A(0.5) - near) - at);
   const A below = rest * b.s + u * a.s, above = rest * b.n + u * a.n;
   const A steps = ((logarithm(below) - logarithm(above)) + at) / p.beta;
   const A i = near + rint_small(at_most(at_least(steps, k.bottom - k.top), k.top - k.bottom));

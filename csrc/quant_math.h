@@ -15,6 +15,13 @@
 #define QUANTOPS_INLINE inline
 #endif
 
+// In front of a loop that need not be fast, on a GPU: without it, the compiler makes code for every turn.
+#if defined(__CUDACC__)
+#define QUANTOPS_ROLLED _Pragma("unroll 1")
+#else
+#define QUANTOPS_ROLLED
+#endif
+
 namespace quantops {
 
 constexpr int kMaxBits = 16;

@@ -21,7 +21,8 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def build(folder, *families, key="CPU"):
-    """Compiles the families' .cu files with the host compiler, for dispatch key ``key``; gives back the library's path."""
+    """Compiles the families' .cu files with the host compiler; gives back the library's path. ``key``: the dispatch key
+    that their ops serve."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
@@ -41,8 +42,7 @@ def build(folder, *families, key="CPU"):
 class Program:
     """The checks of a file, and the process that runs them.
 
-    ``families``: whose .cu files are built. ``key``: the dispatch key that their ops serve; with CPU, what compares them
-    with the CPU's own kernels is left out of the process: ``backend`` is "reference".
+    families, key: see ``build``. backend: of the process; "reference" where its CPU kernels are the emulated ones.
     """
 
     def __init__(self, file, *families, backend="reference", key="CPU"):

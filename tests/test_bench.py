@@ -350,6 +350,13 @@ def test_targets():
     assert not compiled.met and compiled.worst == 0.8
     assert kept.met and kept.worst == 0.03 and not call.met and call.figures == 1
     assert targets.table(found).count("**no**") == 3
+    own = [_row(case="categorical hard", share_of_copy={"warm": v}) for v in (0.78, 0.70)]
+    own += [_row(case="categorical hard", workload="64K"), _row(case="categorical soft, 4 bits")]
+    found = targets.of_ops({"machine": machine, "rows": own, "call_microseconds": {}})
+    verdict = found[0]
+    assert verdict.target == "categorical hard takes 1.30x of a copy or less"
+    assert (verdict.figures, verdict.missed, verdict.worst) == (2, 1, 1 / 0.70)
+    assert targets.OWN.keys() <= {c.name for c in registry.cases()}
     assert targets.of_steps({"machine": machine, "rows": []}) == []
     row = {"network": "resnet50", "base": "unquantized", "ratio": {"unquantized": 1.0, "quantops": 1.05,
                                                                    "quantops decoupled": 1.02, "eager chain": 2.0}}

@@ -1,4 +1,4 @@
-"""Family ``categorical``: the reference's closed form against all 2^b classes, then whatever kernels serve the CPU here.
+"""Family ``categorical``: the reference's closed form against all 2^b classes, then what kernels serve the CPU here.
 
 Run as it is, the compiled C++ kernels are tested; under QUANTOPS_BACKEND=triton TRITON_INTERPRET=1, the Triton ones.
 """
@@ -73,8 +73,8 @@ def test_closed_form_equals_all_classes(bits):
         for mode, grad in (("hard", "winner"), ("hard", "soft"), ("soft", "winner"), ("sample", "winner")):
             what = f"{bits} bits, signed={signed}, alpha/sigma={ratio}, {kind}, {mode}, {grad}"
             leaves = [t.clone().requires_grad_() for t in (x, alpha, sigma, *([] if gates is None else [gates]))]
-            q = paper.categorical(*leaves[:3], bits, gates=None if gates is None else leaves[3], signed=signed, mode=mode,
-                                  grad=grad, u=u)
+            q = paper.categorical(*leaves[:3], bits, gates=None if gates is None else leaves[3], signed=signed,
+                                  mode=mode, grad=grad, u=u)
             options = dict(gates=gates, signed=signed, mode=mode, seed=7)
             torch.testing.assert_close(ref.categorical(x, alpha, sigma, bits, **options), q.detach(), rtol=1e-12,
                                        atol=1e-12, msg=what)
@@ -87,7 +87,7 @@ def test_closed_form_equals_all_classes(bits):
 
 
 def exact(x, alpha, sigma, bits, signed, gates):
-    """(soft q, and its derivatives by x, alpha, sigma; r of class j as a function) in 60 digits, from the definition."""
+    """(soft q, and its derivatives by x, alpha, sigma; r of class j as a function) in 60 digits, by the definition."""
     import mpmath as mp
     mp.mp.dps = 60
     low, high = ref.levels(bits, signed)[-1]
@@ -128,16 +128,19 @@ def exact(x, alpha, sigma, bits, signed, gates):
 def test_closed_form_far_outside_the_grid():
     """Where the plain form gives 0/0, against the definition in 60 digits."""
     pytest.importorskip("mpmath", reason="needs mpmath, which sympy and so torch brings: pip install mpmath")
-    for bits, signed, ratio, kind in itertools.product((1, 3), (True, False), (100, 3, 0.3, 0.01), ("none", "fractions")):
+    for bits, signed, ratio, kind in itertools.product(
+            (1, 3), (True, False), (100, 3, 0.3, 0.01), ("none", "fractions")):
         gates = make_gates(kind, bits, torch.float64, torch.Generator().manual_seed(bits))
         alpha, sigma = 0.75, 0.75 / ratio
         low, high = ref.levels(bits, signed)[-1]
         for x in (high * alpha + 9 * sigma, high * alpha + 45 * sigma, low * alpha - 400 * sigma, 1e4 * alpha):
-            q, slopes, of_class, j = exact(x, alpha, sigma, bits, signed, [1.0] * bits if gates is None else gates.tolist())
+            weights_of = [1.0] * bits if gates is None else gates.tolist()
+            q, slopes, of_class, j = exact(x, alpha, sigma, bits, signed, weights_of)
             args = [torch.tensor([v], dtype=torch.float64) for v in (x, alpha, sigma)]
             options = dict(gates=gates, signed=signed)
             what = f"{bits} bits, signed={signed}, alpha/sigma={ratio}, {kind}, x={x}"
-            assert float(ref.categorical(*args, bits, mode="soft", **options)) == pytest.approx(q, rel=1e-11, abs=1e-11), what
+            soft = ref.categorical(*args, bits, mode="soft", **options)
+            assert float(soft) == pytest.approx(q, rel=1e-11, abs=1e-11), what
             assert float(ref.categorical(*args, bits, **options)) == alpha * j, what
             one = torch.ones(1, dtype=torch.float64)
             got = ref.categorical_backward(one, *args, bits, mode="soft", **options)[:3]
@@ -157,7 +160,7 @@ def test_philox_known_answers():
     assert first != again  # all 64 bits of the key count
 
 
-# --- hard --------------------------------------------------------------------------------------------------------------
+# --- hard -------------------------------------------------------------------------------------------------------------
 
 
 def scales_of(x, per_row, seed=1):
@@ -205,7 +208,8 @@ def test_hard_with_gates_over_all_of_the_line(bits):
         gates = torch.rand(bits, generator=generator) ** 2
         gates[torch.rand(bits, generator=generator) < 0.3] = 1
         edges = torch.tensor([2.0**t for t in range(bits + 1)])
-        spread = torch.cat([torch.linspace(-3, 3, 401), torch.linspace(-9, 9, 101) / ratio, torch.linspace(-1, 1, 101) * 2**bits])
+        spread = torch.cat([torch.linspace(-3, 3, 401), torch.linspace(-9, 9, 101) / ratio,
+                            torch.linspace(-1, 1, 101) * 2**bits])
         v = (edges[:, None] + spread).reshape(-1)
         x = torch.cat([v, -v]) * 0.7 if EXHAUSTIVE else v[::7] * -0.7
         got = Q.categorical(x, 0.7, 0.7 / ratio, bits, gates=gates, signed=signed)
@@ -225,7 +229,7 @@ def test_classes_of_closed_gates_are_out():
         assert g[0] == 0 and g[1] != 0 and (g[2:] == 0).all()
 
 
-# --- soft, and gradients -----------------------------------------------------------------------------------------------
+# --- soft, and gradients ----------------------------------------------------------------------------------------------
 
 
 def error(a, b):
@@ -293,7 +297,8 @@ def test_dtypes_and_layouts(dtype):
     """Storage dtypes, strides, empty tensors: a kernel's arithmetic does not see them."""
     x = weights(dtype, special=False)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
-    for per_row, (mode, grad) in itertools.product((False, True), (("hard", "winner"), ("soft", "winner"), ("sample", "soft"))):
+    for per_row, (mode, grad) in itertools.product(
+            (False, True), (("hard", "winner"), ("soft", "winner"), ("sample", "soft"))):
         alpha, sigma = scales_of(x, per_row)
         gates = [torch.tensor([1.0, 0.5, 0.9], dtype=acc)] * len(x)
         n = torch.full((len(x),), 3, dtype=torch.int32)
@@ -325,7 +330,8 @@ def test_sums(grad):
     torch.set_num_threads(3)
     threaded = backward(g, x, alpha, sigma, 3, gates, grad=grad)
     torch.set_num_threads(threads)
-    want = ref.categorical_backward(g.double(), x.double(), alpha.double(), sigma.double(), 3, gates=gates.double(), grad_of=grad)
+    want = ref.categorical_backward(g.double(), x.double(), alpha.double(), sigma.double(), 3, gates=gates.double(),
+                                    grad_of=grad)
     for a, b, c, d in zip(got[1:], again[1:], threaded[1:], want[1:]):
         assert torch.equal(a, b) and torch.equal(a, c)
         torch.testing.assert_close(a.double(), d, rtol=1e-4, atol=float(g.abs().sum()) * 2e-7)
@@ -379,7 +385,8 @@ def test_stable_everywhere():
                 continue
             q = Q.categorical(x, 1.0, 1 / ratio, bits, gates=chosen, signed=signed, mode=mode, grad=grad, seed=1)
             assert (q >= low).all() and (q <= high).all(), (bits, ratio, signed, mode)
-            got = backward(torch.ones_like(x), x, torch.ones(1), torch.tensor([1 / ratio]), bits, chosen, signed, mode, grad)
+            got = backward(torch.ones_like(x), x, torch.ones(1), torch.tensor([1 / ratio]), bits, chosen, signed, mode,
+                           grad)
             assert all(v is None or v.isfinite().all() for v in got), (bits, ratio, signed, mode, grad)
 
 
@@ -418,7 +425,7 @@ def test_unused_entries_of_a_list_get_no_gradient():
     assert alpha[0].grad is not None and (alpha[1].grad == 0).all() and (x[1].grad == 0).all()
 
 
-# --- sample ------------------------------------------------------------------------------------------------------------
+# --- sample -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -441,14 +448,16 @@ def chi_square_bound(freedom):
     return freedom * (1 - 2 / (9 * freedom) + 4.75 * (2 / (9 * freedom)) ** 0.5) ** 3
 
 
-@pytest.mark.parametrize("signed,gates", [(True, None), (False, None), (True, [1.0, 0.6, 0.5]), (False, [1.0, 0.6, 0.5])])
+@pytest.mark.parametrize("gates", [None, [1.0, 0.6, 0.5]])
+@pytest.mark.parametrize("signed", [True, False])
 def test_frequencies_of_draws(signed, gates):
     """Chi-square against r of the 2^b classes, for x in the grid, on its edge and outside."""
     count = 200_000 if EXHAUSTIVE else 4000
     gates = None if gates is None else torch.tensor(gates)
     low, high = ref.levels(3, signed)[-1]
     for value, ratio in itertools.product((0.1, 1.5, 3.6), (3.0, 0.5)) if EXHAUSTIVE else [(1.5, 0.5)]:
-        q = Q.categorical(torch.full((count,), value), 1.0, 1 / ratio, 3, gates=gates, signed=signed, mode="sample", seed=5)
+        x = torch.full((count,), value)
+        q = Q.categorical(x, 1.0, 1 / ratio, 3, gates=gates, signed=signed, mode="sample", seed=5)
         index = torch.arange(low, high + 1).double()
         weight = torch.ones(8).double() if gates is None else ref.cumulative_gates(gates, 3)[
             [ref.level_of(int(i), signed) - 1 for i in index]]
@@ -477,19 +486,20 @@ def test_draws_depend_on_seed_and_place_alone():
     assert torch.equal(q, draw(x.t().contiguous().t(), *args, seed=3))  # not dense by rows: row-major order
     image = torch.randn(2, 3, 4, 5)
     last = image.to(memory_format=torch.channels_last)
-    assert torch.equal(draw(last, *args, seed=3), draw(image.permute(0, 2, 3, 1).contiguous(), *args, seed=3).permute(0, 3, 1, 2))
+    moved = image.permute(0, 2, 3, 1).contiguous()
+    assert torch.equal(draw(last, *args, seed=3), draw(moved, *args, seed=3).permute(0, 3, 1, 2))
 
 
-# --- the reference on values out of range ------------------------------------------------------------------------------
+# --- the reference on values out of range -----------------------------------------------------------------------------
 
 
 def test_reference_marks_values_out_of_range():
     """What a GPU gives where it cannot raise."""
     x, one = torch.randn(4, 5), torch.ones(1)
     for alpha, sigma, bits, gates in ((-one, one, 3, None), (one * 0, one, 3, None), (one, one * 0, 3, None),
-                                      (one, one * torch.inf, 3, None), (one * torch.nan, one, 3, None), (one, one, 17, None),
-                                      (one, one, -1, None), (one, one, 3, torch.ones(2)), (one, one, 2, torch.tensor([1, 1.1])),
-                                      (one * 1e-39, one, 2, None)):
+                                      (one, one * torch.inf, 3, None), (one * torch.nan, one, 3, None),
+                                      (one, one, 17, None), (one, one, -1, None), (one, one, 3, torch.ones(2)),
+                                      (one, one, 2, torch.tensor([1, 1.1])), (one * 1e-39, one, 2, None)):
         assert ref.categorical(x, alpha, sigma, bits, gates=gates).isnan().all()
         assert ref.categorical_backward(x, x, alpha, sigma, bits, gates=gates)[0].isnan().all()
     assert ref.categorical(x, one, one, 9, mode="soft").isnan().all()

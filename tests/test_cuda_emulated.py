@@ -1,5 +1,5 @@
-"""The CUDA kernels of families ``uniform`` and ``truncate`` equal the reference, bit for bit: the very source files, run
-on the CPU. See emulation.py for the how.
+"""The CUDA kernels of families ``uniform`` and ``truncate`` equal the reference, bit for bit: the very source files,
+run on the CPU. See emulation.py for the how.
 """
 
 import itertools

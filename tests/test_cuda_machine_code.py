@@ -1,7 +1,7 @@
 """What nvcc makes of the CUDA kernels, read from the machine code, on machines without a GPU too.
 
-No registers spilled, no local memory, 128-bit loads and stores on the main path, several loads in flight, and no
-multiplication fused with an addition, for sm_80 and sm_90.
+No registers spilled, no local memory, 128-bit loads and stores on the main path, several loads in flight where memory
+is what takes time, and no multiplication fused with an addition, for sm_80 and sm_90.
 """
 
 import re
@@ -18,8 +18,15 @@ WIDE = [(f"{op}<{types.replace('T', t)}>", writes) for t in ("float", "__nv_bflo
     ("AbsMax", "T", False), ("AbsMean", "T", False), ("RoundClamp", "T, T", True), ("Msq", "T, T", True),
     ("Msq", "T, None", False), ("Lsb", "T", True), ("Encode", "T", True), ("Backward", "T, T, false, false", True),
     ("Backward", "T, T, true, false", True), ("Backward", "T, T, true, true", True), ("AddLsbGrad", "T", True),
-    ("Decode", "float, T", True), ("RoundClamp", "float, T", True), ("Msq", "float, T", True))]
+    ("Decode", "float, T", True), ("RoundClamp", "float, T", True), ("Msq", "float, T", True),
+    ("Nearest", "T, T", True), ("Nearest", "float, T", True), ("Bounded", "T, T, 7", True),
+    ("WinnerOne", "T, T, false", True), ("WinnerOne", "T, T, true", True))]
 WIDE = sorted(set(WIDE))
+# Those that do more with an element than read and write it, in a loop over the elements of a vector.
+ROLLED = ("Sample<{0}, {0}>", "SoftValue<{0}, {0}>", "WinnerMany<{0}, {0}, false>", "WinnerMany<{0}, {0}, true>",
+          "SoftBackward<{0}, {0}, false>", "SoftBackward<{0}, {0}, true>")
+# Each element is divided, each scale has an exponential in double precision: of family ``categorical``.
+DIVIDING = re.compile("(items_kernel<(Sample|SoftValue|SoftBackward|WinnerOne|WinnerMany)|bounds_kernel)<")
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +66,22 @@ def test_main_path_moves_128_bits(kernels, arch, name, writes):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", ROLLED)
+def test_long_code_stands_once_and_moves_128_bits(kernels, arch, name):
+    """The loop over vectors, around that over elements: 16-byte words alone, and what fits the instruction cache."""
+    for dtype in ("float", "__nv_bfloat16"):
+        start = f"items_kernel<{name.format(dtype)},"
+        found = [k for (a, n), k in kernels.items() if a == arch and n.startswith(start)]
+        assert len(found) == 2, "one for each size of the table"
+        for kernel in found:
+            loops = [[text for at, text in kernel.code if low <= at <= high] for low, high in kernel.spans(nested=True)]
+            main = min((loop for loop in loops if count(loop, r"LDG\.E\.128")), key=len)
+            assert count(main, r"LDG\.E\.128") == count(main, "LDG") == 2 - name.startswith(("Sample", "SoftValue"))
+            assert count(main, r"STG\.E\.128") == count(main, "STG") == 1
+            assert len(main) < 1500 and len(kernel.code) < 6000
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", ["float", "__nv_bfloat16"])
 def test_truncate_moves_128_bits(kernels, arch, dtype):
     """The loop over the widths stores q, or loads gradients, in 16-byte words alone, two or more at once."""
@@ -90,10 +113,13 @@ def test_packing_moves_128_bits(kernels, arch, name, loads, stores):
 
 
 def test_nothing_is_fused(kernels):
-    """Multiplications and additions are rounded one by one; only division, once per scale, is made of FMAs."""
-    bad = [key for key, k in kernels.items() if re.search(r"\bfma\.", k.ptx)]
+    """Multiplications and additions are rounded one by one; only division, mostly once per scale, is made of FMAs, and
+    exp and log in double precision, which are the device library's."""
+    bad = [key for key, k in kernels.items()
+           if re.search(r"\bfma\.rn\.f32" if DIVIDING.match(key[1]) else r"\bfma\.", k.ptx)]
     assert not bad, f"kernels whose PTX has fused operations: {bad}"
-    loops = {key: k.loops() for key, k in kernels.items() if key[1].startswith("items_kernel")}
+    loops = {key: k.loops() for key, k in kernels.items()
+             if key[1].startswith("items_kernel") and not DIVIDING.match(key[1])}
     bad = [key for key, bodies in loops.items() for body in bodies
            if count(body, "(LDG|STG)") and count(body, "(FFMA|DFMA)")]
     assert not bad, f"kernels with fused operations in their loops: {bad}"

@@ -64,6 +64,7 @@ def results(device):
                 out[kind, f"{name} {key}"] = [t.detach().cpu() for t in tensors]
         if grid == "full":
             out.update(_truncated(w, s, g, key))
+            out.update(_categorical(w, s, g, n, key))
     return out
 
 
@@ -79,6 +80,36 @@ def _truncated(w, s, g, key):
         for kind, what, tensors in ((EXACT, "truncated", [t for v in q for t in v]), (EXACT, "truncate_grad_w", grad_w),
                                     (SUMS, "truncate_grad_s", [t for v in sums for t in v])):
             out[kind, f"{what} {name} tanh={tanh} {key}"] = [t.cpu() for t in tensors]
+    return out
+
+
+def _categorical(x, s, g, n, key):
+    """The same of family ``categorical``. Hard classes have the same bits everywhere; a draw within the rounding of exp
+    and log from an edge may be the neighbour, so that draws are compared as sums are, in the mean."""
+    device, out = x[0].device, {}
+    alpha = [(t.abs() + 0.05).clamp(max=1.0) for t in s]
+    sigma = [a * 0.3 for a in alpha]
+    soft_n = n.clamp(max=8)
+    for signed, gated in itertools.product((True, False), (False, True)):
+        what = f"signed={signed} gates={gated} {key}"
+        gates = [torch.linspace(1, 0.6, int(b)).to(device, s[0].dtype) for b in n] if gated else None
+        soft_gates = [z[:8] for z in gates] if gated else None
+        hard = Q.foreach.categorical(x, alpha, sigma, n, gates=gates, signed=signed)
+        soft = Q.foreach.categorical(x, alpha, sigma, soft_n, gates=soft_gates, signed=signed, mode="soft")
+        sample = Q.foreach.categorical(x, alpha, sigma, soft_n, gates=soft_gates, signed=signed, mode="sample", seed=5)
+        out[EXACT, f"hard {what}"] = [t.cpu() for t in hard]
+        out[SUMS, f"soft {what}"] = [t.float().cpu() for t in soft]
+        out[SUMS, f"sample {what}"] = [t.double().mean().float().cpu() for t in sample if t.numel()]
+        for of, bits, z in (("winner", n, gates), ("soft", soft_n, soft_gates)):
+            leaves = [[t.detach().requires_grad_() for t in v] for v in (x, alpha, sigma, *([z] if z else []))]
+            q = Q.foreach.categorical(*leaves[:3], bits, gates=leaves[3] if z else None, signed=signed, grad=of)
+            flat = [t for v in leaves for t in v]
+            grads = torch.autograd.grad(q, flat, g, allow_unused=True)
+            if x[0].dtype in (torch.float32, torch.float64):  # a last bit of float32 is more in 16 bits
+                out[SUMS, f"{of} grad_x {what}"] = [v.float().cpu() for v in grads[:len(x)]]
+            # In units of what they are sums of.
+            size = [1 + h.double().abs().sum() for h in g] * (len(leaves) - 1)
+            out[SUMS, f"{of} sums {what}"] = [(v.double() / s).float().cpu() for v, s in zip(grads[len(x):], size)]
     return out
 
 
@@ -128,6 +159,44 @@ def test_widths_out_of_range_give_nan_for_that_output_on_a_gpu():
     assert torch.equal(good, Q.truncate(w, 2.0, 4)) and bad.isnan().all()
     assert Q.truncate(w, 2.0, 4, base_bits=torch.tensor(17, device="cuda")).isnan().all()
     assert Q.truncate(w, 2.0, 4, out_scale=torch.tensor(-1.0, device="cuda")).isnan().all()
+
+
+@needs_gpu
+def test_categorical_values_out_of_range_give_nan_on_a_gpu():
+    x, one = torch.randn(5, 3, device="cuda"), torch.ones(1, device="cuda")
+    for alpha, sigma, bits, gates in ((-one, one, 3, None), (one, one * 0, 3, None), (one, one * torch.nan, 3, None),
+                                      (one, one, torch.tensor(17, device="cuda"), None),
+                                      (one, one, 2, torch.tensor([1.0, 1.5], device="cuda"))):
+        for mode in ("hard", "soft", "sample"):
+            q = Q.categorical(x, alpha, sigma, bits, gates=gates, mode=mode, seed=1)
+            assert q.isnan().all(), (alpha, sigma, bits, gates, mode)
+    assert Q.categorical(x, one, one, torch.tensor(9, device="cuda"), mode="soft").isnan().all()
+
+
+@needs_gpu
+def test_categorical_is_captured():
+    x, seed = torch.randn(1000, 7, device="cuda"), torch.tensor([1], device="cuda")
+    alpha, sigma, gates = (torch.tensor(v, device="cuda") for v in ([0.5], [0.2], [1.0, 0.8, 0.9]))
+
+    def call(mode):
+        return Q.categorical(x, alpha, sigma, 3, gates=gates, mode=mode, seed=seed if mode == "sample" else None)
+
+    for mode in ("hard", "soft", "sample"):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call(mode)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call(mode)
+        for _ in range(2):
+            x.normal_()
+            seed.add_(1)  # draws change with the data that the seed is
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(captured, call(mode))
 
 
 @needs_gpu

@@ -26,16 +26,16 @@ void check_values(const Problem& p, const Tensors& alpha, const Tensors& sigma, 
     for (int64_t j = 0; j < alpha[i].numel(); j++) {
       QUANTOPS_CHECK(valid_alpha(a[j]), entry_name("alpha", i, alpha.size()),
                      ": expected finite values > 0 whose inverse is finite, got ", a[j], " at element ", j);
-      QUANTOPS_CHECK(valid_width(s[j]), entry_name("sigma", i, alpha.size()), ": expected finite values > 0, got ", s[j],
-                     " at element ", j);
+      QUANTOPS_CHECK(valid_width(s[j]), entry_name("sigma", i, alpha.size()), ": expected finite values > 0, got ",
+                     s[j], " at element ", j);
     }
     if (gates.empty()) continue;
-    QUANTOPS_CHECK(gates[i].numel() == p.list.bits[i], entry_name("gates", i, gates.size()), ": expected one value per bit (",
-                   p.list.bits[i], "), got shape ", numbers(gates[i].sizes()));
+    QUANTOPS_CHECK(gates[i].numel() == p.list.bits[i], entry_name("gates", i, gates.size()),
+                   ": expected one value per bit (", p.list.bits[i], "), got shape ", numbers(gates[i].sizes()));
     const A* g = static_cast<const A*>(p.gates[i]);
     for (int64_t j = 0; j < gates[i].numel(); j++)
-      QUANTOPS_CHECK(g[j] >= A(0) && g[j] <= A(1), entry_name("gates", i, gates.size()), ": expected values in [0, 1], got ",
-                     g[j], " at element ", j);
+      QUANTOPS_CHECK(g[j] >= A(0) && g[j] <= A(1), entry_name("gates", i, gates.size()),
+                     ": expected values in [0, 1], got ", g[j], " at element ", j);
   }
 }
 
@@ -48,7 +48,8 @@ void make_all_levels(Problem& p, int most_bits, bool is_signed) {
 }
 
 Problem make_problem(const Tensors& x, const Tensors& alpha, const Tensors& sigma, const Tensor& bits,
-                     const Tensors& gates, const std::optional<Tensor>& seed, int64_t mode, int64_t grad, bool is_signed) {
+                     const Tensors& gates, const std::optional<Tensor>& seed, int64_t mode, int64_t grad,
+                     bool is_signed) {
   QUANTOPS_CHECK(mode >= kHard && mode <= kSample, "mode: expected 0, 1 or 2, got ", mode);
   QUANTOPS_CHECK(grad == kOfWinner || grad == kOfSoft, "grad_of: expected 0 or 1, got ", grad);
   const bool is_double = check_list("x", x, kFloats) == ScalarType::Double;
@@ -60,15 +61,16 @@ Problem make_problem(const Tensors& x, const Tensors& alpha, const Tensors& sigm
   p.list.parameters.push_back(check_per_weight("bits", bits, p.list.size(), ScalarType::Int, x[0]));
   p.list.bits = static_cast<const int32_t*>(p.list.parameters[0].data_ptr());
   const int most_bits = mode == kSoft || grad == kOfSoft ? kMaxSoftBits : kMaxBits;
-  QUANTOPS_CHECK(gates.empty() || gates.size() == x.size(), "gates: expected a list with one entry per tensor (", x.size(),
-                 "), got ", gates.size());
+  QUANTOPS_CHECK(gates.empty() || gates.size() == x.size(), "gates: expected a list with one entry per tensor (",
+                 x.size(), "), got ", gates.size());
   if (!gates.empty()) check_list("gates", gates, {acc});
   int64_t elements = 0;
   for (size_t i = 0; i < x.size(); i++) {
     QUANTOPS_CHECK(alpha[i].numel() == sigma[i].numel(), entry_name("sigma", i, x.size()),
                    ": expected as many elements as alpha (", alpha[i].numel(), "), got ", sigma[i].numel());
-    QUANTOPS_CHECK(p.list.bits[i] >= 0 && p.list.bits[i] <= most_bits, entry_name("bits", i, x.size()), ": expected 0..",
-                   most_bits, most_bits == kMaxSoftBits ? " where soft sums are taken" : "", ", got ", p.list.bits[i]);
+    QUANTOPS_CHECK(p.list.bits[i] >= 0 && p.list.bits[i] <= most_bits, entry_name("bits", i, x.size()),
+                   ": expected 0..", most_bits, most_bits == kMaxSoftBits ? " where soft sums are taken" : "",
+                   ", got ", p.list.bits[i]);
     p.list.rows.push_back(rows_of(x[i], alpha[i]));
     p.list.scale.push_back(alpha[i].data_ptr());
     p.sigma.push_back(sigma[i].data_ptr());
@@ -132,7 +134,8 @@ std::vector<std::vector<Bounds<A>>> all_bounds(const Problem& p) {
         std::fill(std::begin(b.value), std::end(b.value), -std::numeric_limits<A>::infinity());
         std::fill(std::begin(b.top), std::end(b.top), A(0));
         for (int k = 1; k < p.levels[t].count; k++) b.top[k - 1] = A(top_of_level(k, p.levels[t].is_signed));
-        hard_bounds(static_cast<const A*>(p.gates[t]), p.levels[t], alpha_of<A>(p, t, row), sigma_of<A>(p, t, row), b.value);
+        hard_bounds(static_cast<const A*>(p.gates[t]), p.levels[t], alpha_of<A>(p, t, row), sigma_of<A>(p, t, row),
+                    b.value);
       }
     });
   }
@@ -142,8 +145,8 @@ std::vector<std::vector<Bounds<A>>> all_bounds(const Problem& p) {
 enum class Needs { bins, winner, soft };
 
 template <class A>
-void make_scale(Scale<A>& s, const Problem& p, int64_t t, int64_t row, const std::vector<std::vector<Bounds<A>>>& bounds,
-                Needs needs) {
+void make_scale(Scale<A>& s, const Problem& p, int64_t t, int64_t row,
+                const std::vector<std::vector<Bounds<A>>>& bounds, Needs needs) {
   s.levels = &p.levels[t];
   s.gates = gated<A>(p, t) ? static_cast<const A*>(p.gates[t]) : nullptr;
   s.bounds = bounds.empty() || bounds[t].empty() ? nullptr : &bounds[t][row];

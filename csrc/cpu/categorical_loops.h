@@ -13,7 +13,8 @@ constexpr int kMaxLevels = kMaxBits;
 
 // The hard class without gates, from and to elements as they are stored.
 template <class In, class Out, class A>
-QUANTOPS_SIMD void nearest_loop(const In* __restrict x, Out* __restrict q, bool streaming, int64_t n, const Bins<A>& bins) {
+QUANTOPS_SIMD void nearest_loop(const In* __restrict x, Out* __restrict q, bool streaming, int64_t n,
+                                const Bins<A>& bins) {
   const Bins<A> p = bins;
   map_lanes(q, streaming, n, [&](int64_t i, Out& y) QUANTOPS_LANES {
     narrow_from<In>(p.alpha * nearest_class(widen(x[i]), p), y);
@@ -34,9 +35,9 @@ QUANTOPS_SIMD void bounded_loop(const A* __restrict x, A* __restrict j, int64_t 
   const Bounds<A> b = bounds;
   for (int64_t i = 0; i < n; i++) {
     const Mirrored<A> m = mirror(x[i], p, lowest);
-    A c = m.c;
-    for (int t = 0; t < kCount; t++) c = bounded(m.value, c, b.value[t], b.top[t]);
-    j[i] = unmirrored(c, m.below);
+    A most = std::numeric_limits<A>::infinity();
+    for (int t = kCount - 1; t >= 0; t--) most = bounded(m.value, most, b.value[t], b.top[t]);
+    j[i] = unmirrored(at_most(m.c, most), m.below);
   }
 }
 
@@ -53,7 +54,7 @@ QUANTOPS_SIMD void scale_loop(const A* __restrict j, A* __restrict q, int64_t n,
   for (int64_t i = 0; i < n; i++) q[i] = alpha * j[i];
 }
 
-// ------------------------------------------------------------------------------------- the place of x among the classes
+// ------------------------------------------------------------------------------------ the place of x among the classes
 
 template <class A>
 struct Places {
@@ -107,7 +108,8 @@ QUANTOPS_SIMD void draw_loop(const Places<A>& at, const Draws& draws, const A* _
   const Level<A> k = level;
   const A none = std::numeric_limits<A>::infinity(), add = last ? none : A(0);
   for (int64_t i = 0; i < n; i++) {
-    const A drawn = draw_inside(draws.second[i], k, at.c[i], at.z[i], p), part = mass[i] + add, rest = left[i] - mass[i];
+    const A drawn = draw_inside(draws.second[i], k, at.c[i], at.z[i], p);
+    const A part = mass[i] + add, rest = left[i] - mass[i];
     const bool here = left[i] < part;
     j[i] = here ? drawn : j[i];
     left[i] = here ? none : rest;
@@ -168,8 +170,8 @@ QUANTOPS_SIMD void outer_exponential_loop(OnePart<A>& w, int64_t n) {
   for (int64_t i = 0; i < n; i++) w.outer[i] = outer_exponential(w.outer[i]);
 }
 
-// Sums over the lanes of a block that the gradients of alpha and sigma are made of, with u = g c: winner_factors, term by
-// term.
+// Sums over the lanes of a block that the gradients of alpha and sigma are made of, with u = g c: winner_factors, term
+// by term.
 template <class A>
 struct OneLanes {
   A u[kLanes] = {}, q[kLanes] = {}, c[kLanes] = {}, z[kLanes] = {};
@@ -272,7 +274,8 @@ QUANTOPS_SIMD void level_loop(WinnerPart<A>& w, A* __restrict mass, int64_t n, c
 }
 
 template <class A>
-void level_loop(WinnerPart<A>& w, int t, int64_t n, const Level<A>& k, A below, A above, const Bins<A>& p, bool is_signed) {
+void level_loop(WinnerPart<A>& w, int t, int64_t n, const Level<A>& k, A below, A above, const Bins<A>& p,
+                bool is_signed) {
   if (t == 0) level_loop<true, true>(w, w.mass[t], n, k, below, above, p);
   else if (is_signed) level_loop<false, true>(w, w.mass[t], n, k, below, above, p);
   else level_loop<false, false>(w, w.mass[t], n, k, below, above, p);
@@ -302,7 +305,8 @@ QUANTOPS_SIMD void winner_of_many_loop(WinnerPart<A>& w, const A* __restrict g, 
   s.add_to(sums);
 }
 
-// Sum of share * ([j is in a level above t] - r of those levels), from the highest t down: `tail` collects their masses.
+// Sum of share * ([j is in a level above t] - r of those levels), from the highest t down: `tail` collects their
+// masses.
 template <class A>
 QUANTOPS_INLINE A winner_gate_at(const WinnerPart<A>& w, const A* mass, A* tail, int64_t i, A bottom, A top) {
   const A all = tail[i] + mass[i], above = (w.j[i] < bottom) | (w.j[i] > top) ? A(1) : A(0);
@@ -325,8 +329,8 @@ QUANTOPS_SIMD double winner_gate_loop(const WinnerPart<A>& w, const A* __restric
 
 // ---------------------------------------------------------------------------------------------------------------- soft
 
-// G of a class: weight[0] in the lowest of kMaxSoftBits nested intervals, weight[t] outside of the t lowest; so of levels,
-// and 0 outside of all.
+// G of a class: weight[0] in the lowest of kMaxSoftBits nested intervals, weight[t] outside of the t lowest; so of
+// levels, and 0 outside of all.
 template <class A>
 struct GateSteps {
   A bottom[kMaxSoftBits], top[kMaxSoftBits], weight[kMaxSoftBits + 1];
@@ -403,13 +407,14 @@ QUANTOPS_SIMD void soft_mean_loop(SoftPart<A>& s, int64_t n, A sharp) {
 }
 
 template <int kSteps, class A>
-QUANTOPS_SIMD void soft_slope_loop(SoftPart<A>& s, int64_t n, A step, A inner, A outer, const GateSteps<A>& gates, A sharp) {
+QUANTOPS_SIMD void soft_slope_loop(SoftPart<A>& s, int64_t n, A step, A inner, A outer, const GateSteps<A>& gates,
+                                   A sharp) {
   const GateSteps<A> steps = gates;
   for (int64_t i = 0; i < n; i++) {
     SoftSlopes<A> slopes = {s.by_x[i], s.by_width[i]};
     A up, down;
-    add_slopes(slopes, soft_pair(s.y[i], s.w[i], inner, outer), step, s.first[i], gate_of<kSteps>(s.at.c[i] + step, steps),
-               gate_of<kSteps>(s.at.c[i] - step, steps), sharp, up, down);
+    add_slopes(slopes, soft_pair(s.y[i], s.w[i], inner, outer), step, s.first[i],
+               gate_of<kSteps>(s.at.c[i] + step, steps), gate_of<kSteps>(s.at.c[i] - step, steps), sharp, up, down);
     s.by_x[i] = slopes.by_x;
     s.by_width[i] = slopes.by_width;
     if (kSteps > 1) {
@@ -433,7 +438,8 @@ QUANTOPS_SIMD void soft_tail_loop(const A* __restrict c, const A* __restrict of_
 
 template <class A>
 QUANTOPS_INLINE A soft_gradient_at(const SoftPart<A>& s, int64_t i, A g, const Bins<A>& p, A& alpha, A& sigma) {
-  const Factors<A> f = soft_factors(SoftSlopes<A>{s.by_x[i], s.by_width[i]}, s.at.c[i], s.at.z[i], s.first[i], s.weight[i], p);
+  const SoftSlopes<A> slopes = {s.by_x[i], s.by_width[i]};
+  const Factors<A> f = soft_factors(slopes, s.at.c[i], s.at.z[i], s.first[i], s.weight[i], p);
   alpha += g * f.alpha;
   sigma += g * f.sigma;
   return g * f.x;

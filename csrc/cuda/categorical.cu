@@ -1,6 +1,7 @@
 // Family `categorical` on CUDA: the ops of quantops/library.py over lists of tensors, one launch each; one more where
 // hard classes have gates, one or two where sums are wanted. What happens to an element is in csrc/categorical_math.h,
-// how a list is walked in table.cuh. Values on the GPU are never read back: those out of range give NaN for that tensor.
+// how a list is walked in table.cuh. Values on the GPU are never read back: those out of range give NaN for that
+// tensor.
 #include <optional>
 #include <tuple>
 
@@ -107,10 +108,10 @@ struct Bounded : CategoricalBase {
   }
   __device__ __forceinline__ O apply(X x, None, const State& s) const {
     const Mirrored<A> m = mirror(widen(x), s.p, s.lowest);
-    A c = m.c;
+    A most = std::numeric_limits<A>::infinity();
 #pragma unroll
-    for (int t = 0; t < kCount; ++t) c = bounded(m.value, c, s.bound[t], s.top[t]);
-    return Narrow<O>::from(s.p.alpha * unmirrored(c, m.below));
+    for (int t = kCount - 1; t >= 0; --t) most = bounded(m.value, most, s.bound[t], s.top[t]);
+    return Narrow<O>::from(s.p.alpha * unmirrored(at_most(m.c, most), m.below));
   }
 };
 
@@ -173,7 +174,8 @@ struct SoftTable {
 // ---------------------------------------------------------------------------------------------------------- draws
 
 template <class A>
-__device__ __forceinline__ A draw(const LevelTable<A>& table, A c, A z, uint64_t seed, uint64_t index, const Bins<A>& p) {
+__device__ __forceinline__ A draw(const LevelTable<A>& table, A c, A z, uint64_t seed, uint64_t index,
+                                  const Bins<A>& p) {
   const Words words = philox(seed, index);
   A left = A(0);
 #pragma unroll 1
@@ -341,8 +343,10 @@ struct WinnerOne : CategoricalBase {
   }
   __device__ __forceinline__ O apply(X wide, G gx, State& s) const {
     const A x = widen(wide), g = static_cast<A>(widen(gx)), c = nearest_class(x, s.p), z = offset_of(x, c, s.p);
-    const A inner = inner_exponential(inner_exponent(z, s.p)), outer = outer_exponential(outer_exponent(c, z, s.p, s.k));
-    const Slopes<A> slopes = winner_of_one<true, true>(c, z, inner, outer, s.k);
+    const A inner = inner_exponential(inner_exponent(z, s.p));
+    const A outer = outer_exponential(outer_exponent(c, z, s.p, s.k));
+    const Slopes<A> slopes = s.k.theta > A(0) ? winner_of_one<true, true>(c, z, inner, outer, s.k)
+                                              : winner_of_one<true, false>(c, z, inner, outer, s.k);
     const A u = g * c, t = u * slopes.rt;
     if constexpr (kScales) s.sums.add(g, winner_factors(c, slopes.rt, slopes.rq, -z, s.p));
     return Narrow<O>::from(s.p.beta * t);
@@ -388,10 +392,10 @@ struct WinnerMany : CategoricalBase {
 
   __device__ __forceinline__ A hard_class(A x, const State& s) const {
     const Mirrored<A> m = mirror(x, s.p, s.lowest);
-    A c = m.c;
+    A most = std::numeric_limits<A>::infinity();
 #pragma unroll 1
-    for (int t = 0; t < s.table.count - 1; ++t) c = bounded(m.value, c, s.bound[t], s.table.level[t].top);
-    return unmirrored(c, m.below);
+    for (int t = s.table.count - 2; t >= 0; --t) most = bounded(m.value, most, s.bound[t], s.table.level[t].top);
+    return unmirrored(at_most(m.c, most), m.below);
   }
 
   __device__ __forceinline__ O apply(X wide, G gx, State& s) const {
@@ -475,9 +479,10 @@ struct SoftBackward : CategoricalBase {
 #pragma unroll 1
     for (int n = 1; n <= s.table.reach; ++n) {
       const A step = static_cast<A>(n);
-      add_slopes(slopes, soft_pair(y, w, s.table.decay[n - 1], s.table.decay[n]), step, mean,
-                 s.table.gate(c + step, s.p, source.is_signed), s.table.gate(c - step, s.p, source.is_signed), s.sharp, up,
-                 down);
+      const A up_gate = s.table.gate(c + step, s.p, source.is_signed);
+      const A down_gate = s.table.gate(c - step, s.p, source.is_signed);
+      add_slopes(slopes, soft_pair(y, w, s.table.decay[n - 1], s.table.decay[n]), step, mean, up_gate, down_gate,
+                 s.sharp, up, down);
       if constexpr (kGates) {
         add_gate(s, c + step, scale * up);
         add_gate(s, c - step, scale * down);
@@ -576,7 +581,8 @@ struct Problem {
     check_scales(sigma, tensors, acc, "sigma");
     if (has_gates) {
       check_list("gates", gates, {acc});
-      QUANTOPS_CHECK(gates.size() == count, "gates: expected a list with one entry per tensor (", count, "), got ", gates.size());
+      QUANTOPS_CHECK(gates.size() == count, "gates: expected a list with one entry per tensor (", count, "), got ",
+                     gates.size());
       QUANTOPS_CHECK(device_of(gates[0]) == device_of(tensors[0]), "gates: expected device ", device_name(tensors[0]),
                      ", where x is, got ", device_name(gates[0]));
     }
@@ -590,8 +596,8 @@ struct Problem {
     x = dense(tensors);
     int64_t first = 0;
     for (size_t i = 0; i < count; ++i) {
-      QUANTOPS_CHECK(alpha[i].numel() == sigma[i].numel(), entry_name("sigma", i, count), ": expected as many elements as alpha (",
-                     alpha[i].numel(), "), got ", sigma[i].numel());
+      QUANTOPS_CHECK(alpha[i].numel() == sigma[i].numel(), entry_name("sigma", i, count),
+                     ": expected as many elements as alpha (", alpha[i].numel(), "), got ", sigma[i].numel());
       const Rows r = rows_of(x[i], alpha[i]);
       CategoricalEntry e{};
       e.w = x[i].data_ptr();
@@ -638,7 +644,8 @@ struct Problem {
       table.base = static_cast<int32_t>(base);
       table.count = static_cast<int32_t>(std::min<size_t>(N, entries.size() - base));
       std::copy_n(entries.begin() + base, table.count, table.entry);
-      launch(on, bounds_kernel<A, N>, dim3(static_cast<unsigned>((most_rows + 63) / 64), table.count), 64, table, source);
+      const dim3 blocks(static_cast<unsigned>((most_rows + 63) / 64), table.count);
+      launch(on, bounds_kernel<A, N>, blocks, 64, table, source);
     }
   }
 };
@@ -685,9 +692,10 @@ template <class A, class Op>
 void run_with_gates(const Problem& p, Op op) {
   using P = Partial<true>;
   using Finish = Finishes<FinishWidths<A, P>, FinishGates<A>>;
-  run(p.x[0], p.entries, sizeof(P), op, Finish{{nullptr}, {p.source, nullptr}}, [](Op& o, Finish& finish, void* scratch) {
-    finish.first.partial = finish.second.partial = o.partial = static_cast<P*>(scratch);
-  });
+  run(p.x[0], p.entries, sizeof(P), op, Finish{{nullptr}, {p.source, nullptr}},
+      [](Op& o, Finish& finish, void* scratch) {
+        finish.first.partial = finish.second.partial = o.partial = static_cast<P*>(scratch);
+      });
 }
 
 std::tuple<Tensors, Tensors, Tensors, Tensors> categorical_backward(

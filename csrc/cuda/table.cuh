@@ -7,7 +7,8 @@
 // a fixed order. No float atomics, hence the same bits every time.
 //
 // The table is a kernel parameter: no copy to the device, nothing to keep alive, safe in CUDA graphs. Parameters hold
-// 4 KB, and 32 KB since CUDA 12.1: 60 and 500 tensors of Entry. A list of more takes ceil(length / kLargeTable) launches.
+// 4 KB, and 32 KB since CUDA 12.1: 60 and 500 tensors of Entry. A list of more takes ceil(length / kLargeTable)
+// launches.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -147,7 +148,7 @@ struct OpBase {
   static constexpr int kBytesInFlight = 64;  // of loads, per lane
   static constexpr bool kIndexed = false;    // where true, State has the place of the element in its tensor, `index`
   static constexpr int kBlocks = 2;          // at least that many on a multiprocessor: 128 registers
-  static constexpr bool kRolled = false;     // where true, `apply` is long: there is no code of its own for each element
+  static constexpr bool kRolled = false;     // where true, `apply` is long: its code stands once, in a loop
 
   template <class State>
   __device__ __forceinline__ void flush(State&) const {}
@@ -398,12 +399,13 @@ void launch_finish(const OnDevice& on, const Table<N, E>& table, int64_t most_ro
   const int64_t groups = Finish::kPerScale ? std::min<int64_t>(most_rows, 65535) : 1;
   const bool long_groups = !Finish::kPerScale || most_rows == 1;  // else most are a partial value or a few
   if (groups > 0)
-    launch(on, finish_kernel<Finish, Table<N, E>>, dim3(static_cast<unsigned>(groups), table.count), long_groups ? 512 : 32, table,
-           finish);
+    launch(on, finish_kernel<Finish, Table<N, E>>, dim3(static_cast<unsigned>(groups), table.count),
+           long_groups ? 512 : 32, table, finish);
 }
 
 template <int N, class E, class First, class Second>
-void launch_finish(const OnDevice& on, const Table<N, E>& table, int64_t most_rows, const Finishes<First, Second>& both) {
+void launch_finish(const OnDevice& on, const Table<N, E>& table, int64_t most_rows,
+                   const Finishes<First, Second>& both) {
   launch_finish(on, table, most_rows, both.first);
   launch_finish(on, table, most_rows, both.second);
 }
@@ -472,8 +474,8 @@ void with_float(ScalarType dtype, F f) {
   }
 }
 
-// The dtypes in which a gradient is read as it comes, others are made float32 (float64) first; and the dtypes in which the
-// kernels of family `categorical` write q.
+// The dtypes in which a gradient is read as it comes, others are made float32 (float64) first; and the dtypes in which
+// the kernels of family `categorical` write q.
 inline bool reads_grad(ScalarType w, ScalarType g) {
   return g == w || g == acc_type(w) || (w == ScalarType::Float && g != ScalarType::Double);
 }

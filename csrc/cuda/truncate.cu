@@ -164,7 +164,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // -------------------------------------------------------------------------------------------------------- backward
 
-// What is wanted: the sum of the gradients alone, without w; times inside and the slope of tanh; and the sums for scales.
+// What is wanted: the sum of the gradients alone, without w; times inside and the slope of tanh; and the sums for
+// scales.
 enum { kCovered, kInside, kScales };
 
 // The sums of an item: of g * q / out_scale, and of g * (x/s) * inside.
