@@ -35,7 +35,7 @@ struct PackedTable {
   PackedEntry entry[kCapacity];
 };
 
-static_assert(sizeof(PackedTable<kSmallTable>) <= 4096 - 192 && sizeof(PackedTable<kLargeTable>) <= 32764 - 192,
+static_assert(sizeof(PackedTable<kSmallTable<PackedEntry>>) <= 4096 - 192 && sizeof(PackedTable<kLargeTable<PackedEntry>>) <= 32764 - 192,
               "a table and 192 bytes of other arguments must fit the kernel parameters");
 
 // What a warp works on.
@@ -296,8 +296,10 @@ void for_tables(const Tensor& like, const std::vector<PackedEntry>& entries, con
   for (const PackedEntry& e : entries) elements += e.numel;
   const int64_t segment = segment_rule(elements);
   static_assert(kTile == 1024, "the smallest segment");
-  if (entries.size() <= kSmallTable) for_tables<kSmallTable>(on, entries, segment, launch_table);
-  else for_tables<kLargeTable>(on, entries, segment, launch_table);
+  if (entries.size() <= kSmallTable<PackedEntry>)
+    for_tables<kSmallTable<PackedEntry>>(on, entries, segment, launch_table);
+  else
+    for_tables<kLargeTable<PackedEntry>>(on, entries, segment, launch_table);
 }
 
 Tensors pack(Tensors codes, std::vector<int64_t> bits, int64_t layout) {
