@@ -35,7 +35,8 @@ struct PackedTable {
   PackedEntry entry[kCapacity];
 };
 
-static_assert(sizeof(PackedTable<kSmallTable<PackedEntry>>) <= 4096 - 192 && sizeof(PackedTable<kLargeTable<PackedEntry>>) <= 32764 - 192,
+static_assert(sizeof(PackedTable<kSmallTable<PackedEntry>>) <= 4096 - 192 &&
+                  sizeof(PackedTable<kLargeTable<PackedEntry>>) <= 32764 - 192,
               "a table and 192 bytes of other arguments must fit the kernel parameters");
 
 // What a warp works on.
