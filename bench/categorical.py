@@ -19,7 +19,7 @@ MOST_CLASSES = 1 << 29  # bytes of one tensor with all classes of all weights: t
 
 
 class ClassInputs(Inputs):
-    """Weights with a step that spans max|w| and a width of a third of it."""
+    """Weights with a step alpha that spans max|w|, and the width that CPQ begins with, 0.15 alpha."""
 
     n = 3
 
@@ -33,7 +33,7 @@ class ClassInputs(Inputs):
 
     @functools.cached_property
     def sigma(self):
-        return [a / 3 for a in self.alpha]
+        return [a * 0.15 for a in self.alpha]
 
     @functools.cached_property
     def gates(self):
