@@ -1,6 +1,7 @@
 """Fused kernels for quantization-aware training with MSQ, TruncQuant and CPQ."""
 
 from quantops import backends, foreach, layout, reference
+from quantops.activation import CategoricalActivation
 from quantops.backends import info
 from quantops.convert import is_linear_or_conv, quantize_
 from quantops.functional import (
@@ -20,14 +21,17 @@ from quantops.functional import (
 )
 from quantops.hessian import hessian_trace
 from quantops.intweight import IntWeight, load_int, save_int, to_int
-from quantops.methods.msq import MSQConfig, MSQController, add_penalty_grad_, penalty
+from quantops.methods.cpq import CPQConfig, finish_dropbits
+from quantops.methods.msq import MSQConfig, MSQController, add_penalty_grad_
 from quantops.methods.multibn import MultiBatchNorm
 from quantops.methods.truncquant import TruncQuantConfig, joint_loss, joint_step, plain_model, set_bits
 from quantops.packed import Packed
+from quantops.penalty import penalty
 from quantops.report import bit_report
 from quantops.version import __version__
 
 __all__ = [
+    "CPQConfig", "CategoricalActivation", "finish_dropbits",
     "IntWeight", "MSQ", "MSQConfig", "MSQController", "MultiBatchNorm", "Packed", "TruncQuantConfig", "absmax", "absmean",
     "add_penalty_grad_", "backends", "bit_report", "categorical", "decode", "encode", "foreach", "hessian_trace", "info",
     "is_linear_or_conv", "joint_loss", "joint_step", "layout", "load_int", "lsb", "lsb_penalty", "msq", "pack", "penalty",

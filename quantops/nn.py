@@ -71,11 +71,13 @@ class Slot:
 class WeightQuantizer(torch.nn.Module):
     """A parametrization original -> q. Its buffers and parameters are what q depends on besides the weight.
 
-    A method defines ``batch_key``, a tuple that is equal for layers that may share a list call, and the three
-    functions below. Registered by :func:`quantops.quantize_`, not by hand.
+    A method defines ``batch_key``, a tuple that is equal for layers that may share a list call (it has whatever q
+    depends on besides tensors, such as ``training``), and the functions below. Registered by
+    :func:`quantops.quantize_`, not by hand.
     """
 
     batch_key = ()
+    draws = False  # True while every forward draws a q of its own, which the cache must not keep
 
     def __init__(self):
         super().__init__()
@@ -98,8 +100,12 @@ class WeightQuantizer(torch.nn.Module):
         raise NotImplementedError
 
     def to_int(self, w):
-        """The IntWeight whose dequantize() is the training forward, bit for bit."""
+        """The IntWeight whose dequantize() is the training forward, bit for bit (the evaluated one where it draws)."""
         raise NotImplementedError
+
+    def wants_grad(self, w):
+        """Whether q has a gradient: for the weight, or for parameters of its quantizer."""
+        return w.requires_grad or any(p.requires_grad for p in self._parameters.values())
 
     def forward(self, original):
         given = self.slot.given
@@ -130,7 +136,7 @@ def trackable(w):
 
 def _mark(quantizer, w):
     """What changes whenever q would: storage and version of the weight, identity and version of the rest."""
-    mark = [w.data_ptr(), w._version]
+    mark = [w.data_ptr(), w._version, quantizer.batch_key]
     for t in quantizer._buffers.values():
         mark += id(t), t._version
     for t in quantizer._parameters.values():
@@ -157,7 +163,7 @@ class Pass:
     def serves(self, i, quantizer, w):
         """True where entry i is what a read of ``w`` would give now, in value, dtype and gradient."""
         return (self.unchanged(i, quantizer, w) and self.dtype == checks.dtype_of(None, [w])
-                and (not torch.is_grad_enabled() or self.value.q[i].requires_grad == w.requires_grad))
+                and (not torch.is_grad_enabled() or self.value.q[i].requires_grad == quantizer.wants_grad(w)))
 
     def repeats(self, quantizers, w):
         """True where the whole list call would give the same values now."""
@@ -222,7 +228,7 @@ class WeightGroup:
         return done.value.q[0]
 
     def _compute(self, quantizers, w):
-        if not self.cache:
+        if not self.cache or quantizers[0].draws:
             return Pass(quantizers, w, quantizers[0].launch(quantizers, w))
         key = tuple(id(p) for p in quantizers)
         kept = self.kept.get(key)
@@ -231,7 +237,7 @@ class WeightGroup:
             self.kept.pop(key, None)  # frees the old q before the new one is computed
             with torch.no_grad():
                 kept = self.kept[key] = Pass(quantizers, w, quantizers[0].launch(quantizers, w))
-        if not torch.is_grad_enabled() or not any(t.requires_grad for t in w):
+        if not torch.is_grad_enabled() or not any(p.wants_grad(t) for p, t in zip(quantizers, w)):
             return kept
         return Pass(quantizers, w, quantizers[0].revive(quantizers, w, kept.value))
 
@@ -245,7 +251,7 @@ def batches(pairs):
     """Groups (quantizer, weight) pairs into the lists (quantizers, weights) that one call can take, in order."""
     found = {}
     for p, w in pairs:
-        quantizers, weights = found.setdefault((p.batch_key, w.dtype, w.device, w.requires_grad), ([], []))
+        quantizers, weights = found.setdefault((p.batch_key, w.dtype, w.device, p.wants_grad(w)), ([], []))
         quantizers.append(p)
         weights.append(w)
     return list(found.values())

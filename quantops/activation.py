@@ -1,0 +1,123 @@
+"""Categorical quantization of activations, which keeps two bits per element for the backward pass."""
+
+import torch
+
+from quantops import checks
+from quantops.convert import check_choice, check_int
+from quantops.library import ops
+from quantops.methods.multibn import replace
+from quantops.positive import positive
+from quantops.reference.categorical import GRADS, MAX_SOFT_BITS
+from quantops.reference.packing import LAYOUTS
+from quantops.reference.uniform import acc_dtype
+
+DENSE = LAYOUTS.index("dense")
+RELUS = (torch.nn.ReLU, torch.nn.ReLU6)
+
+
+class CategoricalActivation(torch.nn.Module):
+    """ReLU and unsigned categorical quantizer in one: q = alpha j, j = clamp(rint(x * (1/alpha)), 0, 2^bits - 1).
+
+    alpha and sigma are learned as ``log_alpha`` and ``log_sigma`` (see quantops/positive.py). They start with the first
+    batch, from its positive part h: alpha = 2 mean(h) / sqrt(2^bits - 1) (Esser et al. 2020), 1 where h is 0; sigma is a
+    fraction of alpha.
+
+    What the backward pass needs. The exact gradients of :func:`quantops.categorical` need x, which nothing else in a
+    network keeps: 32 bits per element. What the next layer keeps is q, hence j. With two bits more, the quarter of its
+    cell that x lies in, x is known to alpha/8, and the gradients are those of ``categorical`` with ``grad`` at
+
+        x' = alpha (j + (k - 3/2)/4),  k = clamp(floor(4 (x/alpha - j)) + 2, 0, 3)
+
+    but for k = 0 at j = 0 (x below -alpha/4) and k = 3 at the last j (x more than alpha/4 above it), which count as
+    infinitely far: there dL/dx = 0, and dL/dalpha = j. So the gradients to x, alpha and sigma are those of an x rounded to
+    a grid four times as fine, 0 bytes are kept for float32 values, and q stays as exact as ever. Where no layer keeps q,
+    this module keeps it.
+
+    Args:
+        bits: 1..8. grad: "soft" or "winner". sigma: sigma/alpha at the start.
+
+    x: any shape, float32, bfloat16, float16 or float64; q has its dtype, under autocast the autocast dtype. Errors name
+    the argument. In-place changes of q before the backward pass raise, as autograd has it.
+    """
+
+    def __init__(self, bits=4, *, grad="soft", sigma=0.5, device=None, dtype=torch.float32):
+        super().__init__()
+        check_int("bits", bits, 1, MAX_SOFT_BITS)
+        check_choice("grad", grad, GRADS)
+        if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not 2.0**-24 < sigma < 2.0**24:
+            raise ValueError(f"sigma: expected a number in (6e-08, 1.7e+07), got {sigma!r}")
+        self.grad, self.ratio = grad, sigma
+        made = {"device": device, "dtype": acc_dtype(dtype)}
+        self.register_buffer("bits", torch.full((1,), bits, dtype=torch.int32, device=device))
+        self.register_buffer("alpha_start", torch.zeros(1, **made))  # 0 until the first batch
+        self.log_alpha = torch.nn.Parameter(torch.zeros(1, **made))
+        self.log_sigma = torch.nn.Parameter(torch.zeros(1, **made))
+        self.highest, self.started = 2**bits - 1, False
+
+    def forward(self, x):
+        """q of x."""
+        checks.tensors("x", [x])
+        if not self.started:
+            self._start(x)
+        acc = acc_dtype(x.dtype)
+        alpha = positive(self.alpha_start, self.log_alpha).to(acc)
+        sigma = positive(self.alpha_start * self.ratio, self.log_sigma).to(acc)
+        arguments = alpha, sigma, self.bits, GRADS.index(self.grad), checks.dtype_of(None, [x])
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, alpha, sigma)):
+            return _Activation.apply(x, self.highest, *arguments)
+        return _quantize(x, *arguments)
+
+    @torch.no_grad()
+    def _start(self, x):
+        mean = x.to(self.alpha_start.dtype).clamp(min=0).mean()
+        self.alpha_start.copy_(torch.where(mean > 0, 2 * mean / self.highest**0.5, 1.0).reshape(1))
+        self.started = True
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self.started = bool(self.alpha_start > 0)
+
+    def extra_repr(self):
+        return f"bits={int(self.bits)}, grad={self.grad!r}"
+
+
+def _quantize(x, alpha, sigma, bits, grad_of, dtype):
+    return ops.categorical([x], [alpha], [sigma], bits, [], None, 0, grad_of, False, dtype)[0]
+
+
+class _Activation(torch.autograd.Function):
+    """Keeps q, which the next layer keeps too, and two bits per element."""
+
+    @staticmethod
+    def forward(ctx, x, highest, alpha, sigma, bits, grad_of, dtype):
+        q = _quantize(x, alpha, sigma, bits, grad_of, dtype)
+        inverse = 1 / alpha
+        k = (x.to(alpha.dtype) * inverse).sub_(_class(q, inverse)).mul_(4).floor_().add_(2).clamp_(0, 3)
+        code = k.to(torch.int32).bitwise_and_(3)  # NaN too becomes a code
+        ctx.highest, ctx.grad_of, ctx.dtype = highest, grad_of, x.dtype
+        ctx.save_for_backward(q, alpha, sigma, bits, ops.pack([code], [2], DENSE)[0])
+        return q
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, alpha, sigma, bits, data = ctx.saved_tensors
+        k = ops.unpack([data], list(q.shape), [q.dim()], [2], torch.full_like(bits, 2), DENSE)[0]
+        j = _class(q, 1 / alpha)
+        x = k.to(j.dtype).sub_(1.5).mul_(0.25).add_(j).mul_(alpha)
+        x.masked_fill_((k == 0) & (j == 0), -torch.inf).masked_fill_((k == 3) & (j == ctx.highest), torch.inf)
+        grad_x, grad_alpha, grad_sigma, _ = ops.categorical_backward(
+            [grad], [x], [alpha], [sigma], bits, [], None, 0, ctx.grad_of, False, True, False)
+        return grad_x[0].to(ctx.dtype), None, grad_alpha[0], grad_sigma[0], None, None, None
+
+
+def _class(q, inverse):
+    """j of q = alpha j, also where q has been rounded to bfloat16."""
+    return (q.to(inverse.dtype) * inverse).round_()
+
+
+def replace_relus(model, make):
+    """Puts ``make(a parameter of the model)`` in the place of each ReLU and ReLU6, one for all uses of a module."""
+    like = next(model.parameters())
+    if not any(type(m) in RELUS for m in model.modules()):
+        raise ValueError(f"act_bits: expected modules of nn.ReLU or nn.ReLU6 to quantize, {type(model).__name__} has none")
+    replace(model, lambda m: make(like) if type(m) in RELUS else None)

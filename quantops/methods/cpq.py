@@ -1,0 +1,305 @@
+"""CPQ with DropBits (arXiv 2109.02100): categorical weights whose alpha and sigma learn, and bits that drop out."""
+
+import dataclasses
+import math
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from quantops import checks
+from quantops.activation import CategoricalActivation, replace_relus
+from quantops.convert import QuantConfig, check_choice, check_int
+from quantops.intweight import IntWeight
+from quantops.library import ops
+from quantops.nn import WeightQuantizer, quantized
+from quantops.positive import grid_step, positives
+from quantops.reference.categorical import GRADS, MAX_BITS, MAX_SOFT_BITS, MODES
+from quantops.reference.uniform import acc_dtype
+
+DROPBITS = (None, "fixed", "learned")
+# The hard concrete distribution of Louizos et al. 2018.
+TEMPERATURE, GAMMA, ZETA = 2 / 3, -0.1, 1.1
+SHIFT = TEMPERATURE * math.log(-GAMMA / ZETA)  # P(z != 0) = S(log_a - SHIFT)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CPQConfig(QuantConfig):
+    """Categorically quantized weights with learned alpha and sigma, for :func:`quantops.quantize_`; arXiv 2109.02100.
+
+    The weight is ``quantops.categorical(w, alpha, sigma, bits, ...)`` on the grid alpha i, i = -2^(bits-1)..
+    2^(bits-1) - 1. Make the optimizer after ``quantize_``: alpha and sigma are parameters, one of each per layer (or
+    row), stored as logarithms of factors on their starting values, so that they stay positive whatever the optimizer does
+    (:mod:`quantops.positive`). alpha starts where the squared error of the weights is smallest.
+
+    bits: 1..16; 1..8 where soft sums are taken.
+    mode: "hard", the most probable grid point; "sample", one drawn from the distribution, with a seed of its own for
+        every forward; "soft", the expectation. In evaluation always "hard", so that integers hold it.
+    grad: "soft" or "winner", of modes hard and sample, see :func:`quantops.categorical`.
+    sigma: sigma/alpha at the start.
+    per_row: alpha and sigma per row (dim 0: output channels of Linear and Conv, input channels of ConvTranspose).
+    dropbits: None; "fixed": every bit above min_bits has a hard concrete gate, drawn anew in every training forward,
+        that is not 0 with probability ``keep``; "learned": the same at the start, and then ``log_a`` of each gate is
+        learned with ``quantops.penalty(model)`` in the loss (:func:`penalty`), until
+        :func:`quantops.finish_dropbits`. A dropped bit drops those above it. In evaluation no gate is drawn: all bits
+        stay with "fixed", those of which P(z != 0) > 1/2, and all bits below them too, with "learned".
+    keep: P(z != 0) of each gate, in (0, 1). min_bits: bits that have no gate, 1..bits.
+    act_bits: None, or 1..8: every nn.ReLU and nn.ReLU6 becomes a :class:`quantops.CategoricalActivation` of so many
+        bits. Modules that are called twice have one alpha for both; functional ReLUs are not seen.
+    fuse, cache, first, last, overrides: see QuantConfig. Forwards that draw are not cached. Overrides may set "bits" and
+        "dropbits"; layers with fixed bits have no gates.
+
+    Raises ValueError naming the field for anything else.
+    """
+
+    bits: int = 4
+    mode: str = "hard"
+    grad: str = "soft"
+    sigma: float = 0.5
+    per_row: bool = False
+    dropbits: str | None = None
+    keep: float = 0.9
+    min_bits: int = 1
+    act_bits: int | None = None
+
+    settings: ClassVar[tuple[str, ...]] = ("bits", "dropbits")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice("mode", self.mode, MODES)
+        check_choice("grad", self.grad, GRADS)
+        check_choice("per_row", self.per_row, (True, False))
+        check_choice("dropbits", self.dropbits, DROPBITS)
+        check_int("bits", self.bits, 1, self.most_bits)
+        check_int("min_bits", self.min_bits, 1, self.bits)
+        _check_number("sigma", self.sigma, 2.0**-24, 2.0**24)
+        _check_number("keep", self.keep, 0.0, 1.0)
+        if self.act_bits is not None:
+            check_int("act_bits", self.act_bits, 1, MAX_SOFT_BITS)
+
+    @property
+    def most_bits(self):
+        """8 where soft sums are taken, 16 elsewhere."""
+        return MAX_SOFT_BITS if "soft" in (self.mode, self.grad) else MAX_BITS
+
+    def fixed(self, bits):
+        return {"bits": bits, "dropbits": None}
+
+    def quantizer(self, name, weight, settings):
+        bits = check_int(f"{name}: bits", settings.get("bits", self.bits), 1, self.most_bits)
+        dropbits = check_choice(f"{name}: dropbits", settings.get("dropbits", self.dropbits), DROPBITS)
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"{name}: expected finite weights, got NaN or infinity")
+        return CPQWeight(self, weight, bits, dropbits if bits > self.min_bits else None)
+
+    def prepare(self, model):
+        if self.act_bits is not None:
+            replace_relus(model, lambda like: CategoricalActivation(self.act_bits, grad=self.grad, sigma=self.sigma,
+                                                                    device=like.device, dtype=like.dtype))
+
+
+def _check_number(name, value, low, high):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value < high:
+        raise ValueError(f"{name}: expected a number in ({low:g}, {high:g}), got {value!r}")
+
+
+class Drawn(NamedTuple):
+    """What one list call gives: q, and what its gradient needs besides w."""
+
+    q: list | None
+    alpha: list
+    sigma: list
+    bits: torch.Tensor
+
+
+class CPQWeight(WeightQuantizer):
+    """original -> q on the grid of alpha. ``bits`` is a 0-dim int32 buffer; ``log_a`` has a value per gate, if any."""
+
+    def __init__(self, config, w, bits, dropbits):
+        super().__init__()
+        acc, device = acc_dtype(w.dtype), w.device
+        step = grid_step(w.detach(), bits, per_row=config.per_row)
+        self.register_buffer("alpha_start", step)
+        self.register_buffer("sigma_start", step * config.sigma)
+        self.log_alpha = torch.nn.Parameter(torch.zeros_like(step))
+        self.log_sigma = torch.nn.Parameter(torch.zeros_like(step))
+        self.register_buffer("bits", torch.full((), bits, dtype=torch.int32, device=device))
+        self.mode, self.grad, self.min_bits = config.mode, config.grad, config.min_bits
+        self.per_row, self.dropbits = config.per_row, dropbits
+        self.gated = dropbits is not None  # False once finish_dropbits has been called
+        if self.gated:
+            start = math.log(config.keep / (1 - config.keep)) + SHIFT
+            log_a = torch.full((bits - config.min_bits,), start, dtype=acc, device=device)
+            if dropbits == "learned":
+                self.log_a = torch.nn.Parameter(log_a)
+            else:
+                self.register_buffer("log_a", log_a)
+            self.register_buffer("finished", torch.zeros((), dtype=torch.bool, device=device))
+
+    @property
+    def batch_key(self):
+        """Training draws and takes expectations; evaluation does neither."""
+        if not self.training:
+            return "cpq", MODES[0], self.grad, False
+        return "cpq", self.mode, self.grad, self.gated
+
+    @property
+    def draws(self):
+        """Whether a forward now draws gates or grid points."""
+        return self.training and (self.gated or self.mode == "sample")
+
+    def bits_that_stay(self):
+        """The bits of the evaluated layer, a 0-dim int32 tensor on its device."""
+        if not self.gated or self.dropbits == "fixed":
+            return self.bits
+        return (self.min_bits + (self.log_a > SHIFT).to(torch.int32).cumprod(0).sum()).to(torch.int32)
+
+    def finish(self):
+        """The bits that stay are the layer's bits from now on, without gates."""
+        if self.gated:
+            self.bits.copy_(self.bits_that_stay())
+            self.finished.fill_(True)
+            self._stop_gates()
+
+    def _stop_gates(self):
+        self.gated = False
+        self.log_a.requires_grad_(False)
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        if self.gated and bool(self.finished):
+            self._stop_gates()
+
+    @staticmethod
+    def launch(quantizers, w):
+        p = quantizers[0]
+        mode, gated = (p.mode, p.gated) if p.training else (MODES[0], False)
+        alpha, sigma = _scales(quantizers, w)
+        gates, seed = _gates(quantizers, alpha[0].dtype) if gated else [], None
+        bits = torch.stack([v.bits if v.training else v.bits_that_stay() for v in quantizers])
+        if mode == "sample":
+            seed = torch.randint(2**62, (), dtype=torch.int64, device=w[0].device)
+        q = ops.categorical(w, alpha, sigma, bits, gates, seed, MODES.index(mode), GRADS.index(p.grad), True,
+                            checks.dtype_of(None, w))
+        return Drawn(q, alpha, sigma, bits)
+
+    @staticmethod
+    def revive(quantizers, w, result):
+        p = quantizers[0]
+        alpha, sigma = _scales(quantizers, w)
+        mode = MODES.index(p.mode if p.training else MODES[0])
+        q = _Revive.apply(result, (mode, GRADS.index(p.grad)), *w, *alpha, *sigma)
+        return Drawn(list(q), alpha, sigma, result.bits)
+
+    @staticmethod
+    def measure(quantizers, w):
+        alpha, sigma = _scales(quantizers, w)
+        bits = torch.stack([p.bits_that_stay() for p in quantizers])
+        q = ops.categorical(w, alpha, sigma, bits, [], None, 0, 0, True, w[0].dtype)
+        return [(n, 0, 0.0, float((v.double() - t.double()).square().sum()), float(a.max()) * 2 ** (n - 1))
+                for v, t, a, n in zip(q, w, alpha, bits.tolist())]
+
+    def to_int(self, w):
+        """q = alpha j is the dyadic grid with scale alpha 2^(n-1): its step is alpha, bit for bit."""
+        alpha, sigma = _scales([self], [w])
+        bits = self.bits_that_stay().reshape(1)
+        n, alpha = int(bits), alpha[0]
+        q = ops.categorical([w], [alpha], sigma, bits, [], None, 0, 0, True, alpha.dtype)[0]
+        step = alpha.reshape(-1, *[1] * (w.dim() - 1)) if self.per_row else alpha
+        codes = (q / step).round().to(torch.int32) + 2 ** (n - 1)
+        return IntWeight.from_codes(codes, alpha * 2 ** (n - 1), n, dtype=w.dtype)
+
+    def extra_repr(self):
+        return (f"bits={int(self.bits_that_stay())}, mode={self.mode!r}, grad={self.grad!r}, per_row={self.per_row}, "
+                f"dropbits={self.dropbits!r}")
+
+
+def _scales(quantizers, w):
+    """(alpha, sigma), lists of one contiguous tensor per layer, whatever the number of layers in few ops."""
+    acc = acc_dtype(w[0].dtype)
+    alpha = positives([p.alpha_start for p in quantizers], [p.log_alpha for p in quantizers], acc)
+    return alpha, positives([p.sigma_start for p in quantizers], [p.log_sigma for p in quantizers], acc)
+
+
+def _gates(quantizers, dtype):
+    """A draw of the gates of each layer: z in [0, 1], and 1 for the bits that have none."""
+    log_a = torch.cat([p.log_a for p in quantizers])
+    z = hard_concrete(log_a, torch.rand_like(log_a)).to(dtype)
+    one = z.new_ones(max(p.min_bits for p in quantizers))
+    parts = z.split([p.log_a.numel() for p in quantizers])
+    return [torch.cat([one[:p.min_bits], part]) for p, part in zip(quantizers, parts)]
+
+
+def hard_concrete(log_a, u):
+    """z = clamp(S((log u - log(1-u) + log_a)/b) (zeta - gamma) + gamma, 0, 1) of uniform u; Louizos et al. 2018."""
+    return (torch.sigmoid((torch.logit(u) + log_a) / TEMPERATURE) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+class _Revive(torch.autograd.Function):
+    """Gives a cached result, for which nothing was drawn, a graph of its own, with the backward of ops.categorical."""
+
+    @staticmethod
+    def forward(ctx, result, options, *tensors):
+        ctx.options, ctx.count = options, len(result.q)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, result.bits)
+        return tuple(t.detach() for t in result.q)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        n, (*tensors, bits) = ctx.count, ctx.saved_tensors
+        w, alpha, sigma = tensors[:n], tensors[n: 2 * n], tensors[2 * n:]
+        if all(g is None for g in grads):
+            return None, None, *[None] * (3 * n)
+        given = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, w)]
+        grad_w, grad_alpha, grad_sigma, _ = ops.categorical_backward(
+            given, w, alpha, sigma, bits, [], None, *ctx.options, True, True, False)
+        return None, None, *grad_w, *grad_alpha, *grad_sigma
+
+
+# The bits of a model.
+
+
+def _layers(model):
+    layers = [p for _, _, p in quantized(model) if isinstance(p, CPQWeight)]
+    if not any(p.dropbits == "learned" for p in layers):
+        raise ValueError(f"model: expected weights quantized with CPQConfig(dropbits='learned'), {type(model).__name__} "
+                         "has none")
+    return layers
+
+
+def penalty(model):
+    """The expected number of gates that are not 0, over all layers with learned gates: 0-dim, differentiable.
+
+        R = sum over layers and gates of P(z != 0),  P(z != 0) = S(log_a - b log(-gamma/zeta))
+        (task_loss + strength * quantops.penalty(model)).backward()
+
+    with b = 2/3, gamma = -0.1, zeta = 1.1 (Louizos et al. 2018). It learns how many bits each layer keeps, the
+    heterogeneous mode of arXiv 2109.02100. Layers of which :func:`quantops.finish_dropbits` has settled the bits count 0.
+
+    Raises ValueError for a model without learned gates.
+    """
+    layers = [p for p in _layers(model) if p.dropbits == "learned"]
+    total = layers[0].log_a.new_zeros(())
+    for p in layers:
+        if p.gated:
+            total = total + torch.sigmoid(p.log_a - SHIFT).sum().to(total)
+    return total
+
+
+@torch.no_grad()
+def finish_dropbits(model):
+    """Ends DropBits: the bits that stay are the bits of each layer from now on; no more gates are drawn or learned.
+
+    In place; returns ``quantops.bit_report(model)``. What is evaluated does not change. The state dict keeps it: a model
+    that was quantized as this one was and loads it is finished too. Compiled models compile once more.
+
+    Raises ValueError for a model without gates.
+    """
+    from quantops.report import bit_report
+
+    layers = [p for _, _, p in quantized(model) if isinstance(p, CPQWeight) and p.dropbits]
+    if not layers:
+        raise ValueError(f"model: expected weights quantized with CPQConfig(dropbits=...), {type(model).__name__} has none")
+    for p in layers:
+        p.finish()
+    return bit_report(model)

@@ -1,0 +1,44 @@
+"""Grid steps and widths that learn: how they stay positive, and where a grid step starts."""
+
+import torch
+
+from quantops.reference.uniform import acc_dtype
+
+REACH = 20.0  # |log| at most: factors from 2e-9 to 5e8
+
+
+def positive(start, log):
+    """start * exp(log), positive and finite wherever an optimizer takes ``log``, which is 0 at first.
+
+    In proportion to its value, a step of the optimizer has the same size for all layers, and weight decay pulls a value
+    to its start, not to 0.
+    """
+    return start * log.clamp(-REACH, REACH).exp()
+
+
+def positives(starts, logs, dtype):
+    """:func:`positive` of lists of tensors with one dimension, in as many ops as of one."""
+    if len(starts) == 1:
+        return [positive(starts[0], logs[0]).to(dtype)]
+    values = positive(torch.cat(starts), torch.cat(logs)).to(dtype)
+    return list(values.split([log.numel() for log in logs]))
+
+
+def grid_step(w, bits, *, per_row):
+    """The step of the signed grid with the smallest sum (q - w)^2 of 16 candidates, from 0.1 to 1.4 of max|w| over its end.
+
+    Shape (1,), or (rows,) with ``per_row``. Weights of zeros count as if max|w| were 1/sqrt(elements of a row).
+    """
+    rows = w.to(acc_dtype(w.dtype))
+    rows = rows.reshape(w.shape[0] if per_row else 1, -1)
+    if rows.numel() == 0:
+        return rows.new_ones(rows.shape[0])
+    end, fan = 2 ** (bits - 1), max(w[0].numel(), 1)
+    top = rows.abs().amax(1, keepdim=True)
+    top = torch.where(top > 0, top, fan**-0.5).clamp(2.0**-64, 2.0**64)
+    best, least = top, torch.full_like(top, torch.inf)
+    for k in range(-2, 14):
+        step = top * (2 ** (-k / 4) / end)
+        error = ((rows / step).round().clamp(-end, end - 1) * step - rows).square().sum(1, keepdim=True)
+        best, least = torch.where(error < least, step, best), torch.minimum(error, least)
+    return best.flatten()
