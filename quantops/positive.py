@@ -29,11 +29,11 @@ def grid_step(w, bits, *, per_row):
 
     Shape (1,), or (rows,) with ``per_row``. Weights of zeros count as if max|w| were 1/sqrt(elements of a row).
     """
-    rows = w.to(acc_dtype(w.dtype))
-    rows = rows.reshape(w.shape[0] if per_row else 1, -1)
-    if rows.numel() == 0:
-        return rows.new_ones(rows.shape[0])
-    end, fan = 2 ** (bits - 1), max(w[0].numel(), 1)
+    count = w.shape[0] if per_row else 1
+    if w.numel() == 0:
+        return w.new_ones(count, dtype=acc_dtype(w.dtype))
+    rows = w.to(acc_dtype(w.dtype)).reshape(count, -1)
+    end, fan = 2 ** (bits - 1), w[0].numel()
     top = rows.abs().amax(1, keepdim=True)
     top = torch.where(top > 0, top, fan**-0.5).clamp(2.0**-64, 2.0**64)
     best, least = top, torch.full_like(top, torch.inf)
