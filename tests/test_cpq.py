@@ -52,7 +52,7 @@ class Net(nn.Module):
 
 def make(dtype=torch.float32, **config):
     torch.manual_seed(0)
-    model = quantize_(Net().to(dtype), CPQConfig(**{"bits": 4, **config}))
+    model = quantize_(Net().to(dtype), CPQConfig(**{"bits": 4, "min_bits": 1, **config}))
     with torch.no_grad():  # away from where all start
         for name, p in model.named_parameters():
             if ".log_" in name:
@@ -774,8 +774,8 @@ def test_activations_compile(fresh_compiler):
     ({"sigma": math.nan}, "sigma: .*nan"), ({"sigma": True}, "sigma: "), ({"sigma": "1"}, "sigma: "),
     ({"dropbits": "random"}, "dropbits: expected one of None, 'fixed', 'learned', got 'random'"),
     ({"dropbits": True}, "dropbits: "), ({"keep": 0.0}, r"keep: expected a number in \(0, 1\), got 0.0"),
-    ({"keep": 1}, "keep: .*got 1"), ({"min_bits": 0}, "min_bits: expected an integer 1..4, got 0"),
-    ({"min_bits": 5}, "min_bits: .*1..4, got 5"), ({"act_bits": 0}, "act_bits: .*1..8, got 0"),
+    ({"keep": 1}, "keep: .*got 1"), ({"min_bits": 0}, "min_bits: expected an integer 1..16, got 0"),
+    ({"bits": 2, "dropbits": "fixed"}, "dropbits: expected bits > min_bits = 2, .* got bits = 2"), ({"act_bits": 0}, "act_bits: .*1..8, got 0"),
     ({"act_bits": 9}, "act_bits: .*got 9"), ({"overrides": {"a": {"k": 1}}}, "overrides.*'k'")])
 def test_config_errors_name_the_field(options, text):
     with pytest.raises(ValueError, match=text):

@@ -19,12 +19,13 @@ class Net(nn.Module):
         self.conv2, self.bn2 = nn.Conv2d(32, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)
         self.conv3, self.bn3 = nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)
         self.fc = nn.Linear(64, 10)
+        self.relu1, self.relu2, self.relu3 = nn.ReLU(), nn.ReLU(), nn.ReLU()
 
     def forward(self, x):
         """(batch, 1, 8, 8) images to (batch, 10) logits."""
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.max_pool2d(F.relu(self.bn2(self.conv2(x))), 2)
-        x = F.relu(self.bn3(self.conv3(x)))
+        x = self.relu1(self.bn1(self.conv1(x)))
+        x = F.max_pool2d(self.relu2(self.bn2(self.conv2(x))), 2)
+        x = self.relu3(self.bn3(self.conv3(x)))
         return self.fc(x.mean((2, 3)))
 
 
@@ -55,13 +56,13 @@ class Digits:
         return 100 * right.item()
 
 
-def train(model, data, epochs, seed, bar, after_step=None, penalty=None, backward=None):
+def train(model, data, epochs, seed, bar, after_step=None, penalty=None, backward=None, parameters=None):
     """Adam with a cosine schedule; ``penalty()`` is added to the loss, ``after_step(x, y)`` follows every step.
 
-    ``backward(x, y)`` takes the place of the loss and its backward pass.
+    ``backward(x, y)`` takes the place of the loss and its backward pass. ``parameters``: what Adam gets, default all.
     """
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.Adam(parameters or model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(data.x) // BATCH))
     for _ in range(epochs):
         for x, y in data.batches(generator):

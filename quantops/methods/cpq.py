@@ -42,7 +42,7 @@ class CPQConfig(QuantConfig):
         learned with ``quantops.penalty(model)`` in the loss (:func:`penalty`), until
         :func:`quantops.finish_dropbits`. A dropped bit drops those above it. In evaluation no gate is drawn: all bits
         stay with "fixed", those of which P(z != 0) > 1/2, and all bits below them too, with "learned".
-    keep: P(z != 0) of each gate, in (0, 1). min_bits: bits that have no gate, 1..bits.
+    keep: P(z != 0) of each gate, in (0, 1). min_bits: the bits that have no gate, at least 1.
     act_bits: None, or 1..8: every nn.ReLU and nn.ReLU6 becomes a :class:`quantops.CategoricalActivation` of so many
         bits. Modules that are called twice have one alpha for both; functional ReLUs are not seen.
     fuse, cache, first, last, overrides: see QuantConfig. Forwards that draw are not cached. Overrides may set "bits" and
@@ -58,7 +58,7 @@ class CPQConfig(QuantConfig):
     per_row: bool = False
     dropbits: str | None = None
     keep: float = 0.9
-    min_bits: int = 1
+    min_bits: int = 2
     act_bits: int | None = None
 
     settings: ClassVar[tuple[str, ...]] = ("bits", "dropbits")
@@ -70,7 +70,10 @@ class CPQConfig(QuantConfig):
         check_choice("per_row", self.per_row, (True, False))
         check_choice("dropbits", self.dropbits, DROPBITS)
         check_int("bits", self.bits, 1, self.most_bits)
-        check_int("min_bits", self.min_bits, 1, self.bits)
+        check_int("min_bits", self.min_bits, 1, MAX_BITS)
+        if self.dropbits and self.bits <= self.min_bits:
+            raise ValueError(f"dropbits: expected bits > min_bits = {self.min_bits}, the bits without a gate, got bits = "
+                             f"{self.bits}")
         _check_number("sigma", self.sigma, 2.0**-24, 2.0**24)
         _check_number("keep", self.keep, 0.0, 1.0)
         if self.act_bits is not None:
