@@ -19,19 +19,21 @@ class CategoricalActivation(torch.nn.Module):
     """ReLU and unsigned categorical quantizer in one: q = alpha j, j = clamp(rint(x * (1/alpha)), 0, 2^bits - 1).
 
     alpha and sigma are learned as ``log_alpha`` and ``log_sigma`` (see quantops/positive.py). They start with the first
-    batch, from its positive part h: alpha = 2 mean(h) / sqrt(2^bits - 1) (Esser et al. 2020), 1 where h is 0; sigma is a
-    fraction of alpha.
+    batch, from its positive part h: alpha = 2 mean(h) / sqrt(2^bits - 1) (Esser et al. 2020), 1 where h is 0; sigma is
+    a fraction of alpha.
 
     What the backward pass needs. The exact gradients of :func:`quantops.categorical` need x, which nothing else in a
-    network keeps: 32 bits per element. What the next layer keeps is q, hence j. With two bits more, the quarter of its
-    cell that x lies in, x is known to alpha/8, and the gradients are those of ``categorical`` with ``grad`` at
+    network keeps: 32 bits per element. What the next layer (a convolution, a linear layer) keeps is q, hence j. With
+    two bits more, the quarter of its cell that x lies in, x is known to alpha/8, and the gradients are those of
+    ``categorical`` with ``grad`` at
 
         x' = alpha (j + (k - 3/2)/4),  k = clamp(floor(4 (x/alpha - j)) + 2, 0, 3)
 
     but for k = 0 at j = 0 (x below -alpha/4) and k = 3 at the last j (x more than alpha/4 above it), which count as
-    infinitely far: there dL/dx = 0, and dL/dalpha = j. So the gradients to x, alpha and sigma are those of an x rounded to
-    a grid four times as fine, 0 bytes are kept for float32 values, and q stays as exact as ever. Where no layer keeps q,
-    this module keeps it.
+    infinitely far: there dL/dx = 0 and dL/dalpha = g j. So they are not the exact gradients, but those of an x rounded
+    to a grid four times as fine; q is exact. A plain clipped STE would take one bit for dL/dx, but its dL/dalpha needs
+    q - x as well. Where no layer keeps q, this module does. sigma below alpha/10 makes x' too coarse: the mean of dL/dx
+    over a cell then falls short.
 
     Args:
         bits: 1..8. grad: "soft" or "winner". sigma: sigma/alpha at the start.
@@ -119,5 +121,6 @@ def replace_relus(model, make):
     """Puts ``make(a parameter of the model)`` in the place of each ReLU and ReLU6, one for all uses of a module."""
     like = next(model.parameters())
     if not any(type(m) in RELUS for m in model.modules()):
-        raise ValueError(f"act_bits: expected modules of nn.ReLU or nn.ReLU6 to quantize, {type(model).__name__} has none")
+        raise ValueError("act_bits: expected modules of nn.ReLU or nn.ReLU6 to quantize, "
+                         f"{type(model).__name__} has none")
     replace(model, lambda m: make(like) if type(m) in RELUS else None)

@@ -25,7 +25,7 @@ def positives(starts, logs, dtype):
 
 
 def grid_step(w, bits, *, per_row):
-    """The step of the signed grid with the smallest sum (q - w)^2 of 16 candidates, from 0.1 to 1.4 of max|w| over its end.
+    """The step with the smallest sum (q - w)^2 on the signed grid, of 16: max|w| is 0.7 to 10 times the grid's end.
 
     Shape (1,), or (rows,) with ``per_row``. Weights of zeros count as if max|w| were 1/sqrt(elements of a row).
     """

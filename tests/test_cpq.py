@@ -12,7 +12,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import quantops
-from quantops import CategoricalActivation, CPQConfig, bit_report, finish_dropbits, penalty, quantize_, reference, to_int
+from quantops import (
+    CategoricalActivation,
+    CPQConfig,
+    bit_report,
+    finish_dropbits,
+    penalty,
+    quantize_,
+    reference,
+    to_int,
+)
 from quantops.methods.cpq import SHIFT, hard_concrete
 from quantops.nn import quantized
 from quantops.positive import grid_step, positive
@@ -139,7 +148,8 @@ def test_forward_and_gradients_are_the_reference(fuse, per_row, mode, grad, dtyp
         p, (alpha, sigma) = quantizers(model)[name], scales(quantizers(model)[name])
         by_w, by_alpha, by_sigma, _ = reference.categorical_backward(
             plain.get_submodule(name).weight.grad, w.detach(), alpha, sigma, 4, mode=mode, grad_of=grad)
-        for got, expected in ((w.grad, by_w), (p.log_alpha.grad, by_alpha * alpha), (p.log_sigma.grad, by_sigma * sigma)):
+        for got, expected in ((w.grad, by_w), (p.log_alpha.grad, by_alpha * alpha),
+                              (p.log_sigma.grad, by_sigma * sigma)):
             torch.testing.assert_close(got, expected.detach().to(got.dtype), rtol=1e-4, atol=1e-6)
             assert got.abs().max() > 0
 
@@ -347,7 +357,8 @@ def test_steps_start_at_the_least_error():
         assert all((error(1.0) <= error(f)).all() for f in (0.5, 2.0))
     assert torch.equal(grid_step(torch.zeros(4, 25), 2, per_row=False), grid_step(torch.full((4, 25), 0.2), 2,
                                                                                  per_row=False))
-    assert grid_step(torch.zeros(0, 3), 2, per_row=True).shape == (0,) and grid_step(torch.zeros(0), 2, per_row=False) == 1
+    assert grid_step(torch.zeros(0, 3), 2, per_row=True).shape == (0,)
+    assert grid_step(torch.zeros(0), 2, per_row=False) == 1
     assert grid_step(torch.full((3,), 1e-40), 2, per_row=False) > 0
 
 
@@ -665,17 +676,17 @@ def test_activation_gradients_are_those_of_the_quarter_of_the_cell(bits, grad):
     v = x.detach() / alpha
     j = v.round().clamp(0, top)
     near = alpha * (j + ((4 * (v - j)).floor().clamp(-2, 1) + 0.5) / 4)
+    scales = torch.tensor([[alpha], [alpha / 2]], dtype=torch.float64)
     far = torch.where(v < -0.25, -1e9, torch.where(v >= top + 0.25, 1e9, near))
-    expected = reference.categorical_backward(g, far, torch.tensor([alpha], dtype=torch.float64), torch.tensor([alpha / 2], dtype=torch.float64),
-                                              bits, signed=False, grad_of=grad)
+    expected = reference.categorical_backward(g, far, *scales, bits, signed=False, grad_of=grad)
     torch.testing.assert_close(x.grad, expected[0], rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(act.log_alpha.grad, expected[1] * alpha, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(act.log_sigma.grad, expected[2] * alpha / 2, rtol=1e-9, atol=1e-9)
     assert (x.grad[(v < -0.25) | (v > top + 0.25)].abs() < 1e-9).all() and x.grad.abs().max() > 0
     inside = (v > 1) & (v < top - 1)
     if grad == "soft" and bits > 2:  # close to the exact ones, and on the average equal to them
-        exact = reference.categorical_backward(torch.ones_like(x), x.detach(), torch.tensor([alpha], dtype=torch.float64),
-                                               torch.tensor([alpha / 2], dtype=torch.float64), bits, signed=False, grad_of=grad)[0]
+        exact = reference.categorical_backward(torch.ones_like(x), x.detach(), *scales, bits, signed=False,
+                                               grad_of=grad)[0]
         assert ((x.grad / g - exact)[inside].abs() < 0.1).all()
         assert abs((x.grad / g)[inside].mean() - exact[inside].mean()) < 2e-3
 
@@ -775,7 +786,8 @@ def test_activations_compile(fresh_compiler):
     ({"dropbits": "random"}, "dropbits: expected one of None, 'fixed', 'learned', got 'random'"),
     ({"dropbits": True}, "dropbits: "), ({"keep": 0.0}, r"keep: expected a number in \(0, 1\), got 0.0"),
     ({"keep": 1}, "keep: .*got 1"), ({"min_bits": 0}, "min_bits: expected an integer 1..16, got 0"),
-    ({"bits": 2, "dropbits": "fixed"}, "dropbits: expected bits > min_bits = 2, .* got bits = 2"), ({"act_bits": 0}, "act_bits: .*1..8, got 0"),
+    ({"bits": 2, "dropbits": "fixed"}, "dropbits: expected bits > min_bits = 2, .* got bits = 2"),
+    ({"act_bits": 0}, "act_bits: .*1..8, got 0"),
     ({"act_bits": 9}, "act_bits: .*got 9"), ({"overrides": {"a": {"k": 1}}}, "overrides.*'k'")])
 def test_config_errors_name_the_field(options, text):
     with pytest.raises(ValueError, match=text):

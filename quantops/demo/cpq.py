@@ -1,4 +1,4 @@
-"""CPQ at 2, 3 and 4 bits against the plain straight-through estimator, with and without DropBits, and with learned bits."""
+"""CPQ at 2, 3 and 4 bits against the plain straight-through estimator, DropBits, and bits that are learned."""
 
 import copy
 import json
@@ -13,12 +13,15 @@ from quantops.demo.digits import BATCH, Digits, Net, train
 from quantops.positive import grid_step, positive
 
 WIDTHS = (2, 3, 4)
-EPOCHS = 12
+EPOCHS = 10
 DRAWN = 0.6  # DropBits draws in this part of the epochs; then the bits that stay are trained without gates
 STRENGTH, GATE_RATE = 0.1, 2e-2  # of the regularizer; Adam's learning rate for log_a
 STE, STEP = "plain STE, max|w|", "plain STE, learned step"
 SOFT, WINNER, DROPPED, ACTS = "CPQ", "CPQ, literal gradient", "CPQ and DropBits", "CPQ, 4-bit activations too"
+SAMPLED = "CPQ, sampled, sigma alpha/10"
 METHODS = (STE, STEP, SOFT, WINNER, DROPPED, ACTS)
+PICTURED = 3  # bits of the figure
+OPTIONS = {WINNER: {"grad": "winner", "sigma": 1.0}, ACTS: {"act_bits": 4}, SAMPLED: {"mode": "sample", "sigma": 0.1}}
 
 
 class LearnedStep(nn.Module):
@@ -47,25 +50,32 @@ def quantized(model, method, bits):
         for layer in (model.conv1, model.conv2, model.conv3, model.fc):
             parametrize.register_parametrization(layer, "weight", LearnedStep(layer.weight, bits))
         return model
-    options = {WINNER: {"grad": "winner"}, ACTS: {"act_bits": 4},
-               DROPPED: {"dropbits": "fixed", "min_bits": min(bits - 1, 2)}}
-    return quantops.quantize_(model, quantops.CPQConfig(bits=bits, **options.get(method, {})))
+    options = {"dropbits": "fixed", "min_bits": min(bits - 1, 2)} if method == DROPPED else OPTIONS.get(method, {})
+    return quantops.quantize_(model, quantops.CPQConfig(bits=bits, **options))
 
 
-def weights(model):
-    """[(float weight, q)] of the layers."""
-    layers = [m for m in model.modules() if parametrize.is_parametrized(m, "weight")]
-    with torch.no_grad():
-        return [(m.parametrizations.weight.original.detach(), m.weight.detach()) for m in layers]
-
-
+@torch.no_grad()
 def state(model):
-    """(sum of (q - w)^2 over sum of w^2, fraction of q that is 0), evaluated."""
-    pairs = weights(model.eval())
+    """Of the evaluated weights: sum of (q - w)^2 over sum of w^2, and the fraction of q that is 0."""
+    model.eval()
+    layers = [m for m in model.modules() if parametrize.is_parametrized(m, "weight")]
+    w = torch.cat([m.parametrizations.weight.original.flatten() for m in layers])
+    q = torch.cat([m.weight.flatten() for m in layers])
     model.train()
-    error, energy = (sum(f(w, q).item() for w, q in pairs) for f in (lambda w, q: (q - w).square().sum(),
-                                                                    lambda w, q: w.square().sum()))
-    return error / energy, sum((q == 0).sum().item() for _, q in pairs) / sum(q.numel() for _, q in pairs)
+    return {"error": ((q - w).square().sum() / w.square().sum()).item(), "zeros": (q == 0).float().mean().item()}
+
+
+def spread(v, bits):
+    """12 times the mean square of v - rint(v) of the v = w/alpha inside the grid: 1 where they lie anywhere, 0 on it."""
+    inside = v[(v > -(2 ** (bits - 1)) - 0.5) & (v < 2 ** (bits - 1) - 0.5)]
+    return 12 * (inside - inside.round()).square().mean().item()
+
+
+@torch.no_grad()
+def on_grid(layer):
+    """w/alpha of a layer, flat."""
+    p, w = layer.parametrizations.weight[0], layer.parametrizations.weight.original
+    return (w / (p.alpha if isinstance(p, LearnedStep) else positive(p.alpha_start, p.log_alpha))).flatten()
 
 
 def run_one(model, data, epochs, seed, bar, strength=0.0, watch=None):
@@ -105,18 +115,20 @@ def learned_bits(untouched, data, epochs, seed, bar):
             "fixed": fixed, "fixed_average": quantops.bit_report(by_hand).average_bits}
 
 
-def snapshots(model, into, epochs, data):
-    """Keeps w/alpha of conv2 at the start, at a quarter, at half and at the end of the training."""
-    every = epochs * (len(data.x) // BATCH)
+def pictured(untouched, data, epochs, seed, bar):
+    """{method: {part of the training: w/alpha of conv2 then}}"""
+    taken, every = {}, epochs * (len(data.x) // BATCH)
+    for method in (STEP, SOFT, SAMPLED):
+        torch.manual_seed(seed)
+        model = quantized(copy.deepcopy(untouched), method, PICTURED)
+        kept = taken[method] = {0: on_grid(model.conv2)}
 
-    def watch(step):
-        if step * 4 % every < 4 and round(step * 4 / every) in (0, 1, 2, 4):
-            p = model.conv2.parametrizations.weight[0]
-            alpha = p.alpha if isinstance(p, LearnedStep) else positive(p.alpha_start, p.log_alpha)
-            into[step / every] = (model.conv2.parametrizations.weight.original / alpha).detach().flatten().clone()
+        def watch(step):
+            if step in (every // 4, every // 2, every):
+                kept[step / every] = on_grid(model.conv2)
 
-    watch(0)
-    return watch
+        run_one(model, data, epochs, seed, bar, watch=watch)
+    return taken
 
 
 def draw(path, taken):
@@ -126,20 +138,17 @@ def draw(path, taken):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(len(taken), 4, figsize=(13, 2.6 * len(taken)), constrained_layout=True, sharex=True)
-    for row, ((method, bits), kept) in zip(axes, taken.items()):
-        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    low, high = -(2 ** (PICTURED - 1)), 2 ** (PICTURED - 1) - 1
+    figure, axes = plt.subplots(len(taken), 4, figsize=(13, 2.4 * len(taken)), constrained_layout=True, sharex=True)
+    for row, (method, kept) in zip(axes, taken.items()):
         for axis, (part, v) in zip(row, sorted(kept.items())):
-            error = ((v - v.round().clamp(low, high)).square().sum() / v.square().sum()).item()
-            axis.hist(v.clamp(low - 1, high + 1).numpy(), bins=160, range=(low - 1, high + 1), color="0.5")
+            axis.hist(v.numpy(), bins=160, range=(low - 1, high + 1), color="0.5")
             for i in range(low, high + 1):
                 axis.axvline(i, color="tab:red", lw=0.8)
-            axis.set(title=f"{method}, {bits} bits, {part:.0%}: error {error:.3f}", yticks=[])
-            axis.title.set_fontsize(8)
-        for axis in row:
-            axis.set(xlim=(low - 1, high + 1))
+            axis.set(xlim=(low - 1, high + 1), yticks=[])
+            axis.set_title(f"{method}, {part:.0%} of the steps: spread {spread(v, PICTURED):.2f}", fontsize=8)
     for axis in axes[-1]:
-        axis.set(xlabel="w / alpha")
+        axis.set(xlabel=f"w / alpha, {PICTURED} bits")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -150,8 +159,8 @@ def run(args):
 
     data, epochs = Digits(), args.epochs or EPOCHS
     table = {f"{bits} {method}": [] for bits in WIDTHS for method in METHODS}
-    learned, floats, taken = [], [], {}
-    with tqdm(total=(3 + len(table)) * args.seeds * epochs, desc="CPQ", unit="epoch") as bar:
+    learned, floats = [], []
+    with tqdm(total=((3 + len(table)) * args.seeds + 3) * epochs, desc="CPQ", unit="epoch") as bar:
         for seed in range(args.seeds):
             torch.manual_seed(seed)
             untouched = Net()
@@ -159,15 +168,13 @@ def run(args):
             for bits in WIDTHS:
                 for method in METHODS:
                     torch.manual_seed(seed)
-                    model, watch = quantized(copy.deepcopy(untouched), method, bits), None
-                    if seed == 0 and bits == WIDTHS[0] and method in (STEP, SOFT):
-                        watch = snapshots(model, taken.setdefault((method, bits), {}), epochs, data)
-                    before = state(model)[0]
-                    accuracy = run_one(model, data, epochs, seed, bar, watch=watch)
-                    after, zeros = state(model)
-                    table[f"{bits} {method}"].append({"accuracy": accuracy, "before": before, "after": after,
-                                                      "zeros": zeros})
+                    model = quantized(copy.deepcopy(untouched), method, bits)
+                    before = state(model)["error"]
+                    accuracy = run_one(model, data, epochs, seed, bar)
+                    table[f"{bits} {method}"].append({"accuracy": accuracy, "before": before, **state(model)})
             learned.append(learned_bits(untouched, data, epochs, seed, bar))
+            if seed == 0:
+                taken = pictured(untouched, data, epochs, seed, bar)
     draw(args.out / "cpq.png", taken)
 
     print(f"\nAccuracy on {len(data.y_test)} held-out digits, %: mean of {args.seeds} seeds (lowest); float "
@@ -180,7 +187,7 @@ def run(args):
             rows = table[f"{bits} {method}"]
             m = means[method, bits] = {key: statistics.mean(r[key] for r in rows) for key in rows[0]}
             lowest = min(r["accuracy"] for r in rows)
-            cells += (f"{m['accuracy']:>7.2f} ({lowest:.2f})  {m['before']:.3f} -> {m['after']:.3f} "
+            cells += (f"{m['accuracy']:>7.2f} ({lowest:.2f})  {m['before']:.3f} -> {m['error']:.3f} "
                       f"{m['zeros']:>5.2f}")
         print(f"  {method:28}{cells}")
 
@@ -189,10 +196,16 @@ def run(args):
     for r in learned:
         print(f"  {r['seed']:>4} {'-'.join(map(str, r['bits'])):>12} {r['average']:>6.2f} {r['learned']:>9.2f} "
               f"{r['fixed']:>8.2f} {r['fixed_average']:>6.2f}")
-    (args.out / "cpq.json").write_text(json.dumps({"float": floats, "table": table, "learned": learned}))
+    spreads = {method: {part: spread(v, PICTURED) for part, v in kept.items()} for method, kept in taken.items()}
+    print(f"\nSpread of conv2 at {PICTURED} bits, 12 times the mean square distance of w/alpha from the grid, over the "
+          "training:")
+    for method, values in spreads.items():
+        print(f"  {method:28}" + "".join(f"{part:>7.0%}: {v:.2f}" for part, v in values.items()))
+    (args.out / "cpq.json").write_text(json.dumps({"float": floats, "table": table, "learned": learned,
+                                                   "spread": spreads}))
     print(f"\nFigure: {args.out / 'cpq.png'}")
     worst = min(means[SOFT, bits]["accuracy"] - statistics.mean(floats) for bits in WIDTHS)
-    ratio = max(means[SOFT, bits]["after"] / means[STEP, bits]["after"] for bits in WIDTHS)
+    ratio = max(means[SOFT, bits]["error"] / means[STEP, bits]["error"] for bits in WIDTHS)
     if worst < -1 or ratio >= 1:
         print("Expected CPQ within 1 point of float and its quantization error below that of plain STE with a learned "
               f"step, got {worst:+.2f} points and {ratio:.2f} times the error")

@@ -15,6 +15,7 @@ from quantops.nn import WeightQuantizer, quantized
 from quantops.positive import grid_step, positives
 from quantops.reference.categorical import GRADS, MAX_BITS, MAX_SOFT_BITS, MODES
 from quantops.reference.uniform import acc_dtype
+from quantops.report import bit_report
 
 DROPBITS = (None, "fixed", "learned")
 # The hard concrete distribution of Louizos et al. 2018.
@@ -28,14 +29,20 @@ class CPQConfig(QuantConfig):
 
     The weight is ``quantops.categorical(w, alpha, sigma, bits, ...)`` on the grid alpha i, i = -2^(bits-1)..
     2^(bits-1) - 1. Make the optimizer after ``quantize_``: alpha and sigma are parameters, one of each per layer (or
-    row), stored as logarithms of factors on their starting values, so that they stay positive whatever the optimizer does
-    (:mod:`quantops.positive`). alpha starts where the squared error of the weights is smallest.
+    row), stored as logarithms of factors on their starting values, so that they stay positive whatever the optimizer
+    does (:mod:`quantops.positive`). alpha starts where the squared error of the weights is smallest.
 
     bits: 1..16; 1..8 where soft sums are taken.
     mode: "hard", the most probable grid point; "sample", one drawn from the distribution, with a seed of its own for
         every forward; "soft", the expectation. In evaluation always "hard", so that integers hold it.
-    grad: "soft" or "winner", of modes hard and sample, see :func:`quantops.categorical`.
-    sigma: sigma/alpha at the start.
+    grad: of modes hard and sample, see :func:`quantops.categorical`. "soft" is the default by result: with "winner", the
+        paper's literal form, a weight at grid point 0 has no gradient and one elsewhere has one away from its grid point
+        or towards it, whichever makes its class less or more probable. On the digits of the demo (2, 3, 4 bits) it
+        leaves 75, 51, 28 % of the weights at 0 and ends 2, 1, 3 points below "soft" with sigma = alpha, where it does
+        best; "soft" has 26, 13, 5 % zeros and the accuracy of the plain STE.
+    sigma: sigma/alpha at the start. Smaller ones gather the weights closer around the grid and learn more slowly: inside
+        the grid the mean square of w/alpha - j, 1/12 without gathering, is 1.1/12 at 0.25, 0.8/12 at 0.15, 0.6/12 at 0.1
+        there (2 to 4 bits; plain STE 1.2/12), and the accuracy at 2 bits falls from 0.15 to 0.1 by a point.
     per_row: alpha and sigma per row (dim 0: output channels of Linear and Conv, input channels of ConvTranspose).
     dropbits: None; "fixed": every bit above min_bits has a hard concrete gate, drawn anew in every training forward,
         that is not 0 with probability ``keep``; "learned": the same at the start, and then ``log_a`` of each gate is
@@ -45,8 +52,8 @@ class CPQConfig(QuantConfig):
     keep: P(z != 0) of each gate, in (0, 1). min_bits: the bits that have no gate, at least 1.
     act_bits: None, or 1..8: every nn.ReLU and nn.ReLU6 becomes a :class:`quantops.CategoricalActivation` of so many
         bits. Modules that are called twice have one alpha for both; functional ReLUs are not seen.
-    fuse, cache, first, last, overrides: see QuantConfig. Forwards that draw are not cached. Overrides may set "bits" and
-        "dropbits"; layers with fixed bits have no gates.
+    fuse, cache, first, last, overrides: see QuantConfig. Forwards that draw are not cached. Overrides may set "bits"
+        and "dropbits"; layers with fixed bits have no gates.
 
     Raises ValueError naming the field for anything else.
     """
@@ -54,7 +61,7 @@ class CPQConfig(QuantConfig):
     bits: int = 4
     mode: str = "hard"
     grad: str = "soft"
-    sigma: float = 0.5
+    sigma: float = 0.15
     per_row: bool = False
     dropbits: str | None = None
     keep: float = 0.9
@@ -72,8 +79,8 @@ class CPQConfig(QuantConfig):
         check_int("bits", self.bits, 1, self.most_bits)
         check_int("min_bits", self.min_bits, 1, MAX_BITS)
         if self.dropbits and self.bits <= self.min_bits:
-            raise ValueError(f"dropbits: expected bits > min_bits = {self.min_bits}, the bits without a gate, got bits = "
-                             f"{self.bits}")
+            raise ValueError(f"dropbits: expected bits > min_bits = {self.min_bits}, the bits without a gate, got "
+                             f"bits = {self.bits}")
         _check_number("sigma", self.sigma, 2.0**-24, 2.0**24)
         _check_number("keep", self.keep, 0.0, 1.0)
         if self.act_bits is not None:
@@ -96,8 +103,8 @@ class CPQConfig(QuantConfig):
 
     def prepare(self, model):
         if self.act_bits is not None:
-            replace_relus(model, lambda like: CategoricalActivation(self.act_bits, grad=self.grad, sigma=self.sigma,
-                                                                    device=like.device, dtype=like.dtype))
+            replace_relus(model, lambda like: CategoricalActivation(self.act_bits, grad=self.grad, device=like.device,
+                                                                    dtype=like.dtype))
 
 
 def _check_number(name, value, low, high):
@@ -265,8 +272,8 @@ class _Revive(torch.autograd.Function):
 def _layers(model):
     layers = [p for _, _, p in quantized(model) if isinstance(p, CPQWeight)]
     if not any(p.dropbits == "learned" for p in layers):
-        raise ValueError(f"model: expected weights quantized with CPQConfig(dropbits='learned'), {type(model).__name__} "
-                         "has none")
+        raise ValueError("model: expected weights quantized with CPQConfig(dropbits='learned'), "
+                         f"{type(model).__name__} has none")
     return layers
 
 
@@ -277,7 +284,8 @@ def penalty(model):
         (task_loss + strength * quantops.penalty(model)).backward()
 
     with b = 2/3, gamma = -0.1, zeta = 1.1 (Louizos et al. 2018). It learns how many bits each layer keeps, the
-    heterogeneous mode of arXiv 2109.02100. Layers of which :func:`quantops.finish_dropbits` has settled the bits count 0.
+    heterogeneous mode of arXiv 2109.02100. Layers whose bits :func:`quantops.finish_dropbits` has settled count 0.
+    Gates want a learning rate of their own, ten times that of the weights, say: their parameters end in ``log_a``.
 
     Raises ValueError for a model without learned gates.
     """
@@ -293,16 +301,16 @@ def penalty(model):
 def finish_dropbits(model):
     """Ends DropBits: the bits that stay are the bits of each layer from now on; no more gates are drawn or learned.
 
-    In place; returns ``quantops.bit_report(model)``. What is evaluated does not change. The state dict keeps it: a model
-    that was quantized as this one was and loads it is finished too. Compiled models compile once more.
+    In place; returns ``quantops.bit_report(model)``. What is evaluated does not change. The state dict keeps it: a
+    model that was quantized as this one was and loads it is finished too. Compiled models compile once more. Some
+    epochs should follow: batch norms have averaged over what was dropped.
 
     Raises ValueError for a model without gates.
     """
-    from quantops.report import bit_report
-
     layers = [p for _, _, p in quantized(model) if isinstance(p, CPQWeight) and p.dropbits]
     if not layers:
-        raise ValueError(f"model: expected weights quantized with CPQConfig(dropbits=...), {type(model).__name__} has none")
+        raise ValueError("model: expected weights quantized with CPQConfig(dropbits=...), "
+                         f"{type(model).__name__} has none")
     for p in layers:
         p.finish()
     return bit_report(model)
