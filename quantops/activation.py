@@ -19,8 +19,8 @@ class CategoricalActivation(torch.nn.Module):
     """ReLU and unsigned categorical quantizer in one: q = alpha j, j = clamp(rint(x * (1/alpha)), 0, 2^bits - 1).
 
     alpha and sigma are learned as ``log_alpha`` and ``log_sigma`` (see quantops/positive.py). They start with the first
-    batch, from its positive part h: alpha = 2 mean(h) / sqrt(2^bits - 1) (Esser et al. 2020), 1 where h is 0; sigma is
-    a fraction of alpha.
+    batch, from its positive part h: alpha = 2 mean(h) / sqrt(2^bits - 1) (Esser et al. 2020), 1 where that is
+    nothing to start from; sigma is a fraction of alpha.
 
     What the backward pass needs. The exact gradients of :func:`quantops.categorical` need x, which nothing else in a
     network keeps: 32 bits per element. What the next layer (a convolution, a linear layer) keeps is q, hence j. With
@@ -50,7 +50,7 @@ class CategoricalActivation(torch.nn.Module):
             raise ValueError(f"sigma: expected a number in (6e-08, 1.7e+07), got {sigma!r}")
         self.grad, self.ratio = grad, sigma
         made = {"device": device, "dtype": acc_dtype(dtype)}
-        self.register_buffer("bits", torch.full((1,), bits, dtype=torch.int32, device=device))
+        self.register_buffer("bits", torch.full((1,), bits, dtype=torch.int32, device=device), persistent=False)
         self.register_buffer("alpha_start", torch.zeros(1, **made))  # 0 until the first batch
         self.log_alpha = torch.nn.Parameter(torch.zeros(1, **made))
         self.log_sigma = torch.nn.Parameter(torch.zeros(1, **made))
@@ -72,7 +72,8 @@ class CategoricalActivation(torch.nn.Module):
     @torch.no_grad()
     def _start(self, x):
         mean = x.to(self.alpha_start.dtype).clamp(min=0).mean()
-        self.alpha_start.copy_(torch.where(mean > 0, 2 * mean / self.highest**0.5, 1.0).reshape(1))
+        usable = (mean > 0) & (mean < torch.inf)
+        self.alpha_start.copy_(torch.where(usable, 2 * mean / self.highest**0.5, 1.0).reshape(1))
         self.started = True
 
     def _load_from_state_dict(self, *args):

@@ -92,7 +92,7 @@ def quantize_(model, config, filter_fn=None):
     integer buffers of the state dict; changing it recompiles nothing. Call before torch.compile or DDP.
 
     Args:
-        config: MSQConfig or TruncQuantConfig.
+        config: MSQConfig, TruncQuantConfig or CPQConfig.
         filter_fn: (name, module) -> bool chooses the layers; default :func:`is_linear_or_conv`. Any module with a
             floating-point parameter ``weight`` may be chosen.
 
@@ -104,7 +104,8 @@ def quantize_(model, config, filter_fn=None):
     (choose one), a weight on the meta device, and settings out of range. TypeError for what is not a config.
     """
     if not isinstance(config, QuantConfig):
-        raise TypeError(f"config: expected MSQConfig, TruncQuantConfig or another config of quantops, got {type(config).__name__}")
+        raise TypeError("config: expected MSQConfig, TruncQuantConfig, CPQConfig or another config of quantops, got "
+                        f"{type(config).__name__}")
     check_module(model)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn: expected a function of (name, module), got {type(filter_fn).__name__}")

@@ -85,8 +85,8 @@ def to_int(model):
     """Integer weights of a model that :func:`quantops.quantize_` changed: {parameter name: IntWeight}.
 
     Names are those of the plain model's state dict ("conv1.weight"), tensors stay on their devices, and each
-    ``dequantize()`` equals the training forward bit for bit (without autocast). Biases and layers that are not
-    quantized are not in it.
+    ``dequantize()`` equals the training forward bit for bit (without autocast), with CPQ the evaluated one. Biases and
+    layers that are not quantized are not in it.
 
     Raises ValueError for a model without quantized weights and for weights with NaN or inf, naming the layer.
     """

@@ -18,7 +18,7 @@ class LayerBits(NamedTuple):
     k: int
     beta: float  # fraction of weights with B_k != 0; 0 without k
     sq_error: float  # E = sum (q - w)^2
-    scale: float  # max|w|; the largest of several
+    scale: float  # max|w|, the largest of several; with CPQ the end of the grid, alpha 2^(bits-1)
 
 
 class BitReport(NamedTuple):
@@ -50,8 +50,8 @@ def bit_report(model):
     """Bits, k, beta, E and scale of each layer from its weights now, the average bits and the compression.
 
     Only weights quantized by quantops count, those with fixed bits among them; with TruncQuant their bits are the width
-    that is selected, and k is 0. One list call; reads the values back. Raises ValueError for a model without quantized
-    weights, and for weights with NaN or inf.
+    that is selected, with CPQ those that stay in evaluation, and k is 0. One list call; reads the values back. Raises
+    ValueError for a model without quantized weights, and for weights with NaN or inf.
     """
     layers = quantized(model)
     if not layers:

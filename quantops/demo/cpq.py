@@ -146,7 +146,7 @@ def draw(path, taken):
             for i in range(low, high + 1):
                 axis.axvline(i, color="tab:red", lw=0.8)
             axis.set(xlim=(low - 1, high + 1), yticks=[])
-            axis.set_title(f"{method}, {part:.0%} of the steps: spread {spread(v, PICTURED):.2f}", fontsize=8)
+            axis.set_title(f"{method}, {part:.0%}: spread {spread(v, PICTURED):.2f}", fontsize=8)
     for axis in axes[-1]:
         axis.set(xlabel=f"w / alpha, {PICTURED} bits")
     figure.savefig(path, dpi=120)

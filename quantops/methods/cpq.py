@@ -168,16 +168,16 @@ class CPQWeight(WeightQuantizer):
         if self.gated:
             self.bits.copy_(self.bits_that_stay())
             self.finished.fill_(True)
-            self._stop_gates()
+            self._open_gates(False)
 
-    def _stop_gates(self):
-        self.gated = False
-        self.log_a.requires_grad_(False)
+    def _open_gates(self, gated):
+        self.gated = gated
+        self.log_a.requires_grad_(gated and self.dropbits == "learned")
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
-        if self.gated and bool(self.finished):
-            self._stop_gates()
+        if self.dropbits:
+            self._open_gates(not bool(self.finished))
 
     @staticmethod
     def launch(quantizers, w):
@@ -232,8 +232,8 @@ def _scales(quantizers, w):
 
 def _gates(quantizers, dtype):
     """A draw of the gates of each layer: z in [0, 1], and 1 for the bits that have none."""
-    log_a = torch.cat([p.log_a for p in quantizers])
-    z = hard_concrete(log_a, torch.rand_like(log_a)).to(dtype)
+    log_a = torch.cat([p.log_a for p in quantizers]).to(dtype)
+    z = hard_concrete(log_a, torch.rand_like(log_a))
     one = z.new_ones(max(p.min_bits for p in quantizers))
     parts = z.split([p.log_a.numel() for p in quantizers])
     return [torch.cat([one[:p.min_bits], part]) for p, part in zip(quantizers, parts)]
