@@ -105,12 +105,17 @@ class _Activation(torch.autograd.Function):
     def backward(ctx, grad):
         q, alpha, sigma, bits, data = ctx.saved_tensors
         k = ops.unpack([data], list(q.shape), [q.dim()], [2], torch.full_like(bits, 2), DENSE)[0]
-        j = _class(q, 1 / alpha)
-        x = k.to(j.dtype).sub_(1.5).mul_(0.25).add_(j).mul_(alpha)
-        x.masked_fill_((k == 0) & (j == 0), -torch.inf).masked_fill_((k == 3) & (j == ctx.highest), torch.inf)
-        grad_x, grad_alpha, grad_sigma, _ = ops.categorical_backward(
-            [grad], [x], [alpha], [sigma], bits, [], None, 0, ctx.grad_of, False, True, False)
-        return grad_x[0].to(ctx.dtype), None, grad_alpha[0], grad_sigma[0], None, None, None
+        place = _class(q, 1 / alpha).to(torch.int32).mul_(4).add_(k).clamp_(0, 4 * ctx.highest + 3).flatten()
+        # x' has only so many values: what the gradient is multiplied by is looked up.
+        x = torch.arange(4 * ctx.highest + 4, dtype=alpha.dtype, device=q.device).sub_(1.5).mul_(alpha / 4)
+        x[0], x[-1] = -torch.inf, torch.inf
+        rows = [v.expand(len(x)).contiguous() for v in (alpha, sigma)]
+        factors = ops.categorical_backward([torch.ones_like(x)], [x], *([v] for v in rows), bits, [], None, 0,
+                                           ctx.grad_of, False, True, False)[:3]
+        by_x, by_alpha, by_sigma = (v[0].index_select(0, place).view(q.shape) for v in factors)
+        grad = grad.to(alpha.dtype)
+        by_alpha, by_sigma = ((grad * v).sum().reshape(1) for v in (by_alpha, by_sigma))
+        return (grad * by_x).to(ctx.dtype), None, by_alpha, by_sigma, None, None, None
 
 
 def _class(q, inverse):
