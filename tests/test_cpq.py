@@ -33,13 +33,7 @@ KINDS = pytest.mark.parametrize("kind", [
     {"grad": "winner", "dropbits": "learned", "keep": 0.5, "min_bits": 2}])
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The networks here are tiny."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Net(nn.Module):
@@ -150,7 +144,8 @@ def test_forward_and_gradients_are_the_reference(fuse, per_row, mode, grad, dtyp
             plain.get_submodule(name).weight.grad, w.detach(), alpha, sigma, 4, mode=mode, grad_of=grad)
         for got, expected in ((w.grad, by_w), (p.log_alpha.grad, by_alpha * alpha),
                               (p.log_sigma.grad, by_sigma * sigma)):
-            torch.testing.assert_close(got, expected.detach().to(got.dtype), rtol=1e-4, atol=1e-6)
+            rounded = 1e-2 if got.dtype == torch.bfloat16 else 1e-4
+            torch.testing.assert_close(got, expected.detach().to(got.dtype), rtol=rounded, atol=1e-6)
             assert got.abs().max() > 0
 
 
@@ -486,7 +481,7 @@ def test_finishing_changes_nothing_that_is_evaluated(fuse, dropbits, tmp_path):
 def test_the_penalty_takes_bits_away_and_the_loss_keeps_them():
     finals = {}
     for strength in (0.0, 0.5):
-        model = make(dropbits="learned", bits=6, keep=0.6)
+        model = make(dropbits="learned", bits=6, keep=0.6, sigma=0.5)
         optimizer = torch.optim.Adam([p for name, p in model.named_parameters() if name.endswith("log_a")], lr=0.1)
         for seed in range(30):
             optimizer.zero_grad()
