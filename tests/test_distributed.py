@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from quantops import MSQConfig, TruncQuantConfig, add_penalty_grad_, joint_loss, penalty, quantize_, set_bits
+from quantops import CPQConfig, MSQConfig, TruncQuantConfig, add_penalty_grad_, joint_loss, penalty, quantize_, set_bits
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 PROCESSES, STRENGTH = 2, 0.1
@@ -63,7 +63,8 @@ STEPS = {"plain": (MSQConfig, {"bits": 5}, cross_entropy),
          "penalty": (MSQConfig, {"bits": 5}, with_penalty),
          "decoupled": (MSQConfig, {"bits": 5, "penalty": "decoupled"}, decoupled),
          "joint": (TruncQuantConfig, {"bits": (6, 3, 1)}, joint),
-         "one width": (TruncQuantConfig, {"bits": (6, 3, 1)}, at_three_bits)}
+         "one width": (TruncQuantConfig, {"bits": (6, 3, 1)}, at_three_bits),
+         "categorical": (CPQConfig, {"bits": 3}, cross_entropy)}
 
 
 def _ddp(rank, step, fuse):
@@ -116,7 +117,7 @@ def _all_ddp(rank):
 
 
 def _all_fsdp(rank):
-    for step in ("plain", "one width"):
+    for step in ("plain", "one width", "categorical"):
         for fuse in ("model", "layer"):
             _fsdp(rank, step, fuse)
 

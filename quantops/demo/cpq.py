@@ -66,7 +66,7 @@ def state(model):
 
 
 def spread(v, bits):
-    """12 times the mean square of v - rint(v) of the v = w/alpha inside the grid: 1 where they lie anywhere, 0 on it."""
+    """12 times the mean square of v - rint(v) of the v = w/alpha inside the grid: 1 if they lie anywhere, 0 on it."""
     inside = v[(v > -(2 ** (bits - 1)) - 0.5) & (v < 2 ** (bits - 1) - 0.5)]
     return 12 * (inside - inside.round()).square().mean().item()
 
