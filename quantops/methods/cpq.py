@@ -113,7 +113,7 @@ def _check_number(name, value, low, high):
         raise ValueError(f"{name}: expected a number in ({low:g}, {high:g}), got {value!r}")
 
 
-class Drawn(NamedTuple):
+class Quantized(NamedTuple):
     """What one list call gives: q, and what its gradient needs besides w."""
 
     q: list | None
@@ -148,7 +148,7 @@ class CPQWeight(WeightQuantizer):
 
     @property
     def batch_key(self):
-        """Training draws and takes expectations; evaluation does neither."""
+        """(method, mode, grad, whether gates are drawn): evaluation neither draws nor takes expectations."""
         if not self.training:
             return "cpq", MODES[0], self.grad, False
         return "cpq", self.mode, self.grad, self.gated
@@ -182,32 +182,31 @@ class CPQWeight(WeightQuantizer):
 
     @staticmethod
     def launch(quantizers, w):
-        p = quantizers[0]
-        mode, gated = (p.mode, p.gated) if p.training else (MODES[0], False)
+        _, mode, grad, gated = quantizers[0].batch_key
         alpha, sigma = _scales(quantizers, w)
         gates, seed = _gates(quantizers, alpha[0].dtype) if gated else [], None
         bits = torch.stack([v.bits if v.training else v.bits_that_stay() for v in quantizers])
         if mode == "sample":
             seed = torch.randint(2**62, (), dtype=torch.int64, device=w[0].device)
-        q = ops.categorical(w, alpha, sigma, bits, gates, seed, MODES.index(mode), GRADS.index(p.grad), True,
+        q = ops.categorical(w, alpha, sigma, bits, gates, seed, MODES.index(mode), GRADS.index(grad), True,
                             checks.dtype_of(None, w))
-        return Drawn(q, alpha, sigma, bits)
+        return Quantized(q, alpha, sigma, bits)
 
     @staticmethod
     def revive(quantizers, w, result):
-        p = quantizers[0]
+        _, mode, grad, _ = quantizers[0].batch_key
         alpha, sigma = _scales(quantizers, w)
-        mode = MODES.index(p.mode if p.training else MODES[0])
-        q = _Revive.apply(result, (mode, GRADS.index(p.grad)), *w, *alpha, *sigma)
-        return Drawn(list(q), alpha, sigma, result.bits)
+        q = _Revive.apply(result, (MODES.index(mode), GRADS.index(grad)), *w, *alpha, *sigma)
+        return Quantized(list(q), alpha, sigma, result.bits)
 
     @staticmethod
     def measure(quantizers, w):
         alpha, sigma = _scales(quantizers, w)
         bits = torch.stack([p.bits_that_stay() for p in quantizers])
-        q = ops.categorical(w, alpha, sigma, bits, [], None, 0, 0, True, w[0].dtype)
-        return [(n, 0, 0.0, float((v.double() - t.double()).square().sum()), float(a.max()) * 2 ** (n - 1))
-                for v, t, a, n in zip(q, w, alpha, bits.tolist())]
+        q = ops.categorical(w, alpha, sigma, bits, [], None, 0, 0, True, alpha[0].dtype)
+        top = [float(a.max()) if a.numel() else 0.0 for a in alpha]
+        return [(n, 0, 0.0, float((v.double() - t.double()).square().sum()), s * 2 ** (n - 1))
+                for v, t, s, n in zip(q, w, top, bits.tolist())]
 
     def to_int(self, w):
         """q = alpha j is the dyadic grid with scale alpha 2^(n-1): its step is alpha, bit for bit."""
