@@ -1,0 +1,349 @@
+"""What each method adds to the training loop of bench/train.py: one class each, from the settings of bench/recipes.py."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+import quantops
+from bench import bitlevel
+from quantops.report import compression
+
+WIDTHS = (8, 4, 2, 1)
+RE_ESTIMATE = 20  # training batches that batch norms are re-estimated from
+
+
+class Float:
+    """Unquantized training, and what the methods have in common. ``steps``: of the whole run.
+
+    The loop calls ``backward`` for each batch, then its optimizer, then ``after_step``, which says whether Parameters
+    have been replaced; ``finish`` once at the end. ``forward(x)`` gives float32 logits; it may be compiled, and computes
+    in the arithmetic of the run.
+    """
+
+    def __init__(self, model, steps):
+        self.model, self.steps, self.log = model, steps, []
+
+    def penalty(self):
+        """What is added to the loss, or None."""
+        return None
+
+    def backward(self, forward, x, y):
+        """Adds to the gradients; gives the task's loss, detached."""
+        loss = F.cross_entropy(forward(x), y)
+        penalty = self.penalty()
+        (loss if penalty is None else loss + penalty).backward()
+        return loss.detach()
+
+    def after_step(self, step, x, y):
+        """Called with the number of steps taken."""
+        return False
+
+    def finish(self):
+        """Makes the weights what is served."""
+
+    def decays(self, parameter):
+        """Weight decay is for weights; not for batch norms, biases and scales."""
+        return parameter.dim() > 1
+
+    def average_bits(self):
+        """Of the quantized layers now, or None."""
+        return None
+
+    def accuracies(self, accuracy, batches):
+        """{name: value} of ``accuracy()`` in every state that counts. ``batches()``: training batches."""
+        return {"final": accuracy()}
+
+    def state(self):
+        """What the state dict of the model does not hold."""
+        return {"log": self.log}
+
+    def load(self, state):
+        """Before the model's own state dict is loaded: gives Parameters their shapes."""
+        self.log = state["log"]
+
+
+class MSQ(Float):
+    """MSQ with a controller down to ``target``; with target None, training at constant bits."""
+
+    def __init__(self, model, steps, *, bits, k, target, grid, penalty, hessian, threshold, strength, prune, decisions,
+                 samples, sample_size):
+        super().__init__(model, steps)
+        quantops.quantize_(model, quantops.MSQConfig(bits=bits, k=k, grid=grid, penalty=penalty))
+        self.decoupled, self.sample_size, self.controller = penalty == "decoupled", sample_size, None
+        if target is not None:
+            self.controller = quantops.MSQController(
+                model, target, interval=max(1, int(prune * steps / decisions)), threshold=threshold, strength=strength,
+                hessian=hessian, samples=samples)
+            self.log = self.controller.log
+
+    @property
+    def strength(self):
+        return 0.0 if self.controller is None else self.controller.strength
+
+    def penalty(self):
+        return self.strength * quantops.penalty(self.model) if self.strength and not self.decoupled else None
+
+    def backward(self, forward, x, y):
+        loss = super().backward(forward, x, y)
+        if self.strength and self.decoupled:
+            quantops.add_penalty_grad_(self.model, self.strength)
+        return loss
+
+    def after_step(self, step, x, y):
+        if self.controller is not None:
+            self.controller.step(lambda: self._loss(x[:self.sample_size], y[:self.sample_size]))
+        return False
+
+    def _loss(self, x, y):
+        """For the Hessian: in float32, and the running statistics of batch norms do not see it."""
+        norms = [m for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)]
+        before = [(m, m.momentum) for m in norms]
+        for m in norms:
+            m.momentum = 0.0
+        try:
+            return F.cross_entropy(self.model(x), y)
+        finally:
+            for m, momentum in before:
+                m.momentum = momentum
+
+    def average_bits(self):
+        return quantops.bit_report(self.model).average_bits
+
+    def state(self):
+        return {"controller": None if self.controller is None else self.controller.state_dict()}
+
+    def load(self, state):
+        if self.controller is not None:
+            self.controller.load_state_dict(state["controller"])
+            self.log = self.controller.log
+
+
+
+class Truncated(Float):
+    """Weights that are served at any of ``WIDTHS``. joint: TruncQuant, every step trains all of them; else ordinary
+    training at the widest."""
+
+    def __init__(self, model, steps, *, rule, joint, companding, batch_norm, distill):
+        super().__init__(model, steps)
+        self.joint, self.distill = joint, distill
+        quantops.quantize_(model, quantops.TruncQuantConfig(bits=WIDTHS, rule=rule, companding=companding,
+                                                            batch_norm=batch_norm))
+
+    def backward(self, forward, x, y):
+        if not self.joint:
+            return super().backward(forward, x, y)
+        with forward.autocast():  # around the call of the root, where the weights are quantized
+            done = quantops.joint_step(forward.model, lambda out: F.cross_entropy(out.float(), y), x,
+                                       weights=[1 / len(WIDTHS)] * len(WIDTHS), distill=self.distill)
+        return done.loss
+
+    def average_bits(self):
+        return float(WIDTHS[0])
+
+    def accuracies(self, accuracy, batches):
+        found = {}
+        for m in WIDTHS:
+            quantops.set_bits(self.model, m)
+            found[f"{m} bits"] = accuracy()
+        quantops.set_bits(self.model)
+        found["final"] = found[f"{WIDTHS[0]} bits"]
+        if not self.joint:
+            found |= self._re_estimated(accuracy, batches)
+        return found
+
+    def _re_estimated(self, accuracy, batches):
+        """Each width once more, with batch norms that have seen activations of that width."""
+        found, before = {}, copy.deepcopy(self.model.state_dict())
+        for m in WIDTHS:
+            quantops.set_bits(self.model, m)
+            re_estimate(self.model, batches())
+            found[f"{m} bits, norms re-estimated"] = accuracy()
+        self.model.load_state_dict(before)
+        return found
+
+
+@torch.no_grad()
+def re_estimate(model, batches):
+    """The running statistics of batch norms as the plain mean over ``RE_ESTIMATE`` batches."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None
+    model.train()
+    for _, (x, _) in zip(range(RE_ESTIMATE), batches):
+        model(x)
+    for m, momentum in zip(norms, momenta):
+        m.momentum = momentum
+
+
+class CPQ(Float):
+    """The categorical quantizer; ``settings`` are those of quantops.CPQConfig, ``strength`` weighs the gates' penalty."""
+
+    def __init__(self, model, steps, *, strength, **settings):
+        super().__init__(model, steps)
+        quantops.quantize_(model, quantops.CPQConfig(**settings))
+        self.strength, self.learned = strength, settings.get("dropbits") == "learned"
+
+    def penalty(self):
+        return self.strength * quantops.penalty(self.model) if self.learned else None
+
+    def finish(self):
+        if self.learned:
+            quantops.finish_dropbits(self.model)
+
+    def average_bits(self):
+        return quantops.bit_report(self.model).average_bits
+
+
+class _BitLevel(Float):
+    """Every bit a parameter; ``kind`` is the parametrization."""
+
+    kind = None
+
+    def __init__(self, model, steps, bits):
+        super().__init__(model, steps)
+        for name, layer in list(model.named_modules()):
+            if quantops.is_linear_or_conv(name, layer):
+                parametrize.register_parametrization(layer, "weight", self.kind(layer.weight, bits), unsafe=True)
+
+    def layers(self):
+        return bitlevel.parametrized(self.model, self.kind)
+
+    def _compression(self, widths):
+        """(average bits, compression) of {name: (weights, bits)}."""
+        sizes, bits = zip(*widths.values())
+        return sum(n * b for n, b in zip(sizes, bits)) / sum(sizes), compression(sizes, bits)
+
+    def widths(self):
+        """{name: (weights, bits)}."""
+        return {name: (p.shape.numel(), p.bits) for name, _, p in self.layers()}
+
+    def average_bits(self):
+        return self._compression(self.widths())[0]
+
+    def note(self, step):
+        """Adds the bits to the log."""
+        average, ratio = self._compression(self.widths())
+        self.log.append({"step": step, "compression": ratio, "average_bits": average,
+                         "layers": [{"name": name, "bits_after": bits} for name, (_, bits) in self.widths().items()]})
+
+
+class BSQ(_BitLevel):
+    """BSQ: group lasso on bit planes, now and then an adjustment of the precisions, then finetuning at fixed bits."""
+
+    kind = bitlevel.BSQWeight
+
+    def __init__(self, model, steps, *, bits, strength, adjustments, search):
+        super().__init__(model, steps, bits)
+        self.strength, self.interval, self.fixed = strength, max(1, int(search * steps / adjustments)), None
+        self.until = self.interval * adjustments
+
+    def penalty(self):
+        if self.fixed is not None:
+            return None
+        return self.strength * bitlevel.group_lasso([(p.bits, bitlevel.planes(layer)) for _, layer, p in self.layers()])
+
+    @torch.no_grad()
+    def after_step(self, step, x, y):
+        if self.fixed is not None:
+            return False
+        layers = self.layers()
+        every = [bitlevel.planes(layer) for _, layer, _ in layers]
+        torch._foreach_clamp_min_(every, 0.0)
+        torch._foreach_clamp_max_(every, 2.0)
+        if step % self.interval:
+            return False
+        for _, layer, p in layers:
+            bitlevel.set_planes(layer, p.adjust(bitlevel.planes(layer)))
+        self.note(step)
+        if step >= self.until:
+            self.fix({name: p.bits for name, _, p in layers})
+        return True
+
+    def finish(self):
+        for _, layer, p in self.layers():
+            bitlevel.set_planes(layer, p.adjust(bitlevel.planes(layer)))
+
+    def fix(self, widths):
+        """Float weights from here on, quantized to the bits that were found."""
+        self.fixed = widths
+        for name, layer, p in self.layers():
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+            parametrize.register_parametrization(layer, "weight", bitlevel.FixedBits(p.step, widths[name]), unsafe=True)
+
+    def widths(self):
+        if self.fixed is None:
+            return super().widths()
+        return {name: (self.model.get_submodule(name).weight.numel(), bits) for name, bits in self.fixed.items()}
+
+    def state(self):
+        return {"log": self.log, "fixed": self.fixed, "bits": {name: p.bits for name, _, p in self.layers()}}
+
+    def load(self, state):
+        super().load(state)
+        if state["fixed"] is not None:
+            self.fix(state["fixed"])
+        for name, layer, p in self.layers():
+            p.resize(state["bits"][name])
+            bitlevel.set_planes(layer, bitlevel.planes(layer).new_zeros(p.bits, 2, p.shape.numel()))
+
+
+class CSQ(_BitLevel):
+    """CSQ: sigmoids in the place of bits and of their choice, hotter with every step; the choice is made first."""
+
+    kind = bitlevel.CSQWeight
+
+    def __init__(self, model, steps, *, bits, target, strength, hottest, search):
+        super().__init__(model, steps, bits)
+        self.target, self.strength, self.hottest = target, strength, hottest
+        self.until, self.chosen = max(1, int(search * steps)), None
+        self.sizes = torch.tensor([float(p.shape.numel()) for _, _, p in self.layers()])
+
+    def penalty(self):
+        if self.chosen is not None:
+            return None
+        layers = [p for _, _, p in self.layers()]
+        gates = torch.stack([p.gates for p in layers])
+        self.sizes = self.sizes.to(gates.device)
+        average = self.sizes @ (gates > 0).sum(1).float() / self.sizes.sum()
+        kept = torch.sigmoid(torch.stack([p.beta_gates for p in layers])[:, None] * gates).sum()
+        return self.strength * (average - self.target) * kept
+
+    def after_step(self, step, x, y):
+        layers = self.layers()
+        self._heat([p.beta for _, _, p in layers], step / self.steps)
+        if self.chosen is not None:
+            return False
+        self._heat([p.beta_gates for _, _, p in layers], step / self.until)
+        if step < self.until:
+            return False
+        self.chosen = {name: (p.gates > 0).nonzero().flatten().tolist() for name, _, p in layers}
+        self.note(step)
+        for _, layer, p in layers:
+            bitlevel.set_planes(layer, p.keep_chosen(bitlevel.planes(layer)))
+        return True
+
+    def _heat(self, betas, part):
+        torch._foreach_zero_(betas)
+        torch._foreach_add_(betas, self.hottest ** min(part, 1.0))
+
+    def finish(self):
+        for _, layer, p in self.layers():
+            p.harden(bitlevel.planes(layer))
+
+    def decays(self, parameter):
+        return super().decays(parameter) and not any(parameter is bitlevel.planes(m) for _, m, _ in self.layers())
+
+    def state(self):
+        return {"log": self.log, "chosen": self.chosen}
+
+    def load(self, state):
+        super().load(state)
+        self.chosen = state["chosen"]
+        for name, layer, p in self.layers() if self.chosen is not None else ():
+            p.resize(self.chosen[name])
+            bitlevel.set_planes(layer, bitlevel.planes(layer).new_zeros(len(self.chosen[name]), 2, p.shape.numel()))

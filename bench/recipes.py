@@ -1,0 +1,72 @@
+"""The recipe of each method of ``python -m bench train``: its paper, its settings, and where they leave the paper."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from bench import methods
+
+COMMON = {"batch": 128, "lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4}  # SGD, cosine schedule to 0
+EVERYWHERE = ("JPEG images in the place of the original ones; finetuned from --init, for --epochs; activations stay "
+              "float; all layers, first and last too, are quantized; lr 0.02, cosine, one schedule for all methods")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """method: its class in bench/methods.py, called with ``settings``; deviations: from ``paper``, beyond EVERYWHERE."""
+
+    method: Callable
+    settings: dict[str, Any]
+    paper: str
+    deviations: str
+    common: dict[str, Any] = dataclasses.field(default_factory=dict)  # in the place of COMMON
+
+
+_MSQ = dict(
+    bits=8, k=1, target=16.0, grid="dyadic", penalty="loss", hessian=True,
+    threshold=0.3,      # alpha, the fraction of nonzero LSBs below which a layer loses bits
+    strength=1e-3,      # lambda
+    prune=0.6,          # part of the steps in which bits may be dropped
+    decisions=18,       # in that part
+    samples=4,          # of the Hutchinson estimate
+    sample_size=64)     # images for it
+_MSQ_PAPER = "MSQ, arXiv 2507.22349"
+_MSQ_DEVIATIONS = ("dyadic grid (exact zero); lambda 1e-3 instead of 5e-5, since decisions are a fraction of an epoch "
+                   "apart instead of 20 epochs; the Hessian from 4 samples of 64 images")
+
+_TRUNCATED = dict(rule="floor", joint=True, companding=None, batch_norm=True, distill=0.0)
+_BITS = dict(bits=4, strength=0.0)
+
+RECIPES = {
+    "float": Recipe(methods.Float, {}, "-", "none"),
+    "msq": Recipe(methods.MSQ, _MSQ, _MSQ_PAPER, _MSQ_DEVIATIONS),
+    "msq-no-hessian": Recipe(methods.MSQ, _MSQ | {"hessian": False}, _MSQ_PAPER, _MSQ_DEVIATIONS + "; k = 1 always"),
+    "msq-full-grid": Recipe(methods.MSQ, _MSQ | {"grid": "full"}, _MSQ_PAPER, _MSQ_DEVIATIONS + "; the full grid"),
+    "msq-decoupled": Recipe(methods.MSQ, _MSQ | {"penalty": "decoupled"}, _MSQ_PAPER,
+                            _MSQ_DEVIATIONS + "; the penalty's gradient is added after the backward pass"),
+    "fixed-2-bits": Recipe(methods.MSQ, _MSQ | {"bits": 2, "k": 0, "target": None}, "round-clamp rule, constant bits",
+                           "no penalty, no controller: what MSQ's choice of bits is compared with"),
+    "qat": Recipe(methods.Truncated, _TRUNCATED | {"rule": "nearest", "joint": False, "batch_norm": False},
+                  "DoReFa's rule, arXiv 1606.06160", "no tanh; trained at 8 bits, then truncated"),
+    "truncquant": Recipe(methods.Truncated, _TRUNCATED, "TruncQuant, arXiv 2506.11431",
+                         "scale max|w| without tanh; the mean of the losses of all widths, so that lr means the same"),
+    "bsq": Recipe(
+        methods.BSQ,
+        dict(bits=8,
+             strength=5e-3,      # alpha
+             adjustments=6,      # of the precisions; the paper: every 50 of 350 epochs
+             search=0.7),        # part of the steps before finetuning at fixed bits
+        "BSQ, arXiv 2102.10462", "biases stay float; no weight decay of the scale"),
+    "csq": Recipe(
+        methods.CSQ,
+        dict(bits=8, target=2.0,
+             strength=0.01,      # lambda of the budget
+             hottest=200.0,      # temperature at the end, from 1
+             search=0.7),        # part of the steps in which bits are chosen
+        "CSQ, arXiv 2212.02770",
+        "starts at the bits of the given weights, the paper at random; planes that are not chosen are dropped at 70 % of "
+        "the steps, and the temperature of the others goes on rising instead of starting again"),
+    "cpq": Recipe(methods.CPQ, _BITS, "CPQ, arXiv 2109.02100", "weights only; float weights and their alpha at one lr"),
+    "dropbits": Recipe(methods.CPQ, _BITS | {"dropbits": "learned", "strength": 1e-2}, "DropBits, arXiv 2109.02100",
+                       "weights only; float weights and their alpha at one lr"),
+}
