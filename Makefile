@@ -5,7 +5,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc kernels quantops -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench bench-all gpu info clean
+.PHONY: demo test bench bench-all tables gpu info clean
 .NOTPARALLEL:
 
 # An installed torch >= 2.10 will do: PYTHON=... TORCH= VENV_FLAGS=--system-site-packages uses that of the system.
@@ -43,6 +43,15 @@ bench-all: $(VENV)/.installed
 	$(PY) -m bench run --resume
 	$(PY) -m bench steps --resume
 	$(PY) -m bench report
+
+# What a training step of ResNet-20 costs by each method. DATA=FILE [INIT=STATE_DICT]: trains by each method too, a few
+# steps that show no accuracy, into build/tables. The full version, in pieces: README.md.
+tables: $(VENV)/.installed
+	$(PY) -m bench costs
+	$(if $(DATA),$(PY) -m bench train --method all --epochs 1 --subset 1280 --amp --data $(DATA) $(if $(INIT),--init $(INIT)) \
+		--folder build/tables/train --cache build/tables --resume)
+	$(PY) -m bench tables
+	$(if $(DATA),$(PY) -m bench tables build/tables)
 
 # Everything that a GPU can prove, without a network: builds with the system's torch, tests, sanitizers, benchmarks.
 # Resumable: what passed for this code is not run again. PART=build|tests|triton|sanitize|bench|steps|report: one part,

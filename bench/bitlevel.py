@@ -97,7 +97,7 @@ def group_lasso(layers):
 
 
 class FixedBits(nn.Module):
-    """w -> step * rint(clamp(w / step)), straight through: how BSQ finetunes at the bits that it found."""
+    """w -> step * clamp(rint(w / step)), straight through: how BSQ finetunes at the bits that it found."""
 
     def __init__(self, step, bits):
         super().__init__()
@@ -105,8 +105,8 @@ class FixedBits(nn.Module):
         self.register_buffer("step", step.detach().clone())
 
     def forward(self, w):
-        v = (w / self.step).clamp(-self.most, self.most)
-        return (v + (v.round() - v).detach()) * self.step
+        v = w / self.step
+        return (v + (v.round().clamp(-self.most, self.most) - v).detach()) * self.step
 
 
 class CSQWeight(nn.Module):

@@ -209,9 +209,7 @@ class _BitLevel(Float):
         for name, layer in list(model.named_modules()):
             if quantops.is_linear_or_conv(name, layer):
                 parametrize.register_parametrization(layer, "weight", self.kind(layer.weight, bits), unsafe=True)
-
-    def layers(self):
-        return bitlevel.parametrized(self.model, self.kind)
+        self.layers = bitlevel.parametrized(model, self.kind)  # once: a walk through the modules is not free
 
     def _compression(self, widths):
         """(average bits, compression) of {name: (weights, bits)}."""
@@ -220,7 +218,7 @@ class _BitLevel(Float):
 
     def widths(self):
         """{name: (weights, bits)}."""
-        return {name: (p.shape.numel(), p.bits) for name, _, p in self.layers()}
+        return {name: (p.shape.numel(), p.bits) for name, _, p in self.layers}
 
     def average_bits(self):
         return self._compression(self.widths())[0]
@@ -245,35 +243,35 @@ class BSQ(_BitLevel):
     def penalty(self):
         if self.fixed is not None:
             return None
-        return self.strength * bitlevel.group_lasso([(p.bits, bitlevel.planes(layer)) for _, layer, p in self.layers()])
+        return self.strength * bitlevel.group_lasso([(p.bits, bitlevel.planes(layer)) for _, layer, p in self.layers])
 
     @torch.no_grad()
     def after_step(self, step, x, y):
         if self.fixed is not None:
             return False
-        layers = self.layers()
-        every = [bitlevel.planes(layer) for _, layer, _ in layers]
+        every = [bitlevel.planes(layer) for _, layer, _ in self.layers]
         torch._foreach_clamp_min_(every, 0.0)
         torch._foreach_clamp_max_(every, 2.0)
         if step % self.interval:
             return False
-        for _, layer, p in layers:
-            bitlevel.set_planes(layer, p.adjust(bitlevel.planes(layer)))
+        self.finish()
         self.note(step)
         if step >= self.until:
-            self.fix({name: p.bits for name, _, p in layers})
+            self.fix({name: p.bits for name, _, p in self.layers})
         return True
 
     def finish(self):
-        for _, layer, p in self.layers():
+        """Adjusts the precisions: planes of zeros and ones, no more of them than the weights need."""
+        for _, layer, p in self.layers:
             bitlevel.set_planes(layer, p.adjust(bitlevel.planes(layer)))
 
     def fix(self, widths):
         """Float weights from here on, quantized to the bits that were found."""
         self.fixed = widths
-        for name, layer, p in self.layers():
+        for name, layer, p in self.layers:
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
             parametrize.register_parametrization(layer, "weight", bitlevel.FixedBits(p.step, widths[name]), unsafe=True)
+        self.layers = []
 
     def widths(self):
         if self.fixed is None:
@@ -281,13 +279,13 @@ class BSQ(_BitLevel):
         return {name: (self.model.get_submodule(name).weight.numel(), bits) for name, bits in self.fixed.items()}
 
     def state(self):
-        return {"log": self.log, "fixed": self.fixed, "bits": {name: p.bits for name, _, p in self.layers()}}
+        return {"log": self.log, "fixed": self.fixed, "bits": {name: p.bits for name, _, p in self.layers}}
 
     def load(self, state):
         super().load(state)
         if state["fixed"] is not None:
             self.fix(state["fixed"])
-        for name, layer, p in self.layers():
+        for name, layer, p in self.layers:
             p.resize(state["bits"][name])
             bitlevel.set_planes(layer, bitlevel.planes(layer).new_zeros(p.bits, 2, p.shape.numel()))
 
@@ -301,29 +299,27 @@ class CSQ(_BitLevel):
         super().__init__(model, steps, bits)
         self.target, self.strength, self.hottest = target, strength, hottest
         self.until, self.chosen = max(1, int(search * steps)), None
-        self.sizes = torch.tensor([float(p.shape.numel()) for _, _, p in self.layers()])
+        self.sizes = torch.tensor([float(p.shape.numel()) for _, _, p in self.layers])
 
     def penalty(self):
         if self.chosen is not None:
             return None
-        layers = [p for _, _, p in self.layers()]
-        gates = torch.stack([p.gates for p in layers])
+        gates = torch.stack([p.gates for _, _, p in self.layers])
         self.sizes = self.sizes.to(gates.device)
         average = self.sizes @ (gates > 0).sum(1).float() / self.sizes.sum()
-        kept = torch.sigmoid(torch.stack([p.beta_gates for p in layers])[:, None] * gates).sum()
+        kept = torch.sigmoid(torch.stack([p.beta_gates for _, _, p in self.layers])[:, None] * gates).sum()
         return self.strength * (average - self.target) * kept
 
     def after_step(self, step, x, y):
-        layers = self.layers()
-        self._heat([p.beta for _, _, p in layers], step / self.steps)
+        self._heat([p.beta for _, _, p in self.layers], step / self.steps)
         if self.chosen is not None:
             return False
-        self._heat([p.beta_gates for _, _, p in layers], step / self.until)
+        self._heat([p.beta_gates for _, _, p in self.layers], step / self.until)
         if step < self.until:
             return False
-        self.chosen = {name: (p.gates > 0).nonzero().flatten().tolist() for name, _, p in layers}
+        self.chosen = {name: (p.gates > 0).nonzero().flatten().tolist() for name, _, p in self.layers}
         self.note(step)
-        for _, layer, p in layers:
+        for _, layer, p in self.layers:
             bitlevel.set_planes(layer, p.keep_chosen(bitlevel.planes(layer)))
         return True
 
@@ -332,11 +328,11 @@ class CSQ(_BitLevel):
         torch._foreach_add_(betas, self.hottest ** min(part, 1.0))
 
     def finish(self):
-        for _, layer, p in self.layers():
+        for _, layer, p in self.layers:
             p.harden(bitlevel.planes(layer))
 
     def decays(self, parameter):
-        return super().decays(parameter) and not any(parameter is bitlevel.planes(m) for _, m, _ in self.layers())
+        return super().decays(parameter) and not any(parameter is bitlevel.planes(m) for _, m, _ in self.layers)
 
     def state(self):
         return {"log": self.log, "chosen": self.chosen}
@@ -344,6 +340,6 @@ class CSQ(_BitLevel):
     def load(self, state):
         super().load(state)
         self.chosen = state["chosen"]
-        for name, layer, p in self.layers() if self.chosen is not None else ():
+        for name, layer, p in self.layers if self.chosen is not None else ():
             p.resize(self.chosen[name])
             bitlevel.set_planes(layer, bitlevel.planes(layer).new_zeros(len(self.chosen[name]), 2, p.shape.numel()))

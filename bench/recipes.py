@@ -19,6 +19,7 @@ class Recipe:
     settings: dict[str, Any]
     paper: str
     deviations: str
+    claims: str = ""  # figures of the paper
     common: dict[str, Any] = dataclasses.field(default_factory=dict)  # in the place of COMMON
 
 
@@ -39,7 +40,9 @@ _BITS = dict(bits=4, strength=0.0)
 
 RECIPES = {
     "float": Recipe(methods.Float, {}, "-", "none"),
-    "msq": Recipe(methods.MSQ, _MSQ, _MSQ_PAPER, _MSQ_DEVIATIONS),
+    "msq": Recipe(methods.MSQ, _MSQ, _MSQ_PAPER, _MSQ_DEVIATIONS,
+                  claims="up to 8.00x fewer trainable parameters and up to 86 % less training time than bit-level "
+                         "training"),
     "msq-no-hessian": Recipe(methods.MSQ, _MSQ | {"hessian": False}, _MSQ_PAPER, _MSQ_DEVIATIONS + "; k = 1 always"),
     "msq-full-grid": Recipe(methods.MSQ, _MSQ | {"grid": "full"}, _MSQ_PAPER, _MSQ_DEVIATIONS + "; the full grid"),
     "msq-decoupled": Recipe(methods.MSQ, _MSQ | {"penalty": "decoupled"}, _MSQ_PAPER,
@@ -49,7 +52,8 @@ RECIPES = {
     "qat": Recipe(methods.Truncated, _TRUNCATED | {"rule": "nearest", "joint": False, "batch_norm": False},
                   "DoReFa's rule, arXiv 1606.06160", "no tanh; trained at 8 bits, then truncated"),
     "truncquant": Recipe(methods.Truncated, _TRUNCATED, "TruncQuant, arXiv 2506.11431",
-                         "scale max|w| without tanh; the mean of the losses of all widths, so that lr means the same"),
+                         "scale max|w| without tanh; the mean of the losses of all widths, so that lr means the same",
+                         claims="86.0 % at 8 bits; at 2 bits 57.5 % of ordinary training truncated, 85.8 % of this"),
     "bsq": Recipe(
         methods.BSQ,
         dict(bits=8,

@@ -55,7 +55,8 @@ def _time(seconds):
     return f"{1e3 * seconds:.3f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
-def _table(head, rows):
+def markdown(head, rows):
+    """A table."""
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
@@ -87,7 +88,7 @@ def step_table(device, case=STEP):
                      f"{r['peak_bytes']['eager'] / r['numel']:.0f}" if "eager" in r["peak_bytes"] else ""])
     notes = {name: note for r in rows for name, note in r["notes"].items()}
     text = "; ".join(f"{name}: {note}" for name, note in notes.items())
-    return _table(head, body) + (f"\n\nLess work than the op: {text}." if text else "")
+    return markdown(head, body) + (f"\n\nLess work than the op: {text}." if text else "")
 
 
 def compile_table(device, case=STEP):
@@ -102,7 +103,7 @@ def compile_table(device, case=STEP):
                                     for peer, seconds in r["first_calls"].items() if peer != OURS)):
                 cells = [f"{v:.2f} s" for v in values] + ["-"] * (3 - len(values))
                 body.append([f"{r['workload']} {r['dtype']}", label, *cells])
-    return _table(["weights", "by", "first call", "first change of bits", "second"], body) if body else ""
+    return markdown(["weights", "by", "first call", "first change of bits", "second"], body) if body else ""
 
 
 def share_table(device, promised=False):
@@ -124,8 +125,8 @@ def share_table(device, promised=False):
                 figures.append(f"**{v:.2f}**" if least is not None and v < least else f"{v:.2f}")
         return " / ".join(figures)
 
-    return _table(["op", *(f"{w} {SHORT[d]}" for w, d in kinds)],
-                  [[case, *(cell(case, *kind) for kind in kinds)] for case in cases])
+    return markdown(["op", *(f"{w} {SHORT[d]}" for w, d in kinds)],
+                    [[case, *(cell(case, *kind) for kind in kinds)] for case in cases])
 
 
 def row_table(device):
@@ -141,8 +142,8 @@ def row_table(device):
                 ", ".join(f"{p} {v:.1f}x" for p, v in r["ratio"].items()),
                 ", ".join(f"{p} {v}" for p, v in r["launches"].items()),
                 ", ".join(f"{p} {v / r['numel']:.1f}" for p, v in r["peak_bytes"].items())])
-    return _table(["by", "op", "weights", "time", "10th..90th percentile", "GB/s", "share of a copy", "peers",
-                   "launches (CPU: dispatches)", "peak, B/weight"], body)
+    return markdown(["by", "op", "weights", "time", "10th..90th percentile", "GB/s", "share of a copy", "peers",
+                     "launches (CPU: dispatches)", "peak, B/weight"], body)
 
 
 def call_line(device):
@@ -173,7 +174,7 @@ def _steps_table(device, group, variants):
         body.append([f"{r['network']}{compiled}", "x".join(map(str, r["input"])), r["dtype"], IMPLEMENTATIONS[name],
                      _time(base["median"]) if base else "",
                      *(f"{shorter[v]:.3f}x" if v in shorter else "" for v in labels)])
-    return _table(["network", "input", "arithmetic", "by", group, *labels], body)
+    return markdown(["network", "input", "arithmetic", "by", group, *labels], body)
 
 
 def absences(device):
@@ -330,12 +331,12 @@ def draw(device):
         plt.close(figure)
 
 
-def insert(path, text):
+def insert(path, text, begin=BEGIN, end=END):
     """Writes ``text`` between the markers of a Markdown file."""
     old = path.read_text()
-    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
-        raise SystemExit(f"{path}: expected one {BEGIN} and, after it, one {END}")
-    path.write_text(f"{old[:old.index(BEGIN)]}{BEGIN}\n{text}\n{old[old.index(END):]}")
+    if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
+        raise SystemExit(f"{path}: expected one {begin} and, after it, one {end}")
+    path.write_text(f"{old[:old.index(begin)]}{begin}\n{text}\n{old[old.index(end):]}")
 
 
 def report(args):
