@@ -25,6 +25,7 @@ class Recipe:
 
 _MSQ = dict(
     bits=8, k=1, target=16.0, grid="dyadic", penalty="loss", hessian=True,
+    min_bits=2,         # the dyadic grid of 1 bit is {-s, 0}: layers that came to it were lost
     threshold=0.3,      # alpha, the fraction of nonzero LSBs below which a layer loses bits
     strength=1e-3,      # lambda
     prune=0.6,          # part of the steps in which bits may be dropped
@@ -32,8 +33,9 @@ _MSQ = dict(
     samples=4,          # of the Hutchinson estimate
     sample_size=64)     # images for it
 _MSQ_PAPER = "MSQ, arXiv 2507.22349"
-_MSQ_DEVIATIONS = ("dyadic grid (exact zero); lambda 1e-3 instead of 5e-5, since decisions are a fraction of an epoch "
-                   "apart instead of 20 epochs; the Hessian from 4 samples of 64 images")
+_MSQ_DEVIATIONS = ("dyadic grid (exact zero) and at least 2 bits, since at 1 bit that grid has no positive value; lambda "
+                   "larger than 5e-5, since decisions are a fraction of an epoch apart instead of 20 epochs; the Hessian "
+                   "from 4 samples of 64 images")
 
 _TRUNCATED = dict(rule="floor", joint=True, companding=None, batch_norm=True, distill=0.0)
 _BITS = dict(bits=4, strength=0.0)
@@ -44,7 +46,8 @@ RECIPES = {
                   claims="up to 8.00x fewer trainable parameters and up to 86 % less training time than bit-level "
                          "training"),
     "msq-no-hessian": Recipe(methods.MSQ, _MSQ | {"hessian": False}, _MSQ_PAPER, _MSQ_DEVIATIONS + "; k = 1 always"),
-    "msq-full-grid": Recipe(methods.MSQ, _MSQ | {"grid": "full"}, _MSQ_PAPER, _MSQ_DEVIATIONS + "; the full grid"),
+    "msq-full-grid": Recipe(methods.MSQ, _MSQ | {"grid": "full", "min_bits": 1}, _MSQ_PAPER,
+                            _MSQ_DEVIATIONS + "; here the full grid, down to 1 bit"),
     "msq-decoupled": Recipe(methods.MSQ, _MSQ | {"penalty": "decoupled"}, _MSQ_PAPER,
                             _MSQ_DEVIATIONS + "; the penalty's gradient is added after the backward pass"),
     "fixed-2-bits": Recipe(methods.MSQ, _MSQ | {"bits": 2, "k": 0, "target": None}, "round-clamp rule, constant bits",
