@@ -1,4 +1,4 @@
-"""``python -m bench run|steps|static|small|report|compare|train|costs|tables``, from the repository's root; see --help of each."""
+"""``python -m bench COMMAND``, from the repository's root; see --help, and that of each command."""
 
 import argparse
 import sys

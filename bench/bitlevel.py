@@ -1,7 +1,7 @@
 """Bit-level training, what MSQ is compared with: every bit of every weight is a parameter. Plain PyTorch.
 
-Both are parametrizations of ``layer.weight`` whose original is a tensor of planes (n, 2, numel): the n binary digits of
-the integer weights, least significant first, apart for positive and for negative weights. The weight is one
+Both are parametrizations of ``layer.weight`` whose original is a tensor of planes (n, 2, numel): the n binary digits
+of the integer weights, least significant first, apart for positive and for negative weights. The weight is one
 matrix-vector product of the planes, so that they are read once and the gradient is written once.
 """
 

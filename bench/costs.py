@@ -1,4 +1,4 @@
-"""What a training step of ResNet-20 costs by each method: time, and the bytes that training holds. No data, no accuracy.
+"""What a training step of ResNet-20 costs by each method: time, and the bytes that training holds. No accuracy.
 
 Every way to train has a network and an optimizer of its own, since bit-level training has other parameters; all start
 from the same weights and see the same batch.
@@ -91,8 +91,8 @@ def measure_costs(device, batch, amp, compile_seconds, budget):
     for name, loss in losses.items():  # 8 bits change little; a way that computes something else is not timed
         if not abs(loss - losses[BASE]) <= 0.05 * losses[BASE]:
             raise SystemExit(f"bench: the loss is {loss} by {name}, {losses[BASE]} in float; the steps are not timed")
-    times = measure.interleave({name: (lambda t=t: measure.seconds_of(t.step, device)) for name, t in trainings.items()},
-                               budget, least=9, most=100)
+    calls = {name: (lambda t=t: measure.seconds_of(t.step, device)) for name, t in trainings.items()}
+    times = measure.interleave(calls, budget, least=9, most=100)
     held = {name: training_bytes(t.model, t.optimizer) for name, t in trainings.items()}
     peaks = {name: measure.peak_bytes(t.step, device) for name, t in trainings.items()}
     row = {"network": "resnet20", "batch": batch, "arithmetic": "bfloat16 autocast" if amp else "float32", "base": BASE,
@@ -125,8 +125,9 @@ def costs(args):
         row = measure_costs(args.device, args.batch, amp, args.compile_seconds, args.budget)
         result.add(row)
         for name, t in row["times"].items():
+            held, peak = state_bytes(row["held"][name]) / 1e6, row["peak_bytes"][name] / 1e6
             print(f"{row['arithmetic']:18} {name:24} {1e3 * t['median']:8.2f} ms  {row['ratio'][name]:6.3f}x   "
-                  f"state {state_bytes(row['held'][name]) / 1e6:6.2f} MB   peak {row['peak_bytes'][name] / 1e6:7.1f} MB")
+                  f"state {held:6.2f} MB   peak {peak:7.1f} MB")
         for name, why in row["absent"].items():
             print(f"{name}: {why}")
     print(f"wrote {result.path}")

@@ -1,4 +1,4 @@
-"""What each method adds to the training loop of bench/train.py: one class each, from the settings of bench/recipes.py."""
+"""What each method adds to the training loop of bench/train.py: a class each, with the settings of bench/recipes.py."""
 
 import copy
 
@@ -19,8 +19,8 @@ class Float:
     """Unquantized training, and what the methods have in common. ``steps``: of the whole run.
 
     The loop calls ``backward`` for each batch, then its optimizer, then ``after_step``, which says whether Parameters
-    have been replaced; ``finish`` once at the end. ``forward(x)`` gives float32 logits; it may be compiled, and computes
-    in the arithmetic of the run.
+    have been replaced; ``finish`` once at the end. ``forward(x)`` gives float32 logits; it may be compiled, and
+    computes in the arithmetic of the run.
     """
 
     def __init__(self, model, steps):
@@ -181,7 +181,7 @@ def re_estimate(model, batches):
 
 
 class CPQ(Float):
-    """The categorical quantizer; ``settings`` are those of quantops.CPQConfig, ``strength`` weighs the gates' penalty."""
+    """The categorical quantizer; ``settings``: of quantops.CPQConfig, ``strength``: of the gates' penalty."""
 
     def __init__(self, model, steps, *, strength, **settings):
         super().__init__(model, steps)

@@ -13,7 +13,7 @@ EVERYWHERE = ("JPEG images in the place of the original ones; finetuned from --i
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """method: its class in bench/methods.py, called with ``settings``; deviations: from ``paper``, beyond EVERYWHERE."""
+    """method: its class in bench/methods.py, called with ``settings``; deviations: from ``paper``, and EVERYWHERE."""
 
     method: Callable
     settings: dict[str, Any]
@@ -33,9 +33,9 @@ _MSQ = dict(
     samples=4,          # of the Hutchinson estimate
     sample_size=64)     # images for it
 _MSQ_PAPER = "MSQ, arXiv 2507.22349"
-_MSQ_DEVIATIONS = ("dyadic grid (exact zero) and at least 2 bits, since at 1 bit that grid has no positive value; lambda "
-                   "larger than 5e-5, since decisions are a fraction of an epoch apart instead of 20 epochs; the Hessian "
-                   "from 4 samples of 64 images")
+_MSQ_DEVIATIONS = ("dyadic grid (exact zero) and at least 2 bits, since at 1 bit that grid has no positive value; "
+                   "lambda larger than 5e-5, since decisions are a fraction of an epoch apart; the Hessian from 4 "
+                   "samples of 64 images")
 
 _TRUNCATED = dict(rule="floor", joint=True, companding=None, batch_norm=True, distill=0.0)
 _BITS = dict(bits=4, strength=0.0)
@@ -71,8 +71,8 @@ RECIPES = {
              hottest=200.0,      # temperature at the end, from 1
              search=0.7),        # part of the steps in which bits are chosen
         "CSQ, arXiv 2212.02770",
-        "starts at the bits of the given weights, the paper at random; planes that are not chosen are dropped at 70 % of "
-        "the steps, and the temperature of the others goes on rising instead of starting again"),
+        "starts at the bits of the given weights; planes that are not chosen are dropped at 70 % of the steps, and the "
+        "temperature of the others goes on rising instead of starting again"),
     "cpq": Recipe(methods.CPQ, _BITS, "CPQ, arXiv 2109.02100", "weights only; float weights and their alpha at one lr"),
     "dropbits": Recipe(methods.CPQ, _BITS | {"dropbits": "learned", "strength": 1e-2}, "DropBits, arXiv 2109.02100",
                        "weights only; float weights and their alpha at one lr"),

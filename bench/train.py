@@ -345,7 +345,7 @@ def train(args):
 def add_arguments(parser):
     """Options of ``python -m bench train``."""
     parser.add_argument("--method", required=True, help=f"some of {', '.join(RECIPES)}, comma-separated, or all")
-    parser.add_argument("--data", required=True, help=".npz of JPEG files or folder of class folders, see bench/data.py")
+    parser.add_argument("--data", required=True, help=".npz of JPEGs or folder of class folders, see bench/data.py")
     parser.add_argument("--epochs", type=int, required=True)
     parser.add_argument("--seed", default="0", help="comma-separated (default 0)")
     parser.add_argument("--subset", type=int, help="this many training images, evenly of all classes")
