@@ -1,5 +1,6 @@
 """Images and labels, held on the device as bytes: read from an .npz of JPEG files or a folder of class folders."""
 
+import functools
 import hashlib
 import io
 from pathlib import Path
@@ -169,7 +170,13 @@ def augment(x, generator, pad=4):
     return padded[each, rows, columns].permute(0, 3, 1, 2)  # channels_last
 
 
+@functools.cache
+def _statistics(device):
+    """Mean and deviation, once on each device: a copy to a GPU waits for it."""
+    return [torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD)]
+
+
 def normalise(x):
     """float32 in channels_last."""
-    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (MEAN, STD))
+    mean, std = _statistics(x.device)
     return x.float().div_(255).sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)

@@ -92,6 +92,7 @@ class Run:
 
     def __init__(self, name, seed, args, images):
         recipe = RECIPES[name]
+        self.before = torch.cuda.memory_allocated() if torch.device(args.device).type == "cuda" else 0  # the images
         self.name, self.seed, self.args, self.images = name, seed, args, images
         self.machine = machine.describe(args.device)
         self.device, self.common = torch.device(args.device), COMMON | recipe.common
@@ -164,7 +165,7 @@ class Run:
         self.step_seconds += seconds[self.cold:]
         self.cold = max(0, self.cold - len(seconds))
         if self.device.type == "cuda":
-            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated() - self.before)
         if step == self.total:
             self.method.finish()
         self.epochs.append({"loss": loss, "seconds": time.perf_counter() - begin, "accuracy": self.accuracy(),
