@@ -8,7 +8,7 @@ from bench import methods
 
 COMMON = {"batch": 128, "lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4}  # SGD, cosine schedule to 0
 EVERYWHERE = ("JPEG images in the place of the original ones; finetuned from --init, for --epochs; activations stay "
-              "float; all layers, first and last too, are quantized; lr 0.02, cosine, one schedule for all methods")
+              "float; all layers, first and last too, are quantized; SGD, cosine schedule, lr 0.02 unless named")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ RECIPES = {
              strength=5e-3,      # alpha
              adjustments=6,      # of the precisions; the paper: every 50 of 350 epochs
              search=0.7),        # part of the steps before finetuning at fixed bits
-        "BSQ, arXiv 2102.10462", "biases stay float; no weight decay of the scale"),
+        "BSQ, arXiv 2102.10462", "biases stay float; no weight decay of the scale; lr 0.1, as in its public code", common={"lr": 0.1}),
     "csq": Recipe(
         methods.CSQ,
         dict(bits=8, target=2.0,
@@ -72,7 +72,7 @@ RECIPES = {
              search=0.7),        # part of the steps in which bits are chosen
         "CSQ, arXiv 2212.02770",
         "starts at the bits of the given weights; planes that are not chosen are dropped at 70 % of the steps, and the "
-        "temperature of the others goes on rising instead of starting again"),
+        "temperature of the others goes on rising instead of starting again; lr 0.1", common={"lr": 0.1}),
     "cpq": Recipe(methods.CPQ, _BITS, "CPQ, arXiv 2109.02100", "weights only; float weights and their alpha at one lr"),
     "dropbits": Recipe(methods.CPQ, _BITS | {"dropbits": "learned", "strength": 1e-2}, "DropBits, arXiv 2109.02100",
                        "weights only; float weights and their alpha at one lr"),
