@@ -100,7 +100,7 @@ def widths_table(folder):
             if f"{WIDTHS[0]} bits{kind}" in results[0]["accuracy"]:
                 body.append([label + kind, _budget(results[0]),
                              *(_mean(results, lambda r, m=m: r["accuracy"][f"{m} bits{kind}"]) for m in WIDTHS)])
-    return markdown(["trained by", "epochs x images", *(f"{m} bits, %" for m in WIDTHS)], body) if body else ""
+    return markdown(["trained by", "epochs x images", *(f"{m} bit{'s' * (m > 1)}, %" for m in WIDTHS)], body) if body else ""
 
 
 def deviations(found):
