@@ -16,6 +16,7 @@ if triton.knobs.runtime.interpret:
 
 from bench import sass  # noqa: E402
 from quantops.kernels import packing, truncate, uniform  # noqa: E402
+from quantops.kernels.launch import launch  # noqa: E402
 
 if sass.tool("cuobjdump") is None:
     pytest.skip("cuobjdump was not found: install the CUDA toolkit's, or the CUDA build of Triton, which has one",
@@ -169,9 +170,9 @@ def _recorded(call):
 @pytest.mark.parametrize("name", CALLS)
 def test_machine_code(name, arch):
     call, widths = CALLS[name]
-    for i, launch in enumerate(_recorded(call)):
-        name = launch.kernel.__name__
-        kernel = sass.triton_kernel(sass.triton_binary(launch, arch))
+    for i, recorded in enumerate(_recorded(call)):
+        name = recorded.kernel.__name__
+        kernel = sass.triton_kernel(sass.triton_binary(recorded, arch))
         code = kernel.opcodes()
         print(f"{name}: {kernel.registers} registers, {len(kernel.code)} instructions")
         assert kernel.stack == 0 and kernel.spills == 0, f"{name} uses the stack: {kernel.stack, kernel.spills}"
@@ -205,7 +206,7 @@ def test_launches_forbid_contraction():
         def __getitem__(self, grid):
             return lambda *args, **kwargs: options.update(kwargs)
 
-    uniform.launch(Kernel(), 1)
+    launch(Kernel(), 1)
     assert options["enable_fp_fusion"] is False and options["num_warps"] == THREADS // 32
 
 
