@@ -152,7 +152,8 @@ def flat(table, chunks, bits, k, r, penalty, nonzero, sq_error, A: tl.constexpr,
         weighed_v = tl.zeros([SUB], tl.float64)
         count_v = tl.zeros([SUB], tl.int32)
         squares_v = tl.zeros([SUB], A)
-        w_ptr, x_ptr, out_ptr = memory.pointer(w_at, start, W_T), memory.pointer(x_at, start, X_T), memory.pointer(out_at, start, OUT_T)
+        w_ptr, x_ptr = memory.pointer(w_at, start, W_T), memory.pointer(x_at, start, X_T)
+        out_ptr = memory.pointer(out_at, start, OUT_T)
         for j in range(0, tl.minimum(numel - start, BLOCK).to(tl.int32), SUB):
             i = j + tl.arange(0, SUB)
             mask = i < numel - start
@@ -332,7 +333,8 @@ def by_row(table, chunks, bits, k, r, partials, A: tl.constexpr, W_T: tl.constex
             total = _total(v, 0, OP)
         else:
             sums = _zeros([SUB], A, OP)
-            w_ptr, x_ptr, out_ptr = memory.pointer(w_at, at, W_T), memory.pointer(x_at, at, X_T), memory.pointer(out_at, at, OUT_T)
+            w_ptr, x_ptr = memory.pointer(w_at, at, W_T), memory.pointer(x_at, at, X_T)
+            out_ptr = memory.pointer(out_at, at, OUT_T)
             for j in range(0, tl.minimum(inner - start, BLOCK).to(tl.int32), SUB):
                 i = j + tl.arange(0, SUB)
                 v = _row_block(w_ptr, x_ptr, out_ptr, i, i < inner - start, rr, p, A, OUT_T, OP, SIGNED, HAS_X, HAS_R)
