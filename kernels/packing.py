@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from quantops.kernels import math
-from quantops.kernels.uniform import TYPES, _all_aligned, _chunks, _ints, _on_device_of, _starts, block_of, launch
+from quantops.kernels import math, memory
+from quantops.kernels.launch import TYPES, all_aligned, block_of, ints, launch, on_device_of, owners, starts
 from quantops.kernels.table import on_device
 from quantops.library import _check_codes, _check_stored, _check_values
 from quantops.reference.packing import LAYOUTS, data_shape, plane_bytes, split_shapes
@@ -157,10 +157,7 @@ def unpack_codes(table, chunks, bits, A: tl.constexpr, OUT_T: tl.constexpr, DENS
     data = tl.load(entry + DATA).to(tl.pointer_type(tl.uint8))
     out = tl.load(entry + CODES).to(tl.pointer_type(OUT_T))
     total = (numel * n + 7) // 8  # bytes of dense data
-    row = start * 0
-    if VALUES:
-        row = start // inner
-    left = inner - (start - row * inner)  # codes from start on that have the first scale
+    row, left = memory.first_row(start, numel, inner)
     s_ptr = tl.load(entry + SCALE).to(tl.pointer_type(A)) + row
     if (tl.load(entry + ALIGNED) != 0) & (numel - start >= BLOCK) & (left >= BLOCK):
         # The main path: one scale, nothing masked, 128 bits at a time. The promises stick to the sums they are made on.
@@ -175,8 +172,6 @@ def unpack_codes(table, chunks, bits, A: tl.constexpr, OUT_T: tl.constexpr, DENS
         value = _result(codes, s, tl.where(valid, m, -1), A, OUT_T, VALUES, FULL, SIGNED)
         tl.store(tl.multiple_of(out + start, 16) + i, value)
     else:  # a tail, an odd address, or several rows: a scale per element
-        run = tl.minimum(inner, BLOCK).to(tl.int32)
-        lead = run - tl.minimum(left, run).to(tl.int32)  # so that (i + lead) // run is the row, counted from here
         for j in range(0, tl.minimum(numel - start, BLOCK).to(tl.int32), SUB):
             at = (start + j) // 8  # octets
             if DENSE:
@@ -187,7 +182,7 @@ def unpack_codes(table, chunks, bits, A: tl.constexpr, OUT_T: tl.constexpr, DENS
             mask = i < numel - start
             s = tl.zeros([], A)
             if VALUES:
-                s = tl.load(s_ptr + (i + lead).to(tl.uint32) // run.to(tl.uint32), mask=mask, other=1.0)
+                s = tl.load(s_ptr + memory.rows_from(i, inner, left, BLOCK), mask=mask, other=1.0)
             value = _result(codes, s, tl.where(valid, m, -1), A, OUT_T, VALUES, FULL, SIGNED)
             tl.store(out + start + i, value, mask=mask)
 
@@ -204,12 +199,12 @@ def _table(codes, data, stored, block, scale=None):
     table[:, NUMEL.value] = table[:, INNER.value] = numel
     table[:, STORED.value] = stored
     table[:, STRIDE.value] = [plane_bytes(n) for n in numel]
-    table[:, ALIGNED.value] = _all_aligned(table[:, CODES.value], table[:, DATA.value])
+    table[:, ALIGNED.value] = all_aligned(table[:, CODES.value], table[:, DATA.value])
     if scale:
         table[:, SCALE.value] = [s.data_ptr() for s in scale]
         table[:, INNER.value] //= np.maximum([s.numel() for s in scale], 1)
     programs = -(-table[:, NUMEL.value] // block)
-    table[:, FIRST.value] = _starts(programs)
+    table[:, FIRST.value] = starts(programs)
     return table, programs
 
 
@@ -219,9 +214,9 @@ def pack(codes, bits, layout):
     data = [c.new_empty(data_shape(c.numel(), n, LAYOUTS[layout]), dtype=torch.uint8) for c, n in zip(codes, bits)]
     block = block_of(torch.float32, 1)
     table, programs = _table(codes, data, bits, block)
-    with _on_device_of(codes):
+    with on_device_of(codes):
         device = codes[0].device
-        launch(pack_codes, int(programs.sum()), on_device(table, device), _chunks(programs, device),
+        launch(pack_codes, int(programs.sum()), on_device(table, device), owners(programs, device),
                DENSE=LAYOUTS[layout] == "dense", BLOCK=block)
     return data
 
@@ -232,9 +227,9 @@ def _unpack(data, sizes, dims, stored, bits, layout, dtype, scale=None, full=Fal
     out = [d.new_empty(shape, dtype=dtype) for d, shape in zip(data, split_shapes(sizes, dims))]
     block = block_of(acc, 1)
     table, programs = _table(out, data, stored, block, scale)
-    with _on_device_of(data):
+    with on_device_of(data):
         device = data[0].device
-        launch(unpack_codes, int(programs.sum()), on_device(table, device), _chunks(programs, device), _ints(bits),
+        launch(unpack_codes, int(programs.sum()), on_device(table, device), owners(programs, device), ints(bits),
                A=TYPES[acc], OUT_T=TYPES[dtype], DENSE=LAYOUTS[layout] == "dense", VALUES=scale is not None, FULL=full,
                SIGNED=signed, BLOCK=block)
     return out

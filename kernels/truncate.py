@@ -5,30 +5,30 @@ As in family ``uniform``: :func:`cut` and :func:`add_up` go over every tensor in
 reads its weights once, and loops over the widths, whose number is no constant of the kernels.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-from quantops.kernels import math
+from quantops.kernels import math, memory
 from quantops.kernels import truncate_math as tm
-from quantops.kernels.table import on_device
-from quantops.kernels.uniform import (
+from quantops.kernels.launch import (
     SHORT_ROW,
     TYPES,
-    _addresses,
-    _all_aligned,
-    _chunks,
-    _ints,
-    _like,
-    _load,
-    _on_device_of,
-    _pointer,
-    _starts,
-    _widest,
+    addresses,
+    all_aligned,
     block_of,
+    in_layouts_of,
+    ints,
     launch,
+    on_device_of,
+    owners,
+    starts,
+    widest,
 )
+from quantops.kernels.table import on_device
 from quantops.layout import dense, empty_like
 from quantops.library import _check_truncation
 from quantops.reference.uniform import acc_dtype
@@ -60,6 +60,39 @@ def _entry(table, t, widths):
     return table + t.to(tl.int64) * (DATA + widths)
 
 
+class Run(NamedTuple):
+    """A program's run of elements of one tensor."""
+
+    entry: tl.tensor  # the tensor's row of the table
+    bits: tl.tensor  # the tensor's first width
+    base: tl.tensor  # base bits
+    numel: tl.tensor
+    inner: tl.tensor
+    start: tl.tensor  # the first element
+    left: tl.tensor  # elements from there on that belong to its row,
+    s_ptr: tl.tensor  # whose scales these are
+    o_ptr: tl.tensor
+
+
+@triton.jit
+def _run(table, chunks, bits, base_bits, widths, A: tl.constexpr, BLOCK: tl.constexpr):
+    pid = tl.program_id(0)
+    t = tl.load(chunks + pid)
+    entry = _entry(table, t, widths)
+    numel, inner = tl.load(entry + NUMEL), tl.load(entry + INNER)
+    start = (pid - tl.load(entry + FIRST)) * BLOCK
+    row, left = memory.first_row(start, numel, inner)
+    s_ptr, o_ptr = memory.pointer(tl.load(entry + SCALE), row, A), memory.pointer(tl.load(entry + OUT_SCALE), row, A)
+    return Run(entry, bits + t, tl.load(base_bits + t), numel, inner, start, left, s_ptr, o_ptr)
+
+
+@triton.jit
+def _scales_at(r, i, mask, BLOCK: tl.constexpr):
+    """Both scales of elements ``i`` of a run."""
+    rows = memory.rows_from(i, r.inner, r.left, BLOCK)
+    return tl.load(r.s_ptr + rows, mask=mask, other=1.0), tl.load(r.o_ptr + rows, mask=mask, other=1.0)
+
+
 @triton.jit
 def _cut_block(entry, bits, base, weights, widths, start, w, i, mask, s, o, A: tl.constexpr, OUT_T: tl.constexpr,
                RULE: tl.constexpr, TANH: tl.constexpr, WIDEST: tl.constexpr, VEC: tl.constexpr):
@@ -77,37 +110,22 @@ def _cut_block(entry, bits, base, weights, widths, start, w, i, mask, s, o, A: t
 def cut(table, chunks, bits, base_bits, weights, widths, A: tl.constexpr, W_T: tl.constexpr, OUT_T: tl.constexpr,
         RULE: tl.constexpr, TANH: tl.constexpr, WIDEST: tl.constexpr, BLOCK: tl.constexpr):
     """One program per run of BLOCK elements of one tensor."""
-    pid = tl.program_id(0)
-    t = tl.load(chunks + pid)
-    entry = _entry(table, t, widths)
-    numel, inner = tl.load(entry + NUMEL), tl.load(entry + INNER)
-    start = (pid - tl.load(entry + FIRST)) * BLOCK
-    row = start * 0
-    if inner < numel:
-        row = start // inner
-    left = inner - (start - row * inner)  # elements from start on that belong to the first row
-    s_ptr, o_ptr = _pointer(tl.load(entry + SCALE), row, A), _pointer(tl.load(entry + OUT_SCALE), row, A)
-    base = tl.load(base_bits + t)
-    w_at = tl.load(entry + W)
-    if (tl.load(entry + ALIGNED) != 0) & (numel - start >= BLOCK) & (left >= BLOCK):
+    r = _run(table, chunks, bits, base_bits, widths, A, BLOCK)
+    w_at = tl.load(r.entry + W)
+    if (tl.load(r.entry + ALIGNED) != 0) & (r.numel - r.start >= BLOCK) & (r.left >= BLOCK):
         i = tl.arange(0, BLOCK)  # the main path: one scale, nothing masked, 128 bits at a time; promises as in flat
-        w_vec = tl.multiple_of(w_at.to(tl.pointer_type(W_T)) + start, 16 * W_T.primitive_bitwidth // WIDEST)
-        w = _load(w_vec, i, None, A)
-        _cut_block(entry, bits + t, base, weights, widths, start, w, i, None, tl.load(s_ptr), tl.load(o_ptr), A, OUT_T,
-                   RULE, TANH, WIDEST, True)
+        w_vec = tl.multiple_of(w_at.to(tl.pointer_type(W_T)) + r.start, 16 * W_T.primitive_bitwidth // WIDEST)
+        w = memory.load(w_vec, i, None, A)
+        _cut_block(r.entry, r.bits, r.base, weights, widths, r.start, w, i, None, tl.load(r.s_ptr), tl.load(r.o_ptr), A,
+                   OUT_T, RULE, TANH, WIDEST, True)
     else:  # a tail, an odd address, or several rows: a scale per element
-        run = tl.minimum(inner, BLOCK).to(tl.int32)
-        lead = run - tl.minimum(left, run).to(tl.int32)  # so that (i + lead) // run is the row, counted from here
-        w_ptr = _pointer(w_at, start, W_T)
-        for k in range(0, tl.minimum(numel - start, BLOCK).to(tl.int32), SUB):
+        w_ptr = memory.pointer(w_at, r.start, W_T)
+        for k in range(0, tl.minimum(r.numel - r.start, BLOCK).to(tl.int32), SUB):
             i = k + tl.arange(0, SUB)
-            mask = i < numel - start
-            rows = (i + lead).to(tl.uint32) // run.to(tl.uint32)
-            s = tl.load(s_ptr + rows, mask=mask, other=1.0)
-            o = tl.load(o_ptr + rows, mask=mask, other=1.0)
-            w = _load(w_ptr, i, mask, A)
-            _cut_block(entry, bits + t, base, weights, widths, start, w, i, mask, s, o, A, OUT_T, RULE, TANH, WIDEST,
-                       False)
+            mask = i < r.numel - r.start
+            s, o = _scales_at(r, i, mask, BLOCK)
+            _cut_block(r.entry, r.bits, r.base, weights, widths, r.start, memory.load(w_ptr, i, mask, A), i, mask, s, o,
+                       A, OUT_T, RULE, TANH, WIDEST, False)
 
 
 @triton.jit
@@ -124,7 +142,7 @@ def _sum_block(entry, bits, base, weights, widths, start, i, mask, o, c, valid, 
             g_ptr = at.to(tl.pointer_type(X_T)) + start
             if VEC:
                 g_ptr = tl.multiple_of(g_ptr, 16 * X_T.primitive_bitwidth // WIDEST)
-            g = _load(g_ptr, i, mask, A)
+            g = memory.load(g_ptr, i, mask, A)
             total = total + g
             if not COVERED:
                 v = tm.make_width(o, tl.load(bits + j * weights), base)
@@ -150,7 +168,7 @@ def _grad_block(entry, bits, base, weights, widths, start, i, mask, s, o, A: tl.
         tl.store(out + i, math.narrow(total, W_T), mask=mask)
         return total, level
     else:
-        w = _load(w_ptr, i, mask, A)
+        w = memory.load(w_ptr, i, mask, A)
         x = tm.companded(w, TANH)
         p = tm.make_base(s, base, TANH)
         c = x
@@ -170,38 +188,24 @@ def _grad_block(entry, bits, base, weights, widths, start, i, mask, s, o, A: tl.
 def add_up(table, chunks, bits, base_bits, weights, widths, A: tl.constexpr, W_T: tl.constexpr, X_T: tl.constexpr,
            TANH: tl.constexpr, COVERED: tl.constexpr, WIDEST: tl.constexpr, BLOCK: tl.constexpr):
     """dL/dw, one program per run of BLOCK elements of one tensor."""
-    pid = tl.program_id(0)
-    t = tl.load(chunks + pid)
-    entry = _entry(table, t, widths)
-    numel, inner = tl.load(entry + NUMEL), tl.load(entry + INNER)
-    start = (pid - tl.load(entry + FIRST)) * BLOCK
-    row = start * 0
-    if inner < numel:
-        row = start // inner
-    left = inner - (start - row * inner)
-    s_ptr, o_ptr = _pointer(tl.load(entry + SCALE), row, A), _pointer(tl.load(entry + OUT_SCALE), row, A)
-    base = tl.load(base_bits + t)
-    whole = (tl.load(entry + ALIGNED) != 0) & (numel - start >= BLOCK)
-    if whole & (COVERED | (left >= BLOCK)):
-        _grad_block(entry, bits + t, base, weights, widths, start, tl.arange(0, BLOCK), None, tl.load(s_ptr),
-                    tl.load(o_ptr), A, W_T, X_T, 0, TANH, COVERED, False, WIDEST, True)
+    r = _run(table, chunks, bits, base_bits, widths, A, BLOCK)
+    whole = (tl.load(r.entry + ALIGNED) != 0) & (r.numel - r.start >= BLOCK)
+    if whole & (COVERED | (r.left >= BLOCK)):
+        _grad_block(r.entry, r.bits, r.base, weights, widths, r.start, tl.arange(0, BLOCK), None, tl.load(r.s_ptr),
+                    tl.load(r.o_ptr), A, W_T, X_T, 0, TANH, COVERED, False, WIDEST, True)
     else:  # as in cut
-        run = tl.minimum(inner, BLOCK).to(tl.int32)
-        lead = run - tl.minimum(left, run).to(tl.int32)
-        for k in range(0, tl.minimum(numel - start, BLOCK).to(tl.int32), SUB):
+        for k in range(0, tl.minimum(r.numel - r.start, BLOCK).to(tl.int32), SUB):
             i = k + tl.arange(0, SUB)
-            mask = i < numel - start
-            rows = (i + lead).to(tl.uint32) // run.to(tl.uint32)
-            s = tl.load(s_ptr + rows, mask=mask, other=1.0)
-            o = tl.load(o_ptr + rows, mask=mask, other=1.0)
-            _grad_block(entry, bits + t, base, weights, widths, start, i, mask, s, o, A, W_T, X_T, 0, TANH, COVERED,
+            mask = i < r.numel - r.start
+            s, o = _scales_at(r, i, mask, BLOCK)
+            _grad_block(r.entry, r.bits, r.base, weights, widths, r.start, i, mask, s, o, A, W_T, X_T, 0, TANH, COVERED,
                         False, WIDEST, False)
 
 
 @triton.jit
 def _write_scales(entry, row, level, inner, mask, A: tl.constexpr):
     """dL/ds and dL/d out_scale of rows from their sums in float64."""
-    result, out_result = _pointer(tl.load(entry + RESULT), 0, A), tl.load(entry + OUT_RESULT)
+    result, out_result = memory.pointer(tl.load(entry + RESULT), 0, A), tl.load(entry + OUT_RESULT)
     if out_result == 0:
         tl.store(result + row, (level - inner).to(A), mask=mask)
     else:
@@ -218,7 +222,7 @@ def add_up_rows(table, chunks, bits, base_bits, weights, widths, levels, inners,
     entry = _entry(table, t, widths)
     rows, inner, pieces = tl.load(entry + ROWS), tl.load(entry + INNER), tl.load(entry + PIECES)
     local = pid - tl.load(entry + FIRST)
-    s_ptr, o_ptr = _pointer(tl.load(entry + SCALE), 0, A), _pointer(tl.load(entry + OUT_SCALE), 0, A)
+    s_ptr, o_ptr = memory.pointer(tl.load(entry + SCALE), 0, A), memory.pointer(tl.load(entry + OUT_SCALE), 0, A)
     base = tl.load(base_bits + t)
     if pieces == 0:
         lines = local * TILE_ROWS + tl.arange(0, TILE_ROWS)
@@ -289,20 +293,20 @@ def _table(w, scale, out_scale, data, widths, out=None):
     count = len(w)
     table = np.zeros((count, DATA.value + widths), np.int64)
     for column, tensors in ((W, w), (OUT, out), (SCALE, scale), (OUT_SCALE, out_scale or scale)):
-        table[:, column.value] = _addresses(tensors, count)
+        table[:, column.value] = addresses(tensors, count)
     table[:, NUMEL.value] = numel = np.array([t.numel() for t in w], np.int64)
     table[:, ROWS.value] = rows = np.array([s.numel() for s in scale], np.int64)
     table[:, INNER.value] = numel // np.maximum(rows, 1)
     table[:, DATA.value:] = np.array(data, np.int64).reshape(widths, count).T
     table[:, USED.value] = table[:, DATA.value:].any(1)
-    table[:, ALIGNED.value] = _all_aligned(table[:, W.value], table[:, OUT.value], *table[:, DATA.value:].T)
+    table[:, ALIGNED.value] = all_aligned(table[:, W.value], table[:, OUT.value], *table[:, DATA.value:].T)
     return table
 
 
 def _by_run(table, block):
     """Programs of every tensor, one per run of ``block`` elements; fills in the first of each."""
     programs = -(-table[:, NUMEL.value] // block)
-    table[:, FIRST.value] = _starts(programs)
+    table[:, FIRST.value] = starts(programs)
     return programs
 
 
@@ -313,10 +317,10 @@ def truncate(w, scale, out_scale, bits, base_bits, rule, tanh, covered, dtype):
     q = [empty_like(t, dtype) for _ in range(widths) for t in w]
     table = _table(w, scale, out_scale, [t.data_ptr() for t in q], widths)
     programs = _by_run(table, block)
-    with _on_device_of(w):
-        launch(cut, int(programs.sum()), on_device(table, device), _chunks(programs, device), _ints(bits),
-               _ints(base_bits), len(w), widths, A=TYPES[acc], W_T=TYPES[w[0].dtype], OUT_T=TYPES[dtype], RULE=rule,
-               TANH=tanh, WIDEST=_widest(w, q), BLOCK=block)
+    with on_device_of(w):
+        launch(cut, int(programs.sum()), on_device(table, device), owners(programs, device), ints(bits),
+               ints(base_bits), len(w), widths, A=TYPES[acc], W_T=TYPES[w[0].dtype], OUT_T=TYPES[dtype], RULE=rule,
+               TANH=tanh, WIDEST=widest(w, q), BLOCK=block)
     return q
 
 
@@ -325,37 +329,37 @@ def truncate_backward(grads, w, scale, out_scale, bits, base_bits, rule, tanh, c
     w, acc, device = [dense(t) for t in w], acc_dtype(w[0].dtype), w[0].device
     widths, block = bits.shape[0], block_of(acc, 4 if scale_grad else 2)
     used = [g.numel() > 0 for g in grads]
-    grads = _like(grads, [t if u else g for g, u, t in zip(grads, used, w * widths)])
+    grads = in_layouts_of([t if u else g for g, u, t in zip(grads, used, w * widths)], grads)
     grad_w = [empty_like(t, t.dtype) for t in w]
     data = [g.data_ptr() if u else 0 for g, u in zip(grads, used)]
     table = _table(w, scale, out_scale, data, widths, grad_w)
-    types = dict(A=TYPES[acc], W_T=TYPES[w[0].dtype], X_T=TYPES[grads[0].dtype], TANH=tanh, WIDEST=_widest(w, grads),
+    types = dict(A=TYPES[acc], W_T=TYPES[w[0].dtype], X_T=TYPES[grads[0].dtype], TANH=tanh, WIDEST=widest(w, grads),
                  BLOCK=block)
-    bits, base_bits = _ints(bits), _ints(base_bits)
+    bits, base_bits = ints(bits), ints(base_bits)
     if not scale_grad:
         programs = _by_run(table, block)
-        with _on_device_of(w):
-            launch(add_up, int(programs.sum()), on_device(table, device), _chunks(programs, device), bits, base_bits,
+        with on_device_of(w):
+            launch(add_up, int(programs.sum()), on_device(table, device), owners(programs, device), bits, base_bits,
                    len(w), widths, COVERED=covered and not tanh, **types)
         return grad_w, [], []
     grad_scale, grad_out_scale = ([torch.empty_like(s) if t.numel() else torch.zeros_like(s) for s, t in zip(v, w)]
                                   for v in (scale, out_scale))
-    table[:, RESULT.value] = _addresses(grad_scale, len(w))
-    table[:, OUT_RESULT.value] = _addresses(grad_out_scale or None, len(w))
+    table[:, RESULT.value] = addresses(grad_scale, len(w))
+    table[:, OUT_RESULT.value] = addresses(grad_out_scale or None, len(w))
     rows, inner = table[:, ROWS.value], table[:, INNER.value]
     pieces = np.where(inner <= SHORT_ROW, 0, -(-inner // block))
     programs = np.where(pieces == 0, -(-rows // TILE_ROWS.value), rows * pieces) * (inner > 0)
     second = rows * (pieces > 1)
     narrowest = min(w[0].element_size(), grads[0].element_size())
-    table[:, FIRST.value], table[:, PIECES.value] = _starts(programs), pieces
+    table[:, FIRST.value], table[:, PIECES.value] = starts(programs), pieces
     table[:, ALIGNED.value] &= (rows == 1) | (inner * narrowest % 16 == 0)
-    table[:, PARTIAL.value], table[:, SECOND.value] = _starts(programs * (pieces > 1)), _starts(second)
-    with _on_device_of(w):
+    table[:, PARTIAL.value], table[:, SECOND.value] = starts(programs * (pieces > 1)), starts(second)
+    with on_device_of(w):
         table = on_device(table, device)
         partials = torch.empty((2, int((programs * (pieces > 1)).sum())), dtype=torch.float64, device=device)
-        launch(add_up_rows, int(programs.sum()), table, _chunks(programs, device), bits, base_bits, len(w), widths,
+        launch(add_up_rows, int(programs.sum()), table, owners(programs, device), bits, base_bits, len(w), widths,
                *partials, RULE=rule, **types)
         if second.any():
-            launch(finish_scales, int(second.sum()), table, _chunks(second, device), widths, *partials,
+            launch(finish_scales, int(second.sum()), table, owners(second, device), widths, *partials,
                    A=types["A"], BLOCK=1024)
     return grad_w, grad_scale, grad_out_scale

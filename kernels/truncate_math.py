@@ -32,23 +32,29 @@ def expm1_tail(r):
 
 
 @triton.jit
-def tanh_of(x):
-    """E / (E + 2) with E = e^(2|x|) - 1 = 2^k (e^r - 1) + (2^k - 1), to a few units in the last place."""
-    y = tl.abs(x) * 2.0
-    if x.dtype == tl.float64:
-        y = tl.where(y > 40.0, 40.0, y)
-    else:
-        y = tl.where(y > 20.0, 20.0, y)
+def exponential_minus_one(y):
+    """e^y - 1 for 0 <= y <= 40 (20 in float32), to a few units in the last place: 2^k (e^r - 1) + (2^k - 1)."""
     k = math.rint_small(y * 1.44269504088896340736)
     k = tl.where(k > 0.0, k, 0.0)  # for NaN, which has no power
     # ln(2) in two parts, the first with so few bits that its product with k is exact.
-    if x.dtype == tl.float64:
+    if y.dtype == tl.float64:
         r = (y - k * 6.93145751953125e-1) - k * 1.42860682030941723212e-6
         power = (tl.full([], 1, tl.int64) << k.to(tl.int64)).to(tl.float64)
     else:
         r = (y - k * 0.693359375) - k * -2.12194440e-4
         power = (tl.full([], 1, tl.int32) << k.to(tl.int32)).to(tl.float32)
-    e = power * (r + r * r * expm1_tail(r)) + (power - 1.0)
+    return power * (r + r * r * expm1_tail(r)) + (power - 1.0)
+
+
+@triton.jit
+def tanh_of(x):
+    """E / (E + 2) with E = e^(2|x|) - 1, to a few units in the last place."""
+    y = tl.abs(x) * 2.0
+    if x.dtype == tl.float64:
+        y = tl.where(y > 40.0, 40.0, y)
+    else:
+        y = tl.where(y > 20.0, 20.0, y)
+    e = exponential_minus_one(y)
     t = math.divide(e, e + 2.0)
     return tl.where(x < 0.0, -t, t)
 

@@ -11,7 +11,21 @@ import torch
 import triton
 import triton.language as tl
 
-from quantops.kernels import math
+from quantops.kernels import math, memory
+from quantops.kernels.launch import (
+    SHORT_ROW,
+    TYPES,
+    addresses,
+    all_aligned,
+    block_of,
+    in_layouts_of,
+    ints,
+    launch,
+    on_device_of,
+    owners,
+    starts,
+    widest,
+)
 from quantops.kernels.table import on_device
 from quantops.layout import dense, empty_like
 from quantops.library import _check_codes, _check_values
@@ -37,21 +51,7 @@ QUANTIZE, LSB, ENCODE, DECODE, BACKWARD, ADD_LSB_GRAD = (tl.constexpr(i) for i i
 ABSMAX, ABSMEAN, SCALE_GRAD = (tl.constexpr(i) for i in range(6, 9))
 
 SUB = tl.constexpr(1024)  # elements at a time off the main path, where registers are dear
-SHORT_ROW = 256  # rows up to here share a program, in tiles:
-TILE_ROWS, COLUMNS = tl.constexpr(16), tl.constexpr(64)
-
-
-@triton.jit
-def _pointer(address, start, T: tl.constexpr):
-    return address.to(tl.pointer_type(T)) + start
-
-
-@triton.jit
-def _load(ptr, i, mask, T: tl.constexpr):
-    if mask is None:
-        return math.widen(tl.load(ptr + i), T)
-    else:
-        return math.widen(tl.load(ptr + i, mask=mask, other=0), T)
+TILE_ROWS, COLUMNS = tl.constexpr(16), tl.constexpr(64)  # of short rows that share a program
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def _block(w_ptr, x_ptr, out_ptr, i, mask, r, p, A: tl.constexpr, OUT_T: tl.cons
            RULE: tl.constexpr, SIGNED: tl.constexpr, HAS_X: tl.constexpr, HAS_R: tl.constexpr, HAS_OUT: tl.constexpr,
            STATS: tl.constexpr):
     """Reads, computes and writes the elements at ``i``; gives |B| and (q - w)^2, for STATS."""
-    w = _load(w_ptr, i, mask, A)
+    w = memory.load(w_ptr, i, mask, A)
     b, error = w, w
     if OP == QUANTIZE:
         u = math.unit(w, p)
@@ -98,7 +98,7 @@ def _block(w_ptr, x_ptr, out_ptr, i, mask, r, p, A: tl.constexpr, OUT_T: tl.cons
     else:
         x = w
         if HAS_X:
-            x = _load(x_ptr, i, mask, A)
+            x = memory.load(x_ptr, i, mask, A)
         v = _element(w, x, r, p, OP, RULE, SIGNED, HAS_X, HAS_R)
     if HAS_OUT:
         tl.store(out_ptr + i, math.narrow(v, OUT_T), mask=mask)
@@ -117,11 +117,8 @@ def flat(table, chunks, bits, k, r, penalty, nonzero, sq_error, A: tl.constexpr,
     numel, inner = tl.load(entry + NUMEL), tl.load(entry + INNER)
     start = (pid - tl.load(entry + FIRST)) * BLOCK
     w_at, x_at, out_at = tl.load(entry + W), tl.load(entry + X), tl.load(entry + OUT)
-    row = start * 0
-    if inner < numel:
-        row = start // inner
-    left = inner - (start - row * inner)  # elements from start on that belong to the first row
-    s_ptr = _pointer(tl.load(entry + SCALE), row, A)
+    row, left = memory.first_row(start, numel, inner)
+    s_ptr = memory.pointer(tl.load(entry + SCALE), row, A)
     n = tl.load(bits + t)
     kk = n * 0
     if k is not None:
@@ -152,16 +149,15 @@ def flat(table, chunks, bits, k, r, penalty, nonzero, sq_error, A: tl.constexpr,
             count = tl.sum((b != 0.0).to(tl.int32))
             squares = tl.sum(error)
     else:  # a tail, an odd address, or several rows: a scale per element
-        run = tl.minimum(inner, BLOCK).to(tl.int32)
-        lead = run - tl.minimum(left, run).to(tl.int32)  # so that (i + lead) // run is the row, counted from here
         weighed_v = tl.zeros([SUB], tl.float64)
         count_v = tl.zeros([SUB], tl.int32)
         squares_v = tl.zeros([SUB], A)
-        w_ptr, x_ptr, out_ptr = _pointer(w_at, start, W_T), _pointer(x_at, start, X_T), _pointer(out_at, start, OUT_T)
+        w_ptr, x_ptr = memory.pointer(w_at, start, W_T), memory.pointer(x_at, start, X_T)
+        out_ptr = memory.pointer(out_at, start, OUT_T)
         for j in range(0, tl.minimum(numel - start, BLOCK).to(tl.int32), SUB):
             i = j + tl.arange(0, SUB)
             mask = i < numel - start
-            s = tl.load(s_ptr + (i + lead).to(tl.uint32) // run.to(tl.uint32), mask=mask, other=1.0)
+            s = tl.load(s_ptr + memory.rows_from(i, inner, left, BLOCK), mask=mask, other=1.0)
             p = math.make_quantizer(s, n, kk, FULL, SIGNED)
             b, error = _block(w_ptr, x_ptr, out_ptr, i, mask, rr, p, A, OUT_T, OP, RULE, SIGNED, HAS_X, HAS_R, HAS_OUT,
                               STATS)
@@ -186,7 +182,7 @@ def finish_stats(table, bits, k, part_penalty, part_nonzero, part_sq_error, pena
     t = tl.program_id(0)
     entry = table + t.to(tl.int64) * FIELDS
     rows, first, programs = tl.load(entry + ROWS), tl.load(entry + FIRST), tl.load(entry + PIECES)
-    s_ptr = _pointer(tl.load(entry + SCALE), 0, A)
+    s_ptr = memory.pointer(tl.load(entry + SCALE), 0, A)
     lanes = tl.arange(0, BLOCK)
     bad = tl.zeros([BLOCK], tl.int32)
     for j in range(0, rows, BLOCK):
@@ -259,7 +255,7 @@ def _number(total, inner, A: tl.constexpr, OP: tl.constexpr):
 def _row_block(w_ptr, x_ptr, out_ptr, i, mask, r, p, A: tl.constexpr, OUT_T: tl.constexpr, OP: tl.constexpr,
                SIGNED: tl.constexpr, HAS_X: tl.constexpr, HAS_R: tl.constexpr):
     """What the elements at ``i`` add to their row; SCALE_GRAD also writes dL/dw."""
-    w = _load(w_ptr, i, mask, A)
+    w = memory.load(w_ptr, i, mask, A)
     if OP == ABSMAX:
         v = _bits_of(tl.abs(w), A)
     elif OP == ABSMEAN:
@@ -267,7 +263,7 @@ def _row_block(w_ptr, x_ptr, out_ptr, i, mask, r, p, A: tl.constexpr, OUT_T: tl.
     else:
         g = tl.zeros_like(w)
         if HAS_X:
-            g = _load(x_ptr, i, mask, A)
+            g = memory.load(x_ptr, i, mask, A)
         grad_w = _element(w, g, r, p, BACKWARD, math.ROUND_CLAMP, SIGNED, HAS_X, HAS_R)
         tl.store(out_ptr + i, math.narrow(grad_w, OUT_T), mask=mask)
         v = g * math.scale_grad_term(w, p, SIGNED)
@@ -299,7 +295,7 @@ def by_row(table, chunks, bits, k, r, partials, A: tl.constexpr, W_T: tl.constex
     rows, inner, pieces = tl.load(entry + ROWS), tl.load(entry + INNER), tl.load(entry + PIECES)
     local = pid - tl.load(entry + FIRST)
     result = tl.load(entry + RESULT).to(tl.pointer_type(A))
-    s_ptr = _pointer(tl.load(entry + SCALE), 0, A)
+    s_ptr = memory.pointer(tl.load(entry + SCALE), 0, A)
     w_at, x_at, out_at = tl.load(entry + W), tl.load(entry + X), tl.load(entry + OUT)
     n = pid * 0
     kk = pid * 0
@@ -313,9 +309,9 @@ def by_row(table, chunks, bits, k, r, partials, A: tl.constexpr, W_T: tl.constex
     if pieces == 0:
         lines = local * TILE_ROWS + tl.arange(0, TILE_ROWS)
         here = lines[:, None] < rows
-        w_all = _pointer(w_at, 0, W_T)
-        x_all = _pointer(x_at, 0, X_T)
-        out_all = _pointer(out_at, 0, OUT_T)
+        w_all = memory.pointer(w_at, 0, W_T)
+        x_all = memory.pointer(x_at, 0, X_T)
+        out_all = memory.pointer(out_at, 0, OUT_T)
         q = _row_quantizer(s_ptr, lines[:, None], here, n, kk, FULL, SIGNED, OP)
         tile = _zeros([TILE_ROWS, COLUMNS], A, OP)
         for j in range(0, inner.to(tl.int32), COLUMNS):
@@ -337,7 +333,8 @@ def by_row(table, chunks, bits, k, r, partials, A: tl.constexpr, W_T: tl.constex
             total = _total(v, 0, OP)
         else:
             sums = _zeros([SUB], A, OP)
-            w_ptr, x_ptr, out_ptr = _pointer(w_at, at, W_T), _pointer(x_at, at, X_T), _pointer(out_at, at, OUT_T)
+            w_ptr, x_ptr = memory.pointer(w_at, at, W_T), memory.pointer(x_at, at, X_T)
+            out_ptr = memory.pointer(out_at, at, OUT_T)
             for j in range(0, tl.minimum(inner - start, BLOCK).to(tl.int32), SUB):
                 i = j + tl.arange(0, SUB)
                 v = _row_block(w_ptr, x_ptr, out_ptr, i, i < inner - start, rr, p, A, OUT_T, OP, SIGNED, HAS_X, HAS_R)
@@ -373,89 +370,32 @@ def finish_rows(table, chunks, partials, A: tl.constexpr, OP: tl.constexpr, BLOC
     tl.store(result + row, _number(_total(sums, 0, OP), tl.load(entry + INNER), A, OP))
 
 
-# Host side: lists of tensors into tables and launches.
-
-TYPES = {
-    torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16,
-    torch.int32: tl.int32,
-}
-
-
-def block_of(acc, inputs):
-    """Elements per program: 128 bytes of registers per thread for what is read, eight 128-bit loads in flight."""
-    return 4096 // inputs // (2 if acc == torch.float64 else 1)
-
-
-def _widest(*lists):
-    """Bits of the widest element type."""
-    return max(8 * t[0].element_size() for t in lists if t)
-
-
-def launch(kernel, programs, *args, **constants):
-    # Contraction into fused multiply-adds is off: plain float32 arithmetic is the specification.
-    if programs:
-        kernel[(programs,)](*args, **constants, num_warps=4, enable_fp_fusion=False)
-
-
-def _on_device_of(w):
-    """The launches of a call go to the device of its tensors."""
-    return torch.cuda.device_of(w[0])
-
-
-def _addresses(tensors, count):
-    return [0] * count if tensors is None else [t.data_ptr() for t in tensors]
-
-
-def _all_aligned(*addresses):
-    union = np.zeros(len(addresses[0]), np.int64)
-    for a in addresses:
-        union |= np.asarray(a, np.int64)
-    return union % 16 == 0
-
-
-def _chunks(counts, device):
-    """The tensor that each program works on."""
-    return on_device(np.repeat(np.arange(len(counts), dtype=np.int32), counts), device)
-
-
-def _starts(counts):
-    return np.concatenate([[0], np.cumsum(counts)[:-1]])
-
-
-def _ints(t):
-    return t if t.dtype == torch.int32 and t.is_contiguous() else t.to(torch.int32).contiguous()
-
-
-def _like(tensors, w):
-    """``tensors`` in the layouts of ``w``; those that have it already are taken as they are."""
-    return [t if t.stride() == v.stride() else torch.empty_strided(v.shape, v.stride(), dtype=t.dtype,
-                                                                  device=t.device).copy_(t)
-            for t, v in zip(tensors, w)]
+# Host side.
 
 
 def _flat(op, w, scale, bits, k=None, *, acc, x=None, out=None, r=None, rule=0, full=False, signed=True, stats=None):
     """Launches :func:`flat`; ``stats`` = (penalty, nonzero, sq_error) to fill, if any."""
     count, device, block = len(w), w[0].device, block_of(acc, 1 if x is None else 2)
-    bits, k = _ints(bits), None if k is None else _ints(k)
+    bits, k = ints(bits), None if k is None else ints(k)
     table = np.zeros((count, FIELDS.value), np.int64)
     for column, tensors in ((W, w), (X, x), (OUT, out), (SCALE, scale)):
-        table[:, column.value] = _addresses(tensors, count)
+        table[:, column.value] = addresses(tensors, count)
     table[:, NUMEL.value] = numel = np.array([t.numel() for t in w], np.int64)
     table[:, ROWS.value] = rows = np.array([s.numel() for s in scale], np.int64)
     table[:, INNER.value] = numel // np.maximum(rows, 1)
     table[:, PIECES.value] = programs = -(-numel // block)
-    table[:, FIRST.value] = _starts(programs)
-    table[:, ALIGNED.value] = _all_aligned(*(table[:, c.value] for c in (W, X, OUT)))
+    table[:, FIRST.value] = starts(programs)
+    table[:, ALIGNED.value] = all_aligned(*(table[:, c.value] for c in (W, X, OUT)))
     total = int(programs.sum())
-    with _on_device_of(w):
+    with on_device_of(w):
         rows_of = on_device(table, device)
         partials = [None] * 3
         if stats:
             partials = [torch.empty(total, dtype=d, device=device) for d in (torch.float64, torch.int32, acc)]
-        launch(flat, total, rows_of, _chunks(programs, device), bits, k, r, *partials,
+        launch(flat, total, rows_of, owners(programs, device), bits, k, r, *partials,
                A=TYPES[acc], W_T=TYPES[w[0].dtype], X_T=TYPES[(x or w)[0].dtype], OUT_T=TYPES[(out or w)[0].dtype],
                OP=op.value, RULE=rule, FULL=full, SIGNED=signed, HAS_X=x is not None, HAS_R=r is not None,
-               HAS_OUT=out is not None, STATS=stats is not None, WIDEST=_widest(w, x, out), BLOCK=block)
+               HAS_OUT=out is not None, STATS=stats is not None, WIDEST=widest(w, x, out), BLOCK=block)
         if stats:
             launch(finish_stats, count, rows_of, bits, k, *partials, *stats, A=TYPES[acc], BLOCK=1024)
 
@@ -466,7 +406,7 @@ def _by_row(op, w, result, rows, *, acc, scale=None, bits=None, k=None, x=None, 
     count, device, block = len(w), w[0].device, block_of(acc, 1 if x is None else 2)
     table = np.zeros((count, FIELDS.value), np.int64)
     for column, tensors in ((W, w), (X, x), (OUT, out), (SCALE, scale)):
-        table[:, column.value] = _addresses(tensors, count)
+        table[:, column.value] = addresses(tensors, count)
     numel, rows = np.array([t.numel() for t in w], np.int64), np.array(rows, np.int64)
     inner = numel // np.maximum(rows, 1)
     short = inner <= SHORT_ROW
@@ -476,19 +416,19 @@ def _by_row(op, w, result, rows, *, acc, scale=None, bits=None, k=None, x=None, 
     narrowest = min(t[0].element_size() for t in (w, x, out) if t)
     whole_rows = (rows == 1) | (inner * narrowest % 16 == 0)
     table[:, RESULT.value], table[:, ROWS.value], table[:, INNER.value] = result, rows, inner
-    table[:, FIRST.value], table[:, PIECES.value] = _starts(programs), pieces
-    table[:, ALIGNED.value] = _all_aligned(*(table[:, c.value] for c in (W, X, OUT))) & whole_rows
-    table[:, PARTIAL.value] = _starts(programs * (pieces > 1))
-    table[:, NUMEL.value] = _starts(second)
-    with _on_device_of(w):
+    table[:, FIRST.value], table[:, PIECES.value] = starts(programs), pieces
+    table[:, ALIGNED.value] = all_aligned(*(table[:, c.value] for c in (W, X, OUT))) & whole_rows
+    table[:, PARTIAL.value] = starts(programs * (pieces > 1))
+    table[:, NUMEL.value] = starts(second)
+    with on_device_of(w):
         rows_of = on_device(table, device)
         partials = torch.empty(int((programs * (pieces > 1)).sum()), dtype=acc, device=device)
-        launch(by_row, int(programs.sum()), rows_of, _chunks(programs, device), bits, k, r, partials,
+        launch(by_row, int(programs.sum()), rows_of, owners(programs, device), bits, k, r, partials,
                A=TYPES[acc], W_T=TYPES[w[0].dtype], X_T=TYPES[(x or w)[0].dtype], OUT_T=TYPES[(out or w)[0].dtype],
                OP=op.value, FULL=full, SIGNED=signed, HAS_X=x is not None, HAS_R=r is not None,
-               WIDEST=_widest(w, x, out), BLOCK=block)
+               WIDEST=widest(w, x, out), BLOCK=block)
         if second.any():
-            launch(finish_rows, int(second.sum()), rows_of, _chunks(second, device), partials, A=TYPES[acc],
+            launch(finish_rows, int(second.sum()), rows_of, owners(second, device), partials, A=TYPES[acc],
                    OP=op.value, BLOCK=4096)
 
 
@@ -496,7 +436,7 @@ def _reduce(op, w, per_row):
     w, acc = [dense(t) for t in w], acc_dtype(w[0].dtype)
     rows = [t.shape[0] if per_row else 1 for t in w]
     out = torch.zeros(sum(rows), dtype=acc, device=w[0].device)  # empty rows have no program: they stay 0
-    _by_row(op, w, out.data_ptr() + out.element_size() * _starts(rows), rows, acc=acc)
+    _by_row(op, w, out.data_ptr() + out.element_size() * starts(rows), rows, acc=acc)
     return out
 
 
@@ -579,7 +519,7 @@ def lsb_stats(w, scale, bits, k, full, covered):
 def uniform_backward(grad, grad_penalty, w, scale, bits, k, full, signed, scale_grad):
     _check_values(scale, bits, k)
     w, acc = [dense(t) for t in w], acc_dtype(w[0].dtype)
-    grad = _like(grad, w) if grad else None
+    grad = in_layouts_of(w, grad) if grad else None
     r = None if grad_penalty is None else grad_penalty.to(acc).contiguous()
     grad_w = [empty_like(t, t.dtype) for t in w]
     options = dict(acc=acc, x=grad, out=grad_w, r=r, full=full, signed=signed)
@@ -588,14 +528,14 @@ def uniform_backward(grad, grad_penalty, w, scale, bits, k, full, signed, scale_
         return grad_w, []
     grad_scale = [torch.empty_like(s) if t.numel() else torch.zeros_like(s) for s, t in zip(scale, w)]
     _by_row(SCALE_GRAD, w, [s.data_ptr() for s in grad_scale], [s.numel() for s in scale], scale=scale,
-            bits=_ints(bits), k=_ints(k), **options)
+            bits=ints(bits), k=ints(k), **options)
     return grad_w, grad_scale
 
 
 def add_lsb_grad_(grad, w, scale, bits, k, strength):
     _check_values(scale, bits, k)
     w, acc = [dense(t) for t in w], acc_dtype(w[0].dtype)
-    same = _like(grad, w)
+    same = in_layouts_of(w, grad)
     _flat(ADD_LSB_GRAD, w, scale, bits, k, acc=acc, x=same, out=same, r=strength.to(acc))
     _write_back(grad, same)
 

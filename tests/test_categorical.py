@@ -160,6 +160,16 @@ def test_philox_known_answers():
     assert first != again  # all 64 bits of the key count
 
 
+def kinds_of(dtype, special=True):
+    """:func:`weights`, in Triton's interpreter without those of many rows or elements but for a few."""
+    x = weights(dtype, special=special)
+    if EXHAUSTIVE:
+        return x
+    long = torch.randn(2, 700, generator=torch.Generator().manual_seed(0)).to(dtype)
+    few = [t for t in x if t.numel() < 700 and (t.dim() == 0 or t.shape[0] <= 10)]
+    return [*few, long, long[:, 3:], long.view(1, -1)[:, 3:]]
+
+
 # --- hard -------------------------------------------------------------------------------------------------------------
 
 
@@ -172,10 +182,11 @@ def scales_of(x, per_row, seed=1):
 
 @pytest.mark.parametrize("per_row", [False, True])
 def test_hard_equals_reference(dtype, per_row):
-    x = weights(dtype)
+    x = kinds_of(dtype)
     alpha, sigma = scales_of(x, per_row)
     generator = torch.Generator().manual_seed(0)
-    for signed, kind in itertools.product((True, False), KINDS if EXHAUSTIVE else KINDS[:2]):
+    all_kinds = itertools.product((True, False), KINDS)
+    for signed, kind in all_kinds if EXHAUSTIVE else ((True, KINDS[1]), (False, KINDS[0])):
         n = torch.randint(0, 17, (len(x),), generator=generator, dtype=torch.int32)
         gates = None if kind == "none" else [make_gates(kind, int(b), a.dtype, generator) for b, a in zip(n, alpha)]
         for out_dtype in (dtype, torch.float32) if EXHAUSTIVE else (dtype,):
@@ -243,7 +254,7 @@ def test_error_of_float32(kind):
     Error: the root mean square of the difference from float64, plus half a unit in the last place of the largest.
     """
     generator = torch.Generator().manual_seed(3)
-    count = 1500 if EXHAUSTIVE else 40
+    count = 1500 if EXHAUSTIVE else 16
     for bits, signed, ratio in itertools.product(*(((1, 2, 4, 8), (True, False), RATIOS) if EXHAUSTIVE else (
             (3,), (True,), (3, 0.1)))):
         gates = make_gates(kind, bits, torch.float32, generator)
@@ -295,10 +306,12 @@ def test_float64_equals_reference(mode, grad):
 
 def test_dtypes_and_layouts(dtype):
     """Storage dtypes, strides, empty tensors: a kernel's arithmetic does not see them."""
-    x = weights(dtype, special=False)
+    x = kinds_of(dtype, special=False)
+    cases = list(itertools.product((False, True), (("hard", "winner"), ("soft", "winner"), ("sample", "soft"))))
+    if not EXHAUSTIVE:
+        x, cases = [x[2], x[4], x[6], x[-3], x[-1]], [(True, ("hard", "winner")), (False, ("sample", "soft"))]
     acc = torch.float64 if dtype == torch.float64 else torch.float32
-    for per_row, (mode, grad) in itertools.product(
-            (False, True), (("hard", "winner"), ("soft", "winner"), ("sample", "soft"))):
+    for per_row, (mode, grad) in cases:
         alpha, sigma = scales_of(x, per_row)
         gates = [torch.tensor([1.0, 0.5, 0.9], dtype=acc)] * len(x)
         n = torch.full((len(x),), 3, dtype=torch.int32)
@@ -311,9 +324,12 @@ def test_dtypes_and_layouts(dtype):
         back_wide = ops.categorical_backward([t.to(acc) for t in g], wide, alpha, sigma, *args, True, True)
         for i, t in enumerate(x):
             assert same(q[i], q_wide[i].to(dtype)) and same(back[0][i], back_wide[0][i].to(dtype)), i
-            assert back[0][i].stride() == q[i].stride() and same(back[1][i], back_wide[1][i])
-            assert back[1][i].shape == alpha[i].shape and same(back[2][i], back_wide[2][i])
-            assert same(back[3][i], back_wide[3][i])
+            assert back[0][i].stride() == q[i].stride() and back[1][i].shape == alpha[i].shape
+            for sums, wide_sums in zip(back[1:], back_wide[1:]):
+                if EXHAUSTIVE:
+                    assert same(sums[i], wide_sums[i])
+                else:  # Triton kernels add up in another order where a row is not aligned to 16 bytes
+                    torch.testing.assert_close(sums[i], wide_sums[i], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("grad", ref.GRADS)
@@ -340,12 +356,13 @@ def test_sums(grad):
 @pytest.mark.parametrize("signed", [True, False])
 def test_gradcheck_of_the_soft_sum(signed):
     torch.manual_seed(0)
-    x = (torch.randn(4, 5, dtype=torch.float64) * 2).requires_grad_()
-    alpha = (torch.rand(4, dtype=torch.float64) + 0.5).requires_grad_()
-    for bits, sigma in ((1, torch.tensor([0.4])), (3, torch.rand(4) + 0.2)):
+    rows, columns = (4, 5) if EXHAUSTIVE else (2, 1)
+    x = (torch.randn(rows, columns, dtype=torch.float64) * 2).requires_grad_()
+    alpha = (torch.rand(rows, dtype=torch.float64) + 0.5).requires_grad_()
+    for bits, sigma in ((1, torch.tensor([0.4])), (3, torch.rand(rows) + 0.2))[0 if EXHAUSTIVE else 1:]:
         sigma = sigma.double().requires_grad_()
         gates = torch.rand(bits, dtype=torch.float64, requires_grad=True)
-        for chosen in (None, gates):
+        for chosen in (None, gates) if EXHAUSTIVE else (gates,):
             leaves = (x, alpha, sigma) if chosen is None else (x, alpha, sigma, chosen)
             assert torch.autograd.gradcheck(lambda x, a, s, *z: Q.categorical(
                 x, a, s, bits, gates=z[0] if z else None, signed=signed, mode="soft"), leaves)
@@ -381,7 +398,7 @@ def test_stable_everywhere():
         low, high = ref.levels(bits, signed)[-1]
         gates = torch.linspace(1, 0.4, bits)
         for chosen, mode, grad in itertools.product((None, gates), ref.MODES, ref.GRADS):
-            if not EXHAUSTIVE and (bits == 8 or mode == "sample" or ratio not in (1e7, 100, 1e-9)):
+            if not EXHAUSTIVE and (bits != 4 or mode == "sample" or ratio not in (1e7, 1e-9)):
                 continue
             q = Q.categorical(x, 1.0, 1 / ratio, bits, gates=chosen, signed=signed, mode=mode, grad=grad, seed=1)
             assert (q >= low).all() and (q <= high).all(), (bits, ratio, signed, mode)
@@ -505,3 +522,21 @@ def test_reference_marks_values_out_of_range():
     assert ref.categorical(x, one, one, 9, mode="soft").isnan().all()
     rows = torch.tensor([1.0, -1.0, 1.0, 1.0])
     assert ref.categorical(x, rows, one, 3).isnan().any(1).tolist() == [False, True, False, False]
+
+
+@pytest.mark.skipif(EXHAUSTIVE, reason="compiled kernels on CPU raise instead")
+@pytest.mark.parametrize("mode,grad", [("hard", "winner"), ("soft", "soft"), ("sample", "winner")])
+def test_triton_marks_values_out_of_range(monkeypatch, mode, grad):
+    """NaN for that tensor, and for that alone, where the kernels cannot raise; nothing is read out of bounds."""
+    from quantops.kernels import categorical as kernels
+    monkeypatch.setattr(kernels, "_check_categorical", lambda *args: None)  # it raises on CPU
+    x, one = torch.randn(4, 5), torch.ones(1)
+    for alpha, sigma, bits, gates in ((-one, one, 3, None), (one, one * torch.inf, 3, None), (one, one, 10**6, None),
+                                      (one, one, -1, None), (one, one, 3, torch.ones(2)), (one, one, 40, torch.ones(40)),
+                                      (one, one, 2, torch.tensor([1, torch.nan])), (one * 1e-39, one, 2, None)):
+        args = ([x, x], [alpha, one], [sigma, one], torch.tensor([bits, 2], dtype=torch.int32),
+                [] if gates is None else [gates, torch.ones(2)], torch.tensor(1), ref.MODES.index(mode),
+                ref.GRADS.index(grad), True)
+        for bad, good in (kernels.categorical(*args, torch.float32),
+                          *filter(None, kernels.categorical_backward([x, x], *args, True, gates is not None))):
+            assert bad.isnan().all() and not good.isnan().any(), (alpha, sigma, bits, gates)

@@ -15,13 +15,15 @@ if triton.knobs.runtime.interpret:
                 allow_module_level=True)
 
 from bench import sass  # noqa: E402
-from quantops.kernels import packing, truncate, uniform  # noqa: E402
+from quantops.kernels import categorical, packing, truncate, uniform  # noqa: E402
+from quantops.kernels.launch import launch  # noqa: E402
 
 if sass.tool("cuobjdump") is None:
     pytest.skip("cuobjdump was not found: install the CUDA toolkit's, or the CUDA build of Triton, which has one",
                 allow_module_level=True)
 
 THREADS = 128
+SMALL = ("prepare", "finish_stats", "finish_rows", "finish_scales", "finish_gates")  # read and write little
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
@@ -107,6 +109,23 @@ def _packed(bits, layout, dtype=None):
     return packing.decode_packed(*shared, scale, n, layout, True, True, dtype)
 
 
+def _categorical_inputs(dtype, gates):
+    x, s, n, *_ = _inputs(dtype)
+    listed = [torch.ones(gates, dtype=s[0].dtype)] * 2 if gates else []
+    return x, s, s, n * 0 + (gates or 4), listed, torch.tensor(1)
+
+
+def _categorical(dtype, out, mode, gates):
+    """``mode``: 0 hard, 1 soft, 2 sample; ``gates``: their number, 0 for none."""
+    categorical.categorical(*_categorical_inputs(dtype, gates), mode, 0, True, out)
+
+
+def _categorical_backward(dtype, grad_dtype, mode, gates):
+    x, *rest = _categorical_inputs(dtype, gates)
+    grad = [torch.ones_like(t, dtype=grad_dtype) for t in x]
+    categorical.categorical_backward(grad, x, *rest, mode, 0, False, True, gates > 0)
+
+
 # A call, and the vectors per thread that its main path moves: (loads, stores) of each width in bits.
 CALLS = {
     "round_clamp-fp32": ((_round_clamp, FP32, FP32), {128: (8, 8)}),
@@ -144,6 +163,22 @@ CALLS = {
     "truncate_scale_grad-fp32": ((_truncate_backward, FP32, FP32, False, False, True), {128: (4, 2)}),
     "truncate_scale_grad-fp32-tanh": ((_truncate_backward, FP32, FP32, True, False, True), {128: (4, 2)}),
     "truncate_scale_grad-fp64": ((_truncate_backward, FP64, FP64, False, False, True), {128: (4, 2)}),
+    "categorical-fp32": ((_categorical, FP32, FP32, 0, 0), {128: (8, 8)}),
+    "categorical-bf16": ((_categorical, BF16, BF16, 0, 0), {128: (4, 4)}),
+    "categorical-fp64": ((_categorical, FP64, FP64, 0, 0), {128: (8, 8)}),
+    "categorical-fp32-bf16": ((_categorical, FP32, BF16, 0, 0), {128: (8, 0), 64: (0, 8)}),
+    "categorical-fp32-gates": ((_categorical, FP32, FP32, 0, 8), {128: (4, 4)}),
+    "categorical-bf16-gates": ((_categorical, BF16, BF16, 0, 16), {128: (2, 2)}),
+    "categorical-fp32-soft": ((_categorical, FP32, FP32, 1, 0), {128: (1, 1)}),
+    "categorical-fp32-soft-gates": ((_categorical, FP32, FP32, 1, 8), {128: (1, 1)}),
+    "categorical-fp32-sample": ((_categorical, FP32, FP32, 2, 4), {128: (1, 1)}),
+    "categorical_backward-fp32": ((_categorical_backward, FP32, FP32, 0, 0), {128: (4, 2)}),
+    "categorical_backward-bf16": ((_categorical_backward, BF16, BF16, 0, 0), {128: (2, 1)}),
+    "categorical_backward-fp64": ((_categorical_backward, FP64, FP64, 0, 0), {128: (2, 1)}),
+    "categorical_backward-fp32-gates": ((_categorical_backward, FP32, FP32, 0, 8), {128: (2, 1)}),
+    "categorical_backward-fp32-soft-gates": ((_categorical_backward, FP32, FP32, 1, 8), {128: (2, 1)}),
+    "categorical_backward-fp64-soft-gates": ((_categorical_backward, FP64, FP64, 1, 4), {128: (2, 1)}),
+    "categorical_backward-fp32-sample": ((_categorical_backward, FP32, FP32, 2, 0), {128: (2, 1)}),
     "absmax-fp32": ((_absmax, FP32), {128: (8, 0)}),
     "absmax-bf16": ((_absmax, BF16), {128: (4, 0)}),
     "absmax-fp64": ((_absmax, FP64), {128: (8, 0)}),
@@ -169,18 +204,20 @@ def _recorded(call):
 @pytest.mark.parametrize("name", CALLS)
 def test_machine_code(name, arch):
     call, widths = CALLS[name]
-    for i, launch in enumerate(_recorded(call)):
-        name = launch.kernel.__name__
-        kernel = sass.triton_kernel(sass.triton_binary(launch, arch))
+    for recorded in _recorded(call):
+        name = recorded.kernel.__name__
+        kernel = sass.triton_kernel(sass.triton_binary(recorded, arch))
         code = kernel.opcodes()
         print(f"{name}: {kernel.registers} registers, {len(kernel.code)} instructions")
         assert kernel.stack == 0 and kernel.spills == 0, f"{name} uses the stack: {kernel.stack, kernel.spills}"
         spills = {op: c for op, c in code.items() if op.startswith(("LDL", "STL"))}
         assert not spills, f"{name} spills registers: {spills}"
-        assert ".ftz" not in kernel.ptx, "denormals would be flushed to zero"
+        # In float64 the categorical kernels call exp and log of CUDA's libdevice, which have fma, rcp and abs.ftz.
+        kinds = "32" if recorded.kernel.__module__ == categorical.__name__ else "(32|64)"
+        assert not re.search(rf"(?<!\babs)\.ftz\.f{kinds}", kernel.ptx), "denormals would be flushed to zero"
         assert not re.search(r"div\.(full|approx)", kernel.ptx), "division must round as IEEE says"
-        assert not re.search(r"\b(fma|mad)\.\w*\.?f(32|64)", kernel.ptx), "a product and a sum were contracted"
-        if i == 0:  # the second stages read little
+        assert not re.search(rf"\b(fma|mad)\.\w*\.?f{kinds}", kernel.ptx), "a product and a sum were contracted"
+        if recorded.kernel.__name__ not in SMALL:
             for width, (loads, stores) in widths.items():
                 got = _count(code, "LDG", width), _count(code, "STG", width)
                 assert got[0] >= loads and got[1] >= stores, f"{width}-bit loads, stores: {loads, stores}, got {got}"
@@ -205,7 +242,7 @@ def test_launches_forbid_contraction():
         def __getitem__(self, grid):
             return lambda *args, **kwargs: options.update(kwargs)
 
-    uniform.launch(Kernel(), 1)
+    launch(Kernel(), 1)
     assert options["enable_fp_fusion"] is False and options["num_warps"] == THREADS // 32
 
 

@@ -1,0 +1,67 @@
+"""Host side of every family: lists of tensors into tables of addresses, and launches."""
+
+import numpy as np
+import torch
+import triton.language as tl
+
+from quantops.kernels.table import on_device
+
+TYPES = {
+    torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16,
+    torch.int32: tl.int32,
+}
+SHORT_ROW = 256  # rows up to here share a program, in tiles
+
+
+def block_of(acc, inputs):
+    """Elements per program: 128 bytes of registers per thread for what is read, eight 128-bit loads in flight."""
+    return 4096 // inputs // (2 if acc == torch.float64 else 1)
+
+
+def launch(kernel, programs, *args, **constants):
+    # Contraction into fused multiply-adds is off: plain float32 arithmetic is the specification.
+    if programs:
+        kernel[(programs,)](*args, **constants, num_warps=4, enable_fp_fusion=False)
+
+
+def on_device_of(tensors):
+    """The launches of a call go to the device of its tensors."""
+    return torch.cuda.device_of(tensors[0])
+
+
+def widest(*lists):
+    """Bits of the widest element type."""
+    return max(8 * t[0].element_size() for t in lists if t)
+
+
+def addresses(tensors, count):
+    return [0] * count if tensors is None else [t.data_ptr() for t in tensors]
+
+
+def all_aligned(*columns):
+    """1 where the addresses in all columns are multiples of 16."""
+    union = np.zeros(len(columns[0]), np.int64)
+    for a in columns:
+        union |= np.asarray(a, np.int64)
+    return union % 16 == 0
+
+
+def owners(counts, device):
+    """The tensor that each program works on."""
+    return on_device(np.repeat(np.arange(len(counts), dtype=np.int32), counts), device)
+
+
+def starts(counts):
+    """The first of each, where ``counts`` are numbered through."""
+    return np.concatenate([[0], np.cumsum(counts)[:-1]])
+
+
+def ints(t):
+    return t if t.dtype == torch.int32 and t.is_contiguous() else t.to(torch.int32).contiguous()
+
+
+def in_layouts_of(w, tensors):
+    """``tensors`` in the layouts of ``w``; those that have it already are taken as they are."""
+    return [t if t.stride() == v.stride() else torch.empty_strided(v.shape, v.stride(), dtype=t.dtype,
+                                                                  device=t.device).copy_(t)
+            for t, v in zip(tensors, w)]
