@@ -4,10 +4,10 @@ Two kinds of peers: "all classes" is the paper's form, which builds the probabil
 the closed form without that tensor in plain PyTorch, which is the one to beat.
 """
 
+import dataclasses
 import functools
 
 import torch
-from torch.nn.functional import logsigmoid
 
 from bench.peers import op_peers, step, step_peer
 from bench.registry import Absent, Case, Peer
@@ -15,7 +15,10 @@ from bench.uniform import Inputs, equal
 from quantops import foreach, reference
 from quantops.reference import paper
 
-MOST_CLASSES = 1 << 29  # bytes of one tensor with all classes of all weights: the eager chain holds several
+MOST_CLASSES = 1 << 29  # bytes of one tensor with all classes of all weights: the eager chain holds several,
+MOST_STEP_CLASSES = 1 << 28  # and with what it keeps for its backward pass forty
+PIECE = 1 << 20  # elements that the reference takes at a time: it holds a kilobyte for each
+MOST_OF_REFERENCE = 4 * PIECE  # elements of a peer that is the reference itself
 
 
 class ClassInputs(Inputs):
@@ -67,8 +70,8 @@ class GatedInputs(ClassInputs):
 def _all_classes(x, i, bits, leaves=None):
     """The paper's form of weight i; ``leaves``: x, alpha and sigma instead of its own."""
     size = 4 * x.numel * 2**bits
-    if size > MOST_CLASSES:
-        raise Absent(f"{size / 2**30:.0f} GiB for each tensor of all classes")
+    if size > (MOST_STEP_CLASSES if leaves else MOST_CLASSES):
+        raise Absent(f"{size / 2**20:.0f} MiB for each tensor of all classes")
     w, alpha, sigma = leaves or (x.w[i], x.alpha[i], x.sigma[i])
     return paper.categorical(w.float(), alpha, sigma, bits, **x.options(i)).to(w.dtype)
 
@@ -84,13 +87,33 @@ def _peers(closed):
     return {"all classes": Peer(_with_all_classes, lists=False), **op_peers(closed)}
 
 
+def _small(peer):
+    """The peer on small weights alone."""
+    def make(x):
+        if x.numel > MOST_OF_REFERENCE:
+            raise Absent("the reference's tensor ops take a kilobyte for each weight, and half a second for a million")
+        return peer.make(x)
+
+    return dataclasses.replace(peer, make=make)
+
+
 def _nearest(w, alpha, bits):
     """The hard class without gates."""
     return torch.clamp(torch.round(w.float() * (1 / alpha)), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
 def _reference(x, i, bits):
-    return reference.categorical(x.w[i], x.alpha[i], x.sigma[i], bits, **x.options(i))
+    pieces = [reference.categorical(w, x.alpha[i], x.sigma[i], bits, **x.options(i))
+              for w in x.w[i].flatten().split(PIECE)]
+    return torch.cat(pieces).view_as(x.w[i])
+
+
+def _reference_gradients(x, i):
+    """Of the weights, alpha and sigma."""
+    pieces = [reference.categorical_backward(g, w, x.alpha[i], x.sigma[i], x.n)
+              for g, w in zip(x.grad[i].flatten().split(PIECE), x.w[i].flatten().split(PIECE))]
+    of_w, of_alpha, of_sigma, _ = zip(*pieces)
+    return torch.cat(of_w).view_as(x.w[i]), sum(of_alpha), sum(of_sigma)
 
 
 def _winner(w, alpha, sigma, bits):
@@ -98,11 +121,12 @@ def _winner(w, alpha, sigma, bits):
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     j = _nearest(w.detach(), alpha.detach(), bits)
 
-    def log_mass(first, last):
+    def mass(first, last):  # no digits are left of it far outside the grid, where no weight is
         top, bottom = ((alpha * edge - w.float()) / sigma for edge in (last + 0.5, first - 0.5))
-        return logsigmoid(top) + logsigmoid(-bottom) + torch.log(-torch.expm1(-alpha / sigma * (last - first + 1)))
+        return torch.sigmoid(top) * torch.sigmoid(-bottom)
 
-    r = torch.exp(log_mass(j, j) - log_mass(low, high))
+    beta = alpha / sigma
+    r = mass(j, j) / mass(low, high) * (torch.expm1(-beta) / torch.expm1(-beta * (high - low + 1)))
     return (alpha * j + (r - r.detach()) * (alpha * j).detach()).to(w.dtype)
 
 
@@ -147,7 +171,7 @@ def _soft_check(got, x):
 def _step_check(got, x):
     """Against the reference; sums to within the rounding of their terms, which are of both signs."""
     def same(i, grad_w, grad_alpha, grad_sigma):
-        want = reference.categorical_backward(x.grad[i], x.w[i], x.alpha[i], x.sigma[i], x.n)
+        want = _reference_gradients(x, i)
         close = torch.allclose(grad_w.float(), want[0].float(), rtol=2 * torch.finfo(grad_w.dtype).eps, atol=1e-4)
         return close and all(torch.allclose(a, b, rtol=1e-4, atol=1e-4 * x.w[i].numel() ** 0.5)
                              for a, b in ((grad_alpha, want[1]), (grad_sigma, want[2])))
@@ -160,10 +184,11 @@ CASES = [
     Case("categorical hard", ClassInputs, lambda s: s, lambda s: s, _forward, _hard_check,
          _peers(lambda x, i, bits: (x.alpha[i] * _nearest(x.w[i], x.alpha[i], bits)).to(x.w[i].dtype)),
          cuda="items_kernel<Nearest<T, T>, 32>"),
-    Case("categorical hard, 8 gates", GatedInputs, lambda s: s, lambda s: s, _forward, _hard_check, _peers(_reference),
+    Case("categorical hard, 8 gates", GatedInputs, lambda s: s, lambda s: s, _forward, _hard_check,
+         {name: _small(peer) for name, peer in _peers(_reference).items()},
          cuda="items_kernel<Bounded<T, T, 7>, 32>"),
     Case("categorical soft, 4 bits", SoftInputs, lambda s: s, lambda s: s, lambda x: _forward(x, "soft"), _soft_check,
-         _peers(_reference)),
+         {name: _small(peer) for name, peer in _peers(_reference).items()}),
     # q, then the gradients of weights, alpha and sigma.
     Case("categorical step", ClassInputs, lambda s: 3 * s, lambda s: 2 * s,
          lambda x: step(x, [*x.leaves, *x.widths], _learned(x)), _step_check,
