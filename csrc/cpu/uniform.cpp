@@ -235,16 +235,20 @@ Tensors encode(Tensors w, Tensors scale, Tensor bits, int64_t rule, bool is_sign
 
 template <class A>
 void decode_into(const List& list, bool full, bool is_signed, const Targets& q) {
-  std::vector<int64_t> outside(list.chunks.size(), 0);
+  std::vector<char> outside(list.chunks.size(), false);
   for_blocks<A>(list, full, is_signed, [&](int64_t chunk, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
-    with_target<A>(q.data[t], q.type, i, end - i, q.streaming, [&](auto* y, bool streaming) {
-      outside[chunk] += decode_loop(static_cast<const int32_t*>(list.data[t]) + i, y, streaming, end - i, p);
-    });
+    const int32_t* codes = static_cast<const int32_t*>(list.data[t]) + i;
+    outside[chunk] |= union_loop(codes, end - i) > static_cast<uint32_t>(p.top);
+    with_target<A>(q.data[t], q.type, i, end - i, q.streaming,
+                   [&](auto* y, bool streaming) { decode_loop(codes, y, streaming, end - i, p); });
   });
-  for (size_t i = 0; i < outside.size(); i++)
-    if (outside[i])
-      fail(entry_name("codes", list.chunks[i].tensor, list.size()), ": expected values in 0..2^",
-           list.bits[list.chunks[i].tensor], " - 1, got ", outside[i], " others");
+  for (size_t i = 0; i < outside.size(); i++) {
+    if (!outside[i]) continue;
+    const auto [t, begin, end] = list.chunks[i];
+    const int32_t* codes = static_cast<const int32_t*>(list.data[t]);
+    const int32_t* bad = std::find_if(codes + begin, codes + end, [&](int32_t c) { return c < 0 || c >> list.bits[t]; });
+    fail(entry_name("codes", t, list.size()), ": expected values in 0..2^", list.bits[t], " - 1, got ", *bad);
+  }
 }
 
 Tensors decode(Tensors codes, Tensors scale, Tensor bits, bool full,

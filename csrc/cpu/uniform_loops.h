@@ -129,18 +129,21 @@ QUANTOPS_SIMD void lsb_loop(const In* __restrict w, int32_t* __restrict b, bool 
   });
 }
 
-// Returns how many codes are outside 0..2^n - 1.
+// No result is NaN: on a CPU, what would make one has raised by now.
 template <class Out, class A>
-QUANTOPS_SIMD int64_t decode_loop(const int32_t* __restrict codes, Out* __restrict q, bool streaming, int64_t n,
-                                  const Quantizer<A>& quantizer) {
+QUANTOPS_SIMD void decode_loop(const int32_t* __restrict codes, Out* __restrict q, bool streaming, int64_t n,
+                               const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
-  const int32_t top = static_cast<int32_t>(p.top);
-  int32_t outside = 0;
   map_lanes(q, streaming, n, [&](int64_t i, Out& y) QUANTOPS_LANES {
-    narrow(level(static_cast<A>(codes[i]), p) * p.step, y);
-    outside += (codes[i] < 0) | (codes[i] > top);
+    narrow_from<Out>(level(static_cast<A>(codes[i]), p) * p.step, y);
   });
-  return outside;
+}
+
+// The union of the bits of codes: within 2^n - 1 if all of them are.
+QUANTOPS_SIMD inline uint32_t union_loop(const int32_t* __restrict codes, int64_t n) {
+  uint32_t seen = 0;
+  for (int64_t i = 0; i < n; i++) seen |= static_cast<uint32_t>(codes[i]);
+  return seen;
 }
 
 template <class A>
