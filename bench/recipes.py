@@ -63,7 +63,8 @@ RECIPES = {
              strength=5e-3,      # alpha
              adjustments=6,      # of the precisions; the paper: every 50 of 350 epochs
              search=0.7),        # part of the steps before finetuning at fixed bits
-        "BSQ, arXiv 2102.10462", "biases stay float; no weight decay of the scale; lr 0.1, as in its public code", common={"lr": 0.1}),
+        "BSQ, arXiv 2102.10462", "biases stay float; no weight decay of the scale; lr 0.1, as in its public code",
+        common={"lr": 0.1}),
     "csq": Recipe(
         methods.CSQ,
         dict(bits=8, target=2.0,

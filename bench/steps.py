@@ -217,7 +217,7 @@ class EagerWidths(Variant):
 
 
 class CompiledWidths(EagerWidths):
-    """The same chain for the whole list of weights and all widths in one graph of torch.compile, the network itself eager."""
+    """The same chain for the whole list of weights and all widths in one graph of torch.compile; the network is eager."""
 
     compiles = True
 

@@ -30,7 +30,7 @@ QUANTOPS_INLINE To bits_of(From v) {
 
 // exp(x) to less than 1 ulp for -87 <= x <= 88, and `exponential` 0 below. Reduced as in Cephes (S. Moshier, expf):
 // x = n ln 2 + r, with a minimax polynomial for exp(r) to 0.06 ulp, in the order with the shortest chains.
-// NaN stays NaN.
+// NaN stays NaN on a CPU; a GPU's NaN may become a number, but the class or alpha of such an element is NaN as well.
 QUANTOPS_INLINE float exponential_in_range(float x) {
   const float shifted = x * 1.44269504f + 12582912.f;  // its lowest bits are the integer n nearest to x / ln 2
   const float n = shifted - 12582912.f;
