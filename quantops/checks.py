@@ -149,12 +149,17 @@ def _constant_widths(bits_value, base_value, count, device):
     return widths(bits_value, [base_value], like)[:2]  # a list is not looked up here again
 
 
+def _one_for_each(name, value, x, what):
+    """Raises where ``value`` is not a list with one ``what`` for each entry of ``x``."""
+    if not isinstance(value, (list, tuple)) or len(value) != len(x):
+        got = f"{len(value)}" if isinstance(value, (list, tuple)) else _kind(value)
+        raise ValueError(f"{name}: expected a list with one {what} ({len(x)}), got {got}")
+
+
 def scales(value, w, dtype=None, name="scale"):
     """One contiguous scale tensor per weight, of the arithmetic dtype: one element, or one per row."""
     dtype, device = dtype or acc_dtype(w[0].dtype), w[0].device
-    if not isinstance(value, (list, tuple)) or len(value) != len(w):
-        got = f"{len(value)}" if isinstance(value, (list, tuple)) else _kind(value)
-        raise ValueError(f"{name}: expected a list with one entry per weight ({len(w)}), got {got}")
+    _one_for_each(name, value, w, "entry per weight")
     return [_scale(_entry(name, i, w), s, t, dtype, device) for i, (s, t) in enumerate(zip(value, w))]
 
 
@@ -279,9 +284,7 @@ def alpha_and_sigma(alpha, sigma, x):
     dtype, device = acc_dtype(x[0].dtype), x[0].device
     lists = []
     for name, value in (("alpha", alpha), ("sigma", sigma)):
-        if not isinstance(value, (list, tuple)) or len(value) != len(x):
-            got = f"{len(value)}" if isinstance(value, (list, tuple)) else _kind(value)
-            raise ValueError(f"{name}: expected a list with one entry per tensor ({len(x)}), got {got}")
+        _one_for_each(name, value, x, "entry per tensor")
         for i, v in enumerate(value):
             if not isinstance(v, torch.Tensor) and isinstance(v, (int, float)) and not (
                     0 < v <= torch.finfo(dtype).max and (name == "sigma" or 1 / torch.finfo(dtype).max <= v)):
@@ -299,9 +302,7 @@ def gates(value, bits_value, x):
     if value is None:
         return []
     dtype, device = acc_dtype(x[0].dtype), x[0].device
-    if not isinstance(value, (list, tuple)) or len(value) != len(x):
-        got = f"{len(value)}" if isinstance(value, (list, tuple)) else _kind(value)
-        raise ValueError(f"gates: expected a list with one tensor per tensor of x ({len(x)}), got {got}")
+    _one_for_each("gates", value, x, "tensor per tensor of x")
     counts = [None] * len(x) if isinstance(bits_value, torch.Tensor) else _repeated(bits_value, x)
     return [_gates(_entry("gates", i, x), g, n, dtype, device) for i, (g, n) in enumerate(zip(value, counts))]
 
@@ -522,8 +523,7 @@ def _categorical_structure(arguments):
     x = tensors("x", arguments["x"])
     acc, device, seed_tensor = acc_dtype(x[0].dtype), x[0].device, arguments["seed"]
     given = [*arguments["alpha"], *arguments["sigma"]]
-    fit = [v for values in alpha_and_sigma(arguments["alpha"], arguments["sigma"], x)
-           for v in values]
+    fit = [v for values in alpha_and_sigma(arguments["alpha"], arguments["sigma"], x) for v in values]
     if arguments["gates"]:
         given, fit = [*given, *arguments["gates"]], [*fit, *gates(arguments["gates"], arguments["bits"], x)]
     for a, b in zip(given, fit):

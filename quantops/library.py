@@ -652,12 +652,14 @@ class _Categorical(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        n, saved = ctx.count, list(ctx.saved_tensors)
+        n = ctx.count
         if not _any(grads):
             return *[None] * 3, *[None] * (3 * n + ctx.gate_count)
+        saved = list(ctx.saved_tensors)
         x, alpha, sigma, gates = (saved[:n], saved[n: 2 * n], saved[2 * n: 3 * n], saved[3 * n: 3 * n + ctx.gate_count])
         bits, seed = saved[3 * n + ctx.gate_count], saved[-1] if ctx.has_seed else None
-        scale_grad, gate_grad = (any(t.requires_grad for t in v) for v in (alpha + sigma, gates))
+        wanted = ctx.needs_input_grad[3:]  # of x, alpha, sigma, gates
+        scale_grad, gate_grad = any(wanted[n: 3 * n]), any(wanted[3 * n:])
         grad_x, grad_alpha, grad_sigma, grad_gates = ops.categorical_backward(
             _materialize(grads, x), x, alpha, sigma, bits, gates, seed, *ctx.options, scale_grad, gate_grad)
         return (*[None] * 3, *grad_x, *(grad_alpha or [None] * n), *(grad_sigma or [None] * n),

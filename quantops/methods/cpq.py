@@ -39,11 +39,9 @@ class CPQConfig(QuantConfig):
         the paper's literal form, a weight at grid point 0 has no gradient, and elsewhere one towards its grid point or
         away from it, whichever makes its class more or less probable. On the digits of the demo at 2, 3 and 4 bits it
         leaves 72, 48 and 25 % of the weights at 0 ("soft" 26, 14, 6) and ends 2.7, 2.0 and 4.4 points below "soft",
-        which is as accurate as the plain STE; that with sigma = alpha, the best for it of 0.25, 0.5 and 1.
-    sigma: sigma/alpha at the start. Smaller ones gather the weights closer around the grid and learn more slowly. The
-        mean square distance of w/alpha from the grid, times 12, of the demo's conv2 at 2, 3 and 4 bits: 1.16, 1.11 and
-        1.10 with the plain STE, 0.97, 0.93, 0.76 with sigma 0.2, 0.85, 0.79, 0.55 with 0.15 and 0.65, 0.57, 0.38 with
-        0.1, which at 2 bits is a point less accurate after 12 epochs, and no less after 24.
+        which is as accurate as the plain STE; that with sigma = alpha.
+    sigma: sigma/alpha at the start. Smaller ones gather the weights closer around the grid and learn more slowly; 0.15
+        was chosen by hand on the digits of the demo, which shows how far they gather.
     per_row: alpha and sigma per row (dim 0: output channels of Linear and Conv, input channels of ConvTranspose).
     dropbits: None; "fixed": every bit above min_bits has a hard concrete gate, drawn anew in every training forward,
         that is not 0 with probability ``keep``; "learned": the same at the start, and then ``log_a`` of each gate is

@@ -47,6 +47,8 @@ def truncate(w, bits, base_bits=8):
     code = torch.clamp(_FloorSTE.apply(u * 2**base_bits), max=2**base_bits - 1)
     code = _FloorSTE.apply(code / 2 ** (base_bits - bits))
     return ((2 * code - (2**bits - 1)) * (scale / (2**bits - 1))).to(w.dtype)
+
+
 def categorical(x, alpha, sigma, bits, *, gates=None, signed=True, mode="hard", grad="winner", u=None):
     """q of the categorical quantizer from the probabilities of all 2^b classes, differentiable by autograd.
 
