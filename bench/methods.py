@@ -68,10 +68,10 @@ class Float:
 class MSQ(Float):
     """MSQ with a controller down to ``target``; with target None, training at constant bits."""
 
-    def __init__(self, model, steps, *, bits, k, target, grid, penalty, hessian, threshold, strength, prune, decisions,
-                 samples, sample_size, min_bits):
+    def __init__(self, model, steps, *, bits, k, target, grid, scale, penalty, hessian, threshold, strength, prune,
+                 decisions, samples, sample_size, min_bits):
         super().__init__(model, steps)
-        quantops.quantize_(model, quantops.MSQConfig(bits=bits, k=k, grid=grid, penalty=penalty))
+        quantops.quantize_(model, quantops.MSQConfig(bits=bits, k=k, grid=grid, scale=scale, penalty=penalty))
         self.decoupled, self.sample_size, self.controller = penalty == "decoupled", sample_size, None
         if target is not None:
             self.controller = quantops.MSQController(

@@ -25,6 +25,7 @@ class Recipe:
 
 _MSQ = dict(
     bits=8, k=1, target=16.0, grid="dyadic", penalty="loss", hessian=True,
+    scale="absmax",     # or a number of times mean|w|
     min_bits=2,         # the dyadic grid of 1 bit is {-s, 0}: layers that came to it were lost
     threshold=0.3,      # alpha, the fraction of nonzero LSBs below which a layer loses bits
     strength=1e-3,      # lambda

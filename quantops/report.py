@@ -18,7 +18,7 @@ class LayerBits(NamedTuple):
     k: int
     beta: float  # fraction of weights with B_k != 0; 0 without k
     sq_error: float  # E = sum (q - w)^2
-    scale: float  # max|w|, the largest of several; with CPQ the end of the grid, alpha 2^(bits-1)
+    scale: float  # the largest of several; with CPQ the end of the grid, alpha 2^(bits-1)
 
 
 class BitReport(NamedTuple):

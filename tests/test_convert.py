@@ -129,7 +129,8 @@ def test_twice_and_compiled_and_wrong_config_are_errors():
     ({"bits": 17}, "bits: expected an integer 0..16, got 17"), ({"bits": -1}, "bits: .*got -1"),
     ({"bits": 8.0}, "bits: .*got 8.0"), ({"bits": True}, "bits: .*got True"), ({"bits": 2, "k": 2}, "k < bits = 2"),
     ({"k": -1}, "k: .*got -1"), ({"grid": "even"}, "grid: expected one of 'dyadic', 'full', got 'even'"),
-    ({"per_row": 1}, "per_row: "), ({"penalty": "l2"}, "penalty: expected one of 'loss', 'decoupled'"),
+    ({"scale": "max"}, "scale: expected 'absmax' or a positive number .*'max'"), ({"scale": 0}, "scale: .*got 0"),
+    ({"scale": True}, "scale: .*True"), ({"per_row": 1}, "per_row: "), ({"penalty": "l2"}, "penalty: expected one of 'loss', 'decoupled'"),
     ({"fuse": "all"}, "fuse: "), ({"cache": None}, "cache: "), ({"first": "fixed"}, "first: "),
     ({"last": 17}, "last: .*17"), ({"first": True}, "first: "), ({"overrides": []}, "overrides: "),
     ({"overrides": {"a": 4}}, r"overrides\['a'\]: "), ({"overrides": {"a": {"bit": 4}}}, r"overrides\['a'\]: .*'bit'"),
@@ -174,9 +175,10 @@ def test_pickling_is_refused_by_torch_but_the_group_pickles():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("grid", ["dyadic", "full"])
 @pytest.mark.parametrize("per_row", [False, True])
-def test_dequantize_is_the_training_forward_bit_for_bit(dtype, grid, per_row):
+@pytest.mark.parametrize("scale", ["absmax", 1.5])
+def test_dequantize_is_the_training_forward_bit_for_bit(dtype, grid, per_row, scale):
     for bits in (0, 1, 2, 5, 8, 9, 16):
-        model = quantize_(net(dtype), MSQConfig(bits=bits, k=0, grid=grid, per_row=per_row))
+        model = quantize_(net(dtype), MSQConfig(bits=bits, k=0, grid=grid, per_row=per_row, scale=scale))
         weights = to_int(model)
         assert list(weights) == ["0.weight", "3.weight", "5.weight", "6.weight"]
         for name, v in weights.items():

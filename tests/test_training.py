@@ -19,6 +19,7 @@ from quantops.report import bit_report
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FUSES = pytest.mark.parametrize("fuse", ["model", "layer"])
+SCALES = pytest.mark.parametrize("scale, per_row", [("absmax", False), ("absmax", True), (1.5, False), (1.5, True)])
 
 
 class Net(nn.Module):
@@ -74,6 +75,17 @@ def one_step(model, strength=0.0, **kwargs):
     return grads(model)
 
 
+def scale_of(w, scale, per_row):
+    if scale == "absmax":
+        return reference.absmax(w.detach(), per_row=per_row)
+    return reference.absmean(w.detach(), per_row=per_row) * scale
+
+
+def inside(w, scale, per_row):
+    s = scale_of(w, scale, per_row)
+    return w.detach().abs() <= (s.reshape(-1, *[1] * (w.dim() - 1)) if per_row else s)
+
+
 def set_bits(model, bits, k=1):
     for _, _, p in quantized(model):
         p.set_precision(bits, k)
@@ -83,39 +95,45 @@ def set_bits(model, bits, k=1):
 
 
 @FUSES
-@pytest.mark.parametrize("per_row", [False, True])
+@SCALES
 @pytest.mark.parametrize("kind", ["loss", "decoupled"])
-def test_forward_is_the_reference_and_gradients_are_straight_through(fuse, per_row, kind):
-    model = make(fuse=fuse, per_row=per_row, penalty=kind)
+@pytest.mark.parametrize("cache", [False, True])
+def test_forward_is_the_reference_and_gradients_are_straight_through(fuse, scale, per_row, kind, cache):
+    model = make(fuse=fuse, scale=scale, per_row=per_row, penalty=kind, cache=cache)
     got = one_step(model, 0.0)
     plain = Net()
     plain.load_state_dict({k.replace("parametrizations.weight.original", "weight"): v
                            for k, v in model.state_dict().items() if not k.endswith((".bits", ".k"))})
     for name, w in originals(model).items():
-        scale = reference.absmax(w, per_row=per_row)
-        q = reference.round_clamp(w.detach(), scale, 5)
+        q = reference.round_clamp(w.detach(), scale_of(w, scale, per_row), 5)
         assert torch.equal(model.get_submodule(name).weight, q) and not torch.equal(q, w)
         with torch.no_grad():
             plain.get_submodule(name).weight.copy_(q)
     loss_of(plain).backward()
+    clamped = 0
+    for name, w in originals(model).items():
+        mask = inside(w, scale, per_row)
+        plain.get_submodule(name).weight.grad.mul_(mask)
+        clamped += int((~mask).sum())
+    assert (clamped == 0) == (scale == "absmax")
     assert same({k.replace("parametrizations.weight.original", "weight"): v for k, v in got.items()}, grads(plain))
 
 
 @FUSES
 @pytest.mark.parametrize("cache", [False, True])
-@pytest.mark.parametrize("per_row", [False, True])
-def test_penalty_value_and_gradient(fuse, cache, per_row):
-    model = make(fuse=fuse, cache=cache, per_row=per_row, overrides={"mid.*": {"k": 2}, "head": {"k": 0}})
+@SCALES
+def test_penalty_value_and_gradient(fuse, cache, scale, per_row):
+    model = make(fuse=fuse, cache=cache, scale=scale, per_row=per_row, overrides={"mid.*": {"k": 2}, "head": {"k": 0}})
     loss_of(model)
     total = penalty(model)
-    expected = sum(reference.msq(owner.original.detach(), reference.absmax(owner.original, per_row=per_row), 5, p.k)[1]
+    expected = sum(reference.msq(owner.original.detach(), scale_of(owner.original, scale, per_row), 5, p.k)[1]
                    for _, owner, p in quantized(model))
     assert torch.allclose(total, expected, rtol=1e-5) and total > 0
     total.backward()
     for name, owner, p in quantized(model):
         w = owner.original
-        b = reference.lsb(w.detach(), reference.absmax(w, per_row=per_row), 5, p.k)
-        assert torch.equal(w.grad, b.sign().float()), name
+        b = reference.lsb(w.detach(), scale_of(w, scale, per_row), 5, p.k)
+        assert torch.equal(w.grad, b.sign().float() * inside(w, scale, per_row)), name
     assert originals(model)["head"].grad.abs().max() == 0
 
 
@@ -157,15 +175,16 @@ def make_like(model):
 
 @FUSES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("per_row", [False, True])
-def test_decoupled_gradients_equal_the_loss_term_bit_for_bit(fuse, dtype, per_row):
-    coupled = one_step(make(dtype, fuse=fuse, per_row=per_row), 0.03, dtype=dtype)
-    model = make(dtype, fuse=fuse, per_row=per_row, penalty="decoupled")
+@SCALES
+def test_decoupled_gradients_equal_the_loss_term_bit_for_bit(fuse, dtype, scale, per_row):
+    coupled = one_step(make(dtype, fuse=fuse, scale=scale, per_row=per_row), 0.03, dtype=dtype)
+    model = make(dtype, fuse=fuse, scale=scale, per_row=per_row, penalty="decoupled")
     with Calls() as calls:
         one_step(model, dtype=dtype)
         before = grads(model)
         add_penalty_grad_(model, 0.03)
-    assert calls.counts["add_lsb_grad_"] == 1 and "uniform_backward" not in calls.counts
+    assert calls.counts["add_lsb_grad_"] == 1
+    assert ("uniform_backward" in calls.counts) == (scale != "absmax")  # with absmax the backward is the identity
     assert same(coupled, grads(model)) and not same(before, coupled)
 
 

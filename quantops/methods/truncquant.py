@@ -17,6 +17,7 @@ from quantops.methods.multibn import KINDS, MultiBatchNorm, check_norms, refuse_
 from quantops.nn import WEIGHT, WeightGroup, WeightQuantizer, batches, check_module, quantized, trackable
 from quantops.reference.truncate import COMPANDINGS
 from quantops.reference.uniform import MAX_BITS, RULES
+from quantops.scales import ABSMAX, check_scale, split_scales, weight_scales
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class TruncQuantConfig(QuantConfig):
     base_bits: int | None = None
     rule: str = "floor"
     companding: str | None = None
-    scale: str | float = "absmax"
+    scale: str | float = ABSMAX
     out_scale: str | None = None
     per_row: bool = False
     batch_norm: bool = True
@@ -67,9 +68,7 @@ class TruncQuantConfig(QuantConfig):
         check_choice("out_scale", self.out_scale, (None, "absmean"))
         check_choice("per_row", self.per_row, (True, False))
         check_choice("batch_norm", self.batch_norm, (True, False))
-        number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
-        if self.scale != "absmax" and not (number and 0 < self.scale < math.inf):
-            raise ValueError(f"scale: expected 'absmax' or a positive number of times mean|w|, got {self.scale!r}")
+        check_scale(self.scale)
 
     def fixed(self, bits):
         return {"bits": bits}
@@ -107,7 +106,7 @@ class TruncQuantWeight(WeightQuantizer):
         self.model_widths, self.widths, self.base_bits = config.bits, widths, base_bits
         self.rule, self.tanh = RULES.index(config.rule), config.companding == "tanh"
         self.scale, self.out_scale, self.per_row = config.scale, config.out_scale, config.per_row
-        self.covered = config.scale == "absmax"
+        self.covered = config.scale == ABSMAX
         self.batch_key = ("truncquant", len(widths), self.rule, self.tanh, self.scale, self.out_scale, self.per_row)
         self.joint_graph = False  # a joint_loss may wait for its backward pass
 
@@ -176,15 +175,11 @@ def _truncate(quantizers, w, bits):
 def _scales(quantizers, w):
     """(scale, out_scale) of a list call; out_scale is [] where it is the scale."""
     p = quantizers[0]
-    mean = top = None
-    if not p.covered or p.out_scale:
-        mean = ops.absmean(w, p.per_row)
+    if not p.out_scale:
+        return weight_scales(w, p.scale, p.per_row), []
+    mean = ops.absmean(w, p.per_row)
     top = ops.absmax(w, p.per_row) if p.covered else mean * p.scale
-
-    def split(values):
-        return list(values.split([t.shape[0] for t in w]) if p.per_row else values.unbind())
-
-    return split(top), split(mean) if p.out_scale else []
+    return split_scales(top, w, p.per_row), split_scales(mean, w, p.per_row)
 
 
 class _Revive(torch.autograd.Function):

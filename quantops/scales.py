@@ -1,0 +1,26 @@
+"""The scale that weights are quantized with in training: max|w|, or a multiple of mean|w|."""
+
+import math
+
+from quantops.library import ops
+
+ABSMAX = "absmax"
+
+
+def check_scale(value):
+    """``value`` where it is "absmax" or a positive number; ValueError otherwise."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value != ABSMAX and not (number and 0 < value < math.inf):
+        raise ValueError(f"scale: expected 'absmax' or a positive number of times mean|w|, got {value!r}")
+    return value
+
+
+def weight_scales(w, scale, per_row):
+    """[scale of each weight] from their values now, in one list call; constants for autograd."""
+    values = ops.absmax(w, per_row) if scale == ABSMAX else ops.absmean(w, per_row) * scale
+    return split_scales(values, w, per_row)
+
+
+def split_scales(values, w, per_row):
+    """What absmax and absmean give for a list, as a list."""
+    return list(values.split([t.shape[0] for t in w]) if per_row else values.unbind())
