@@ -11,7 +11,6 @@ import quantops
 from bench import bitlevel
 from quantops.report import compression
 
-WIDTHS = (8, 4, 2, 1)
 RE_ESTIMATE = 20  # training batches that batch norms are re-estimated from
 
 
@@ -123,41 +122,40 @@ class MSQ(Float):
 
 
 class Truncated(Float):
-    """Weights that are served at any of ``WIDTHS``. joint: TruncQuant, every step trains all of them; else ordinary
+    """Weights that are served at any of ``widths``. joint: TruncQuant, every step trains all of them; else ordinary
     training at the widest."""
 
-    def __init__(self, model, steps, *, rule, joint, companding, batch_norm, distill):
+    def __init__(self, model, steps, *, widths, joint, distill, **settings):
         super().__init__(model, steps)
-        self.joint, self.distill = joint, distill
-        quantops.quantize_(model, quantops.TruncQuantConfig(bits=WIDTHS, rule=rule, companding=companding,
-                                                            batch_norm=batch_norm))
+        self.widths, self.joint, self.distill = widths, joint, distill
+        quantops.quantize_(model, quantops.TruncQuantConfig(bits=widths, **settings))
 
     def backward(self, forward, x, y):
         if not self.joint:
             return super().backward(forward, x, y)
         with forward.autocast():  # around the call of the root, where the weights are quantized
             done = quantops.joint_step(forward.model, lambda out: F.cross_entropy(out.float(), y), x,
-                                       weights=[1 / len(WIDTHS)] * len(WIDTHS), distill=self.distill)
+                                       weights=[1 / len(self.widths)] * len(self.widths), distill=self.distill)
         return done.loss
 
     def average_bits(self):
-        return float(WIDTHS[0])
+        return float(self.widths[0])
 
     def accuracies(self, accuracy, batches):
         found = {}
-        for m in WIDTHS:
+        for m in self.widths:
             quantops.set_bits(self.model, m)
             found[f"{m} bits"] = accuracy()
         quantops.set_bits(self.model)
-        found["final"] = found[f"{WIDTHS[0]} bits"]
-        if not self.joint:
+        found["final"] = found[f"{self.widths[0]} bits"]
+        if not self.joint and len(self.widths) > 1:
             found |= self._re_estimated(accuracy, batches)
         return found
 
     def _re_estimated(self, accuracy, batches):
         """Each width once more, with batch norms that have seen activations of that width."""
         found, before = {}, copy.deepcopy(self.model.state_dict())
-        for m in WIDTHS:
+        for m in self.widths:
             quantops.set_bits(self.model, m)
             re_estimate(self.model, batches())
             found[f"{m} bits, norms re-estimated"] = accuracy()

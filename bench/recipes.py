@@ -38,7 +38,10 @@ _MSQ_DEVIATIONS = ("dyadic grid (exact zero) and at least 2 bits, since at 1 bit
                    "lambda larger than 5e-5, since decisions are a fraction of an epoch apart; the Hessian from 4 "
                    "samples of 64 images")
 
-_TRUNCATED = dict(rule="floor", joint=True, companding=None, batch_norm=True, distill=0.0)
+WIDTHS = (8, 4, 2, 1)
+_TRUNCATED = dict(widths=WIDTHS, rule="floor", joint=True, companding=None, batch_norm=True, distill=0.0,
+                  scale="absmax")  # or a number of times mean|w|
+_ALONE = _TRUNCATED | {"joint": False, "batch_norm": False}  # trained at its widest width
 _BITS = dict(bits=4, strength=0.0)
 
 RECIPES = {
@@ -53,11 +56,13 @@ RECIPES = {
                             _MSQ_DEVIATIONS + "; the penalty's gradient is added after the backward pass"),
     "fixed-2-bits": Recipe(methods.MSQ, _MSQ | {"bits": 2, "k": 0, "target": None}, "round-clamp rule, constant bits",
                            "no penalty, no controller: what MSQ's choice of bits is compared with"),
-    "qat": Recipe(methods.Truncated, _TRUNCATED | {"rule": "nearest", "joint": False, "batch_norm": False},
-                  "DoReFa's rule, arXiv 1606.06160", "no tanh; trained at 8 bits, then truncated"),
+    "qat": Recipe(methods.Truncated, _ALONE | {"rule": "nearest"}, "DoReFa's rule, arXiv 1606.06160",
+                  "no tanh; trained at 8 bits, then truncated"),
     "truncquant": Recipe(methods.Truncated, _TRUNCATED, "TruncQuant, arXiv 2506.11431",
                          "scale max|w| without tanh; the mean of the losses of all widths, so that lr means the same",
                          claims="86.0 % at 8 bits; at 2 bits 57.5 % of ordinary training truncated, 85.8 % of this"),
+    **{f"separate-{m}": Recipe(methods.Truncated, _ALONE | {"widths": (m,)}, "the floor rule, constant bits",
+                               "one network for this width alone") for m in WIDTHS},
     "bsq": Recipe(
         methods.BSQ,
         dict(bits=8,
@@ -79,3 +84,4 @@ RECIPES = {
     "dropbits": Recipe(methods.CPQ, _BITS | {"dropbits": "learned", "strength": 1e-2}, "DropBits, arXiv 2109.02100",
                        "weights only; float weights and their alpha at one lr"),
 }
+SEPARATE = tuple(name for name in RECIPES if name.startswith("separate-"))  # together they are one row of a table

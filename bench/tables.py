@@ -5,8 +5,7 @@ import statistics
 from pathlib import Path
 
 from bench.costs import BASE, state_bytes
-from bench.methods import WIDTHS
-from bench.recipes import EVERYWHERE, RECIPES
+from bench.recipes import EVERYWHERE, RECIPES, SEPARATE, WIDTHS
 from bench.report import IMPLEMENTATIONS, insert, markdown
 from bench.state import RESULTS
 
@@ -93,14 +92,20 @@ def runs_table(folder):
 
 
 def widths_table(folder):
-    """Accuracy by dropping bits."""
+    """Accuracy by dropping bits, and of networks trained for each width."""
     body = []
     for label, results in folder.runs.items():
         for kind in ("", RE_ESTIMATED):
-            if f"{WIDTHS[0]} bits{kind}" in results[0]["accuracy"]:
-                body.append([label + kind, _budget(results[0]),
+            if all(f"{m} bits{kind}" in results[0]["accuracy"] for m in WIDTHS):
+                body.append([label + kind, _budget(results[0]), str(len(results)),
                              *(_mean(results, lambda r, m=m: r["accuracy"][f"{m} bits{kind}"]) for m in WIDTHS)])
-    return markdown(["trained by", "epochs x images", *(f"{m} bit{'s' * (m > 1)}, %" for m in WIDTHS)], body) if body else ""
+    separate = [folder.runs.get(name) for name in SEPARATE]
+    if any(separate):
+        some = next(runs for runs in separate if runs)
+        body.append(["separate networks", _budget(some[0]), str(len(some)),
+                     *("" if runs is None else _mean(runs, lambda r: r["accuracy"]["final"]) for runs in separate)])
+    heads = ["trained by", "epochs x images", "seeds", *(f"{m} bit{'s' * (m > 1)}, %" for m in WIDTHS)]
+    return markdown(heads, body) if body else ""
 
 
 def deviations(found):

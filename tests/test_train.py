@@ -165,7 +165,8 @@ def test_bad_folders(tmp_path):
 def test_two_steps(file, tmp_path, method):
     assert run(file, tmp_path, "--method", method, "--epochs", "1") == 0
     found = result(tmp_path)
-    assert found["label"] == method and found["configuration"]["settings"] == recipes.RECIPES[method].settings
+    settings = json.loads(json.dumps(recipes.RECIPES[method].settings))  # tuples are lists there
+    assert found["label"] == method and found["configuration"]["settings"] == settings
     assert len(found["epochs"]) == 1 and found["epochs"][0]["loss"] > 0
     assert all(0 <= v <= 100 for v in found["accuracy"].values())
     assert (found["compression"] is None) == (method == "float")
@@ -452,7 +453,7 @@ def test_costs_and_tables(file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(costs, "WAYS", {k: v for k, v in costs.WAYS.items() if k != "compiled MSQ"})
     monkeypatch.setattr(costs.measure, "interleave", lambda calls, *_, **__: {k: [f(), f()] for k, f in calls.items()})
     assert main(["costs", "--device", "cpu", "--batch", "2", "--out", str(tmp_path / "costs-cpp.json")]) == 0
-    for more in (["--method", "qat"], ["--method", "msq"]):
+    for more in (["--method", "qat,separate-8,separate-2"], ["--method", "msq"]):
         assert run(file, tmp_path / "train", "--epochs", "1", *more) == 0
     page = tmp_path / "page.md"
     page.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
@@ -462,8 +463,10 @@ def test_costs_and_tables(file, tmp_path, capsys, monkeypatch):
     assert text.startswith("before\n") and text.endswith(f"{tables.END}\nafter\n") and "\nold\n" not in text
     assert capsys.readouterr().out.strip() in text
     found = result(tmp_path / "train", "msq")
+    alone = {m: f"{result(tmp_path / 'train', f'separate-{m}')['accuracy']['final']:.2f}" for m in (8, 2)}
     for cell in ("| BSQ | float32 | C++ |", "| 15.9x |", f"| {found['accuracy']['final']:.2f} | 4.00 | 8.00 |",
-                 "| qat, norms re-estimated | 1 x 16 |", "- msq (MSQ, arXiv 2507.22349): dyadic grid"):
+                 "| qat, norms re-estimated | 1 x 16 | 1 |", f"| separate networks | 1 x 16 | 1 | {alone[8]} |  | {alone[2]} |  |",
+                 "- msq (MSQ, arXiv 2507.22349): dyadic grid"):
         assert cell in text, cell
     with pytest.raises(SystemExit, match="no results"):
         main(["tables", str(tmp_path / "train" / "weights")])
