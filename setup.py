@@ -136,9 +136,10 @@ def extensions():
     return found
 
 
-PACKAGES = {"quantops": "quantops", "quantops.reference": "quantops/reference", "quantops.methods": "quantops/methods",
-            "quantops.demo": "quantops/demo", "quantops.kernels": "kernels", "quantops.csrc": "csrc", "quantops.csrc.cpu": "csrc/cpu",
-            "quantops.csrc.cuda": "csrc/cuda"}
+PACKAGES = {"quantops": "quantops", "quantops.reference": "quantops/reference", "quantops.default": "quantops/default",
+            "quantops.autograd": "quantops/autograd", "quantops.methods": "quantops/methods",
+            "quantops.demo": "quantops/demo", "quantops.kernels": "kernels", "quantops.csrc": "csrc",
+            "quantops.csrc.cpu": "csrc/cpu", "quantops.csrc.cuda": "csrc/cuda"}
 
 setup(
     packages=list(PACKAGES),

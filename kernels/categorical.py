@@ -30,9 +30,9 @@ from quantops.kernels.launch import (
 )
 from quantops.kernels.table import on_device
 from quantops.layout import dense, empty_like
-from quantops.library import _check_categorical
 from quantops.reference.categorical import GRADS, MAX_BITS, MAX_SOFT_BITS, MODES
 from quantops.reference.uniform import acc_dtype
+from quantops.values import check_categorical
 
 # Columns of the table: one row of int64 per tensor.
 FIELDS = tl.constexpr(20)
@@ -601,7 +601,7 @@ def _run(op, x, alpha, sigma, bits, gates, seed, signed, soft, out, grad=None, d
 
 
 def categorical(x, alpha, sigma, bits, gates, seed, mode, grad_of, signed, dtype):
-    _check_categorical(alpha, sigma, bits, gates, seed, mode, grad_of)
+    check_categorical(alpha, sigma, bits, gates, seed, mode, grad_of)
     x = [dense(t) for t in x]
     q = [empty_like(t, dtype) for t in x]
     soft = "soft" in (MODES[mode], GRADS[grad_of])
@@ -611,7 +611,7 @@ def categorical(x, alpha, sigma, bits, gates, seed, mode, grad_of, signed, dtype
 
 
 def categorical_backward(grad, x, alpha, sigma, bits, gates, seed, mode, grad_of, signed, scale_grad, gate_grad):
-    _check_categorical(alpha, sigma, bits, gates, seed, mode, grad_of)
+    check_categorical(alpha, sigma, bits, gates, seed, mode, grad_of)
     x = [dense(t) for t in x]
     grad_x = [empty_like(t, t.dtype) for t in x]
     grad_alpha, grad_sigma = ([torch.empty_like(v) if t.numel() else torch.zeros_like(v) for v, t in zip(values, x)]

@@ -13,8 +13,8 @@ import triton.language as tl
 from quantops.kernels import math, memory
 from quantops.kernels.launch import TYPES, all_aligned, block_of, ints, launch, on_device_of, owners, starts
 from quantops.kernels.table import on_device
-from quantops.library import _check_codes, _check_stored, _check_values
 from quantops.reference.packing import LAYOUTS, data_shape, plane_bytes, split_shapes
+from quantops.values import check_codes, check_stored, check_values
 
 # Columns of the table: one row of int64 per tensor.
 FIELDS = tl.constexpr(9)
@@ -209,7 +209,7 @@ def _table(codes, data, stored, block, scale=None):
 
 
 def pack(codes, bits, layout):
-    _check_codes(codes, bits)
+    check_codes(codes, bits)
     codes = [c.contiguous() for c in codes]
     data = [c.new_empty(data_shape(c.numel(), n, LAYOUTS[layout]), dtype=torch.uint8) for c, n in zip(codes, bits)]
     block = block_of(torch.float32, 1)
@@ -222,7 +222,7 @@ def pack(codes, bits, layout):
 
 
 def _unpack(data, sizes, dims, stored, bits, layout, dtype, scale=None, full=False, signed=True):
-    _check_stored(bits, stored)
+    check_stored(bits, stored)
     acc = scale[0].dtype if scale else torch.float32
     out = [d.new_empty(shape, dtype=dtype) for d, shape in zip(data, split_shapes(sizes, dims))]
     block = block_of(acc, 1)
@@ -240,5 +240,5 @@ def unpack(data, sizes, dims, stored, bits, layout):
 
 
 def decode_packed(data, sizes, dims, stored, scale, bits, layout, full, signed, dtype):
-    _check_values(scale, bits)
+    check_values(scale, bits)
     return _unpack(data, sizes, dims, stored, bits, layout, dtype, scale, full, signed)

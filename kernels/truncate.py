@@ -30,8 +30,8 @@ from quantops.kernels.launch import (
 )
 from quantops.kernels.table import on_device
 from quantops.layout import dense, empty_like
-from quantops.library import _check_truncation
 from quantops.reference.uniform import acc_dtype
+from quantops.values import check_truncation
 
 # Columns of the table: one row of int64 per tensor.
 W = tl.constexpr(0)  # addresses: the weight,
@@ -311,7 +311,7 @@ def _by_run(table, block):
 
 
 def truncate(w, scale, out_scale, bits, base_bits, rule, tanh, covered, dtype):
-    _check_truncation(scale, out_scale, bits, base_bits)
+    check_truncation(scale, out_scale, bits, base_bits)
     w, acc, device = [dense(t) for t in w], acc_dtype(w[0].dtype), w[0].device
     widths, block = bits.shape[0], block_of(acc, 1)
     q = [empty_like(t, dtype) for _ in range(widths) for t in w]
@@ -325,7 +325,7 @@ def truncate(w, scale, out_scale, bits, base_bits, rule, tanh, covered, dtype):
 
 
 def truncate_backward(grads, w, scale, out_scale, bits, base_bits, rule, tanh, covered, scale_grad):
-    _check_truncation(scale, out_scale, bits, base_bits)
+    check_truncation(scale, out_scale, bits, base_bits)
     w, acc, device = [dense(t) for t in w], acc_dtype(w[0].dtype), w[0].device
     widths, block = bits.shape[0], block_of(acc, 4 if scale_grad else 2)
     used = [g.numel() > 0 for g in grads]

@@ -28,8 +28,8 @@ from quantops.kernels.launch import (
 )
 from quantops.kernels.table import on_device
 from quantops.layout import dense, empty_like
-from quantops.library import _check_codes, _check_values
 from quantops.reference.uniform import acc_dtype
+from quantops.values import check_codes, check_values
 
 # Columns of the table: one row of int64 per tensor.
 FIELDS = tl.constexpr(12)
@@ -458,7 +458,7 @@ def _elementwise(op, w, dtype, scale, bits, k=None, **options):
 
 
 def round_clamp(w, scale, bits, full, signed, covered, dtype):
-    _check_values(scale, bits)
+    check_values(scale, bits)
     return _elementwise(QUANTIZE, w, dtype, scale, bits, full=full, signed=signed)
 
 
@@ -474,7 +474,7 @@ def _targets(q, w):
 
 
 def round_clamp_out(w, scale, bits, full, signed, q):
-    _check_values(scale, bits)
+    check_values(scale, bits)
     w = [dense(t) for t in w]
     out = _targets(q, w)
     _flat(QUANTIZE, w, scale, bits, acc=acc_dtype(w[0].dtype), out=out, full=full, signed=signed)
@@ -487,7 +487,7 @@ def _sums(w, acc):
 
 def _msq(w, scale, bits, k, full, out):
     """Quantizes into ``out`` (None: nowhere), gives the sums."""
-    _check_values(scale, bits, k)
+    check_values(scale, bits, k)
     acc = acc_dtype(w[0].dtype)
     stats = _sums(w, acc)
     _flat(QUANTIZE, w, scale, bits, k, acc=acc, out=out, full=full, stats=stats)
@@ -508,7 +508,7 @@ def msq_out(w, scale, bits, k, full, q, penalty, nonzero, sq_error):
 
 
 def lsb(w, scale, bits, k):
-    _check_values(scale, bits, k)
+    check_values(scale, bits, k)
     return _elementwise(LSB, w, torch.int32, scale, bits, k)
 
 
@@ -517,7 +517,7 @@ def lsb_stats(w, scale, bits, k, full, covered):
 
 
 def uniform_backward(grad, grad_penalty, w, scale, bits, k, full, signed, scale_grad):
-    _check_values(scale, bits, k)
+    check_values(scale, bits, k)
     w, acc = [dense(t) for t in w], acc_dtype(w[0].dtype)
     grad = in_layouts_of(w, grad) if grad else None
     r = None if grad_penalty is None else grad_penalty.to(acc).contiguous()
@@ -533,7 +533,7 @@ def uniform_backward(grad, grad_penalty, w, scale, bits, k, full, signed, scale_
 
 
 def add_lsb_grad_(grad, w, scale, bits, k, strength):
-    _check_values(scale, bits, k)
+    check_values(scale, bits, k)
     w, acc = [dense(t) for t in w], acc_dtype(w[0].dtype)
     same = in_layouts_of(w, grad)
     _flat(ADD_LSB_GRAD, w, scale, bits, k, acc=acc, x=same, out=same, r=strength.to(acc))
@@ -541,11 +541,11 @@ def add_lsb_grad_(grad, w, scale, bits, k, strength):
 
 
 def encode(w, scale, bits, rule, signed):
-    _check_values(scale, bits)
+    check_values(scale, bits)
     return _elementwise(ENCODE, w, torch.int32, scale, bits, rule=rule, signed=signed)
 
 
 def decode(codes, scale, bits, full, signed, dtype):
-    _check_values(scale, bits)
-    _check_codes(codes, bits.reshape(-1))
+    check_values(scale, bits)
+    check_codes(codes, bits.reshape(-1))
     return _elementwise(DECODE, codes, dtype, scale, bits, acc=acc_dtype(scale[0].dtype), full=full, signed=signed)

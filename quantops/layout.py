@@ -32,3 +32,8 @@ def empty_like(t, dtype):
     if dense_rows(t):
         return torch.empty_strided(t.shape, t.stride(), dtype=dtype, device=t.device)
     return torch.empty(t.shape, dtype=dtype, device=t.device)
+
+
+def laid_out(results, like):
+    """``results`` in the layout that the compiled kernels and the fakes give those of ``like``."""
+    return [empty_like(t, r.dtype).copy_(r) for r, t in zip(results, like)]

@@ -418,7 +418,7 @@ def _check_truncate_backward(grads, w, s, out, bits, base, rule, what, tanh=Fals
     import torch
 
     from quantops import reference
-    from quantops.library import used_gradients
+    from quantops.default.truncate import used_gradients
     for scale_grad in (False, True):
         got = torch.ops.quantops.truncate_backward(grads, w, s, out, bits, base, rule, tanh, False, scale_grad)
         assert [len(v) for v in got] == [len(w), len(w) * scale_grad, len(out) * scale_grad]

@@ -12,6 +12,7 @@ import torch._dynamo.testing
 import quantops as Q
 from quantops import reference as ref
 from cases import EXHAUSTIVE, SPECIAL, same, scales, weights
+from quantops.default.truncate import used_gradients
 
 RULES = ref.uniform.RULES
 COMPANDINGS, TANH = (ref.truncate.__globals__[name] for name in ("COMPANDINGS", "tanh"))
@@ -216,7 +217,7 @@ def test_backward_equals_reference(dtype, per_row, rule, companding):
             assert len(got[2]) == (len(w) if scale_grad and out else 0)
             for i, t in enumerate(w):
                 want = ref.truncate_backward(
-                    Q.library.used_gradients(g[i::len(w)], t), t, s[i], bits[:, i], base_bits=base[i], rule=rule,
+                    used_gradients(g[i::len(w)], t), t, s[i], bits[:, i], base_bits=base[i], rule=rule,
                     companding=companding, out_scale=row(out, i))
                 assert same(got[0][i], want[0]), i
                 assert expected_layout(t, got[0][i])
@@ -235,7 +236,7 @@ def test_covered_backward_is_the_sum(dtype):
     assert scale_grads == out_grads == []
     for i, t in enumerate(w):
         want = torch.zeros(t.shape, dtype=s[0].dtype)
-        for v in Q.library.used_gradients(g[i::len(w)], t):
+        for v in used_gradients(g[i::len(w)], t):
             want = want if v is None else want + v.to(want.dtype)
         assert same(got[i], want.to(dtype)) and expected_layout(t, got[i])
 

@@ -1,0 +1,20 @@
+"""What the families' autograd kernels share."""
+
+import torch
+
+
+def below_autograd(keyset, op, args):
+    """The op's result by the kernels below autograd."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+def any_given(grads):
+    return any(g is not None for g in grads)
+
+
+def materialize(grads, w):
+    """Gradients of a list: [] where none is wanted, zeros for single entries that are not used."""
+    if not any_given(grads):
+        return []
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(grads, w)]

@@ -1,0 +1,97 @@
+"""Family ``uniform``: the quantizers, and their backward, which is linear in the gradients."""
+
+import torch
+
+from quantops.autograd.common import any_given, below_autograd, materialize
+from quantops.reference.uniform import GRIDS, per_row, scale_grad_term
+
+ops = torch.ops.quantops
+
+
+class _Quantizer(torch.autograd.Function):
+    """Ops of w and scale whose results are a list of q (or none), then R (or none), then sums without gradient."""
+
+    @staticmethod
+    def forward(ctx, keyset, op, args, full, signed, covered, k, *tensors):
+        result = below_autograd(keyset, op, args)
+        result = tuple(result) if isinstance(result, list) else (*result[0], *result[1:]) if isinstance(
+            result[0], list) else result
+        w, scale, bits = args[:3]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(t for t in result[-2:] if k is not None))
+        ctx.count, ctx.lists = len(w), len(result) if k is None else len(result) - 3
+        ctx.full, ctx.signed, ctx.covered, ctx.dtype = full, signed, covered, w[0].dtype
+        ctx.save_for_backward(*tensors, bits, *([] if k is None else [k]))
+        return result
+
+    @staticmethod
+    def backward(ctx, *grads):
+        grad_q, penalty = grads[: ctx.lists], (grads[ctx.lists:] or (None,))[0]
+        none = [None] * ctx.count
+        if penalty is None and (ctx.covered or not any_given(grad_q)):
+            grad_w, grad_scale = [None if g is None else g.to(ctx.dtype) for g in grad_q or none], none
+        else:
+            n, saved = ctx.count, ctx.saved_tensors
+            w, scale, bits = list(saved[:n]), list(saved[n: 2 * n]), saved[2 * n]
+            k = saved[-1] if len(saved) > 2 * n + 1 else torch.zeros_like(bits)
+            # The scale is a constant in R.
+            scale_grad = not ctx.covered and any(s.requires_grad for s in scale) and any_given(grad_q)
+            grad_w, grad_scale = ops.uniform_backward(
+                materialize(grad_q, w), penalty, w, scale, bits, k, ctx.full, ctx.signed, scale_grad)
+            grad_scale = grad_scale if scale_grad else none
+        return *[None] * 7, *grad_w, *grad_scale
+
+
+class _QuantizerBackward(torch.autograd.Function):
+    """The backward is linear in g and r; w and s count as constants there, as the STE has it."""
+
+    @staticmethod
+    def forward(ctx, keyset, op, args, *tensors):
+        grad, penalty, w, scale, bits, k, ctx.full, ctx.signed, _ = args
+        grad_w, grad_scale = below_autograd(keyset, op, args)
+        ctx.set_materialize_grads(False)
+        ctx.count, ctx.has_penalty, ctx.grad_dtype = len(w), penalty is not None, grad[0].dtype if grad else None
+        ctx.save_for_backward(*w, *scale, bits, k)
+        return (*grad_w, *grad_scale)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        n, saved = ctx.count, ctx.saved_tensors
+        w, scale, bits, k = list(saved[:n]), list(saved[n: 2 * n]), saved[2 * n], saved[2 * n + 1]
+        gg_w, gg_scale = materialize(gradients[:n], w), gradients[n:]
+        grad, penalty = [None] * n, None
+        if gg_w:
+            grad, _ = ops.uniform_backward(gg_w, None, w, scale, bits, k, ctx.full, ctx.signed, False)
+            if ctx.has_penalty:
+                slopes = [b.sign() for b in ops.lsb(w, scale, bits, k)]
+                penalty = torch.stack([(g * b).sum(dtype=s.dtype) for g, b, s in zip(grad, slopes, scale)])
+        if any_given(gg_scale):
+            terms = [
+                torch.zeros_like(t) if g is None else per_row(g, t) *
+                scale_grad_term(t, s, b, GRIDS[ctx.full], ctx.signed)
+                for g, t, s, b in zip(gg_scale, w, scale, bits.reshape(-1))]
+            grad = [t if g is None else g + t for g, t in zip(grad, terms)]
+        grad = [None if g is None else g.to(ctx.grad_dtype) for g in grad] if ctx.grad_dtype else []
+        return None, None, None, *grad, *([penalty] if ctx.has_penalty else [])
+
+
+def round_clamp(keyset, op, args):
+    w, scale, _, full, signed, covered, _ = args
+    return list(_Quantizer.apply(keyset, op, args, full, signed, covered, None, *w, *scale))
+
+
+def msq(keyset, op, args):
+    w, scale, _, k, full, covered, _ = args
+    out = _Quantizer.apply(keyset, op, args, full, True, covered, k, *w, *scale)
+    return list(out[:-3]), *out[-3:]
+
+
+def lsb_stats(keyset, op, args):
+    w, scale, _, k, full, covered = args
+    return _Quantizer.apply(keyset, op, args, full, True, covered, k, *w, *scale)
+
+
+def uniform_backward(keyset, op, args):
+    grad, penalty, w = args[:3]
+    out = _QuantizerBackward.apply(keyset, op, args, *grad, *([] if penalty is None else [penalty]))
+    return list(out[: len(w)]), list(out[len(w):])

@@ -1,0 +1,24 @@
+"""Family ``packing`` by the reference, weight by weight."""
+
+from quantops import reference
+from quantops.reference.packing import LAYOUTS, split_shapes
+from quantops.reference.uniform import GRIDS
+from quantops.values import check_codes, check_stored, check_values
+
+
+def pack(codes, bits, layout):
+    check_codes(codes, bits)
+    return [reference.pack(c, n, layout=LAYOUTS[layout]) for c, n in zip(codes, bits)]
+
+
+def unpack(data, sizes, dims, stored, bits, layout):
+    shapes, layout = split_shapes(sizes, dims), LAYOUTS[layout]
+    check_stored(bits, stored)
+    return [reference.unpack(d, shape, n, m, layout=layout)
+            for d, shape, n, m in zip(data, shapes, stored, bits.reshape(-1))]
+
+
+def decode_packed(data, sizes, dims, stored, scale, bits, layout, full, signed, dtype):
+    check_values(scale, bits)
+    return [reference.decode(c, s, m, grid=GRIDS[full], signed=signed, dtype=dtype)
+            for c, s, m in zip(unpack(data, sizes, dims, stored, bits, layout), scale, bits.reshape(-1))]
