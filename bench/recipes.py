@@ -25,18 +25,19 @@ class Recipe:
 
 _MSQ = dict(
     bits=8, k=1, target=16.0, grid="dyadic", penalty="loss", hessian=True,
-    scale="absmax",     # or a number of times mean|w|
+    scale=2.8,          # times mean|w|; "absmax": max|w|, the paper's
     min_bits=2,         # the dyadic grid of 1 bit is {-s, 0}: layers that came to it were lost
-    threshold=0.3,      # alpha, the fraction of nonzero LSBs below which a layer loses bits
-    strength=1e-3,      # lambda
-    prune=0.6,          # part of the steps that is to do for dropping bits,
-    decisions=18,       # and the decisions in it; where they do not reach the target, more follow
-    samples=4,          # of the Hutchinson estimate
+    threshold=0.5,      # alpha, the fraction of nonzero LSBs below which a layer loses bits
+    strength=5e-3,      # lambda
+    prune=0.4,          # part of the steps that is to do for dropping bits,
+    decisions=8,        # and the decisions in it; where they do not reach the target, more follow
+    samples=2,          # of the Hutchinson estimate
     sample_size=64)     # images for it
 _MSQ_PAPER = "MSQ, arXiv 2507.22349"
-_MSQ_DEVIATIONS = ("dyadic grid (exact zero) and at least 2 bits, since at 1 bit that grid has no positive value; "
-                   "lambda larger than 5e-5, since decisions are a fraction of an epoch apart; the Hessian from 4 "
-                   "samples of 64 images")
+_MSQ_DEVIATIONS = ("a scale of 2.8 mean|w| for max|w|, which at 2 bits leaves most weights at 0; dyadic grid (exact "
+                   "zero) and at least 2 bits, since at 1 bit that grid has no positive value; lambda (5e-5 there) and "
+                   "threshold larger, since decisions are a fraction of an epoch apart, and at 8 bits the noise "
+                   "of the gradients alone keeps LSBs busy; the Hessian from 2 samples of 64 images")
 
 WIDTHS = (8, 4, 2, 1)
 _TRUNCATED = dict(widths=WIDTHS, rule="floor", joint=True, companding=None, batch_norm=True, distill=0.0,
@@ -50,6 +51,7 @@ RECIPES = {
                   claims="up to 8.00x fewer trainable parameters and up to 86 % less training time than bit-level "
                          "training"),
     "msq-no-hessian": Recipe(methods.MSQ, _MSQ | {"hessian": False}, _MSQ_PAPER, _MSQ_DEVIATIONS + "; k = 1 always"),
+    "msq-absmax": Recipe(methods.MSQ, _MSQ | {"scale": "absmax"}, _MSQ_PAPER, _MSQ_DEVIATIONS + "; here max|w|"),
     "msq-full-grid": Recipe(methods.MSQ, _MSQ | {"grid": "full", "min_bits": 1}, _MSQ_PAPER,
                             _MSQ_DEVIATIONS + "; here the full grid, down to 1 bit"),
     "msq-decoupled": Recipe(methods.MSQ, _MSQ | {"penalty": "decoupled"}, _MSQ_PAPER,

@@ -466,7 +466,7 @@ def test_costs_and_tables(file, tmp_path, capsys, monkeypatch):
     alone = {m: f"{result(tmp_path / 'train', f'separate-{m}')['accuracy']['final']:.2f}" for m in (8, 2)}
     for cell in ("| BSQ | float32 | C++ |", "| 15.9x |", f"| {found['accuracy']['final']:.2f} | 4.00 | 8.00 |",
                  "| qat, norms re-estimated | 1 x 16 | 1 |", f"| separate networks | 1 x 16 | 1 | {alone[8]} |  | {alone[2]} |  |",
-                 "- msq (MSQ, arXiv 2507.22349): dyadic grid"):
+                 "- msq (MSQ, arXiv 2507.22349): a scale of 2.8"):
         assert cell in text, cell
     with pytest.raises(SystemExit, match="no results"):
         main(["tables", str(tmp_path / "train" / "weights")])
