@@ -6,18 +6,21 @@ the closed form without that tensor in plain PyTorch, which is the one to beat.
 
 import dataclasses
 import functools
+import math
 
 import torch
 
 from bench.peers import op_peers, step, step_peer
 from bench.registry import Absent, Case, Peer
-from bench.uniform import Inputs, equal
+from bench.uniform import Inputs
 from quantops import foreach, reference
+from quantops.library import ops
 from quantops.reference import paper
 
 MOST_CLASSES = 1 << 29  # bytes of one tensor with all classes of all weights: the eager chain holds several,
 MOST_STEP_CLASSES = 1 << 28  # and with what it keeps for its backward pass forty
-PIECE = 1 << 20  # elements that the reference takes at a time: it holds a kilobyte for each
+PIECE = 1 << 20  # elements that the reference takes at a time: it holds a kilobyte for each,
+MOST_CHECKED = 1 << 24  # and takes half a second for a million: of larger lists every so many-th piece is checked
 MOST_OF_REFERENCE = 4 * PIECE  # elements of a peer that is the reference itself
 
 
@@ -102,18 +105,19 @@ def _nearest(w, alpha, bits):
     return torch.clamp(torch.round(w.float() * (1 / alpha)), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
-def _reference(x, i, bits):
-    pieces = [reference.categorical(w, x.alpha[i], x.sigma[i], bits, **x.options(i))
-              for w in x.w[i].flatten().split(PIECE)]
-    return torch.cat(pieces).view_as(x.w[i])
+def _reference(x, i, bits, part=slice(None)):
+    w = x.w[i].flatten()[part]
+    pieces = [reference.categorical(v, x.alpha[i], x.sigma[i], bits, **x.options(i)) for v in w.split(PIECE)]
+    return torch.cat(pieces).view_as(x.w[i] if part == slice(None) else w)
 
 
-def _reference_gradients(x, i):
-    """Of the weights, alpha and sigma."""
-    pieces = [reference.categorical_backward(g, w, x.alpha[i], x.sigma[i], x.n)
-              for g, w in zip(x.grad[i].flatten().split(PIECE), x.w[i].flatten().split(PIECE))]
-    of_w, of_alpha, of_sigma, _ = zip(*pieces)
-    return torch.cat(of_w).view_as(x.w[i]), sum(of_alpha), sum(of_sigma)
+def _checked(x):
+    """{weight: the pieces of it that are checked}, and whether these are all there are."""
+    every, found = math.ceil(x.numel / MOST_CHECKED), {}
+    places = [(i, slice(at, at + PIECE)) for i, w in enumerate(x.w) for at in range(0, w.numel(), PIECE)]
+    for i, part in places[::every]:
+        found.setdefault(i, []).append(part)
+    return found, every == 1
 
 
 def _winner(w, alpha, sigma, bits):
@@ -156,28 +160,44 @@ def _learned(x):
 
 
 def _hard_check(got, x):
-    return equal(got, (_reference(x, i, x.n) for i in range(len(x.w))))
+    return all(torch.equal(got[i].flatten()[part], _reference(x, i, x.n, part))
+               for i, parts in _checked(x)[0].items() for part in parts)
 
 
 def _soft_check(got, x):
     """To the rounding of q, and of the sum over classes."""
-    def same(q, i):
+    def same(q, i, part):
         room = 1e-5 * float(x.alpha[i])
-        return torch.allclose(q.float(), _reference(x, i, x.n).float(), rtol=2 * torch.finfo(q.dtype).eps, atol=room)
+        want = _reference(x, i, x.n, part).float()
+        return torch.allclose(q.flatten()[part].float(), want, rtol=2 * torch.finfo(q.dtype).eps, atol=room)
 
-    return all(same(q, i) for i, q in enumerate(got))
+    return all(same(got[i], i, part) for i, parts in _checked(x)[0].items() for part in parts)
 
 
-def _step_check(got, x):
-    """Against the reference; sums to within the rounding of their terms, which are of both signs."""
+def _backward(x):
+    """Gradients of the winner for the weights, alpha and sigma."""
+    of_w, of_alpha, of_sigma, _ = ops.categorical_backward(
+        x.grad, x.w, x.alpha, x.sigma, x.bits, [], None, 0, 0, True, True, False)
+    return [*of_w, *of_alpha, *of_sigma]
+
+
+def _backward_check(got, x):
+    """Against the reference; sums, where all of their terms are checked, to within the rounding of these, which are of
+    both signs."""
+    parts_of, everything = _checked(x)
+
     def same(i, grad_w, grad_alpha, grad_sigma):
-        want = _reference_gradients(x, i)
-        close = torch.allclose(grad_w.float(), want[0].float(), rtol=2 * torch.finfo(grad_w.dtype).eps, atol=1e-4)
-        return close and all(torch.allclose(a, b, rtol=1e-4, atol=1e-4 * x.w[i].numel() ** 0.5)
-                             for a, b in ((grad_alpha, want[1]), (grad_sigma, want[2])))
+        sums, room = [], 2 * torch.finfo(grad_w.dtype).eps
+        for part in parts_of[i]:
+            grad, w = x.grad[i].flatten()[part], x.w[i].flatten()[part]
+            want, *of_scales, _ = reference.categorical_backward(grad, w, x.alpha[i], x.sigma[i], x.n)
+            if not torch.allclose(grad_w.flatten()[part].float(), want.float(), rtol=room, atol=1e-4):
+                return False
+            sums.append(of_scales)
+        return not everything or all(torch.allclose(a, sum(b), rtol=1e-4, atol=1e-4 * x.w[i].numel() ** 0.5)
+                                     for a, b in zip((grad_alpha, grad_sigma), zip(*sums)))
 
-    n = len(x.w)
-    return all(same(i, *got[i::n]) for i in range(n))
+    return all(same(i, *got[i::len(x.w)]) for i in parts_of)
 
 
 CASES = [
@@ -189,9 +209,12 @@ CASES = [
          cuda="items_kernel<Bounded<T, T, 7>, 32>"),
     Case("categorical soft, 4 bits", SoftInputs, lambda s: s, lambda s: s, lambda x: _forward(x, "soft"), _soft_check,
          {name: _small(peer) for name, peer in _peers(_reference).items()}),
+    # What it is measured against is in the step.
+    Case("categorical backward", ClassInputs, lambda s: 2 * s, lambda s: s, _backward, _backward_check,
+         cuda="items_kernel<WinnerOne<T, T, true>, 32>"),
     # q, then the gradients of weights, alpha and sigma.
     Case("categorical step", ClassInputs, lambda s: 3 * s, lambda s: 2 * s,
-         lambda x: step(x, [*x.leaves, *x.widths], _learned(x)), _step_check,
+         lambda x: step(x, [*x.leaves, *x.widths], _learned(x)), _backward_check,
          {"all classes": _step_peer(lambda x, i, leaves, bits: _all_classes(x, i, bits, leaves), lists=False),
           "eager": _step_peer(lambda x, i, leaves, bits: _winner(*leaves, bits), graph=True),
           "compiled list": step_peer(_compiled_step, compiles=True, whole_list=True, graph=True)},

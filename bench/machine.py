@@ -2,6 +2,7 @@
 
 import ctypes
 import datetime
+import gc
 import platform
 import re
 from pathlib import Path
@@ -25,6 +26,14 @@ def keep_memory():
         (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 1 << 28))]
     if all(done):
         _allocator.update(name="glibc keeps freed memory", M_MMAP_MAX=0, M_TRIM_THRESHOLD="never", M_TOP_PAD=1 << 28)
+
+
+def release_memory():
+    """Gives what was freed back to the system, in spite of :func:`keep_memory`."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
 
 
 def serving(device):
@@ -58,14 +67,24 @@ def _cpu():
     return {"device": f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads, "
                       f"{torch.backends.cpu.get_cpu_capability()}",
             "driver": f"{platform.system()} {re.match('[0-9.]*', platform.release())[0]}",
-            "last_level_cache_bytes": last_level_cache(),
+            "threads": torch.get_num_threads(), "last_level_cache_bytes": last_level_cache(),
+            "second_level_cache_bytes": cache_bytes(level=2),
             "huge_pages": pages.read_text().strip() if pages.exists() else "unknown", "allocator": dict(_allocator)}
 
 
 def last_level_cache():
     """Bytes of the CPU's last cache, 32 MiB where the system does not say."""
-    sizes = [f.read_text().strip() for f in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    return max((int(s[:-1]) << {"K": 10, "M": 20}[s[-1]] for s in sizes if s[-1:] in "KM" and s[:-1]), default=32 << 20)
+    return cache_bytes() or 32 << 20
+
+
+def cache_bytes(level=None):
+    """Bytes of the first core's cache of a level, or of its largest; None where the system does not say."""
+    found = []
+    for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        size = (folder / "size").read_text().strip()
+        if size[-1:] in "KM" and size[:-1] and level in (None, int((folder / "level").read_text())):
+            found.append(int(size[:-1]) << {"K": 10, "M": 20}[size[-1]])
+    return max(found, default=None)
 
 
 def describe(device):

@@ -10,6 +10,7 @@ eager call on the host's clock until the device is done.
 
 import contextlib
 import functools
+import itertools
 import random
 import signal
 import statistics
@@ -165,39 +166,49 @@ def peak_bytes(fn, device):
         fn()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    _, kept, beyond = allocated(fn)
+    return kept + beyond
+
+
+def allocated(fn):
+    """(what ``fn`` returns, bytes of CPU memory that it leaves allocated, most that it had allocated beyond these)."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        fn()
+        result = fn()
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()
         most = max(most, now)
-    return most
+    return result, now, most - now
 
 
 class _Dispatches(TorchDispatchMode):
-    """The ops that reach a device's kernels."""
+    """Calls ``seen(op, arguments)`` for the ops that reach a device's kernels."""
 
-    def __init__(self):
+    def __init__(self, seen):
         super().__init__()
-        self.calls = []
+        self.seen = seen
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.calls.append((op, args))
+        self.seen(op, args)
         return op(*args, **(kwargs or {}))
 
 
 def dispatched(fn):
     """[(op, arguments)] of all calls that ``fn`` makes. (torch.compile runs its function uncompiled under it.)"""
-    with _Dispatches() as seen:
+    calls = []
+    with _Dispatches(lambda *call: calls.append(call)):
         fn()
-    return seen.calls
+    return calls
 
 
 def launches(fn, device):
     """On a GPU: kernels, copies and fills that one call puts on it. On CPU: dispatches of ops."""
     if torch.device(device).type == "cpu":
-        return len(dispatched(fn))
+        count = itertools.count()
+        with _Dispatches(lambda *_: next(count)):  # holds no arguments: all that a chain allocates would stay
+            fn()
+        return next(count)
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         fn()

@@ -6,6 +6,7 @@ from pathlib import Path
 from bench import static, steps, targets
 from bench.registry import OURS
 from bench.run import noisy
+from bench.shapes import CALL
 from bench.state import RESULTS, ROOT
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
@@ -67,7 +68,7 @@ def _peers_of(rows):
 
 def step_table(device, case=STEP):
     """A training op against its peers: times as multiples of ours, what is kept, what compiling costs."""
-    rows = [r for r in device.peers["rows"] if r["case"] == case]
+    rows = [r for r in device.peers["rows"] if r["case"] == case and r["workload"] != CALL]
     if not rows:
         return ""
     peers = [p for p in _peers_of(rows) if any(p in r["ratio"] for r in rows)]
@@ -96,7 +97,7 @@ def compile_table(device, case=STEP):
     data: only its first call may compile, where Triton serves it."""
     body = []
     for name, result in device.ops.items():
-        for r in (r for r in result["rows"] if r["case"] == case):
+        for r in (r for r in result["rows"] if r["case"] == case and r["workload"] != CALL):
             ours = [r["first_calls"][OURS]["first_call"]]
             for label, values in ((f"quantops, {IMPLEMENTATIONS[name]}", ours),
                                   *((peer, [seconds[k] for k in ("first_call", "change_of_bits", "second_change")])
@@ -110,7 +111,8 @@ def share_table(device, promised=False):
     """Share of a copy of each op on each workload, or on those that have a target alone; a cell has one figure per
     implementation, those that miss a target are bold."""
     rows = {(name, r["case"], r["workload"], r["dtype"]): r for name, result in device.ops.items()
-            for r in result["rows"] if not promised or r["workload"] in targets.LARGE + targets.LISTS}
+            for r in result["rows"]
+            if (r["workload"] in targets.LARGE + targets.LISTS if promised else r["workload"] != CALL)}
     if not rows:
         return ""
     cases = list(dict.fromkeys(key[1] for key in rows))
@@ -127,6 +129,20 @@ def share_table(device, promised=False):
 
     return markdown(["op", *(f"{w} {SHORT[d]}" for w, d in kinds)],
                     [[case, *(cell(case, *kind) for kind in kinds)] for case in cases])
+
+
+def reason_table(device):
+    """Of the ops that miss their share of a copy: how fast they are where memory has no part in it."""
+    body = []
+    for result in device.ops.values():
+        for why in targets.reasons(result):
+            body.append([
+                why.row["case"], f"{why.row['workload']} {SHORT[why.row['dtype']]}", f"{why.share:.2f}",
+                f"{why.limit:.2f}", f"{1e12 * why.seconds:.0f}", f"{1e12 * why.copy:.0f}", f"{why.most:.2f}",
+                "arithmetic" if why.arithmetic else "not by arithmetic alone"])
+    head = ["op", "weights", "share of a copy", "target", "ps per weight from cache", "copy from memory, ps",
+            "share at most", "bound by"]
+    return markdown(head, body) if body else ""
 
 
 def row_table(device):
@@ -184,6 +200,8 @@ def absences(device):
         for r in result["rows"]:
             for name, why in r["absent"].items():
                 found.setdefault((name, why), []).append(r.get("workload") or r["network"])
+        for r in result.get("left_out", ()):
+            found.setdefault((f"{r['case']}, {r['dtype']}", r["why"]), []).append(r["workload"])
     return "\n".join(f"- {name}: {why} ({', '.join(dict.fromkeys(where))})" for (name, why), where in found.items())
 
 
@@ -205,7 +223,13 @@ def summary(device):
                   step_table(device)]
         parts += ["Share of a copy's speed (1.00: as fast as torch copies the bytes that the op must move"
                   + (f"; {' / '.join(IMPLEMENTATIONS[n] for n in device.ops)}" if len(device.ops) > 1 else "")
-                  + "; bold: misses the target):", share_table(device, promised=True), call_line(device)]
+                  + "; bold: misses the target):", share_table(device, promised=True)]
+        if reason_table(device):
+            parts += ["What misses its target, and the measured reason: the op's time per weight on a tensor in one "
+                      f"core's caches ({targets.CACHED} weights, less the time of a call, over the number of threads), "
+                      "the time in which all threads copy the bytes of a weight from memory, and the share of the "
+                      "copy's speed that the first leaves, however well memory is used:", reason_table(device)]
+        parts.append(call_line(device))
     if device.steps:
         parts += ["Whole training steps, as multiples of the unquantized step of the same run:", steps_tables(device)]
     rows = [r for result in device.ops.values() for r in result["rows"]]
@@ -292,8 +316,10 @@ def _draw_roofline(device, figure):
 
 def _draw_memory(device, figure):
     rows = [r for r in device.peers["rows"] if "saved_bytes" in r]
-    workload, dtype = rows[-1]["workload"], rows[0]["dtype"]  # the largest, for the least of what is per call
-    rows = [r for r in rows if r["workload"] == workload and r["dtype"] == dtype] or rows[:1]
+    # The largest, for the least of what is per call, of those on which most peers ran.
+    most = max(rows, key=lambda r: (len(r["saved_bytes"]), r["numel"]))
+    workload, dtype = most["workload"], most["dtype"]
+    rows = [r for r in rows if r["workload"] == workload and r["dtype"] == dtype]
     names, axes = [OURS, *_peers_of(rows)], figure.subplots(1, 2, sharey=True)
     for axis, key, title in zip(axes, ("saved_bytes", "peak_bytes"), (
             "kept for the backward pass, beyond the parameters", "most allocated at once, results among it")):

@@ -1,6 +1,7 @@
 """Measures the cases of the registry: a row per case, workload and dtype."""
 
 import gc
+import math
 import os
 import subprocess
 import sys
@@ -11,12 +12,14 @@ import torch
 import quantops
 from bench import measure, store
 from bench.registry import COPY, OURS, Absent, cases, copier
-from bench.shapes import LISTS, SIZES, shapes_of
+from bench.room import LARGE, Room
+from bench.shapes import CALL, LISTS, SIZES, shapes_of
 from quantops.library import ops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CPU_WORKLOADS = ("64K", "1M", "16M", "resnet20", "resnet50", "mobilenet_v3_large", "deit_small")
-CUDA_WORKLOADS = ("64K", "1M", "16M", "256M", *CPU_WORKLOADS[3:], "transformer_1b")
+NETWORKS = ("resnet20", "resnet50", "mobilenet_v3_large", "deit_small", "transformer_1b")
+WORKLOADS = {"cpu": (CALL, "64K", "1M", "16M", "256M", *NETWORKS),
+             "cuda": ("64K", "1M", "16M", "256M", *NETWORKS)}
 BUDGET = {"cpu": 0.4, "cuda": 0.25}  # seconds of timing for a row
 
 # torch.compile takes seconds per graph, and a minute or more for a list as one graph: not everything is compiled unless
@@ -42,6 +45,8 @@ class Plan:
 
     def left_out(self, peer, case, workload, dtype, tensors):
         """Why a peer is not run, or None."""
+        if workload == CALL:
+            return "the time of a call alone"
         if tensors > 1 and not peer.lists:
             return "measured on single weights, and in the training steps of lists"
         if tensors == 1 and peer.whole_list and "compiled" in case.peers:
@@ -52,7 +57,7 @@ class Plan:
         return None
 
 
-def _peers(case, x, workload, dtype, plan):
+def _peers(case, x, workload, dtype, plan, room):
     """({name: (peer, function)}, {name: why it is not there}, {name: seconds of its first calls})."""
     found, absent, compiled = {}, {}, {}
     for name, peer in case.peers.items() if plan.peers else ():
@@ -61,6 +66,8 @@ def _peers(case, x, workload, dtype, plan):
             absent[name] = why
             continue
         try:
+            if room:
+                room.take(peer)
             if peer.compiles:
                 function, compiled[name] = _first_calls(peer, x, plan)
             else:
@@ -92,19 +99,23 @@ def _first_calls(peer, x, plan):
 
 
 def measure_one(case, workload, dtype, plan):
-    """One row of the result: times, bytes and ratios of a case on a workload. Refuses to time a wrong result."""
+    """One row of the result: times, bytes and ratios of a case on a workload. Refuses to time a wrong result; Absent
+    where the memory of a CPU machine does not hold it."""
     device, shapes = plan.device, shapes_of(workload)
+    large = not plan.cuda and sum(map(math.prod, shapes)) > LARGE
+    room = Room(case, shapes, DTYPES[dtype]) if large else None
     if plan.cuda:
         gc.collect()
         torch.cuda.empty_cache()
     x = case.inputs(shapes, DTYPES[dtype], device)
     with measure.empty_compile_cache():  # Triton's kernels compile at their first call
         first = measure.seconds_of(lambda: case.run(x), device)
+    del x  # as large as what follows
     x = case.inputs(shapes, DTYPES[dtype], device)
     if not case.check(case.run(x), x):
         raise SystemExit(f"bench: {case.name} on {workload} {dtype} differs from the reference; it is not timed")
     measure.check_served(lambda: case.run(x), device)
-    peers, absent, compiled = _peers(case, x, workload, dtype, plan)
+    peers, absent, compiled = _peers(case, x, workload, dtype, plan, room)
 
     moved = case.bytes(DTYPES[dtype].itemsize)
     copy, factor = copier(x, moved)
@@ -131,9 +142,9 @@ def measure_one(case, workload, dtype, plan):
            "first_calls": {OURS: {"first_call": first}, **compiled}, "absent": absent,
            "notes": {name: peer.note for name, (peer, _) in peers.items() if peer.note}}
     if case.forward:
-        forwards = {OURS: case.forward(x), **{name: peer.forward(x) for name, (peer, _) in peers.items()
-                                              if peer.forward and not peer.compiles}}
-        row["saved_bytes"] = {name: measure.saved_bytes(*forward) for name, forward in forwards.items()}
+        forwards = {OURS: case.forward, **{name: peer.forward for name, (peer, _) in peers.items()
+                                           if peer.forward and not peer.compiles}}
+        row["saved_bytes"] = {name: measure.saved_bytes(*forward(x)) for name, forward in forwards.items()}
     return row
 
 
@@ -201,9 +212,10 @@ def run(args):
     print(quantops.info(), f"\n{head['device']}, commit {head['commit']}")
     if "call_microseconds" not in result.data:
         result.data["call_microseconds"] = call_overhead(args.device)
-    done = {(r["case"], r["workload"], r["dtype"]) for r in result.rows}
+    left_out = result.data.setdefault("left_out", [])
+    done = {(r["case"], r["workload"], r["dtype"]) for r in [*result.rows, *left_out]}
     wanted = args.cases.split(",") if args.cases else None
-    for workload in args.workloads.split(",") if args.workloads else CUDA_WORKLOADS if cuda else CPU_WORKLOADS:
+    for workload in args.workloads.split(",") if args.workloads else WORKLOADS[plan.kind]:
         for dtype in args.dtypes.split(","):
             for case in cases():
                 if (wanted and case.name not in wanted) or DTYPES[dtype] not in case.dtypes:
@@ -212,8 +224,13 @@ def run(args):
                     continue
                 if result.time_is_up():
                     return store.UNFINISHED
-                result.add(measure_one(case, workload, dtype, plan))
-                print(line(result.rows[-1]), flush=True)
+                try:
+                    result.add(measure_one(case, workload, dtype, plan))
+                    print(line(result.rows[-1]), flush=True)
+                except Absent as why:
+                    left_out.append({"case": case.name, "workload": workload, "dtype": dtype, "why": str(why)})
+                    result.write()
+                    print(f"{case.name:26} {workload:19} {dtype:9} {why}", flush=True)
     for name, why in sorted({(n, w) for r in result.rows for n, w in r["absent"].items()}):
         print(f"absent: {name}: {why}")
     print(f"wrote {result.path}")

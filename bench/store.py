@@ -38,6 +38,10 @@ class Result:
     def add(self, row):
         """Adds a row and writes the file."""
         self.rows.append(row)
+        self.write()
+
+    def write(self):
+        """Writes the file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.data, indent=1) + "\n")
 

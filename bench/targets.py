@@ -2,10 +2,12 @@
 
 from typing import NamedTuple
 
-from bench.registry import OURS
+from bench.registry import COPY, OURS
+from bench.shapes import CALL
 
 LARGE = ("16M", "64M", "256M")  # single weights that no cache holds
 LISTS = ("resnet50", "deit_small")
+CACHED = "64K"  # a single weight that a core's second cache holds, with what most ops make of it
 COMPILED = ("compiled", "compiled list")
 SHARE = {"cpu": 0.80, "cuda": 0.90}  # of a copy, large weights
 SHARE_OF_LISTS = 0.80
@@ -14,6 +16,7 @@ OWN = {
     "categorical hard": {"cpu": 1 / 1.3, "cuda": 0.85},
     "categorical hard, 8 gates": {"cpu": 1 / 2.5, "cuda": 0.85},
     "categorical soft, 4 bits": {"cuda": 0.85},
+    "categorical backward": {},  # a part of the step, which has one
     "categorical step": {"cpu": 1 / 1.6},
 }
 KEPT = 0.05  # bytes per weight: scales and penalties, one per tensor or row
@@ -62,6 +65,49 @@ def limit(row, kind):
     return SHARE[kind] if row["workload"] in LARGE else SHARE_OF_LISTS if row["workload"] in LISTS else None
 
 
+class Reason(NamedTuple):
+    """Why an op misses its share of a copy on a CPU, measured: how fast it is where memory has no part in it.
+
+    seconds: per weight of a tensor in one core's caches, what a call takes whatever its size taken off, over the number
+    of threads. copy: seconds per weight of the copy of the same bytes from memory, by all threads. A share larger than
+    ``most`` = copy / seconds cannot be had by any order of the memory accesses.
+    """
+
+    row: dict
+    share: float
+    limit: float
+    seconds: float
+    copy: float
+
+    @property
+    def most(self):
+        return self.copy / self.seconds
+
+    @property
+    def arithmetic(self):
+        """Whether the op takes too long even from cache."""
+        return self.most < self.limit
+
+
+def reasons(result):
+    """A Reason for every row that misses its share of a copy, where it can be told."""
+    kind, threads, found = result["machine"]["kind"], result["machine"].get("threads"), []
+    if kind != "cpu" or not threads:
+        return found
+    rows = {(r["case"], r["workload"], r["dtype"]): r for r in result["rows"]}
+    for r in result["rows"]:
+        cached, call = (rows.get((r["case"], w, r["dtype"])) for w in (CACHED, CALL))
+        least = limit(r, kind)
+        if least is None or share(r) >= least or not cached or not call:
+            continue
+        if r["bytes_per_weight"] * cached["numel"] > result["machine"]["second_level_cache_bytes"]:
+            continue
+        taken = cached["times"]["warm"][OURS]["median"] - call["times"]["warm"][OURS]["median"]
+        copy = r["copy_factor"] * r["times"]["warm"][COPY]["median"] / r["numel"]
+        found.append(Reason(r, share(r), least, taken / cached["numel"] / threads, copy))
+    return found
+
+
 def _where(row):
     return f"{row['case']}, {row['workload']} {row['dtype']}"
 
@@ -82,7 +128,7 @@ def of_ops(result):
                               lambda v, most=most: v > most, max)
     figures = [(r["ratio"][peer], f"{_where(r)}, {peer}") for r in rows for peer in COMPILED if peer in r["ratio"]]
     found += _verdict("torch.compile takes 1.00x of quantops' time or more", figures, lambda v: v < 1, min)
-    figures = [(kept(r) - r["keeps"], _where(r)) for r in rows if "saved_bytes" in r]
+    figures = [(kept(r) - r["keeps"], _where(r)) for r in rows if "saved_bytes" in r and r["workload"] != CALL]
     found += _verdict(f"bytes per weight kept for backward beyond what the op needs: only scales, < {KEPT}", figures,
                       lambda v: v >= KEPT, max)
     if result["machine"]["implementation"] in ("cpp", "cuda"):  # of Triton, Python is a part

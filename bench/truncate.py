@@ -6,11 +6,13 @@ import torch
 
 from bench.peers import op_peers, step, step_peer
 from bench.registry import Case
-from bench.uniform import Inputs, equal
+from bench.uniform import Inputs, equal, normal
 from quantops import foreach, reference
+from quantops.library import ops
 from quantops.reference import paper
 
 WIDTHS = (8, 4, 2, 1)
+FLOOR = reference.uniform.RULES.index("floor")
 
 
 class WidthInputs(Inputs):
@@ -25,8 +27,12 @@ class WidthInputs(Inputs):
         return [torch.empty_like(t) for _ in WIDTHS for t in self.w]
 
     @functools.cached_property
+    def widths(self):
+        return torch.stack([torch.full_like(self.bits, n) for n in WIDTHS])
+
+    @functools.cached_property
     def grad(self):
-        return [torch.randn_like(t) for _ in WIDTHS for t in self.w]
+        return [normal(t.shape, t.dtype, t.device) for _ in WIDTHS for t in self.w]
 
 
 def _widths(bits):
@@ -47,6 +53,11 @@ def _compiled(x):
     return x.leaves, lambda bits: call(x.leaves, bits)
 
 
+def _backward(x):
+    """The gradients of all widths, of weights that are inside their scale, into one."""
+    return ops.truncate_backward(x.grad, x.w, x.scale, [], x.widths, x.bits, FLOOR, False, True, False)[0]
+
+
 def _forward_check(got, x):
     return equal(got, (reference.truncate(t, s, n) for n in WIDTHS for t, s in zip(x.w, x.scale)))
 
@@ -62,6 +73,8 @@ CASES = [
          op_peers(lambda x, i, bits: [
              reference.truncate(x.w[i], x.scale[i], n, base_bits=bits) for n in _widths(bits)]),
          cuda="truncate_kernel<T, T, CutTable<36, 156> >", longest=False),  # the longest has tanh and other rules
+    Case("truncate backward", WidthInputs, lambda s: len(WIDTHS) * s, lambda s: s, _backward, _step_check,
+         op_peers(lambda x, i, bits: x.grad[i] + x.grad[1 + i] + x.grad[2 + i] + x.grad[3 + i])),
     Case("truncate step", WidthInputs, lambda s: (1 + len(WIDTHS)) * s, lambda s: (1 + len(WIDTHS)) * s,
          lambda x: step(x, x.leaves, _truncate(x.leaves, None, x.n)), _step_check,
          {"eager": step_peer(lambda x: (x.leaves, lambda bits: _chain(x.leaves, bits)), graph=True),

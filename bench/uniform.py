@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import torch
 
@@ -13,6 +14,14 @@ from quantops.library import ops
 from quantops.reference import paper
 
 BITS, K = 8, 1
+MOST_DRAWN = 1 << 24  # random numbers in one tensor
+
+
+def normal(shape, dtype, device, deviation=1.0):
+    """Normal numbers; those of large tensors repeat, since drawing them takes longer than all that is measured."""
+    count = math.prod(shape)
+    values = torch.randn(min(count, MOST_DRAWN), device=device).mul_(deviation).to(dtype)
+    return values.repeat(math.ceil(count / MOST_DRAWN))[:count].view(shape)
 
 
 class Inputs:
@@ -22,7 +31,7 @@ class Inputs:
 
     def __init__(self, shapes, dtype, device):
         torch.manual_seed(0)
-        self.w = [torch.randn(s, device=device).mul_(0.05).to(dtype) for s in shapes]
+        self.w = [normal(s, dtype, device, 0.05) for s in shapes]
         self.numel, self.tensors = sum(t.numel() for t in self.w), len(self.w)
         self.source = self.w
         self.bits = torch.full((len(shapes),), BITS, dtype=torch.int32, device=device)
@@ -41,7 +50,7 @@ class Inputs:
 
     @functools.cached_property
     def grad(self):
-        return [torch.randn_like(t) for t in self.w]
+        return [normal(t.shape, t.dtype, t.device) for t in self.w]
 
     @functools.cached_property
     def total(self):

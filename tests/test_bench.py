@@ -1,6 +1,7 @@
 """The harness of the benchmarks: what it refuses, what it writes, what it says. No test here asserts a speed."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from bench import (
     models,
     registry,
     report,
+    room,
     run,
     sass,
     shapes,
@@ -169,6 +171,47 @@ def test_a_run_is_taken_up_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr("bench.machine.sources", lambda: "other code")
     assert main(["run", *two, "--resume", "--cases", "absmax"]) == 0
     assert [r["case"] for r in json.loads(path.read_text())["rows"]] == ["absmax"]
+
+
+@needs_library
+def test_what_memory_does_not_hold_is_left_out_by_name(tmp_path, monkeypatch, capsys):
+    """A peer beside a case that fits, then the case; none of them is made in full."""
+    monkeypatch.setattr(run, "LARGE", 1 << 10)
+    case = next(c for c in registry.cases() if c.name == "msq step")
+    plenty = room.Room(case, shapes.shapes_of("tiny"), torch.float32)
+    made = sum(t.numel() for t in plenty.x.w)
+    assert plenty.kept > 3 * 4 * made and plenty.peak > 2 * 4 * made  # w, its gradient, the copy; q, its gradient
+    assert plenty.factor == sum(map(math.prod, shapes.shapes_of("tiny"))) / made
+    needs = plenty.factor * (plenty.kept + plenty.peak)
+    monkeypatch.setattr(room, "available", lambda: 1.01 * needs / room.SHARE)
+    row = run.measure_one(case, "tiny", "float32", _plan())
+    assert row["absent"]["eager"] == "needs 0 GiB of memory, 0 are there" and "eager" not in row["ratio"]
+    monkeypatch.setattr(room, "available", lambda: 0.99 * needs / room.SHARE)
+    path = tmp_path / "ops-cpp.json"
+    for _ in range(2):  # what was left out is not tried again
+        assert main(["run", *QUICK, "--cases", "msq step", "--out", str(path), "--resume"]) == 0
+    data = json.loads(path.read_text())
+    assert not data["rows"] and [(r["case"], r["workload"]) for r in data["left_out"]] == [("msq step", "tiny")]
+    assert capsys.readouterr().out.count("GiB of memory") == 1
+
+
+def test_large_categorical_weights_are_checked_in_part(monkeypatch):
+    from bench import categorical
+
+    monkeypatch.setattr(categorical, "PIECE", 1 << 10)
+    for case in (c for c in registry.cases() if c.family == "categorical"):
+        x = case.inputs([(64, 64), (40, 64)], torch.float32, "cpu")
+        results = case.run(x)
+        results[1].view(-1)[1 << 10] += 1  # the second piece of the second weight
+        assert not case.check(results, x)
+        monkeypatch.setattr(categorical, "MOST_CHECKED", x.numel // 2)  # every other piece
+        assert categorical._checked(x) == ({0: [slice(0, 1024), slice(2048, 3072)], 1: [slice(0, 1024),
+                                                                                        slice(2048, 3072)]}, False)
+        assert case.check(results, x)
+        results[1].view(-1)[0] += 1
+        assert not case.check(results, x)
+        monkeypatch.undo()
+        monkeypatch.setattr(categorical, "PIECE", 1 << 10)
 
 
 # Measuring.
@@ -362,6 +405,25 @@ def test_targets():
                                                                    "quantops decoupled": 1.02, "eager chain": 2.0}}
     verdict, = targets.of_steps({"machine": {"kind": "cuda"}, "rows": [row]})
     assert verdict.met and verdict.worst == 1.02
+
+
+def test_reasons_of_what_misses():
+    """A copy of 16M weights from memory takes 10 ns a weight."""
+    def rows(name, share, cached):
+        def row(workload, numel, seconds):
+            times = {"warm": {OURS: {"median": seconds}, COPY: {"median": 1e-8 * numel / 2}}}
+            return _row(case=name, workload=workload, numel=numel, share_of_copy={"warm": share}, times=times,
+                        copy_factor=2, bytes_per_weight=8)
+
+        return [row("64", 64, 1e-6), row("64K", 1 << 16, 1e-6 + cached * (1 << 16)), row("16M", 1 << 24, 1.0)]
+
+    machine = {"kind": "cpu", "threads": 2, "second_level_cache_bytes": 1 << 20}
+    every = [*rows("much arithmetic", 0.6, 3e-8), *rows("little", 0.6, 1e-8), *rows("met", 0.9, 3e-8)]
+    much, little = targets.reasons({"machine": machine, "rows": every})
+    assert much.row["case"] == "much arithmetic" and much.arithmetic and abs(much.most - 10 / 15) < 1e-6
+    assert little.row["case"] == "little" and not little.arithmetic and abs(little.most - 2) < 1e-6
+    machine["second_level_cache_bytes"] = 1 << 18
+    assert targets.reasons({"machine": machine, "rows": every}) == []
 
 
 # Machine code.
