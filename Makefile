@@ -25,12 +25,20 @@ info: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(PY) -m quantops demo
 
-# Once with the compiled kernels, once with the Triton kernels in Triton's interpreter.
+# Two processes, a file of tests at a time; those that compile most come early in the alphabet. Without pytest-xdist:
+# TEST_FLAGS= runs one.
+TEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
+
+# Once with the compiled kernels, once with the Triton kernels in Triton's interpreter; fails if either does.
 test: $(VENV)/.installed
 	$(PY) -m quantops
-	$(PY) -m pytest -q
-	QUANTOPS_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q \
-		$(foreach family,uniform truncate packing categorical,tests/test_$(family).py) tests/test_errors.py
+	@echo "The compiled kernels:"; status=0; \
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -q $(TEST_FLAGS) || status=$$?; \
+	echo "The Triton kernels, interpreted:"; \
+	QUANTOPS_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q $(TEST_FLAGS) \
+		$(foreach family,uniform truncate packing categorical,tests/test_$(family).py) tests/test_errors.py \
+		|| status=$$?; \
+	exit $$status
 
 # On a CPU, within 10 minutes; the JSON, report.md and plots go to bench/results/<device>/.
 bench: $(VENV)/.installed
