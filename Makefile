@@ -46,8 +46,14 @@ bench: $(VENV)/.installed
 	$(PY) -m bench steps --networks resnet20
 	$(PY) -m bench report
 
-# Every workload and network, in half an hour or more. What is there already is kept: interrupt and go on as you like.
-bench-all: $(VENV)/.installed
+# Other libraries' quantizers, to compare with; torch stays what it is. PEERS= leaves them out.
+PEERS ?= torchao==0.18.0 brevitas==0.13.4
+$(VENV)/.peers: $(VENV)/.installed
+	$(if $(PEERS),$(PY) -m pip install -q --disable-pip-version-check $(PEERS) $(TORCH))
+	@touch $@
+
+# Every workload, peer and network, in an hour or more. What is there already is kept: interrupt and go on as you like.
+bench-all: $(VENV)/.peers
 	$(PY) -m bench run --resume
 	$(PY) -m bench steps --resume
 	$(PY) -m bench report
