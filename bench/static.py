@@ -166,7 +166,7 @@ def rows():
                 row = {"case": case.name, "dtype": str(dtype).removeprefix("torch."), "by": by}
                 try:
                     if by == "CUDA" and not case.cuda:
-                        raise NoMainPath("not counted: its loops turn as often as there are bits")
+                        raise NoMainPath("not counted: its loops turn as often as there are bits or widths")
                     row.update(function(case, dtype, kernels))
                 except (NoMainPath, ValueError) as error:
                     row["absent"] = str(error)
