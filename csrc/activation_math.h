@@ -13,12 +13,12 @@ constexpr int kMostPlaces = kQuarters << kMaxSoftBits;
 
 QUANTOPS_INLINE int64_t quarter_bytes(int64_t numel) { return (numel + kQuarters - 1) / kQuarters; }
 
-// k of x, whose q is at hand as it is stored; 0 where that is NaN.
+// k of x, whose q is at hand as it is stored; 0 where that is NaN. `least` and `most`: -2 and 1, which the CPU's loops
+// hide from the compiler: it would else put masks for constant results in the place of minimum and maximum.
 template <class A>
-QUANTOPS_INLINE A quarter_of(A x, A q, const Bins<A>& p) {
+QUANTOPS_INLINE A quarter_of(A x, A q, const Bins<A>& p, A least, A most) {
   const A v = A(4) * (x * p.inv_alpha - nearest_class(q, p));
-  const A above = v > A(-2) ? v : A(-2);
-  return floor_small(at_most(above, A(1))) + A(2);
+  return floor_small(at_most(v > least ? v : least, most)) + A(2);
 }
 
 // Four of them in a byte, and of a byte the one at place i.

@@ -71,14 +71,14 @@ void forward_into(const Problem& p, const Targets& q, uint8_t* quarters) {
     if (stored_by_loops<A>(q.type)) {
       with_source<A>(x, p.list.type, i, n, [&](const auto* from) {
         with_target<A>(q.data[0], q.type, i, n, q.streaming,
-                       [&](auto* to, bool streaming) { activation_loop(from, to, k, streaming, n, bins); });
+                       [&](auto* to, bool streaming) { activation_loop(from, to, k, streaming, n, bins, A(-2), A(1)); });
       });
     } else {
       A in[kBlock], value[kBlock];
       const A* from = load_block<A>(x, p.list.type, i, n, in);
-      activation_loop(from, value, k, false, n, bins);
+      activation_loop(from, value, k, false, n, bins, A(-2), A(1));
       store_block<A>(q.data[0], q.type, i, n, false, value);
-      quarter_loop(from, load_block<A>(q.data[0], q.type, i, n, value), k, n, bins);
+      quarter_loop(from, load_block<A>(q.data[0], q.type, i, n, value), k, n, bins, A(-2), A(1));
     }
     std::fill(k + n, k + n + (-n & (kQuarters - 1)), uint8_t(0));
     join_quarters_loop(k, quarters + i / kQuarters, quarter_bytes(n));

@@ -11,21 +11,21 @@ namespace quantops {
 // q, and of each element its quarter.
 template <class In, class Out, class A>
 QUANTOPS_SIMD void activation_loop(const In* __restrict x, Out* __restrict q, uint8_t* __restrict k, bool streaming,
-                                   int64_t n, const Bins<A>& bins) {
+                                   int64_t n, const Bins<A>& bins, A least, A most) {
   const Bins<A> p = bins;
   map_lanes(q, streaming, n, [&](int64_t i, Out& y) QUANTOPS_LANES {
     const A v = widen(x[i]);
     narrow_from<In>(p.alpha * nearest_class(v, p), y);
-    k[i] = static_cast<uint8_t>(static_cast<int32_t>(quarter_of(v, A(widen(y)), p)));
+    k[i] = static_cast<uint8_t>(static_cast<int32_t>(quarter_of(v, A(widen(y)), p, least, most)));
   });
 }
 
 // The quarters alone, of a q that has been stored.
 template <class A>
 QUANTOPS_SIMD void quarter_loop(const A* __restrict x, const A* __restrict q, uint8_t* __restrict k, int64_t n,
-                                const Bins<A>& bins) {
+                                const Bins<A>& bins, A least, A most) {
   const Bins<A> p = bins;
-  for (int64_t i = 0; i < n; i++) k[i] = static_cast<uint8_t>(static_cast<int32_t>(quarter_of(x[i], q[i], p)));
+  for (int64_t i = 0; i < n; i++) k[i] = static_cast<uint8_t>(static_cast<int32_t>(quarter_of(x[i], q[i], p, least, most)));
 }
 
 // Four at a time as the bytes of a word, k[i] in byte i.
