@@ -36,7 +36,7 @@ def kinds_of(dtype):
     x = weights(dtype)
     if not EXHAUSTIVE:
         long = torch.randn(5000, generator=torch.Generator().manual_seed(0)).to(dtype)
-        x = [*(t for t in x if t.numel() < 700), long[:4099], long[3:]]
+        x = [x[2], x[4], x[6], x[8], x[9], long[:4099], long[3:], x[-1]]
     return [t.abs() if i % 2 else t for i, t in enumerate(x)]
 
 
@@ -69,9 +69,9 @@ def chain(x, alpha, sigma, bits, grad_of, dtype, g):
 
 
 def test_values_equal_reference(dtype):
-    outs = (torch.float32, torch.bfloat16, torch.float16, torch.float64) if EXHAUSTIVE else (dtype, torch.bfloat16)
+    outs = (torch.float32, torch.bfloat16, torch.float16, torch.float64) if EXHAUSTIVE else (torch.bfloat16,)
     for (i, x), out in itertools.product(enumerate(kinds_of(dtype)), outs):
-        for bits, alpha in ((BITS[i % len(BITS)], 0.37), (0 if i % 7 == 0 else 3, 1e-3)):
+        for bits, alpha in ((BITS[i % len(BITS)], 0.37), (0 if i % 7 == 0 else 3, 1e-3))[: 2 if EXHAUSTIVE else 1]:
             args = widths(bits, dtype, alpha)
             q, quarters = ops.activation(x, *args, 1, out)
             values, packed = ref.activation(in_memory(dense(x)), *args, out_dtype=out)
@@ -133,7 +133,7 @@ def test_error_of_float32(grad):
         exact = [v[place] for v in factors(args[0].double()[0], args[1].double()[0], bits, grad)]
         torchs = [v[place] for v in factors(args[0][0], args[1][0], bits, grad)]
         # One element at a time, so that the sums have one term each.
-        rows = range(len(x)) if EXHAUSTIVE else range(0, len(x), 10)
+        rows = range(len(x)) if EXHAUSTIVE else range(0, len(x), 20)
         got = [ops.activation_backward(torch.ones(1), q[i:i + 1], *ops.activation(x[i:i + 1], *args, 0, x.dtype)[1:],
                                        *args, GRADS.index(grad), True, x.dtype) for i in rows]
         got = [torch.stack([v[0][0] for v in got]), *(torch.stack([v[1][n][0] for v in got]) for n in (0, 1))]
