@@ -165,6 +165,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Levels levels = widths.levels();
   const Bins<A> p = widths.bins(levels);
   const int count = places_of(levels);
+#pragma unroll 1
   for (int i = threadIdx.x; i < count; i += kThreads) rows[i] = table[i];
   __syncthreads();
   const int64_t item = int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp, begin = item * extent.segment;
