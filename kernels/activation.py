@@ -62,8 +62,8 @@ def _word(address, start, V: tl.constexpr):
 
 
 @triton.jit
-def _quantize(x_ptr, q_ptr, quarters, left, p, X_T: tl.constexpr, Q_T: tl.constexpr, A: tl.constexpr, V: tl.constexpr,
-              N: tl.constexpr, WHOLE: tl.constexpr):
+def _quantize(x_ptr, q_ptr, quarters, left, p, Q_T: tl.constexpr, A: tl.constexpr, V: tl.constexpr, N: tl.constexpr,
+              WHOLE: tl.constexpr):
     i, shift = _tile(N, V)
     if WHOLE:
         x = math.widen(tl.load(x_ptr + i), A)
@@ -82,15 +82,16 @@ def _quantize(x_ptr, q_ptr, quarters, left, p, X_T: tl.constexpr, Q_T: tl.conste
 
 
 @triton.jit(do_not_specialize=["numel"])
-def quantize(x, q, quarters, alpha, sigma, bits, numel, X_T: tl.constexpr, Q_T: tl.constexpr, A: tl.constexpr,
-             V: tl.constexpr, BLOCK: tl.constexpr):
+def quantize(x, q, quarters, alpha, sigma, bits, numel, Q_T: tl.constexpr, A: tl.constexpr, V: tl.constexpr,
+             BLOCK: tl.constexpr):
     """One program per BLOCK elements."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     p, _ = _bins(alpha, sigma, bits)
     if numel - start >= BLOCK:
-        _quantize(x + start, q + start, _word(quarters, start, V), 0, p, X_T, Q_T, A, V, BLOCK, True)
+        _quantize(x + start, q + start, _word(quarters, start, V), 0, p, Q_T, A, V, BLOCK, True)
     else:  # four at a time, so that no byte is written past the end
-        _quantize(x + start, q + start, _word(quarters, start, 4), numel - start, p, X_T, Q_T, A, 4, BLOCK, False)
+        _quantize(x + start, q + start, _word(quarters, start, 4), numel - start, p, Q_T, A, 4, BLOCK,
+                  False)
 
 
 @triton.jit
@@ -155,9 +156,10 @@ def fill_table(table, alpha, sigma, bits, A: tl.constexpr, SOFT: tl.constexpr):
             in_x, in_alpha, in_sigma = _soft(x, p, l)
         else:
             in_x, in_alpha, in_sigma = _winner(x, p)
-        tl.store(table + place, in_x)
-        tl.store(table + MOST_PLACES + place, in_alpha)
-        tl.store(table + 2 * MOST_PLACES + place, in_sigma)
+        valid = p.alpha == p.alpha
+        tl.store(table + place, tl.where(valid, in_x, float("nan")))
+        tl.store(table + MOST_PLACES + place, tl.where(valid, in_alpha, float("nan")))
+        tl.store(table + 2 * MOST_PLACES + place, tl.where(valid, in_sigma, float("nan")))
 
 
 @triton.jit
@@ -234,7 +236,7 @@ def activation(x, alpha, sigma, bits, grad_of, dtype):
     block = block_of(alpha.dtype, 2)
     with on_device_of([x]):
         launch(quantize, triton.cdiv(x.numel(), block), x, q, quarters, alpha, sigma, ints(bits), x.numel(),
-               X_T=TYPES[x.dtype], Q_T=TYPES[dtype], A=TYPES[alpha.dtype], V=_row(x, q), BLOCK=block)
+               Q_T=TYPES[dtype], A=TYPES[alpha.dtype], V=_row(x, q), BLOCK=block)
     return q, quarters
 
 

@@ -17,7 +17,7 @@ from quantops.reference.activation import factors
 from quantops.reference.categorical import GRADS
 
 ops = torch.ops.quantops
-BITS = tuple(range(1, 9)) if EXHAUSTIVE else (1, 4, 8)
+BITS = tuple(range(1, 9)) if EXHAUSTIVE else (1, 8)
 RATIOS = (10, 2, 0.5, 0.05) if EXHAUSTIVE else (2,)  # alpha/sigma
 
 
@@ -101,7 +101,7 @@ def test_every_quarter_of_every_cell(bits):
 
 
 @pytest.mark.parametrize("grad", GRADS)
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", BITS if EXHAUSTIVE else (3,))
 def test_gradients_equal_the_chain(bits, grad, dtype):
     """dL/dx bit for bit; the sums of the same terms to their rounding."""
     outs = (dtype, torch.bfloat16, torch.float32) if EXHAUSTIVE else (dtype,)
@@ -328,3 +328,16 @@ def test_reference_marks_values_out_of_range():
         q, quarters = ref.activation(x, *bad)
         assert q.isnan().all()
         assert all(v.isnan().all() for v in ref.activation_backward(x, x, quarters, *bad))
+
+
+@pytest.mark.skipif(EXHAUSTIVE, reason="of the Triton kernels: run it with QUANTOPS_BACKEND=triton TRITON_INTERPRET=1")
+@pytest.mark.parametrize("grad_of", [0, 1])
+def test_triton_marks_values_out_of_range(monkeypatch, grad_of):
+    """NaN where the kernels cannot raise; nothing is read out of bounds."""
+    from quantops.kernels import activation as kernels
+    monkeypatch.setattr(kernels, "check_activation", lambda *args: None)  # it raises on CPU
+    x, (alpha, sigma, bits) = torch.rand(4), widths(4, torch.float32)
+    for bad in ((-alpha, sigma, bits), (alpha, sigma * torch.inf, bits), (alpha, sigma, bits + 5), (alpha, sigma, -bits)):
+        q, quarters = ops.activation(x, *bad, grad_of, x.dtype)
+        grad_x, sums = ops.activation_backward(x, x, quarters, *bad, grad_of, True, x.dtype)
+        assert all(v.isnan().all() for v in (q, grad_x, *sums))
