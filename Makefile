@@ -30,7 +30,7 @@ test: $(VENV)/.installed
 	$(PY) -m quantops
 	$(PY) -m pytest -q
 	QUANTOPS_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q \
-		$(foreach family,uniform truncate packing categorical,tests/test_$(family).py) tests/test_errors.py
+		$(foreach family,uniform truncate packing categorical activation,tests/test_$(family).py) tests/test_errors.py
 
 # On a CPU, within 10 minutes; the JSON, report.md and plots go to bench/results/<device>/.
 bench: $(VENV)/.installed
