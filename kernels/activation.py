@@ -1,8 +1,8 @@
 """Family ``activation`` in Triton: the ops of quantops/library.py on one tensor; csrc/activation_math.h in Triton.
 
 Forward: one kernel. Backward: :func:`fill_table` computes the factors of all places, of which there are at most 1024;
-:func:`look_up` reads dL/dq, q and quarters and writes dL/dx; partial sums are added up by a third kernel, in float64 and
-in order. Elements stand in rows of V, which a thread moves as words of 16 bytes, and whose quarters are one number.
+:func:`look_up` reads dL/dq, q and quarters and writes dL/dx; partial sums are added up by a third kernel, in float64
+and in order. Elements stand in rows of V, which a thread moves as words of 16 bytes, and whose quarters are one number.
 """
 
 import torch

@@ -563,7 +563,8 @@ def _activation_structure(arguments):
         return
     grad, = tensors("grad", [arguments["grad"]])
     if grad.shape != x.shape or grad.device != x.device:
-        raise ValueError(f"grad: expected shape {tuple(x.shape)} on {x.device}, got {tuple(grad.shape)} on {grad.device}")
+        raise ValueError(f"grad: expected shape {tuple(x.shape)} on {x.device}, got {tuple(grad.shape)} on "
+                         f"{grad.device}")
     if not dense_rows(x):
         raise ValueError(f"q: expected a dense tensor, as the forward pass gives it, got strides {x.stride()}")
     expected = data_shape(x.numel(), QUARTER_BITS, "dense")

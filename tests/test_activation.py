@@ -58,8 +58,8 @@ def chain(x, alpha, sigma, bits, grad_of, dtype, g):
     middle = (torch.arange(4 * top + 4, dtype=alpha.dtype) - 1.5) * (alpha / 4)
     middle[0], middle[-1] = -torch.inf, torch.inf
     rows = [[v.expand(len(middle)).contiguous()] for v in (alpha, sigma)]
-    found = ops.categorical_backward([torch.ones_like(middle)], [middle], *rows, bits, [], None, 0, grad_of, False, True,
-                                     False)[:3]
+    one = torch.ones_like(middle)
+    found = ops.categorical_backward([one], [middle], *rows, bits, [], None, 0, grad_of, False, True, False)[:3]
     by_x, by_alpha, by_sigma = (v[0].index_select(0, place).view(q.shape) for v in found)
     g = g.to(alpha.dtype)
     return [q, (g * by_x).to(x.dtype), *((g.double() * v.double()).sum() for v in (by_alpha, by_sigma))]
@@ -158,7 +158,7 @@ def test_float64_equals_reference(grad):
 
 
 def test_dtypes_and_layouts(dtype):
-    """Storage dtypes, strides, empty tensors and gradients of other layouts: a kernel's arithmetic does not see them."""
+    """Storage dtypes, strides, empty tensors, gradients of other layouts: a kernel's arithmetic does not see them."""
     args = widths(3, dtype)
     for i, x in enumerate(kinds_of(dtype)[:-1]):
         for j, grad_dtype in enumerate({dtype, torch.float32} if EXHAUSTIVE else {dtype}):
@@ -324,7 +324,8 @@ def test_arguments_that_do_not_fit(name, bad, error):
 def test_reference_marks_values_out_of_range():
     """NaN where values cannot be read back to raise."""
     x, (alpha, sigma, bits) = torch.rand(4), widths(4, torch.float32)
-    for bad in ((-alpha, sigma, bits), (alpha, sigma * torch.inf, bits), (alpha, sigma, bits + 5), (alpha, sigma, -bits)):
+    for bad in ((-alpha, sigma, bits), (alpha, sigma * torch.inf, bits), (alpha, sigma, bits + 5),
+                (alpha, sigma, -bits)):
         q, quarters = ref.activation(x, *bad)
         assert q.isnan().all()
         assert all(v.isnan().all() for v in ref.activation_backward(x, x, quarters, *bad))
@@ -337,7 +338,8 @@ def test_triton_marks_values_out_of_range(monkeypatch, grad_of):
     from quantops.kernels import activation as kernels
     monkeypatch.setattr(kernels, "check_activation", lambda *args: None)  # it raises on CPU
     x, (alpha, sigma, bits) = torch.rand(4), widths(4, torch.float32)
-    for bad in ((-alpha, sigma, bits), (alpha, sigma * torch.inf, bits), (alpha, sigma, bits + 5), (alpha, sigma, -bits)):
+    for bad in ((-alpha, sigma, bits), (alpha, sigma * torch.inf, bits), (alpha, sigma, bits + 5),
+                (alpha, sigma, -bits)):
         q, quarters = ops.activation(x, *bad, grad_of, x.dtype)
         grad_x, sums = ops.activation_backward(x, x, quarters, *bad, grad_of, True, x.dtype)
         assert all(v.isnan().all() for v in (q, grad_x, *sums))

@@ -91,8 +91,8 @@ def every_width():
 def lengths_and_alignments():
     import torch
 
-    for dtype, n, at in itertools.product(("float32", "bfloat16", "float64"), (*range(1, 12), 127, 128, 129, 1023, 1030),
-                                          (0, 1, 3, 8)):
+    lengths = *range(1, 12), 127, 128, 129, 1023, 1030
+    for dtype, n, at in itertools.product(("float32", "bfloat16", "float64"), lengths, (0, 1, 3, 8)):
         x, g = (torch.randn(2, n + 8).to(getattr(torch, dtype)))[:, at:at + n].unbind()
         _check(x, g, _widths(4, dtype), 1, x.dtype, f"{dtype}, {n} from {at}")
 

@@ -70,8 +70,9 @@ void forward_into(const Problem& p, const Targets& q, uint8_t* quarters) {
     uint8_t k[kBlock + kQuarters];
     if (stored_by_loops<A>(q.type)) {
       with_source<A>(x, p.list.type, i, n, [&](const auto* from) {
-        with_target<A>(q.data[0], q.type, i, n, q.streaming,
-                       [&](auto* to, bool streaming) { activation_loop(from, to, k, streaming, n, bins, A(-2), A(1)); });
+        with_target<A>(q.data[0], q.type, i, n, q.streaming, [&](auto* to, bool streaming) {
+          activation_loop(from, to, k, streaming, n, bins, A(-2), A(1));
+        });
       });
     } else {
       A in[kBlock], value[kBlock];

@@ -8,16 +8,27 @@ namespace quantops {
 
 // ------------------------------------------------------------------------------------------------------------- forward
 
-// q, and of each element its quarter.
+// q, and of each element its quarter: among the lanes as wide as q, bytes would halve the registers.
+template <class In, class Out, class A>
+QUANTOPS_INLINE int32_t activation_at(In x, Out& q, const Bins<A>& p, A least, A most) {
+  const A v = widen(x);
+  narrow_from<In>(p.alpha * nearest_class(v, p), q);
+  return static_cast<int32_t>(quarter_of(v, A(widen(q)), p, least, most));
+}
+
 template <class In, class Out, class A>
 QUANTOPS_SIMD void activation_loop(const In* __restrict x, Out* __restrict q, uint8_t* __restrict k, bool streaming,
                                    int64_t n, const Bins<A>& bins, A least, A most) {
   const Bins<A> p = bins;
-  map_lanes(q, streaming, n, [&](int64_t i, Out& y) QUANTOPS_LANES {
-    const A v = widen(x[i]);
-    narrow_from<In>(p.alpha * nearest_class(v, p), y);
-    k[i] = static_cast<uint8_t>(static_cast<int32_t>(quarter_of(v, A(widen(y)), p, least, most)));
-  });
+  alignas(64) Out lanes[kLanes];
+  alignas(64) int32_t quarters[kLanes];
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int j = 0; j < kLanes; j++) quarters[j] = activation_at(x[i + j], lanes[j], p, least, most);
+    put_lanes(q + i, lanes, streaming);
+    for (int j = 0; j < kLanes; j++) k[i + j] = static_cast<uint8_t>(quarters[j]);
+  }
+  for (; i < n; i++) k[i] = static_cast<uint8_t>(activation_at(x[i], q[i], p, least, most));
 }
 
 // The quarters alone, of a q that has been stored.
@@ -25,7 +36,8 @@ template <class A>
 QUANTOPS_SIMD void quarter_loop(const A* __restrict x, const A* __restrict q, uint8_t* __restrict k, int64_t n,
                                 const Bins<A>& bins, A least, A most) {
   const Bins<A> p = bins;
-  for (int64_t i = 0; i < n; i++) k[i] = static_cast<uint8_t>(static_cast<int32_t>(quarter_of(x[i], q[i], p, least, most)));
+  for (int64_t i = 0; i < n; i++)
+    k[i] = static_cast<uint8_t>(static_cast<int32_t>(quarter_of(x[i], q[i], p, least, most)));
 }
 
 // Four at a time as the bytes of a word, k[i] in byte i.

@@ -1,6 +1,6 @@
-// Family `activation` on CUDA: the ops of quantops/library.py on one tensor. Forward: one kernel. Backward: a small kernel
-// for the table of factors, one for the elements, one that adds up their partial sums. What happens to an element is in
-// csrc/activation_math.h. Values on the GPU are never read back: those out of range give NaN.
+// Family `activation` on CUDA: the ops of quantops/library.py on one tensor. Forward: one kernel. Backward: a small
+// kernel for the table of factors, one for the elements, one that adds up their partial sums. What happens to an element
+// is in csrc/activation_math.h. Values on the GPU are never read back: those out of range give NaN.
 #include <tuple>
 
 #include "../activation_math.h"
@@ -21,7 +21,7 @@ struct Widths {
   __device__ __forceinline__ Bins<A> bins(const Levels& l) const { return make_bins(*alpha, *sigma, l); }
 };
 
-// The elements of a tensor as items, see table.cuh. aligned: all memory at 16 bytes, so that whole vectors move as words.
+// The elements of a tensor as items, see table.cuh. aligned: all memory at 16 bytes, so that vectors move as words.
 struct Extent {
   int64_t numel, segment;
   bool aligned;
@@ -302,7 +302,8 @@ void backward_into(const Tensor& q, const Tensor& g, const Tensor& quarters, con
     auto run = [&](auto kernel) {
       launch(on, kernel, extent.blocks(), kThreads, static_cast<const Q*>(q.data_ptr()),
              static_cast<const G*>(g.data_ptr()), static_cast<O*>(grad_x.data_ptr()),
-             static_cast<const uint8_t*>(quarters.data_ptr()), static_cast<const Row<A>*>(rows), partial, extent, widths);
+             static_cast<const uint8_t*>(quarters.data_ptr()), static_cast<const Row<A>*>(rows), partial, extent,
+             widths);
     };
     if (sums.empty()) run(factor_kernel<Q, G, O, false>);
     else run(factor_kernel<Q, G, O, true>);

@@ -1,4 +1,4 @@
-"""Family ``activation``: keeps its result q, which the next layer keeps too, and the quarters; no second derivatives."""
+"""Family ``activation``: keeps q, which the next layer keeps too, and the quarters; no second derivatives."""
 
 import torch
 

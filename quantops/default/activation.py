@@ -17,8 +17,9 @@ def activation(x, alpha, sigma, bits, grad_of, dtype):
 
 def activation_backward(grad, q, quarters, alpha, sigma, bits, grad_of, scale_grad, dtype):
     check_activation(alpha, sigma, bits)
-    values, *sums = reference.activation_backward(in_memory(in_layout_of(grad, q)), in_memory(q), quarters, alpha, sigma,
-                                                  bits, grad_of=GRADS[grad_of], dtype=dtype)
+    grad = in_layout_of(grad, q)
+    values, *sums = reference.activation_backward(in_memory(grad), in_memory(q), quarters, alpha, sigma, bits,
+                                                  grad_of=GRADS[grad_of], dtype=dtype)
     grad_x = empty_like(q, dtype)
     in_memory(grad_x).copy_(values)
     return grad_x, sums if scale_grad else []
