@@ -30,9 +30,11 @@ class CategoricalActivation(torch.nn.Module):
 
     but for k = 0 at j = 0 (x below -alpha/4) and k = 3 at the last j (x more than alpha/4 above it), which count as
     infinitely far: there dL/dx = 0 and dL/dalpha = g j. So they are not the exact gradients, but those of an x rounded
-    to a grid four times as fine; q is exact. A plain clipped STE would take one bit for dL/dx, but its dL/dalpha needs
-    q - x as well. Where no layer keeps q, this module does. sigma below alpha/10 makes x' too coarse: the mean of dL/dx
-    over a cell then falls short.
+    to a grid four times as fine; q is exact. One pass reads x and writes q and the two bits; another reads dL/dq, q and
+    the two bits, and looks up the factors of the few x' that there are. A plain clipped STE would take one bit for
+    dL/dx, but its dL/dalpha needs q - x as well. Where no layer keeps q, this module does. sigma below alpha/10 makes
+    x' too coarse: the mean of dL/dx over a cell then falls short. A q of bfloat16 with 8 bits does not tell
+    neighbouring j from 128 on apart: x' may then lie in the neighbour's cell.
 
     Args:
         bits: 1..8. grad: "soft" or "winner". sigma: sigma/alpha at the start.
