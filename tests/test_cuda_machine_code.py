@@ -101,8 +101,8 @@ def test_truncate_moves_128_bits(kernels, arch, dtype):
     ("factor_kernel<T, T, T, false>", 2), ("factor_kernel<T, T, float, true>", 2)])
 @pytest.mark.parametrize("dtype", ["float", "__nv_bfloat16"])
 def test_activations_move_128_bits(kernels, arch, name, read, dtype):
-    """The loop over several vectors: beside 16-byte words, one number for the quarters of each, and rows of the table
-    from shared memory in words of 16 bytes."""
+    """The loop over several vectors: beside 16-byte words, one number for the quarters of each. Where sums are
+    wanted, a row of the table comes from shared memory as one word of 16 bytes."""
     name = name.replace("T", dtype)
     kernel = kernels[arch, name]
     main = max(kernel.loops(), key=lambda loop: count(loop, r"LDG\.E\.128"))
@@ -111,7 +111,7 @@ def test_activations_move_128_bits(kernels, arch, name, read, dtype):
     assert count(main, "LDG") - count(main, r"LDG\.E\.128") == (vectors if name.startswith("factor") else 0)
     assert count(main, "STG") - count(main, r"STG\.E\.128") == (vectors if name.startswith("activation") else 0)
     assert count(main, r"LDG\.E\.128") >= read * vectors and count(main, r"STG\.E\.128") >= vectors
-    assert count(main, "LDS") == count(main, r"LDS\.128")
+    assert count(main, r"LDS\.128") == (count(main, "LDS") if name.endswith("true>") else 0)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
