@@ -229,7 +229,8 @@ def triton_binary(launch, arch, fusion=None):
     def name(dtype):
         return str(dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf").replace("int", "i")
 
-    types = {n: "*" + {torch.bool: "i1"}.get(v.dtype, name(v.dtype)) if isinstance(v, torch.Tensor) else "constexpr"
+    names = {torch.bool: "i1", torch.uint8: "u8"}
+    types = {n: "*" + names.get(v.dtype, name(v.dtype)) if isinstance(v, torch.Tensor) else "constexpr"
              for n, v in values.items()}
     fixed = {n: v for n, v in values.items() if not isinstance(v, torch.Tensor)}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if types[n] != "constexpr"}

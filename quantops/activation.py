@@ -7,11 +7,10 @@ from quantops.convert import check_choice, check_int
 from quantops.library import ops
 from quantops.methods.multibn import replace
 from quantops.positive import positive
-from quantops.reference.categorical import GRADS, MAX_SOFT_BITS
-from quantops.reference.packing import LAYOUTS
+from quantops.reference.categorical import GRADS, MAX_SOFT_BITS, MODES
 from quantops.reference.uniform import acc_dtype
 
-DENSE = LAYOUTS.index("dense")
+HARD = MODES.index("hard")
 RELUS = (torch.nn.ReLU, torch.nn.ReLU6)
 
 
@@ -31,9 +30,11 @@ class CategoricalActivation(torch.nn.Module):
 
     but for k = 0 at j = 0 (x below -alpha/4) and k = 3 at the last j (x more than alpha/4 above it), which count as
     infinitely far: there dL/dx = 0 and dL/dalpha = g j. So they are not the exact gradients, but those of an x rounded
-    to a grid four times as fine; q is exact. A plain clipped STE would take one bit for dL/dx, but its dL/dalpha needs
-    q - x as well. Where no layer keeps q, this module does. sigma below alpha/10 makes x' too coarse: the mean of dL/dx
-    over a cell then falls short.
+    to a grid four times as fine; q is exact. One pass reads x and writes q and the two bits; another reads dL/dq, q and
+    the two bits, and looks up the factors of the few x' that there are. A plain clipped STE would take one bit for
+    dL/dx, but its dL/dalpha needs q - x as well. Where no layer keeps q, this module does. sigma below alpha/10 makes
+    x' too coarse: the mean of dL/dx over a cell then falls short. A q of bfloat16 with 8 bits does not tell
+    neighbouring j from 128 on apart: x' may then lie in the neighbour's cell.
 
     Args:
         bits: 1..8. grad: "soft" or "winner". sigma: sigma/alpha at the start.
@@ -64,10 +65,10 @@ class CategoricalActivation(torch.nn.Module):
         acc = acc_dtype(x.dtype)
         alpha = positive(self.alpha_start, self.log_alpha).to(acc)
         sigma = positive(self.alpha_start * self.ratio, self.log_sigma).to(acc)
-        arguments = alpha, sigma, self.bits, GRADS.index(self.grad), checks.dtype_of(None, [x])
+        grad_of, dtype = GRADS.index(self.grad), checks.dtype_of(None, [x])
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, alpha, sigma)):
-            return _Activation.apply(x, self.highest, *arguments)
-        return _quantize(x, *arguments)
+            return ops.activation(x, alpha, sigma, self.bits, grad_of, dtype)[0]
+        return ops.categorical([x], [alpha], [sigma], self.bits, [], None, HARD, grad_of, False, dtype)[0]
 
     @torch.no_grad()
     def _start(self, x):
@@ -82,45 +83,6 @@ class CategoricalActivation(torch.nn.Module):
 
     def extra_repr(self):
         return f"bits={int(self.bits)}, grad={self.grad!r}"
-
-
-def _quantize(x, alpha, sigma, bits, grad_of, dtype):
-    return ops.categorical([x], [alpha], [sigma], bits, [], None, 0, grad_of, False, dtype)[0]
-
-
-class _Activation(torch.autograd.Function):
-    """Keeps q, which the next layer keeps too, and two bits per element."""
-
-    @staticmethod
-    def forward(ctx, x, highest, alpha, sigma, bits, grad_of, dtype):
-        q = _quantize(x, alpha, sigma, bits, grad_of, dtype)
-        inverse = 1 / alpha
-        k = (x.to(alpha.dtype) * inverse).sub_(_class(q, inverse)).mul_(4).floor_().add_(2).clamp_(0, 3)
-        code = k.to(torch.int32).bitwise_and_(3)  # NaN too becomes a code
-        ctx.highest, ctx.grad_of, ctx.dtype = highest, grad_of, x.dtype
-        ctx.save_for_backward(q, alpha, sigma, bits, ops.pack([code], [2], DENSE)[0])
-        return q
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, alpha, sigma, bits, data = ctx.saved_tensors
-        k = ops.unpack([data], list(q.shape), [q.dim()], [2], torch.full_like(bits, 2), DENSE)[0]
-        place = _class(q, 1 / alpha).to(torch.int32).mul_(4).add_(k).clamp_(0, 4 * ctx.highest + 3).flatten()
-        # x' has only so many values: what the gradient is multiplied by is looked up.
-        x = torch.arange(4 * ctx.highest + 4, dtype=alpha.dtype, device=q.device).sub_(1.5).mul_(alpha / 4)
-        x[0], x[-1] = -torch.inf, torch.inf
-        rows = [v.expand(len(x)).contiguous() for v in (alpha, sigma)]
-        factors = ops.categorical_backward([torch.ones_like(x)], [x], *([v] for v in rows), bits, [], None, 0,
-                                           ctx.grad_of, False, True, False)[:3]
-        by_x, by_alpha, by_sigma = (v[0].index_select(0, place).view(q.shape) for v in factors)
-        grad = grad.to(alpha.dtype)
-        by_alpha, by_sigma = ((grad * v).sum().reshape(1) for v in (by_alpha, by_sigma))
-        return (grad * by_x).to(ctx.dtype), None, by_alpha, by_sigma, None, None, None
-
-
-def _class(q, inverse):
-    """j of q = alpha j, also where q has been rounded to bfloat16."""
-    return (q.to(inverse.dtype) * inverse).round_()
 
 
 def replace_relus(model, make):

@@ -5,6 +5,8 @@ import math
 
 import torch
 
+from quantops.layout import dense_rows
+from quantops.reference.activation import QUARTER_BITS
 from quantops.reference.categorical import GRADS, MAX_SOFT_BITS, MODES
 from quantops.reference.packing import LAYOUTS, data_shape, split_shapes
 from quantops.reference.truncate import COMPANDINGS
@@ -391,8 +393,6 @@ def strength(value):
 
 def outputs(out, w, dtype):
     """``out`` as buffers that q may be written to."""
-    from quantops.layout import dense_rows
-
     tensors("out", out)
     if len(out) != len(w):
         raise ValueError(f"out: expected one tensor per weight ({len(w)}), got {len(out)}")
@@ -439,6 +439,8 @@ def structure(arguments):
     """
     if "layout" in arguments:
         return packing_structure(arguments)
+    if "grad_of" in arguments and "mode" not in arguments:
+        return _activation_structure(arguments)
     if "alpha" in arguments:
         return _categorical_structure(arguments)
     w = tensors("codes", arguments["codes"], INTS) if "codes" in arguments else tensors("w", arguments["w"])
@@ -541,3 +543,32 @@ def _categorical_structure(arguments):
                              or grad[0].device != device):
         raise ValueError(f"grad: expected the shapes of x on {device}, got {[tuple(t.shape) for t in grad]} on "
                          f"{grad[0].device}")
+
+
+def _activation_structure(arguments):
+    """:func:`structure` for the ops of family ``activation``."""
+    backward = "q" in arguments
+    x, = tensors("q" if backward else "x", [arguments["q" if backward else "x"]])
+    dtype, quarters = arguments["dtype"], arguments.get("quarters")
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype: expected one of {_names(FLOATS)}, got {dtype}")
+    if arguments["grad_of"] not in range(len(GRADS)):
+        raise ValueError(f"grad_of: expected 0 or 1, got {arguments['grad_of']}")
+    acc = acc_dtype(dtype if backward else x.dtype)
+    for name, kind in (("alpha", acc), ("sigma", acc), ("bits", torch.int32)):
+        t = arguments[name]
+        if t.dtype != kind or t.numel() != 1 or t.device != x.device:
+            raise ValueError(f"{name}: expected one element of {kind} on {x.device}, got {_kind(t)} on {t.device}")
+    if not backward:
+        return
+    grad, = tensors("grad", [arguments["grad"]])
+    if grad.shape != x.shape or grad.device != x.device:
+        raise ValueError(f"grad: expected shape {tuple(x.shape)} on {x.device}, got {tuple(grad.shape)} on "
+                         f"{grad.device}")
+    if not dense_rows(x):
+        raise ValueError(f"q: expected a dense tensor, as the forward pass gives it, got strides {x.stride()}")
+    expected = data_shape(x.numel(), QUARTER_BITS, "dense")
+    if (quarters.shape != expected or quarters.dtype != torch.uint8 or quarters.device != x.device
+            or not quarters.is_contiguous()):
+        raise ValueError(f"quarters: expected a contiguous uint8 tensor of shape {expected} on {x.device}, got "
+                         f"{_kind(quarters)} on {quarters.device}")

@@ -37,3 +37,13 @@ def empty_like(t, dtype):
 def laid_out(results, like):
     """``results`` in the layout that the compiled kernels and the fakes give those of ``like``."""
     return [empty_like(t, r.dtype).copy_(r) for r, t in zip(results, like)]
+
+
+def in_memory(t):
+    """The elements of a dense ``t`` in the order of its memory, as one dim."""
+    return t.as_strided((t.numel(),), (1,))
+
+
+def in_layout_of(t, like):
+    """``t`` itself where it has the strides of ``like``, which is dense, else a copy that has."""
+    return t if t.stride() == like.stride() else empty_like(like, t.dtype).copy_(t)

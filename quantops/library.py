@@ -20,6 +20,7 @@ import torch
 from quantops import autograd, checks, default
 from quantops.autograd.common import below_autograd
 from quantops.layout import empty_like
+from quantops.reference.activation import QUARTER_BITS
 from quantops.reference.packing import LAYOUTS, data_shape, split_shapes
 from quantops.reference.uniform import acc_dtype
 
@@ -74,6 +75,14 @@ OPS = {
         "Tensor[] gates, Tensor? seed, int mode, int grad_of, bool signed, bool scale_grad, bool gate_grad) -> "
         "(Tensor[] grad_x, Tensor[] grad_alpha, Tensor[] grad_sigma, Tensor[] grad_gates)",
     },
+    # One tensor at a time, with one alpha and one sigma. `quarters` is uint8, 2 bits per element in the order of q's
+    # memory, which is dense; `sums` is [] or [grad_alpha, grad_sigma]; `dtype` is that of q, in the backward that of x.
+    "activation": {
+        "activation": "(Tensor x, Tensor alpha, Tensor sigma, Tensor bits, int grad_of, ScalarType dtype) -> "
+        "(Tensor q, Tensor quarters)",
+        "activation_backward": "(Tensor grad, Tensor q, Tensor quarters, Tensor alpha, Tensor sigma, Tensor bits, "
+        "int grad_of, bool scale_grad, ScalarType dtype) -> (Tensor grad_x, Tensor[] sums)",
+    },
 }
 
 # The autograd kernels of the ops through which gradients flow. The results of the others never require grad.
@@ -86,6 +95,8 @@ AUTOGRAD = {
     "truncate_backward": autograd.truncate.truncate_backward,
     "categorical": autograd.categorical.categorical,
     "categorical_backward": autograd.categorical.categorical_backward,
+    "activation": autograd.activation.activation,
+    "activation_backward": autograd.activation.activation_backward,
 }
 
 ops = torch.ops.quantops
@@ -241,6 +252,16 @@ def _fake_categorical_backward(grad, x, alpha, sigma, bits, gates, seed, mode, g
     alphas, sigmas = ([torch.empty_like(v) for v in values] if scale_grad else [] for values in (alpha, sigma))
     return ([empty_like(t, t.dtype) for t in x], alphas, sigmas,
             [g.new_empty(g.numel()) for g in gates] if gate_grad else [])
+
+
+@_fake
+def _fake_activation(x, alpha, sigma, bits, grad_of, dtype):
+    return empty_like(x, dtype), x.new_empty(data_shape(x.numel(), QUARTER_BITS, "dense"), dtype=torch.uint8)
+
+
+@_fake
+def _fake_activation_backward(grad, q, quarters, alpha, sigma, bits, grad_of, scale_grad, dtype):
+    return empty_like(q, dtype), [torch.empty_like(alpha), torch.empty_like(sigma)] if scale_grad else []
 
 
 def call(op, *args):

@@ -76,3 +76,8 @@ def check_categorical(alpha, sigma, bits, gates, seed, mode, grad_of):
             if not bool(((v > 0) & (v < torch.inf) & ((1 / v < torch.inf) | (name == "sigma"))).all()):
                 inverse = " whose inverse is finite" if name == "alpha" else ""
                 raise ValueError(f"{name}[{i}]: expected finite values > 0{inverse}, got {v.reshape(-1)[:8].tolist()}")
+
+
+def check_activation(alpha, sigma, bits):
+    """The same of activations."""
+    check_categorical([alpha], [sigma], bits, [], None, MODES.index("hard"), GRADS.index("soft"))

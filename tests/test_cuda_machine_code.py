@@ -26,7 +26,7 @@ WIDE = sorted(set(WIDE))
 ROLLED = ("Sample<{0}, {0}>", "SoftValue<{0}, {0}>", "WinnerMany<{0}, {0}, false>", "WinnerMany<{0}, {0}, true>",
           "SoftBackward<{0}, {0}, false>", "SoftBackward<{0}, {0}, true>")
 # Each element is divided, each scale has an exponential in double precision: of family ``categorical``.
-DIVIDING = re.compile("(items_kernel<(Sample|SoftValue|SoftBackward|WinnerOne|WinnerMany)|bounds_kernel)<")
+DIVIDING = re.compile("(items_kernel<(Sample|SoftValue|SoftBackward|WinnerOne|WinnerMany)|bounds_kernel|factors_kernel)<")
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,25 @@ def test_truncate_moves_128_bits(kernels, arch, dtype):
             main = max(kernel.loops(), key=lambda loop: count(loop, rf"{op}\.E\.128"))
             assert count(main, rf"{op}\.E\.128") == count(main, op) >= 2, name
             assert count((text for _, text in kernel.code), rf"{other}\.E\.128") >= 2
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name, read", [
+    ("activation_kernel<T, T>", 1), ("activation_kernel<float, T>", 1), ("factor_kernel<T, T, T, true>", 2),
+    ("factor_kernel<T, T, T, false>", 2), ("factor_kernel<T, T, float, true>", 2)])
+@pytest.mark.parametrize("dtype", ["float", "__nv_bfloat16"])
+def test_activations_move_128_bits(kernels, arch, name, read, dtype):
+    """The loop over several vectors: beside 16-byte words, one number for the quarters of each. Where sums are
+    wanted, a row of the table comes from shared memory as one word of 16 bytes."""
+    name = name.replace("T", dtype)
+    kernel = kernels[arch, name]
+    main = max(kernel.loops(), key=lambda loop: count(loop, r"LDG\.E\.128"))
+    vectors = count(main, r"(LDG|STG)\.E\.U(8|16)")
+    assert vectors >= 2, "several at a time"
+    assert count(main, "LDG") - count(main, r"LDG\.E\.128") == (vectors if name.startswith("factor") else 0)
+    assert count(main, "STG") - count(main, r"STG\.E\.128") == (vectors if name.startswith("activation") else 0)
+    assert count(main, r"LDG\.E\.128") >= read * vectors and count(main, r"STG\.E\.128") >= vectors
+    assert count(main, r"LDS\.128") == (count(main, "LDS") if name.endswith("true>") else 0)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

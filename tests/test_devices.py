@@ -65,6 +65,8 @@ def results(device):
         if grid == "full":
             out.update(_truncated(w, s, g, key))
             out.update(_categorical(w, s, g, n, key))
+            if not per_row:
+                out.update(_activations(w, g, key))
     return out
 
 
@@ -110,6 +112,25 @@ def _categorical(x, s, g, n, key):
             # In units of what they are sums of.
             size = [1 + h.double().abs().sum() for h in g] * (len(leaves) - 1)
             out[SUMS, f"{of} sums {what}"] = [(v.double() / s).float().cpu() for v, s in zip(grads[len(x):], size)]
+    return out
+
+
+def _activations(x, g, key):
+    """The same of family ``activation``: all that is kept is exact; x is near no edge by chance."""
+    device, out = x[0].device, {}
+    acc = torch.float64 if x[0].dtype == torch.float64 else torch.float32
+    for bits, grad_of in itertools.product((1, 4, 8), (0, 1)):
+        widths = [torch.tensor([v], dtype=acc, device=device) for v in (0.37, 0.2)]
+        args = *widths, torch.tensor([bits], dtype=torch.int32, device=device), grad_of
+        kept = [torch.ops.quantops.activation(t, *args, t.dtype) for t in x]
+        back = [torch.ops.quantops.activation_backward(h, *k, *args, True, t.dtype) for t, h, k in zip(x, g, kept)]
+        what = f"{bits} {grad_of} {key}"
+        out[EXACT, f"activation {what}"] = [t.cpu() for k in kept for t in k]
+        if acc == x[0].dtype:  # a last bit of float32 is more in 16 bits
+            out[SUMS, f"activation grad_x {what}"] = [t.float().cpu() for t, _ in back]
+        size = [1 + h.double().abs().sum() for h in g]
+        out[SUMS, f"activation sums {what}"] = [(v.double() / s).float().cpu() for (_, sums), s in zip(back, size)
+                                                for v in sums]
     return out
 
 
@@ -171,6 +192,37 @@ def test_categorical_values_out_of_range_give_nan_on_a_gpu():
             q = Q.categorical(x, alpha, sigma, bits, gates=gates, mode=mode, seed=1)
             assert q.isnan().all(), (alpha, sigma, bits, gates, mode)
     assert Q.categorical(x, one, one, torch.tensor(9, device="cuda"), mode="soft").isnan().all()
+
+
+@needs_gpu
+def test_activations_out_of_range_give_nan_and_are_captured():
+    x, (one, bits) = torch.randn(1000, 7, device="cuda"), (torch.tensor(v, device="cuda") for v in (
+        [1.0], [3]))
+    bits = bits.to(torch.int32)
+    forward, backward = torch.ops.quantops.activation, torch.ops.quantops.activation_backward
+
+    def call(alpha, sigma, n):
+        q, quarters = forward(x, alpha, sigma, n, 1, x.dtype)
+        grad_x, sums = backward(x, q, quarters, alpha, sigma, n, 1, True, x.dtype)
+        return q, grad_x, *sums
+
+    for bad in ((-one, one, bits), (one, one * 0, bits), (one, one * torch.nan, bits), (one, one, bits + 6)):
+        assert all(t.isnan().all() for t in call(*bad))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call(one, one, bits)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(one, one, bits)
+    for n in (3, 8, 1):
+        bits.fill_(n)  # precision is data: the graph stays
+        x.normal_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(captured, call(one, one, bits)))
 
 
 @needs_gpu
