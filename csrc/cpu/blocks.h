@@ -19,7 +19,9 @@ enum class Storage { f32, f64, bf16, f16 };
 
 inline int64_t item_size(Storage t) { return t == Storage::f64 ? 8 : t == Storage::f32 ? 4 : 2; }
 
-constexpr int64_t kBlock = 1024;  // elements: the blocks of all operands stay in the first-level cache
+// Elements: few enough that the blocks of all operands stay in the first-level cache, enough to hide what a loop costs
+// before its first element and behind its last.
+constexpr int64_t kBlock = 2048;
 
 // An element in storage as the loops see it. Half precision and mixtures with float64 go through buffers instead.
 struct BFloat16 {
@@ -28,6 +30,7 @@ struct BFloat16 {
 
 QUANTOPS_INLINE float widen(float v) { return v; }
 QUANTOPS_INLINE double widen(double v) { return v; }
+QUANTOPS_INLINE int32_t widen(int32_t v) { return v; }
 QUANTOPS_INLINE float widen(BFloat16 v) {
   uint32_t u = uint32_t(v.bits) << 16;
   float f;
@@ -35,6 +38,7 @@ QUANTOPS_INLINE float widen(BFloat16 v) {
   return f;
 }
 
+QUANTOPS_INLINE void narrow(int32_t v, int32_t& to) { to = v; }
 QUANTOPS_INLINE void narrow(float v, float& to) { to = v; }
 QUANTOPS_INLINE void narrow(double v, double& to) { to = v; }
 QUANTOPS_INLINE void narrow(float v, BFloat16& to) {  // to nearest even, NaN to the one that torch writes
@@ -44,18 +48,77 @@ QUANTOPS_INLINE void narrow(float v, BFloat16& to) {  // to nearest even, NaN to
   to.bits = uint16_t(v == v ? rounded : 0x7fc0);
 }
 
-// Of a value whose NaNs come from elements of type From or from arithmetic: those of bfloat16 have no bits that rounding
-// could carry into the exponent.
+// The same with the result in the upper half, of a value whose NaNs have no bits that rounding could carry into the
+// exponent: those of bfloat16 and of arithmetic on it.
+QUANTOPS_INLINE uint32_t rounded_bits(float v) {
+  uint32_t u;
+  std::memcpy(&u, &v, 4);
+  return u + 0x7fff + ((u >> 16) & 1);
+}
+
+// Of a value whose NaNs come from elements of type From or from arithmetic.
 template <class From, class A, class To>
 QUANTOPS_INLINE void narrow_from(A v, To& to) {
-  if constexpr (std::is_same_v<From, BFloat16> && std::is_same_v<To, BFloat16>) {
-    uint32_t u;
-    std::memcpy(&u, &v, 4);
-    to.bits = uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-  } else {
-    narrow(v, to);
-  }
+  if constexpr (std::is_same_v<From, BFloat16> && std::is_same_v<To, BFloat16>) to.bits = uint16_t(rounded_bits(v) >> 16);
+  else narrow(v, to);
 }
+
+// Whether all operands of a loop are bfloat16. It then takes the first of each two that make a word in front of all
+// second ones: a shift or a mask widens them so, where the order in storage takes one instruction more for each, and as
+// much less makes words of the results.
+template <class... T>
+constexpr bool kAllPairs = (std::is_same_v<T, BFloat16> && ...);
+
+// kLanes elements at `from` in the arithmetic dtype, in storage order or in pairs.
+template <class T, bool kPairs>
+struct Elements {
+  const T* from;
+
+  QUANTOPS_INLINE explicit Elements(const T* from_) : from(from_) {}
+  QUANTOPS_INLINE auto operator[](int j) const { return widen(from[j]); }
+};
+
+template <>
+struct Elements<BFloat16, true> {
+  float at[kLanes];
+
+  QUANTOPS_INLINE explicit Elements(const BFloat16* from) {
+    uint32_t words[kLanes / 2];
+    std::memcpy(words, from, sizeof(words));
+    for (int j = 0; j < kLanes / 2; j++) {
+      const uint32_t first = words[j] << 16, second = words[j] & 0xffff0000;
+      std::memcpy(at + j, &first, 4);
+      std::memcpy(at + kLanes / 2 + j, &second, 4);
+    }
+  }
+  QUANTOPS_INLINE float operator[](int j) const { return at[j]; }
+};
+
+// kLanes results on their way to storage, in the same order.
+template <class From, class T, bool kPairs>
+struct Results {
+  T* to;
+
+  QUANTOPS_INLINE explicit Results(T* to_) : to(to_) {}
+  template <class A>
+  QUANTOPS_INLINE void set(int j, A v) { narrow_from<From>(v, to[j]); }
+  QUANTOPS_INLINE void finish() {}
+};
+
+template <class From>
+struct Results<From, BFloat16, true> {
+  BFloat16* to;
+  float at[kLanes];
+
+  QUANTOPS_INLINE explicit Results(BFloat16* to_) : to(to_) {}
+  QUANTOPS_INLINE void set(int j, float v) { at[j] = v; }
+  QUANTOPS_INLINE void finish() {
+    uint32_t words[kLanes / 2];
+    for (int j = 0; j < kLanes / 2; j++)
+      words[j] = rounded_bits(at[j]) >> 16 | (rounded_bits(at[kLanes / 2 + j]) & 0xffff0000);
+    std::memcpy(to, words, sizeof(words));
+  }
+};
 
 // Writes kLanes results. Streaming goes past the caches: what is larger than them is not read again before it is gone,
 // and reading lines only to overwrite them would cost a third of the bandwidth. `to` is then a multiple of 16.
@@ -72,18 +135,26 @@ QUANTOPS_INLINE void put_lanes(T* to, const T* from, bool streaming) {
   std::memcpy(to, from, kLanes * sizeof(T));
 }
 
-// Results for n elements, kLanes at a time: f(i, result of element i). A loop compiled for several instruction sets calls
-// it with a lambda marked QUANTOPS_LANES, which then becomes part of each of its clones.
+template <class R, class F, class... L>
+QUANTOPS_INLINE void apply_lanes(R&& y, const F& f, const L&... x) {
+  for (int j = 0; j < kLanes; j++) y.set(j, f(x[j]...));
+  y.finish();
+}
+
+// f of the elements of all sources, kLanes at a time, in the arithmetic dtype. From: what their NaNs come from. A loop
+// compiled for several instruction sets calls this with a lambda marked QUANTOPS_LANES, which then becomes part of each
+// of its clones.
 #define QUANTOPS_LANES __attribute__((always_inline))
-template <class T, class F>
-QUANTOPS_INLINE void map_lanes(T* __restrict to, bool streaming, int64_t n, const F& f) {
-  alignas(64) T lanes[kLanes];
+template <class From, class Out, class F, class... In>
+QUANTOPS_INLINE void map_lanes(Out* to, bool streaming, int64_t n, const F& f, const In*... from) {
+  constexpr bool kPairs = kAllPairs<Out, In...>;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    for (int j = 0; j < kLanes; j++) f(i + j, lanes[j]);
+    alignas(64) Out lanes[kLanes];
+    apply_lanes(Results<From, Out, kPairs>(lanes), f, Elements<In, kPairs>(from + i)...);
     put_lanes(to + i, lanes, streaming);
   }
-  for (; i < n; i++) f(i, to[i]);
+  for (; i < n; i++) narrow_from<From>(f(widen(from[i])...), to[i]);
 }
 
 template <class A>

@@ -16,9 +16,7 @@ template <class In, class Out, class A>
 QUANTOPS_SIMD void nearest_loop(const In* __restrict x, Out* __restrict q, bool streaming, int64_t n,
                                 const Bins<A>& bins) {
   const Bins<A> p = bins;
-  map_lanes(q, streaming, n, [&](int64_t i, Out& y) QUANTOPS_LANES {
-    narrow_from<In>(p.alpha * nearest_class(widen(x[i]), p), y);
-  });
+  map_lanes<In>(q, streaming, n, [&](A v) QUANTOPS_LANES { return p.alpha * nearest_class(v, p); }, x);
 }
 
 // T_t and the top class of each level, kCount of them; those that are not there have a T_t of minus infinity.

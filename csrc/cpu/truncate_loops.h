@@ -39,7 +39,7 @@ template <class In, class Out, class A>
 QUANTOPS_SIMD void cut_loop(const A* __restrict c, Out* __restrict q, bool streaming, int64_t n,
                             const Width<A>& width) {
   const Width<A> v = width;
-  map_lanes(q, streaming, n, [&](int64_t i, Out& y) QUANTOPS_LANES { narrow_from<In>(odd_level(c[i], v) * v.step, y); });
+  map_lanes<In>(q, streaming, n, [&](A x) QUANTOPS_LANES { return odd_level(x, v) * v.step; }, c);
 }
 
 enum GradKind { kCovered, kInside, kTanhInside };
@@ -70,11 +70,10 @@ QUANTOPS_SIMD void grad_loop(const In* __restrict w, const G* const* g, In* __re
                              const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
   const G *__restrict g0 = g[0], *__restrict g1 = g[1], *__restrict g2 = g[2], *__restrict g3 = g[3];
-  map_lanes(out, streaming, n, [&](int64_t i, In& y) QUANTOPS_LANES {
-    A total = ((widen(g0[i]) + widen(g1[i])) + widen(g2[i])) + widen(g3[i]);
-    if constexpr (kKind != kCovered) total = grad_element<kKind>(widen(w[i]), total, p);
-    narrow_from<G>(total, y);
-  });
+  map_lanes<G>(out, streaming, n, [&](A x, A y0, A y1, A y2, A y3) QUANTOPS_LANES {
+    const A total = ((y0 + y1) + y2) + y3;
+    return kKind == kCovered ? total : grad_element<kKind>(x, total, p);
+  }, w, g0, g1, g2, g3);
 }
 
 template <class A>

@@ -118,7 +118,7 @@ void msq_into(const List& list, bool full, bool covered, const Targets* q, A* pe
   std::vector<LsbSums> parts(list.chunks.size());
   for_blocks<A>(list, full, true, [&](int64_t chunk, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
     with_source<A>(list.data[t], list.type, i, end - i, [&](const auto* w) {
-      if (!q) return msq_loop(w, static_cast<A*>(nullptr), false, end - i, p, covered, parts[chunk]);
+      if (!q) return msq_loop(w, static_cast<Nothing*>(nullptr), false, end - i, p, covered, parts[chunk]);
       with_target<A>(q->data[t], q->type, i, end - i, q->streaming,
                      [&](auto* y, bool streaming) { msq_loop(w, y, streaming, end - i, p, covered, parts[chunk]); });
     });

@@ -29,14 +29,17 @@ void with_form(bool short_form, bool covered, const F& f) {
 
 // Elements are read and written as they are stored.
 
+template <Form form, class A>
+QUANTOPS_INLINE A quantize_element(A w, const Quantizer<A>& p) {
+  if constexpr (form == kGeneral) return level(round_clamp_code(round_clamp_unit(w, p), p.mul, p.top), p) * p.step;
+  else return level_of(shifted_code<form>(w, p), p) * p.step;
+}
+
 template <Form form, class In, class Out, class A>
 QUANTOPS_SIMD void quantize_loop(const In* __restrict w, Out* __restrict q, bool streaming, int64_t n,
                                  const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
-  map_lanes(q, streaming, n, [&](int64_t i, Out& y) QUANTOPS_LANES {
-    const A c = at_most(rint_small(scaled_unit<form>(widen(w[i]), p)), p.top);
-    narrow_from<In>(level_of<form>(c, p) * p.step, y);
-  });
+  map_lanes<In>(q, streaming, n, [&](A x) QUANTOPS_LANES { return quantize_element<form>(x, p); }, w);
 }
 
 template <class In, class Out, class A>
@@ -44,8 +47,15 @@ void quantize_loop(const In* w, Out* q, bool streaming, int64_t n, const Quantiz
   with_form<A>(has_short_form(p), covered, [&](auto form) { quantize_loop<form.value>(w, q, streaming, n, p); });
 }
 
+// The low bits of an integer to which kIntegers was added.
+QUANTOPS_INLINE int32_t low_bits(float shifted) {
+  int32_t bits;
+  std::memcpy(&bits, &shifted, 4);
+  return bits;
+}
+
 // One weight of msq: q, |B| and the squared error. With k = 1, the usual case, |B| is the parity of the code: half of
-// the work.
+// the work. In the short forms it may be wrong for NaN.
 template <Form form, bool kOne, class A>
 QUANTOPS_INLINE void msq_element(A x, const Quantizer<A>& p, A& q, int32_t& size, A& error) {
   if constexpr (form == kGeneral) {
@@ -53,39 +63,52 @@ QUANTOPS_INLINE void msq_element(A x, const Quantizer<A>& p, A& q, int32_t& size
     size = kOne ? static_cast<int32_t>(c) & 1 : std::abs(static_cast<int32_t>(lsb_residual(u, c, p)));
     q = x == x ? y : x;
   } else {
-    A c = at_most(rint_small(scaled_unit<form>(x, p)), p.top);
-    size = static_cast<int32_t>(c) & 1;  // of NaN too: the machine makes it 0 or a power of two
-    q = level_of<form>(c, p) * p.step;
+    const A c = shifted_code<form>(x, p);
+    size = low_bits(c) & 1;
+    q = level_of(c, p) * p.step;
   }
   error = (q - x) * (q - x);
 }
 
-// |B| is below 2^16 and a lane sees 32 elements of a block, so an int32 holds its sum; blocks add up in double. q may be
-// null: the sums alone. Lanes are written in runs: while they are, sums cannot stay in registers.
+// In the place of results that nobody wants.
+struct Nothing {};
+
+// |B| is below 2^16 and a lane sees 64 elements of a block, so an int32 holds its sum; blocks add up in double. Lanes
+// are written in runs: while they are, sums cannot stay in registers.
 template <Form form, bool kOne, class In, class Out, class A>
 QUANTOPS_SIMD void msq_loop(const In* __restrict w, Out* __restrict q, bool streaming, int64_t n,
                             const Quantizer<A>& quantizer, LsbSums& sums) {
   const Quantizer<A> p = quantizer;
+  constexpr bool kWrites = !std::is_same_v<Out, Nothing>;
+  constexpr bool kPairs = kWrites ? kAllPairs<In, Out> : kAllPairs<In>;
   constexpr int kRun = 4 * kLanes;
   alignas(64) Out run[kRun];
-  A error[kLanes] = {}, y, e;
-  int32_t total[kLanes] = {}, nonzero[kLanes] = {}, size;
+  A error[kLanes] = {};
+  int32_t total[kLanes] = {}, nonzero[kLanes] = {};
   int64_t i = 0;
   for (; i + kRun <= n; i += kRun) {
-    for (int k = 0; k < kRun; k += kLanes)
+    for (int k = 0; k < kRun; k += kLanes) {
+      const Elements<In, kPairs> x(w + i + k);
+      Results<In, Out, kPairs> y(run + k);
       for (int j = 0; j < kLanes; j++) {
-        msq_element<form, kOne>(widen(w[i + k + j]), p, y, size, e);
-        narrow_from<In>(y, run[k + j]);
+        A value, e;
+        int32_t size;
+        msq_element<form, kOne>(x[j], p, value, size, e);
+        if constexpr (kWrites) y.set(j, value);
         total[j] += size;
         if (!kOne) nonzero[j] += size < 1 ? size : 1;
         error[j] += e;
       }
-    if (q)
+      if constexpr (kWrites) y.finish();
+    }
+    if constexpr (kWrites)
       for (int k = 0; k < kRun; k += kLanes) put_lanes(q + i + k, run + k, streaming);
   }
   for (int j = 0; i < n; i++, j = (j + 1) % kLanes) {
+    A y, e;
+    int32_t size;
     msq_element<form, kOne>(widen(w[i]), p, y, size, e);
-    if (q) narrow_from<In>(y, q[i]);
+    if constexpr (kWrites) narrow_from<In>(y, q[i]);
     total[j] += size;
     if (!kOne) nonzero[j] += size < 1 ? size : 1;
     error[j] += e;
@@ -102,7 +125,16 @@ QUANTOPS_SIMD void msq_loop(const In* __restrict w, Out* __restrict q, bool stre
 template <class In, class Out, class A>
 void msq_loop(const In* w, Out* q, bool streaming, int64_t n, const Quantizer<A>& p, bool covered, LsbSums& sums) {
   if (p.pow_k != A(2)) return msq_loop<kGeneral, false>(w, q, streaming, n, p, sums);
-  with_form<A>(has_short_form(p), covered, [&](auto form) { msq_loop<form.value, true>(w, q, streaming, n, p, sums); });
+  LsbSums part;
+  with_form<A>(has_short_form(p), covered, [&](auto form) {
+    msq_loop<form.value, true>(w, q, streaming, n, p, part);
+    if (part.sq_error == part.sq_error) return;
+    part = {};  // there was a NaN, rare as they are
+    msq_loop<kGeneral, true>(w, q, streaming, n, p, part);
+  });
+  sums.penalty += part.penalty;
+  sums.nonzero += part.nonzero;
+  sums.sq_error += part.sq_error;
 }
 
 template <Rule rule, class A>
@@ -115,18 +147,33 @@ template <Rule rule, class In, class A>
 QUANTOPS_SIMD void encode_loop(const In* __restrict w, int32_t* __restrict codes, bool streaming, int64_t n,
                                const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
-  map_lanes(codes, streaming, n,
-            [&](int64_t i, int32_t& c) QUANTOPS_LANES { c = encode_element<rule>(widen(w[i]), p); });
+  map_lanes<In>(codes, streaming, n, [&](A x) QUANTOPS_LANES { return encode_element<rule>(x, p); }, w);
 }
 
-template <class In, class A>
+// B_k; 0 for NaN, as for the lowest weight.
+template <Form form, class A>
+QUANTOPS_INLINE int32_t lsb_element(A w, const Quantizer<A>& p) {
+  if constexpr (form == kGeneral) {
+    const A u = round_clamp_unit(w, p);
+    return to_int(lsb_residual(u, round_clamp_code(u, p.mul, p.top), p), p.valid);
+  } else {
+    const A t = scaled_unit(w > p.low ? w : p.low, p), zero = kIntegers<A>;
+    const A c = at_most(t + zero, zero + p.top);
+    const A high = at_most(t * (p.mul_lo / p.mul) + zero, zero + p.top_lo);
+    return low_bits(c - p.pow_k * (high - zero)) - low_bits(zero);
+  }
+}
+
+template <Form form, class In, class A>
 QUANTOPS_SIMD void lsb_loop(const In* __restrict w, int32_t* __restrict b, bool streaming, int64_t n,
                             const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
-  map_lanes(b, streaming, n, [&](int64_t i, int32_t& v) QUANTOPS_LANES {
-    A u = round_clamp_unit(widen(w[i]), p);
-    v = to_int(lsb_residual(u, round_clamp_code(u, p.mul, p.top), p), p.valid);
-  });
+  map_lanes<In>(b, streaming, n, [&](A x) QUANTOPS_LANES { return lsb_element<form>(x, p); }, w);
+}
+
+template <class In, class A>
+void lsb_loop(const In* w, int32_t* b, bool streaming, int64_t n, const Quantizer<A>& p) {
+  with_form<A>(has_short_form(p), false, [&](auto form) { lsb_loop<form.value>(w, b, streaming, n, p); });
 }
 
 // No result is NaN: on a CPU, what would make one has raised by now.
@@ -134,9 +181,7 @@ template <class Out, class A>
 QUANTOPS_SIMD void decode_loop(const int32_t* __restrict codes, Out* __restrict q, bool streaming, int64_t n,
                                const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
-  map_lanes(q, streaming, n, [&](int64_t i, Out& y) QUANTOPS_LANES {
-    narrow_from<Out>(level(static_cast<A>(codes[i]), p) * p.step, y);
-  });
+  map_lanes<Out>(q, streaming, n, [&](int32_t c) QUANTOPS_LANES { return level(static_cast<A>(c), p) * p.step; }, codes);
 }
 
 // The union of the bits of codes: within 2^n - 1 if all of them are.
@@ -155,15 +200,14 @@ template <class In, class G, class A>
 QUANTOPS_SIMD void grad_loop(const In* __restrict w, const G* __restrict g, In* __restrict out, bool streaming, int64_t n,
                              const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
-  map_lanes(out, streaming, n,
-            [&](int64_t i, In& y) QUANTOPS_LANES { narrow_from<G>(grad_element(widen(w[i]), widen(g[i]), p), y); });
+  map_lanes<G>(out, streaming, n, [&](A x, A y) QUANTOPS_LANES { return grad_element(x, y, p); }, w, g);
 }
 
-// sign(B) of a weight inside the scale.
+// sign(B) of a weight inside the scale; of others any number.
 template <Form form, class A>
 QUANTOPS_INLINE A slope_element(A w, const Quantizer<A>& p) {
   if constexpr (form == kGeneral) return lsb_sign(w, p);
-  else return lsb_of(scaled_unit<form>(w, p), p);
+  else return lsb_inside(w, p);
 }
 
 template <Form form, class In, class G, class A>
@@ -171,10 +215,9 @@ QUANTOPS_SIMD void grad_penalty_loop(const In* __restrict w, const G* __restrict
                                      int64_t n, const Quantizer<A>& quantizer, A strength) {
   const Quantizer<A> p = quantizer;
   const A r = strength == strength ? strength : quiet_nan<A>();
-  map_lanes(out, streaming, n, [&](int64_t i, In& y) QUANTOPS_LANES {
-    const A x = widen(w[i]);
-    narrow_from<G>(grad_element(x, widen(g[i]) + r * slope_element<form>(x, p), p), y);
-  });
+  map_lanes<G>(out, streaming, n, [&](A x, A y) QUANTOPS_LANES {
+    return grad_element(x, y + r * slope_element<form>(x, p), p);
+  }, w, g);
 }
 
 template <class In, class G, class A>
@@ -189,10 +232,10 @@ QUANTOPS_SIMD void add_lsb_grad_loop(const In* __restrict w, G* __restrict g, in
                                      A strength) {
   const Quantizer<A> p = quantizer;
   const A r = strength == strength ? strength : quiet_nan<A>();
-  for (int64_t i = 0; i < n; i++) {
-    const A x = widen(w[i]), slope = slope_element<form>(x, p);
-    narrow_from<G>(widen(g[i]) + r * (inside(x, p) ? slope : A(0)), g[i]);
-  }
+  map_lanes<G>(g, false, n, [&](A x, A y) QUANTOPS_LANES {
+    const A slope = slope_element<form>(x, p);
+    return y + r * (inside(x, p) ? slope : A(0));
+  }, w, g);
 }
 
 template <class In, class G, class A>
@@ -207,8 +250,11 @@ QUANTOPS_SIMD double scale_grad_loop(const In* __restrict w, const G* __restrict
   const Quantizer<A> p = quantizer;
   A sum[kLanes] = {};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int j = 0; j < kLanes; j++) sum[j] += widen(g[i + j]) * scale_grad_term(widen(w[i + j]), p);
+  for (; i + kLanes <= n; i += kLanes) {
+    const Elements<In, kAllPairs<In, G>> x(w + i);
+    const Elements<G, kAllPairs<In, G>> y(g + i);
+    for (int j = 0; j < kLanes; j++) sum[j] += y[j] * scale_grad_term(x[j], p);
+  }
   for (int j = 0; i < n; i++, j++) sum[j] += widen(g[i]) * scale_grad_term(widen(w[i]), p);
   double total = 0;
   for (int j = 0; j < kLanes; j++) total += sum[j];
@@ -230,13 +276,18 @@ QUANTOPS_SIMD Bits absmax_loop(const char* __restrict w, int64_t n) {
   return most;
 }
 
+QUANTOPS_INLINE float absolute(float v) { return __builtin_fabsf(v); }
+QUANTOPS_INLINE double absolute(double v) { return __builtin_fabs(v); }
+
 template <class A, class In>
 QUANTOPS_SIMD double abs_sum_loop(const In* __restrict w, int64_t n) {
   A sum[kLanes] = {};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int j = 0; j < kLanes; j++) sum[j] += widen(w[i + j]) < A(0) ? -widen(w[i + j]) : widen(w[i + j]);
-  for (int j = 0; i < n; i++, j++) sum[j] += widen(w[i]) < A(0) ? -widen(w[i]) : widen(w[i]);
+  for (; i + kLanes <= n; i += kLanes) {
+    const Elements<In, kAllPairs<In>> x(w + i);
+    for (int j = 0; j < kLanes; j++) sum[j] += absolute(x[j]);
+  }
+  for (int j = 0; i < n; i++, j++) sum[j] += absolute(widen(w[i]));
   double total = 0;
   for (int j = 0; j < kLanes; j++) total += sum[j];
   return total;
