@@ -213,52 +213,6 @@ QUANTOPS_INLINE A penalty_slope(A w, const Quantizer<A>& p) {
   return inside(w, p) ? b : A(0);
 }
 
-// The arithmetic of round_clamp again, in forms with the same bits in fewer operations.
-enum Form {
-  kGeneral,      // of any quantizer: the functions above
-  kShort,        // of one that has_short_form, which all but tiny scales on the dyadic grid have
-  kShortInside,  // the same, of weights that are all inside the scale: none of them NaN, nothing to clamp from below
-};
-
-template <class A>
-QUANTOPS_INLINE bool has_short_form(const Quantizer<A>& p) {
-  return p.a == A(1) && p.inv > A(0) && p.mul * p.inv <= std::numeric_limits<A>::max();
-}
-
-// What rint_small adds on a GPU: an integer is the low bits of its sum with this, and no more needs to be rounded.
-template <class A>
-constexpr A kIntegers = sizeof(A) == 4 ? A(12582912) : A(6755399441055744);
-
-// 2^n * u, not clamped; NaN where w is NaN. A power of two multiplies exactly, before the other operations as after
-// them, but where w * inv is so small that the code is that of w = 0 either way.
-template <class A>
-QUANTOPS_INLINE A scaled_unit(A w, const Quantizer<A>& p) {
-  return w * (p.mul * p.inv) + p.mul * p.offset;
-}
-
-// kIntegers and the code; NaN where w is NaN. All steps are monotone, so clamping the code does for clamping the weight.
-template <Form form, class A>
-QUANTOPS_INLINE A shifted_code(A w, const Quantizer<A>& p) {
-  A c = scaled_unit(w, p) + kIntegers<A>;
-  if (form == kShort) c = at_least(c, kIntegers<A>);
-  return at_most(c, kIntegers<A> + p.top);
-}
-
-// The level of such a code.
-template <class A>
-QUANTOPS_INLINE A level_of(A shifted, const Quantizer<A>& p) {
-  return shifted - (kIntegers<A> - p.b);
-}
-
-// B_1 of a weight inside the scale; any number where it is outside, or NaN.
-template <class A>
-QUANTOPS_INLINE A lsb_inside(A w, const Quantizer<A>& p) {
-  const A t = scaled_unit(w, p);
-  const A c = at_most(t + kIntegers<A>, kIntegers<A> + p.top);
-  const A half = at_most(t * A(0.5) + kIntegers<A>, kIntegers<A> + p.top_lo);
-  return (c - (half + half)) + kIntegers<A>;
-}
-
 // dL/dw from g = dL/dq and r = dL/dR.
 template <class A>
 QUANTOPS_INLINE A grad_weight(A w, A g, A r, const Quantizer<A>& p) {

@@ -31,6 +31,7 @@ struct BFloat16 {
 QUANTOPS_INLINE float widen(float v) { return v; }
 QUANTOPS_INLINE double widen(double v) { return v; }
 QUANTOPS_INLINE int32_t widen(int32_t v) { return v; }
+QUANTOPS_INLINE int32_t widen(uint8_t v) { return v; }
 QUANTOPS_INLINE float widen(BFloat16 v) {
   uint32_t u = uint32_t(v.bits) << 16;
   float f;
@@ -69,7 +70,8 @@ QUANTOPS_INLINE void narrow_from(A v, To& to) {
 template <class... T>
 constexpr bool kAllPairs = (std::is_same_v<T, BFloat16> && ...);
 
-// kLanes elements at `from` in the arithmetic dtype, in storage order or in pairs.
+// kLanes elements at `from` in the arithmetic dtype, in that order or in the one they have there. What is not bfloat16
+// is in a buffer that has the order already.
 template <class T, bool kPairs>
 struct Elements {
   const T* from;
@@ -145,9 +147,8 @@ QUANTOPS_INLINE void apply_lanes(R&& y, const F& f, const L&... x) {
 // compiled for several instruction sets calls this with a lambda marked QUANTOPS_LANES, which then becomes part of each
 // of its clones.
 #define QUANTOPS_LANES __attribute__((always_inline))
-template <class From, class Out, class F, class... In>
+template <class From, bool kPairs, class Out, class F, class... In>
 QUANTOPS_INLINE void map_lanes(Out* to, bool streaming, int64_t n, const F& f, const In*... from) {
-  constexpr bool kPairs = kAllPairs<Out, In...>;
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     alignas(64) Out lanes[kLanes];
@@ -155,6 +156,11 @@ QUANTOPS_INLINE void map_lanes(Out* to, bool streaming, int64_t n, const F& f, c
     put_lanes(to + i, lanes, streaming);
   }
   for (; i < n; i++) narrow_from<From>(f(widen(from[i])...), to[i]);
+}
+
+template <class From, class Out, class F, class... In>
+QUANTOPS_INLINE void map_lanes(Out* to, bool streaming, int64_t n, const F& f, const In*... from) {
+  map_lanes<From, kAllPairs<Out, In...>>(to, streaming, n, f, from...);
 }
 
 template <class A>

@@ -1,7 +1,6 @@
 // Family `packing` on CPU: the ops of quantops/library.py over lists of codes.
 #include "cpu/list.h"
 #include "cpu/packing_loops.h"
-#include "cpu/uniform_loops.h"
 #include "packed_tensor.h"
 
 namespace quantops {
@@ -111,9 +110,22 @@ struct PackedList : PackedShapes {
       return unpack_dense_loop(data[t] + at, bytes - at, n, int(stored[t]), m[t], codes, streaming);
     }
     alignas(64) uint8_t rows[kMaxBits * kRow];
+    copy_planes(t, i, n, rows);
+    unpack_planes_loop(rows, kRow, n, m[t], codes, streaming);
+  }
+
+  bool has_bytes(int64_t t) const { return layout == kPlanes && reads_bytes(m[t]); }
+
+  // The same as bytes; room for kBlock of them.
+  void read(int64_t t, int64_t i, int64_t n, uint8_t* codes) const {
+    alignas(64) uint8_t rows[kTableBits * kRow];
+    copy_planes(t, i, n, rows);
+    unpack_bytes_loop(rows, kRow, n, m[t], codes);
+  }
+
+  void copy_planes(int64_t t, int64_t i, int64_t n, uint8_t* rows) const {
     const uint8_t* from = data[t] + i / 8;
     for (int j = 0; j < m[t]; j++, from += plane_bytes(numel[t])) copy(rows + j * kRow, from, octets_of(n));
-    unpack_planes_loop(rows, kRow, n, m[t], codes, streaming);
   }
 };
 
@@ -151,13 +163,17 @@ void decode_into(const PackedList& packed, const List& list, bool full, bool is_
   for_chunks(packed.chunks, [&](int64_t chunk) {
     const Chunk& c = packed.chunks[chunk];
     alignas(64) int32_t codes[kBlock];
+    alignas(64) uint8_t bytes[kBlock];
+    const bool has_bytes = packed.has_bytes(c.tensor);
     for (int64_t i = c.begin; i < c.end; i += kBlock) {
       const int64_t n = std::min(kBlock, c.end - i);
-      packed.read(c.tensor, i, n, codes);
+      if (has_bytes) packed.read(c.tensor, i, n, bytes);
+      else packed.read(c.tensor, i, n, codes);
       for_rows({c.tensor, i, i + n}, list.rows[c.tensor], [&](int64_t row, int64_t begin, int64_t end) {
         const Quantizer<A> p = quantizer<A>(list, c.tensor, row, full, is_signed);
         with_target<A>(q.data[c.tensor], q.type, begin, end - begin, q.streaming, [&](auto* y, bool streaming) {
-          decode_loop(codes + (begin - i), y, streaming, end - begin, p);
+          if (has_bytes) decode_bytes_loop(bytes + (begin - i), y, streaming, end - begin, p);
+          else decode_loop(codes + (begin - i), y, streaming, end - begin, p);
         });
       });
     }

@@ -10,6 +10,7 @@
 
 #include "cpu/blocks.h"
 #include "cpu/simd.h"
+#include "cpu/uniform_loops.h"
 #include "packing_math.h"
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "bytes are written as words, the lowest first");
@@ -72,25 +73,28 @@ __attribute__((target("avx512f,avx512bw"))) inline int64_t pack_planes_avx512(
   return i;
 }
 
+// Octets [i / 8, i / 8 + 8) of up to 8 planes as codes, one in each byte.
+__attribute__((target("avx512f,avx512bw"), always_inline)) inline __m512i bytes_of_planes(const uint8_t* from,
+                                                                                         int64_t stride, int rows) {
+  const __m512i minus_one = _mm512_set1_epi8(-1);
+  __m512i b = _mm512_setzero_si512();
+  for (int j = 0; j < rows; j++, from += stride) {
+    uint64_t plane;
+    std::memcpy(&plane, from, 8);
+    b = _mm512_add_epi8(b, b);
+    b = _mm512_mask_sub_epi8(b, plane, b, minus_one);
+  }
+  return b;
+}
+
 __attribute__((target("avx512f,avx512bw"))) inline int64_t unpack_planes_avx512(
     const uint8_t* data, int64_t stride, int64_t count, int m, int32_t* codes, bool streaming) {
-  const __m512i minus_one = _mm512_set1_epi8(-1);
   int64_t i = 0;
   for (; i + 64 <= count; i += 64) {
     const uint8_t* from = data + i / 8;
-    auto bytes = [&](int rows) __attribute__((target("avx512f,avx512bw"), always_inline)) {
-      __m512i b = _mm512_setzero_si512();
-      for (int j = 0; j < rows; j++, from += stride) {
-        uint64_t plane;
-        std::memcpy(&plane, from, 8);
-        b = _mm512_add_epi8(b, b);
-        b = _mm512_mask_sub_epi8(b, plane, b, minus_one);
-      }
-      return b;
-    };
     alignas(64) uint8_t low[64], high[64];
-    if (m > 8) _mm512_store_si512(high, bytes(m - 8));
-    _mm512_store_si512(low, bytes(std::min(m, 8)));
+    if (m > 8) _mm512_store_si512(high, bytes_of_planes(from, stride, m - 8));
+    _mm512_store_si512(low, bytes_of_planes(from + std::max(m - 8, 0) * stride, stride, std::min(m, 8)));
     for (int j = 0; j < 64; j += 16) {
       __m512i c = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(low + j)));
       if (m > 8) {
@@ -100,6 +104,38 @@ __attribute__((target("avx512f,avx512bw"))) inline int64_t unpack_planes_avx512(
       if (streaming) _mm512_stream_si512(reinterpret_cast<__m512i*>(codes + i + j), c);
       else _mm512_storeu_si512(codes + i + j, c);
     }
+  }
+  return i;
+}
+
+__attribute__((target("avx512f,avx512bw"))) inline void unpack_bytes_avx512(const uint8_t* data, int64_t stride,
+                                                                          int64_t count, int m, uint8_t* codes) {
+  for (int64_t i = 0; i < count; i += 64) _mm512_store_si512(codes + i, bytes_of_planes(data + i / 8, stride, m));
+}
+
+// The entry of a table that a register holds, for each code.
+__attribute__((target("avx512f,avx512bw"))) inline int64_t look_up_avx512(const uint8_t* codes, int64_t count,
+                                                                        const float* table, float* to, bool streaming) {
+  const __m512 entries = _mm512_loadu_ps(table);
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    const __m512i c = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i)));
+    const __m512 v = _mm512_permutexvar_ps(c, entries);
+    if (streaming) _mm512_stream_ps(to + i, v);
+    else _mm512_storeu_ps(to + i, v);
+  }
+  return i;
+}
+__attribute__((target("avx512f,avx512bw"))) inline int64_t look_up_avx512(const uint8_t* codes, int64_t count,
+                                                                        const BFloat16* table, BFloat16* to,
+                                                                        bool streaming) {
+  const __m512i entries = _mm512_loadu_si512(table);
+  int64_t i = 0;
+  for (; i + 32 <= count; i += 32) {
+    const __m512i c = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i)));
+    const __m512i v = _mm512_permutexvar_epi16(c, entries);
+    if (streaming) _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), v);
+    else _mm512_storeu_si512(to + i, v);
   }
   return i;
 }
@@ -249,6 +285,42 @@ inline void unpack_planes_loop(const uint8_t* data, int64_t stride, int64_t coun
     codes_of_planes(b, m, octet);
     detail::store_octet(octet, 0, count - i, codes + i);
   }
+}
+
+// Whether codes of m bits are read as bytes, to look their values up in a register: with AVX-512.
+constexpr int kTableBits = 4;
+
+inline bool reads_bytes(int m) {
+#if defined(__x86_64__)
+  return m <= kTableBits && detail::has_avx512();
+#else
+  return false;
+#endif
+}
+
+// As unpack_planes_loop where reads_bytes(m). Planes and codes go up to the next multiple of 64, to whatever is there.
+inline void unpack_bytes_loop(const uint8_t* data, int64_t stride, int64_t count, int m, uint8_t* codes) {
+#if defined(__x86_64__)
+  detail::unpack_bytes_avx512(data, stride, count, m, codes);
+#endif
+}
+
+// What decode_loop gives, for codes of up to kTableBits bits.
+template <class T, class A>
+void decode_bytes_loop(const uint8_t* codes, T* q, bool streaming, int64_t n, const Quantizer<A>& p) {
+  int64_t i = 0;
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<T, float> || std::is_same_v<T, BFloat16>) {
+    if (n >= 8 * kLanes) {  // else a table is not worth making
+      alignas(64) uint8_t all[kLanes];
+      alignas(64) T table[kLanes];
+      for (int j = 0; j < kLanes; j++) all[j] = uint8_t(j);
+      decode_loop(all, table, false, kLanes, p);
+      i = detail::look_up_avx512(codes, n, table, q, streaming && reinterpret_cast<intptr_t>(q) % 64 == 0);
+    }
+  }
+#endif
+  decode_loop(codes + i, q + i, streaming && reinterpret_cast<intptr_t>(q + i) % 16 == 0, n - i, p);
 }
 
 namespace detail {

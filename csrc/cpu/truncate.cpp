@@ -76,7 +76,8 @@ void truncate_into(const Widths& widths, const Targets& q) {
         const int64_t n = std::min(kBlock, end - i);
         with_source<A>(list.data[t], list.type, i, n, [&](const auto* w) {
           using In = std::remove_const_t<std::remove_pointer_t<decltype(w)>>;
-          code_loop(w, codes, n, r.p, widths.rule, widths.tanh);
+          if (q.type == Storage::bf16) code_loop<kAllPairs<In>>(w, codes, n, r.p, widths.rule, widths.tanh);
+          else code_loop<false>(w, codes, n, r.p, widths.rule, widths.tanh);
           for (int64_t j = 0; j < widths.count; j++)
             with_target<A>(q.data[widths.at(j, t)], q.type, i, n, q.streaming,
                            [&](auto* y, bool streaming) { cut_loop<In>(codes, y, streaming, n, r.width[j]); });
@@ -140,7 +141,7 @@ void add_scale_sums(const Widths& widths, const Gradients& g, const Row<A>& r, i
   const List& list = widths.list;
   A codes[kBlock], inner[kBlock];
   with_source<A>(list.data[t], list.type, i, n, [&](const auto* w) {
-    code_loop(w, codes, n, r.p, widths.rule, widths.tanh);
+    code_loop<false>(w, codes, n, r.p, widths.rule, widths.tanh);
     widths.tanh ? inner_loop<true>(w, inner, n, r.p) : inner_loop<false>(w, inner, n, r.p);
   });
   for (int64_t j = 0; j < widths.count; j++)

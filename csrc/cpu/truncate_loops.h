@@ -16,30 +16,31 @@ QUANTOPS_INLINE A companded(A w) {
   else return w;
 }
 
-template <bool kTanh, class In, class A>
+// kPairs: in the order of kAllPairs, for results that are bfloat16 as the weights are.
+template <bool kPairs, bool kTanh, class In, class A>
 QUANTOPS_SIMD void code_loop(const In* __restrict w, A* __restrict c, int64_t n, const Quantizer<A>& quantizer,
                              Rule rule) {
   const Quantizer<A> p = quantizer;
   if (rule == kRoundClamp) {
-    for (int64_t i = 0; i < n; i++) c[i] = base_code(companded<kTanh>(widen(w[i])), kRoundClamp, p);
+    map_lanes<In, kPairs>(c, false, n, [&](A x) QUANTOPS_LANES { return base_code(companded<kTanh>(x), kRoundClamp, p); }, w);
   } else if (rule == kFloor) {
-    for (int64_t i = 0; i < n; i++) c[i] = base_code(companded<kTanh>(widen(w[i])), kFloor, p);
+    map_lanes<In, kPairs>(c, false, n, [&](A x) QUANTOPS_LANES { return base_code(companded<kTanh>(x), kFloor, p); }, w);
   } else {
-    for (int64_t i = 0; i < n; i++) c[i] = base_code(companded<kTanh>(widen(w[i])), kNearest, p);
+    map_lanes<In, kPairs>(c, false, n, [&](A x) QUANTOPS_LANES { return base_code(companded<kTanh>(x), kNearest, p); }, w);
   }
 }
 
-template <class In, class A>
+template <bool kPairs, class In, class A>
 void code_loop(const In* w, A* c, int64_t n, const Quantizer<A>& p, Rule rule, bool tanh) {
-  tanh ? code_loop<true>(w, c, n, p, rule) : code_loop<false>(w, c, n, p, rule);
+  tanh ? code_loop<kPairs, true>(w, c, n, p, rule) : code_loop<kPairs, false>(w, c, n, p, rule);
 }
 
-// In: of the weights that the codes come from.
+// In: of the weights that the codes come from, which are in the order of kAllPairs where it is that of both.
 template <class In, class Out, class A>
 QUANTOPS_SIMD void cut_loop(const A* __restrict c, Out* __restrict q, bool streaming, int64_t n,
                             const Width<A>& width) {
   const Width<A> v = width;
-  map_lanes<In>(q, streaming, n, [&](A x) QUANTOPS_LANES { return odd_level(x, v) * v.step; }, c);
+  map_lanes<In, kAllPairs<In, Out>>(q, streaming, n, [&](A x) QUANTOPS_LANES { return odd_level(x, v) * v.step; }, c);
 }
 
 enum GradKind { kCovered, kInside, kTanhInside };

@@ -16,46 +16,93 @@ struct LsbSums {
   double sq_error = 0;
 };
 
+// The arithmetic of round_clamp again, in forms with the same bits in fewer operations.
+enum Form {
+  kGeneral,      // of any quantizer: the functions of quant_math.h
+  kShort,        // of one that has_short_form
+  kShortInside,  // the same, of weights that are all inside the scale: none of them NaN, nothing to clamp from below
+};
+
+// All but tiny scales on the dyadic grid have one.
+QUANTOPS_INLINE bool has_short_form(const Quantizer<float>& p) {
+  return p.a == 1 && p.inv > 0 && p.mul * p.inv <= std::numeric_limits<float>::max();
+}
+
 // f(the shortest form of the arithmetic): float32 ones are worth a loop of their own. `covered`: all weights are inside
-// the scale.
+// the scale. `wanted`: more that the short form asks for.
 template <class A, class F>
-void with_form(bool short_form, bool covered, const F& f) {
+void with_form(const Quantizer<A>& p, bool wanted, bool covered, const F& f) {
   if constexpr (sizeof(A) == 4) {
-    if (short_form && covered) return f(std::integral_constant<Form, kShortInside>());
-    if (short_form) return f(std::integral_constant<Form, kShort>());
+    if (wanted && has_short_form(p)) {
+      if (covered) return f(std::integral_constant<Form, kShortInside>());
+      return f(std::integral_constant<Form, kShort>());
+    }
   }
   f(std::integral_constant<Form, kGeneral>());
 }
 
+// Adding this rounds to an integer, half to even, and leaves it in the low bits of the sum.
+constexpr float kIntegers = 12582912.f;  // 1.5 * 2^23
+constexpr int32_t kZeroBits = 0x4b400000;
+
+QUANTOPS_INLINE int32_t bits_of(float v) {
+  int32_t bits;
+  std::memcpy(&bits, &v, 4);
+  return bits;
+}
+QUANTOPS_INLINE float float_of(int32_t bits) {
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+
+// 2^n * u, not clamped; NaN where w is NaN. A power of two multiplies exactly, before the other operations as after
+// them, but where w * inv is so small that the code is that of w = 0 either way.
+QUANTOPS_INLINE float scaled_unit(float w, const Quantizer<float>& p) {
+  return w * (p.mul * p.inv) + p.mul * p.offset;
+}
+
+// kZeroBits and the nearest integer to v, between 0 and top; either for NaN. Every step is monotone, so that clamping
+// here does for clamping the weight, and integers are compared at twice the rate of floats.
+template <Form form>
+QUANTOPS_INLINE int32_t code_bits(float v, float top) {
+  const int32_t bits = bits_of(v + kIntegers);
+  return at_most(form == kShort ? at_least(bits, kZeroBits) : bits, kZeroBits + static_cast<int32_t>(top));
+}
+
+// m of the code with such bits.
+QUANTOPS_INLINE float level_of_bits(int32_t bits, const Quantizer<float>& p) {
+  return float_of(bits) - (kIntegers - p.b);
+}
+
 // Elements are read and written as they are stored.
 
+// m of a weight; NaN where it is NaN.
 template <Form form, class A>
-QUANTOPS_INLINE A quantize_element(A w, const Quantizer<A>& p) {
-  if constexpr (form == kGeneral) return level(round_clamp_code(round_clamp_unit(w, p), p.mul, p.top), p) * p.step;
-  else return level_of(shifted_code<form>(w, p), p) * p.step;
+QUANTOPS_INLINE A level_element(A w, const Quantizer<A>& p) {
+  if constexpr (form == kGeneral) {
+    return level(round_clamp_code(round_clamp_unit(w, p), p.mul, p.top), p);
+  } else if constexpr (form == kShort) {
+    return at_most(at_least(scaled_unit(w, p) + kIntegers, kIntegers), kIntegers + p.top) - (kIntegers - p.b);
+  } else {
+    return level_of_bits(code_bits<form>(scaled_unit(w, p), p.top), p);
+  }
 }
 
 template <Form form, class In, class Out, class A>
 QUANTOPS_SIMD void quantize_loop(const In* __restrict w, Out* __restrict q, bool streaming, int64_t n,
                                  const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
-  map_lanes<In>(q, streaming, n, [&](A x) QUANTOPS_LANES { return quantize_element<form>(x, p); }, w);
+  map_lanes<In>(q, streaming, n, [&](A x) QUANTOPS_LANES { return level_element<form>(x, p) * p.step; }, w);
 }
 
 template <class In, class Out, class A>
 void quantize_loop(const In* w, Out* q, bool streaming, int64_t n, const Quantizer<A>& p, bool covered) {
-  with_form<A>(has_short_form(p), covered, [&](auto form) { quantize_loop<form.value>(w, q, streaming, n, p); });
-}
-
-// The low bits of an integer to which kIntegers was added.
-QUANTOPS_INLINE int32_t low_bits(float shifted) {
-  int32_t bits;
-  std::memcpy(&bits, &shifted, 4);
-  return bits;
+  with_form(p, true, covered, [&](auto form) { quantize_loop<form.value>(w, q, streaming, n, p); });
 }
 
 // One weight of msq: q, |B| and the squared error. With k = 1, the usual case, |B| is the parity of the code: half of
-// the work. In the short forms it may be wrong for NaN.
+// the work. In the short forms q and |B| are those of a number for NaN too.
 template <Form form, bool kOne, class A>
 QUANTOPS_INLINE void msq_element(A x, const Quantizer<A>& p, A& q, int32_t& size, A& error) {
   if constexpr (form == kGeneral) {
@@ -63,9 +110,9 @@ QUANTOPS_INLINE void msq_element(A x, const Quantizer<A>& p, A& q, int32_t& size
     size = kOne ? static_cast<int32_t>(c) & 1 : std::abs(static_cast<int32_t>(lsb_residual(u, c, p)));
     q = x == x ? y : x;
   } else {
-    const A c = shifted_code<form>(x, p);
-    size = low_bits(c) & 1;
-    q = level_of(c, p) * p.step;
+    const int32_t c = code_bits<form>(scaled_unit(x, p), p.top);
+    size = c & 1;
+    q = level_of_bits(c, p) * p.step;
   }
   error = (q - x) * (q - x);
 }
@@ -126,7 +173,7 @@ template <class In, class Out, class A>
 void msq_loop(const In* w, Out* q, bool streaming, int64_t n, const Quantizer<A>& p, bool covered, LsbSums& sums) {
   if (p.pow_k != A(2)) return msq_loop<kGeneral, false>(w, q, streaming, n, p, sums);
   LsbSums part;
-  with_form<A>(has_short_form(p), covered, [&](auto form) {
+  with_form(p, true, covered, [&](auto form) {
     msq_loop<form.value, true>(w, q, streaming, n, p, part);
     if (part.sq_error == part.sq_error) return;
     part = {};  // there was a NaN, rare as they are
@@ -157,10 +204,9 @@ QUANTOPS_INLINE int32_t lsb_element(A w, const Quantizer<A>& p) {
     const A u = round_clamp_unit(w, p);
     return to_int(lsb_residual(u, round_clamp_code(u, p.mul, p.top), p), p.valid);
   } else {
-    const A t = scaled_unit(w > p.low ? w : p.low, p), zero = kIntegers<A>;
-    const A c = at_most(t + zero, zero + p.top);
-    const A high = at_most(t * (p.mul_lo / p.mul) + zero, zero + p.top_lo);
-    return low_bits(c - p.pow_k * (high - zero)) - low_bits(zero);
+    const A t = scaled_unit(w > p.low ? w : p.low, p);
+    const A high = float_of(code_bits<kShortInside>(t * (p.mul_lo / p.mul), p.top_lo)) - kIntegers;
+    return code_bits<kShortInside>(t, p.top) - kZeroBits - static_cast<int32_t>(p.pow_k * high);
   }
 }
 
@@ -173,12 +219,12 @@ QUANTOPS_SIMD void lsb_loop(const In* __restrict w, int32_t* __restrict b, bool 
 
 template <class In, class A>
 void lsb_loop(const In* w, int32_t* b, bool streaming, int64_t n, const Quantizer<A>& p) {
-  with_form<A>(has_short_form(p), false, [&](auto form) { lsb_loop<form.value>(w, b, streaming, n, p); });
+  with_form(p, true, false, [&](auto form) { lsb_loop<form.value>(w, b, streaming, n, p); });
 }
 
 // No result is NaN: on a CPU, what would make one has raised by now.
-template <class Out, class A>
-QUANTOPS_SIMD void decode_loop(const int32_t* __restrict codes, Out* __restrict q, bool streaming, int64_t n,
+template <class Code, class Out, class A>
+QUANTOPS_SIMD void decode_loop(const Code* __restrict codes, Out* __restrict q, bool streaming, int64_t n,
                                const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
   map_lanes<Out>(q, streaming, n, [&](int32_t c) QUANTOPS_LANES { return level(static_cast<A>(c), p) * p.step; }, codes);
@@ -206,8 +252,13 @@ QUANTOPS_SIMD void grad_loop(const In* __restrict w, const G* __restrict g, In* 
 // sign(B) of a weight inside the scale; of others any number.
 template <Form form, class A>
 QUANTOPS_INLINE A slope_element(A w, const Quantizer<A>& p) {
-  if constexpr (form == kGeneral) return lsb_sign(w, p);
-  else return lsb_inside(w, p);
+  if constexpr (form == kGeneral) {
+    return lsb_sign(w, p);
+  } else {  // B_1 itself
+    const A t = scaled_unit(w, p);
+    const A c = float_of(code_bits<kShortInside>(t, p.top)), half = float_of(code_bits<kShortInside>(t * A(0.5), p.top_lo));
+    return (c - (half + half)) + kIntegers;
+  }
 }
 
 template <Form form, class In, class G, class A>
@@ -222,7 +273,7 @@ QUANTOPS_SIMD void grad_penalty_loop(const In* __restrict w, const G* __restrict
 
 template <class In, class G, class A>
 void grad_penalty_loop(const In* w, const G* g, In* out, bool streaming, int64_t n, const Quantizer<A>& p, A r) {
-  with_form<A>(has_short_form(p) && p.pow_k == A(2), false,
+  with_form(p, p.pow_k == A(2), false,
                [&](auto form) { grad_penalty_loop<form.value>(w, g, out, streaming, n, p, r); });
 }
 
@@ -240,11 +291,17 @@ QUANTOPS_SIMD void add_lsb_grad_loop(const In* __restrict w, G* __restrict g, in
 
 template <class In, class G, class A>
 void add_lsb_grad_loop(const In* w, G* g, int64_t n, const Quantizer<A>& p, A r) {
-  with_form<A>(has_short_form(p) && p.pow_k == A(2), false,
+  with_form(p, p.pow_k == A(2), false,
                [&](auto form) { add_lsb_grad_loop<form.value>(w, g, n, p, r); });
 }
 
-template <class In, class G, class A>
+// dq/ds per element.
+template <Form form, class A>
+QUANTOPS_INLINE A scale_grad_element(A w, const Quantizer<A>& p) {
+  return level_element<form>(w, p) * p.unit_step - (inside(w, p) ? w * p.inv_scale : A(0));
+}
+
+template <Form form, class In, class G, class A>
 QUANTOPS_SIMD double scale_grad_loop(const In* __restrict w, const G* __restrict g, int64_t n,
                                      const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
@@ -253,12 +310,19 @@ QUANTOPS_SIMD double scale_grad_loop(const In* __restrict w, const G* __restrict
   for (; i + kLanes <= n; i += kLanes) {
     const Elements<In, kAllPairs<In, G>> x(w + i);
     const Elements<G, kAllPairs<In, G>> y(g + i);
-    for (int j = 0; j < kLanes; j++) sum[j] += y[j] * scale_grad_term(x[j], p);
+    for (int j = 0; j < kLanes; j++) sum[j] += y[j] * scale_grad_element<form>(x[j], p);
   }
-  for (int j = 0; i < n; i++, j++) sum[j] += widen(g[i]) * scale_grad_term(widen(w[i]), p);
+  for (int j = 0; i < n; i++, j++) sum[j] += widen(g[i]) * scale_grad_element<form>(widen(w[i]), p);
   double total = 0;
   for (int j = 0; j < kLanes; j++) total += sum[j];
   return total;
+}
+
+template <class In, class G, class A>
+double scale_grad_loop(const In* w, const G* g, int64_t n, const Quantizer<A>& p) {
+  double sum;
+  with_form(p, true, false, [&](auto form) { sum = scale_grad_loop<form.value>(w, g, n, p); });
+  return sum;
 }
 
 // The bits of max|w|, NaN if there is one, for any element type: as integers, the bits of magnitudes are in their order
