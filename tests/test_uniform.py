@@ -298,6 +298,19 @@ def test_nan_and_infinity():
     assert Q.absmax(w).isnan()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_of_any_bits_counts_nothing(dtype):
+    """Among many weights, where loops read codes from the bits of sums: NaNs of either sign, whatever else they hold."""
+    w = torch.randn(3000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    nans = torch.tensor([0x7FC00001, 0x7F810000, 0x7FFFFFFF, -1, -0x3FFFFF], dtype=torch.int32).view(torch.float32)
+    w[5:2500:499] = nans.to(dtype)[:5]
+    w[7:2000:97] = torch.inf
+    for bits, k in ((8, 1), (3, 1), (5, 2)):
+        want, got = ref.msq(w, torch.tensor(0.9), bits, k), Q.msq(w, 0.9, bits, k)
+        assert w.isnan().sum() == 5 and same(got.q, want[0]) and got.nonzero == want[2] and got.sq_error.isnan()
+        assert torch.equal(Q.lsb(w, 0.9, bits, k), ref.lsb(w, torch.tensor(0.9), bits, k))
+
+
 def test_scale_zero_gives_zero():
     w = torch.tensor([1.0, -2.0, float("inf"), 0.0])
     for grid, signed in itertools.product(GRIDS, (True, False)):

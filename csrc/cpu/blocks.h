@@ -42,14 +42,7 @@ QUANTOPS_INLINE float widen(BFloat16 v) {
 QUANTOPS_INLINE void narrow(int32_t v, int32_t& to) { to = v; }
 QUANTOPS_INLINE void narrow(float v, float& to) { to = v; }
 QUANTOPS_INLINE void narrow(double v, double& to) { to = v; }
-QUANTOPS_INLINE void narrow(float v, BFloat16& to) {  // to nearest even, NaN to the one that torch writes
-  uint32_t u;
-  std::memcpy(&u, &v, 4);
-  uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  to.bits = uint16_t(v == v ? rounded : 0x7fc0);
-}
-
-// The same with the result in the upper half, of a value whose NaNs have no bits that rounding could carry into the
+// As bfloat16 in the upper half, to nearest even, of a value whose NaNs have no bits that rounding could carry into the
 // exponent: those of bfloat16 and of arithmetic on it.
 QUANTOPS_INLINE uint32_t rounded_bits(float v) {
   uint32_t u;
@@ -57,11 +50,8 @@ QUANTOPS_INLINE uint32_t rounded_bits(float v) {
   return u + 0x7fff + ((u >> 16) & 1);
 }
 
-// Of a value whose NaNs come from elements of type From or from arithmetic.
-template <class From, class A, class To>
-QUANTOPS_INLINE void narrow_from(A v, To& to) {
-  if constexpr (std::is_same_v<From, BFloat16> && std::is_same_v<To, BFloat16>) to.bits = uint16_t(rounded_bits(v) >> 16);
-  else narrow(v, to);
+QUANTOPS_INLINE void narrow(float v, BFloat16& to) {  // NaN to the one that torch writes
+  to.bits = uint16_t(v == v ? rounded_bits(v) >> 16 : 0x7fc0);
 }
 
 // Whether all operands of a loop are bfloat16. It then takes the first of each two that make a word in front of all
@@ -69,6 +59,13 @@ QUANTOPS_INLINE void narrow_from(A v, To& to) {
 // much less makes words of the results.
 template <class... T>
 constexpr bool kAllPairs = (std::is_same_v<T, BFloat16> && ...);
+
+// Of a value whose NaNs come from elements of type From or from arithmetic.
+template <class From, class A, class To>
+QUANTOPS_INLINE void narrow_from(A v, To& to) {
+  if constexpr (kAllPairs<From, To>) to.bits = uint16_t(rounded_bits(v) >> 16);
+  else narrow(v, to);
+}
 
 // kLanes elements at `from` in the arithmetic dtype, in that order or in the one they have there. What is not bfloat16
 // is in a buffer that has the order already.

@@ -21,13 +21,15 @@ template <bool kPairs, bool kTanh, class In, class A>
 QUANTOPS_SIMD void code_loop(const In* __restrict w, A* __restrict c, int64_t n, const Quantizer<A>& quantizer,
                              Rule rule) {
   const Quantizer<A> p = quantizer;
-  if (rule == kRoundClamp) {
-    map_lanes<In, kPairs>(c, false, n, [&](A x) QUANTOPS_LANES { return base_code(companded<kTanh>(x), kRoundClamp, p); }, w);
-  } else if (rule == kFloor) {
-    map_lanes<In, kPairs>(c, false, n, [&](A x) QUANTOPS_LANES { return base_code(companded<kTanh>(x), kFloor, p); }, w);
-  } else {
-    map_lanes<In, kPairs>(c, false, n, [&](A x) QUANTOPS_LANES { return base_code(companded<kTanh>(x), kNearest, p); }, w);
-  }
+  if (rule == kRoundClamp)
+    map_lanes<In, kPairs>(
+        c, false, n, [&](A x) QUANTOPS_LANES { return base_code(companded<kTanh>(x), kRoundClamp, p); }, w);
+  else if (rule == kFloor)
+    map_lanes<In, kPairs>(
+        c, false, n, [&](A x) QUANTOPS_LANES { return base_code(companded<kTanh>(x), kFloor, p); }, w);
+  else
+    map_lanes<In, kPairs>(
+        c, false, n, [&](A x) QUANTOPS_LANES { return base_code(companded<kTanh>(x), kNearest, p); }, w);
 }
 
 template <bool kPairs, class In, class A>

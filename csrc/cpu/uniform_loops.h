@@ -29,7 +29,7 @@ QUANTOPS_INLINE bool has_short_form(const Quantizer<float>& p) {
 }
 
 // f(the shortest form of the arithmetic): float32 ones are worth a loop of their own. `covered`: all weights are inside
-// the scale. `wanted`: more that the short form asks for.
+// the scale. `wanted`: what a loop's short form asks for besides.
 template <class A, class F>
 void with_form(const Quantizer<A>& p, bool wanted, bool covered, const F& f) {
   if constexpr (sizeof(A) == 4) {
@@ -176,7 +176,7 @@ void msq_loop(const In* w, Out* q, bool streaming, int64_t n, const Quantizer<A>
   with_form(p, true, covered, [&](auto form) {
     msq_loop<form.value, true>(w, q, streaming, n, p, part);
     if (part.sq_error == part.sq_error) return;
-    part = {};  // there was a NaN, rare as they are
+    part = {};  // there was a NaN
     msq_loop<kGeneral, true>(w, q, streaming, n, p, part);
   });
   sums.penalty += part.penalty;
@@ -227,7 +227,8 @@ template <class Code, class Out, class A>
 QUANTOPS_SIMD void decode_loop(const Code* __restrict codes, Out* __restrict q, bool streaming, int64_t n,
                                const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
-  map_lanes<Out>(q, streaming, n, [&](int32_t c) QUANTOPS_LANES { return level(static_cast<A>(c), p) * p.step; }, codes);
+  map_lanes<Out>(
+      q, streaming, n, [&](int32_t c) QUANTOPS_LANES { return level(static_cast<A>(c), p) * p.step; }, codes);
 }
 
 // The union of the bits of codes: within 2^n - 1 if all of them are.
@@ -256,7 +257,8 @@ QUANTOPS_INLINE A slope_element(A w, const Quantizer<A>& p) {
     return lsb_sign(w, p);
   } else {  // B_1 itself
     const A t = scaled_unit(w, p);
-    const A c = float_of(code_bits<kShortInside>(t, p.top)), half = float_of(code_bits<kShortInside>(t * A(0.5), p.top_lo));
+    const A c = float_of(code_bits<kShortInside>(t, p.top));
+    const A half = float_of(code_bits<kShortInside>(t * A(0.5), p.top_lo));
     return (c - (half + half)) + kIntegers;
   }
 }
