@@ -300,7 +300,7 @@ def test_nan_and_infinity():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nan_of_any_bits_counts_nothing(dtype):
-    """Among many weights, where loops read codes from the bits of sums: NaNs of either sign, whatever else they hold."""
+    """Among many weights, where loops read codes from the bits of sums: NaNs of either sign and any payload."""
     w = torch.randn(3000, generator=torch.Generator().manual_seed(0)).to(dtype)
     nans = torch.tensor([0x7FC00001, 0x7F810000, 0x7FFFFFFF, -1, -0x3FFFFF], dtype=torch.int32).view(torch.float32)
     w[5:2500:499] = nans.to(dtype)[:5]
