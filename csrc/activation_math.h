@@ -45,11 +45,10 @@ QUANTOPS_INLINE int places_of(const Levels& l) { return kQuarters * (l.high + 1)
 
 template <class A>
 QUANTOPS_INLINE Factors<A> winner_factors_at(A x, const Bins<A>& p, const OneInterval<A>& k) {
-  const A c = nearest_class(x, p), z = offset_of(x, c, p);
-  const A inner = inner_exponential(inner_exponent(z, p)), outer = outer_exponential(outer_exponent(c, z, p, k));
-  const Slopes<A> s = winner_of_one<true, true>(c, z, inner, outer, k);
-  Factors<A> f = winner_factors(c, s.rt, s.rq, -z, p);
-  f.x = p.beta * (c * s.rt);  // as the categorical backward rounds it
+  const A c = nearest_class(x, p), w = mirrored_offset<false>(x, c, p, k);
+  const Slopes<A> s = winner_of_one<true, true>(c, edge_power<false>(w, k), ends_of<true>(c, k), k);
+  Factors<A> f = factors_of_one(c, w, s, p, k);
+  f.x = k.scale * mirrored(c * s.rt, c, k);  // as the categorical backward rounds it
   return f;
 }
 

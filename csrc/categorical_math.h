@@ -42,6 +42,17 @@ QUANTOPS_INLINE float exponential_in_range(float x) {
 }
 QUANTOPS_INLINE double exponential_in_range(double x) { return exp(x); }
 
+// 2^x to less than 1.3 ulp for -125 <= x <= 127, with a minimax polynomial for 2^r to 0.02 ulp. NaN as above.
+QUANTOPS_INLINE float power_of_two(float x) {
+  const float shifted = x + 12582912.f;  // its lowest bits are the integer nearest to x
+  const float r = x - (shifted - 12582912.f), square = r * r;
+  const float low = 0.24022652f + 0.0555031039f * r, high = 0.00961769279f + 0.00134066434f * r;
+  const float p = low + square * (high + square * 0.000155946778f);
+  const float y = (p * square + 0.693147242f * r) + 1.f;
+  return bits_of<float>(bits_of<uint32_t>(y) + (bits_of<uint32_t>(shifted) << 23));
+}
+QUANTOPS_INLINE double power_of_two(double x) { return exp2(x); }
+
 QUANTOPS_INLINE float exponential(float x) {
   const float y = exponential_in_range(x);
   return x < -87.f ? 0.f : y;
@@ -204,6 +215,11 @@ template <class A>
 QUANTOPS_INLINE A nearest_class(A x, const Bins<A>& p) {
   return rint_class(at_most(at_least(x * p.inv_alpha, p.low), p.high));
 }
+// For gradients, which may be 0 with either sign.
+template <class A>
+QUANTOPS_INLINE A nearest_class_or_minus_zero(A x, const Bins<A>& p) {
+  return rint_small(at_most(at_least(x * p.inv_alpha, p.low), p.high));
+}
 
 template <class A>
 QUANTOPS_INLINE A clamp_far(A z, const Bins<A>& p) {
@@ -321,82 +337,150 @@ QUANTOPS_INLINE Factors<A> winner_factors(A j, A rt, A rq, A distance, const Bin
 
 // The case without gates, where the winner is the nearest class c and D the mass of the one interval low..high.
 //
-// Let b = exp(-distance of x to the nearer edge of c, in sigmas) and t = exp(-beta), so that t/b is the same of the
-// farther edge. Then pi = (1 - t) b/P with P = (1 + b)(b + t); T = -+(b^2 - t)/P;
-// Q = (((1 + t)(b^2 + t))/2 + 2 t b)/((1 - t) P). The whole grid is a bin like that, too: B of its nearer end,
-// S = theta/B of the farther one, D = (1 - theta)/((1 + B)(1 + S)). An end more than outer_limit sigmas away counts as
-// infinitely far.
+// Mirrored, so that the end of the grid nearer to class c lies above, let b = exp(-distance of x to the upper edge of
+// c, in sigmas) and t = exp(-beta), so that t/b is the same of the lower edge. The bin's tails are n1 = b/(1 + b) and
+// n2 = t/(b + t), pi = 1 - n1 - n2 = (1 - t) b/P with P = (1 + b)(b + t), T = n2 - n1 and
+// 2 Q = n1 + n2 + 2 t/(1 - t). The whole grid is a bin like that, too: B = b exp(-beta k) of the upper end, k classes
+// above c, and F/b with F = t exp(-beta l) of the lower one, l classes below: D = (1 - theta)/((1 + B)(1 + F/b)).
+// Exponents are those of 2. No end counts that is more than a number of sigmas away from the bin.
+//
+// For all of that one exponential, one division, and what depends on the class alone.
 template <class A>
-QUANTOPS_INLINE A outer_limit() { return sizeof(A) == 4 ? A(-17.5) : A(-38); }
+QUANTOPS_INLINE A least_decay() { return sizeof(A) == 4 ? A(-25.25) : A(-55); }  // of exp(-beta k): log2, or it is 0
 template <class A>
-QUANTOPS_INLINE A least_exponent() { return sizeof(A) == 4 ? A(-30) : A(-115); }  // of b: it is divided by
+QUANTOPS_INLINE A most_beyond() { return sizeof(A) == 4 ? A(36) : A(72); }  // of b: log2; nothing changes beyond
+// log2 of 1/b in the middle of a bin, at most: wider ones lack as much of their middle, where nothing changes.
 template <class A>
-QUANTOPS_INLINE A least_outer() { return sizeof(A) == 4 ? A(1e-12) : A(1e-50); }  // B where it is divided by
+QUANTOPS_INLINE A most_half() { return sizeof(A) == 4 ? A(40) : A(160); }
 
 template <class A>
 struct OneInterval {
-  A t, theta;              // exp(-beta), exp(-beta (high - low + 1)) where not below exp(2 outer_limit)
-  A ratio;                 // (1 - t)/(1 - theta)
-  A square, linear;        // of b^2 + t and b in Q P: (1 + t)/2/(1 - t), 2 t/(1 - t)
-  A inv_open;              // 1/(1 - theta)
+  A rate, half, beyond;    // log2(e)/sigma, log2(e) beta/2, the largest w of mirrored_offset
+  A decay;                 // log2(e) beta
+  A t, twice;              // exp(-beta), not below 2^(-2 most_half); 2 t/(1 - t)
+  A ratio, scale;          // (1 - t)/(1 - theta), beta times that
+  A spread;                // 2/(1 - theta)
   A middle, half_classes;  // (low + high)/2, (high - low + 1)/2
 };
 
 template <class A>
 QUANTOPS_INLINE OneInterval<A> make_one_interval(const Bins<A>& p) {
   const double beta = static_cast<double>(p.beta), classes = static_cast<double>(p.high - p.low + A(1));
-  const double sharp = one_minus_exp(beta), open = one_minus_exp(beta * classes), t = exp(-beta);
-  const A theta = -beta * classes < 2.0 * outer_limit<A>() + 0.001 ? A(0) : static_cast<A>(exp(-beta * classes));
-  return {static_cast<A>(t), theta, static_cast<A>(sharp / open), static_cast<A>(0.5 * (1 + t) / sharp),
-          static_cast<A>(2 * t / sharp), static_cast<A>(1 / open), A(0.5) * (p.low + p.high),
-          static_cast<A>(0.5 * classes)};
+  const double sharp = one_minus_exp(beta), open = one_minus_exp(beta * classes), log2_e = 1.4426950408889634;
+  const double t = exp(-beta), least = exp2(-2.0 * most_half<A>()), most = std::numeric_limits<A>::max();
+  const double rate = log2_e * p.inv_sigma;
+  OneInterval<A> k;
+  k.rate = static_cast<A>(rate < most ? rate : most);
+  k.half = static_cast<A>(0.5 * log2_e * beta);
+  k.beyond = k.half + most_beyond<A>();
+  k.decay = static_cast<A>(log2_e * beta);
+  k.t = static_cast<A>(t < least ? least : t);
+  k.twice = static_cast<A>(2 * t / sharp);
+  k.ratio = static_cast<A>(sharp / open);
+  k.scale = static_cast<A>(beta * sharp / open);
+  k.spread = static_cast<A>(2 / open);
+  k.middle = A(0.5) * (p.low + p.high);
+  k.half_classes = static_cast<A>(0.5 * classes);
+  return k;
 }
 
+// Bins of at most most_half, on a grid of more than one class: in them fewer operations give the same bits.
 template <class A>
-QUANTOPS_INLINE A with_sign_of(A sign, A v) { return sign < A(0) ? -v : v; }
-
-// Exponents of b and B.
-template <class A>
-QUANTOPS_INLINE A inner_exponent(A z, const Bins<A>& p) { return (z < A(0) ? -z : z) - p.half; }
-
-template <class A>
-QUANTOPS_INLINE A outer_exponent(A c, A z, const Bins<A>& p, const OneInterval<A>& k) {
-  const A side = c - k.middle, away = side < A(0) ? -side : side;
-  return with_sign_of(side, z) - p.beta * (k.half_classes - away);
+QUANTOPS_INLINE bool is_plain(const OneInterval<A>& k) {
+  return k.half < most_half<A>() - A(1) && k.half_classes > A(0.5);
 }
 
+// v with the sign changed where class c is below the middle of the grid.
+QUANTOPS_INLINE float change_sign(float v, float by) {
+  return bits_of<float>(bits_of<uint32_t>(v) ^ (bits_of<uint32_t>(by) & 0x80000000u));
+}
+QUANTOPS_INLINE double change_sign(double v, double by) {
+  return bits_of<double>(bits_of<uint64_t>(v) ^ (bits_of<uint64_t>(by) & 0x8000000000000000u));
+}
 template <class A>
-QUANTOPS_INLINE A inner_exponential(A exponent) {
-  return exponential_in_range(at_least(exponent, least_exponent<A>()));
+QUANTOPS_INLINE A mirrored(A v, A c, const OneInterval<A>& k) { return change_sign(v, c - k.middle); }
+
+// w = log2(e) z, mirrored.
+template <bool kPlain, class A>
+QUANTOPS_INLINE A mirrored_offset(A x, A c, const Bins<A>& p, const OneInterval<A>& k) {
+  const A z = ((x - c * p.alpha_head) - c * p.alpha_tail) * k.rate;
+  const A w = at_most(mirrored(z, c, k), k.beyond);
+  return kPlain ? w : at_least(w, -k.beyond);
 }
 
-template <class A>
-QUANTOPS_INLINE A outer_exponential(A exponent) {
-  const A outer = exponential_in_range(at_least(exponent, least_exponent<A>()));
-  return exponent < outer_limit<A>() ? A(0) : outer;
+// b of that w.
+template <bool kPlain, class A>
+QUANTOPS_INLINE A edge_power(A w, const OneInterval<A>& k) {
+  const A above = w - k.half;
+  if (kPlain) return power_of_two(above);
+  return power_of_two(at_least(above, at_most((w + k.half) - A(2) * most_half<A>(), -most_half<A>())));
 }
 
-// r T and r Q, as winner_factors wants them. kOuter: B may differ from 0. kFar: theta, too; without it the same bits.
+// exp(-beta n), 0 where that cannot be felt.
+template <class A>
+QUANTOPS_INLINE A decay_exponent(A n, const OneInterval<A>& k) { return -k.decay * n; }
+template <class A>
+QUANTOPS_INLINE A decay_of(A n, const OneInterval<A>& k) {
+  const A exponent = decay_exponent(n, k), decay = power_of_two(at_least(exponent, A(2) * least_decay<A>()));
+  return exponent < least_decay<A>() ? A(0) : decay;
+}
+
+// What the ends of the grid are for class c: exp(-beta k) of the nearer, F of the farther.
+template <class A>
+struct Ends {
+  A near, far;
+};
+
+template <class A>
+QUANTOPS_INLINE A from_middle(A c, const OneInterval<A>& k) {
+  const A side = c - k.middle;
+  return change_sign(side, side);
+}
+template <class A>
+QUANTOPS_INLINE A classes_to_near_end(A c, const OneInterval<A>& k) {
+  return (k.half_classes - A(0.5)) - from_middle(c, k);
+}
+template <class A>
+QUANTOPS_INLINE A classes_to_far_end(A c, const OneInterval<A>& k) {
+  return (k.half_classes - A(0.5)) + from_middle(c, k);
+}
+
+template <bool kFar, class A>
+QUANTOPS_INLINE Ends<A> ends_of(A c, const OneInterval<A>& k) {
+  const A near = decay_of(classes_to_near_end(c, k), k);
+  return {near, kFar ? k.t * decay_of(classes_to_far_end(c, k), k) : A(0)};
+}
+
+// Whether the farther end is felt from any class.
+template <class A>
+QUANTOPS_INLINE bool feels_far_end(const OneInterval<A>& k) {
+  return decay_exponent(k.half_classes - (k.half_classes < A(1) ? A(0.5) : A(0)), k) >= least_decay<A>();
+}
+
+// r T and 2 r Q, mirrored and without the factor `ratio`. kNear, kFar: that end may be felt; without, the same bits.
 template <class A>
 struct Slopes {
   A rt, rq;
 };
 
-template <bool kOuter, bool kFar, class A>
-QUANTOPS_INLINE Slopes<A> winner_of_one(A c, A z, A b, A outer, const OneInterval<A>& k) {
-  const A inv = A(1) / ((A(1) + b) * (b + k.t)), square = b * b, g = k.ratio * (b * inv);
-  const A t = with_sign_of(z, k.t - square) * inv, q = (k.square * (square + k.t) + k.linear * b) * inv;
-  if (!kOuter) return {g * t, g * q};
-  const A side = c - k.middle, away = side < A(0) ? -side : side;
-  if (!kFar) {
-    const A whole = A(1) + outer, spread = (k.half_classes - away) * outer;
-    return {g * (t * whole + with_sign_of(side, outer)), g * (q * whole - spread * k.inv_open)};
-  }
-  const A inv_outer = A(1) / (outer < least_outer<A>() ? least_outer<A>() : outer);
-  const A far = k.theta * inv_outer, whole = (A(1) + k.theta) + (outer + far), twice = A(2) * k.theta;
-  const A spread = (k.half_classes - away) * ((outer + twice) + k.theta * far) +
-                   (k.half_classes + away) * ((far + twice) + k.theta * outer);
-  return {g * (t * whole + with_sign_of(side, outer - far)), g * (q * whole - spread * k.inv_open)};
+template <bool kNear, bool kFar, class A>
+QUANTOPS_INLINE Slopes<A> winner_of_one(A c, A b, const Ends<A>& ends, const OneInterval<A>& k) {
+  const A over = A(1) + b, under = b + k.t, inv = A(1) / (over * under), pi = b * inv;
+  const A n1 = pi * under, n2 = k.t * (over * inv), t = n2 - n1, q = (n1 + n2) + k.twice;
+  if (!kNear) return {pi * t, pi * q};
+  const A away = from_middle(c, k), outer = b * ends.near, whole = A(1) + outer;
+  const A spread = (k.half_classes - away) * k.spread;
+  if (!kFar) return {pi * (t * whole + outer), pi * (q * whole - spread * outer)};
+  const A sum = b + ends.far, r = sum * inv, far = (ends.far * inv) * whole;
+  return {r * (t * whole + outer) - far,
+          r * (q * whole - spread * (ends.near * sum)) - far * (((k.half_classes + away) * k.spread) * whole)};
+}
+
+// The factors that these slopes come to, at an element with its c and w.
+template <class A>
+QUANTOPS_INLINE Factors<A> factors_of_one(A c, A w, const Slopes<A>& s, const Bins<A>& p, const OneInterval<A>& k) {
+  return winner_factors(c, k.ratio * mirrored(s.rt, c, k), A(0.5) * (k.ratio * s.rq),
+                        mirrored(w, c, k) * A(-0.69314718055994531), p);
 }
 
 // S at an edge and at minus that edge.

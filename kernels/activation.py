@@ -136,11 +136,11 @@ def _soft(x, p, l):
 @triton.jit
 def _winner(x, p):
     c = cm.nearest_class(x, p)
-    z = cm.offset_of(x, c, p)
     k = cm.make_one_interval(p)
-    rt, rq = cm.winner_of_one(c, z, cm.inner_exponential(z, p), cm.outer_exponential(c, z, p, k), k)
-    _, in_alpha, in_sigma = cm.winner_factors(c, rt, rq, -z, p)
-    return p.beta * (c * rt), in_alpha, in_sigma
+    w = cm.mirrored_offset(x, c, p, k)
+    rt, rq = cm.winner_of_one(c, cm.edge_power(w, k), k)
+    _, in_alpha, in_sigma = cm.factors_of_one(c, w, rt, rq, p, k)
+    return k.scale * cm.mirrored(c * rt, c, k), in_alpha, in_sigma
 
 
 @triton.jit

@@ -65,7 +65,7 @@ COUNT = tl.constexpr(10)  # levels that are in; without gates all classes are on
 SHARP = tl.constexpr(11)  # 1 - exp(-beta)
 REACH = tl.constexpr(12)  # of the soft sum
 ONE = tl.constexpr(16)  # a OneInterval,
-ONE_SIZE = tl.constexpr(24)  # which is the end of such a record; or
+ONE_SIZE = tl.constexpr(32)  # which is the end of such a record; or
 BOUND = tl.constexpr(16)  # T_0..T_15,
 LEVEL = tl.constexpr(32)  # a Level, each of its numbers for 16 levels
 LEVEL_SIZE = tl.constexpr(128)
@@ -147,7 +147,8 @@ def _bins(at):
 def _one_interval(at):
     at = at + ONE
     return cm.OneInterval(tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4),
-                          tl.load(at + 5), tl.load(at + 6), tl.load(at + 7))
+                          tl.load(at + 5), tl.load(at + 6), tl.load(at + 7), tl.load(at + 8), tl.load(at + 9),
+                          tl.load(at + 10))
 
 
 @triton.jit
@@ -252,11 +253,11 @@ def _with_gate(gates, t, term, mask):
 @triton.jit
 def _of_one(x, g, at, p):
     c = cm.nearest_class(x, p)
-    z = cm.offset_of(x, c, p)
     k = _one_interval(at)
-    rt, rq = cm.winner_of_one(c, z, cm.inner_exponential(z, p), cm.outer_exponential(c, z, p, k), k)
-    _, in_alpha, in_sigma = cm.winner_factors(c, rt, rq, -z, p)
-    return p.beta * ((g * c) * rt), g * in_alpha, g * in_sigma, _no_gates()
+    w = cm.mirrored_offset(x, c, p, k)
+    rt, rq = cm.winner_of_one(c, cm.edge_power(w, k), k)
+    _, in_alpha, in_sigma = cm.factors_of_one(c, w, rt, rq, p, k)
+    return k.scale * cm.mirrored((g * c) * rt, c, k), g * in_alpha, g * in_sigma, _no_gates()
 
 
 @triton.jit

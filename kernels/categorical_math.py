@@ -15,7 +15,8 @@ from quantops.kernels import truncate_math as tm
 MAX_BITS, MAX_SOFT_BITS = tl.constexpr(16), tl.constexpr(8)
 LEAST_GATE = tl.constexpr(2.0**-64)  # a cumulative gate below counts as 0
 MOST32, MOST64 = tl.constexpr(3.4028234663852886e38), tl.constexpr(1.7976931348623157e308)
-OUTER32, OUTER64 = tl.constexpr(-17.5), tl.constexpr(-38.0)  # an end that many sigmas away counts as infinitely far
+HALF32, HALF64 = tl.constexpr(40.0), tl.constexpr(160.0)  # most_half of csrc/categorical_math.h,
+DECAY32, DECAY64 = tl.constexpr(-25.25), tl.constexpr(-55.0)  # and least_decay
 
 
 @triton.jit
@@ -43,6 +44,23 @@ def exponential_in_range(x):
         p = low + square * (high + square * 0.0013814532)
         y = (p * square + r) + 1.0
         bits = y.to(tl.uint32, bitcast=True) + (shifted.to(tl.uint32, bitcast=True) << 23)  # y 2^n
+        return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def power_of_two(x):
+    """2^x to less than 1.3 ulp for -125 <= x <= 127; NaN as above."""
+    if x.dtype == tl.float64:
+        return tl.exp2(x)
+    else:
+        shifted = x + 12582912.0  # its lowest bits are the integer nearest to x
+        r = x - (shifted - 12582912.0)
+        square = r * r
+        low = 0.24022652 + 0.0555031039 * r
+        high = 0.00961769279 + 0.00134066434 * r
+        p = low + square * (high + square * 0.000155946778)
+        y = (p * square + 0.693147242 * r) + 1.0
+        bits = y.to(tl.uint32, bitcast=True) + (shifted.to(tl.uint32, bitcast=True) << 23)
         return bits.to(tl.float32, bitcast=True)
 
 
@@ -304,12 +322,15 @@ def winner_factors(j, rt, rq, distance, p):
 class OneInterval(NamedTuple):
     """What the case without gates needs, where the winner is the nearest class, see csrc/categorical_math.h."""
 
-    t: tl.tensor  # exp(-beta)
-    theta: tl.tensor  # exp(-beta (high - low + 1)), 0 where that cannot be felt
+    rate: tl.tensor  # log2(e)/sigma
+    half: tl.tensor  # log2(e) beta/2
+    beyond: tl.tensor  # the largest w of mirrored_offset
+    decay: tl.tensor  # log2(e) beta
+    t: tl.tensor  # exp(-beta), not below 2^(-2 most_half)
+    twice: tl.tensor  # 2 t/(1 - t)
     ratio: tl.tensor  # (1 - t)/(1 - theta)
-    square: tl.tensor  # of b^2 + t and b in Q P
-    linear: tl.tensor
-    inv_open: tl.tensor  # 1/(1 - theta)
+    scale: tl.tensor  # beta times that
+    spread: tl.tensor  # 2/(1 - theta)
     middle: tl.tensor  # (low + high)/2
     half_classes: tl.tensor  # (high - low + 1)/2
 
@@ -317,63 +338,74 @@ class OneInterval(NamedTuple):
 @triton.jit
 def make_one_interval(p):
     T: tl.constexpr = p.beta.dtype
-    limit: tl.constexpr = OUTER64 if T == tl.float64 else OUTER32
+    most: tl.constexpr = MOST64 if T == tl.float64 else MOST32
+    most_half: tl.constexpr = HALF64 if T == tl.float64 else HALF32
+    most_beyond: tl.constexpr = 72.0 if T == tl.float64 else 36.0
+    log2_e: tl.constexpr = 1.4426950408889634
     beta, classes = p.beta.to(tl.float64), (p.high - p.low + 1.0).to(tl.float64)
     sharp, opened, t = one_minus_exp(beta), one_minus_exp(beta * classes), tl.exp(-beta)
-    theta = tl.where(-beta * classes < 2.0 * limit + 0.001, 0.0, tl.exp(-beta * classes))
-    return OneInterval(t.to(T), theta.to(T), (sharp / opened).to(T), (0.5 * (1.0 + t) / sharp).to(T),
-                       (2.0 * t / sharp).to(T), (1.0 / opened).to(T), 0.5 * (p.low + p.high), (0.5 * classes).to(T))
+    half = (0.5 * log2_e * beta).to(T)
+    return OneInterval(at_most(log2_e * p.inv_sigma.to(tl.float64), most).to(T), half, half + most_beyond,
+                       (log2_e * beta).to(T), at_least(t, 2.0 ** (-2.0 * most_half)).to(T),
+                       (2.0 * t / sharp).to(T), (sharp / opened).to(T), (beta * sharp / opened).to(T),
+                       (2.0 / opened).to(T), 0.5 * (p.low + p.high), (0.5 * classes).to(T))
 
 
 @triton.jit
-def with_sign_of(sign, v):
-    return tl.where(sign < 0.0, -v, v)
+def change_sign(v, by):
+    """v, negated where ``by`` is below 0, which is not 0 or NaN."""
+    return tl.where(by < 0.0, -v, v)
 
 
 @triton.jit
-def inner_exponential(z, p):
-    """b, of the distance to the nearer edge."""
-    T: tl.constexpr = z.dtype
-    exponent = tl.where(z < 0.0, -z, z) - p.half
-    if T == tl.float64:
-        return exponential_in_range(at_least(exponent, -115.0))
-    else:
-        return exponential_in_range(at_least(exponent, -30.0))
+def mirrored(v, c, k):
+    return change_sign(v, c - k.middle)
 
 
 @triton.jit
-def outer_exponential(c, z, p, k):
-    """B, of the distance to the nearer end of the grid; 0 where that cannot be felt."""
-    T: tl.constexpr = z.dtype
-    limit: tl.constexpr = OUTER64 if T == tl.float64 else OUTER32
+def mirrored_offset(x, c, p, k):
+    """w = log2(e) z, mirrored."""
+    z = ((x - c * p.alpha_head) - c * p.alpha_tail) * k.rate
+    return at_least(at_most(mirrored(z, c, k), k.beyond), -k.beyond)
+
+
+@triton.jit
+def edge_power(w, k):
+    """b of that w."""
+    most_half: tl.constexpr = HALF64 if w.dtype == tl.float64 else HALF32
+    return power_of_two(at_least(w - k.half, at_most((w + k.half) - 2.0 * most_half, -most_half)))
+
+
+@triton.jit
+def decay_of(n, k):
+    """exp(-beta n), 0 where that cannot be felt."""
+    least: tl.constexpr = DECAY64 if n.dtype == tl.float64 else DECAY32
+    exponent = -k.decay * n
+    return tl.where(exponent < least, 0.0, power_of_two(at_least(exponent, 2.0 * least)))
+
+
+@triton.jit
+def winner_of_one(c, b, k):
+    """r T and 2 r Q, mirrored and without the factor ``ratio``."""
+    over, under = 1.0 + b, b + k.t
+    inv = math.divide(1.0, over * under)
+    n1, n2 = (b * inv) * under, k.t * (over * inv)
+    t, q = n2 - n1, (n1 + n2) + k.twice
     side = c - k.middle
-    away = tl.where(side < 0.0, -side, side)
-    exponent = with_sign_of(side, z) - p.beta * (k.half_classes - away)
-    if T == tl.float64:
-        outer = exponential_in_range(at_least(exponent, -115.0))
-    else:
-        outer = exponential_in_range(at_least(exponent, -30.0))
-    return tl.where(exponent < limit, 0.0, outer)
+    away = change_sign(side, side)
+    near, far = decay_of((k.half_classes - 0.5) - away, k), k.t * decay_of((k.half_classes - 0.5) + away, k)
+    outer = b * near
+    whole, spread, sums = 1.0 + outer, (k.half_classes - away) * k.spread, b + far
+    r, far = sums * inv, (far * inv) * whole
+    return (r * (t * whole + outer) - far,
+            r * (q * whole - spread * (near * sums)) - far * (((k.half_classes + away) * k.spread) * whole))
 
 
 @triton.jit
-def winner_of_one(c, z, b, outer, k):
-    """r T and r Q, as winner_factors wants them."""
-    T: tl.constexpr = z.dtype
-    inv = math.divide(1.0, (1.0 + b) * (b + k.t))
-    square, g = b * b, k.ratio * (b * inv)
-    t, q = with_sign_of(z, k.t - square) * inv, (k.square * (square + k.t) + k.linear * b) * inv
-    if T == tl.float64:
-        inv_outer = math.divide(1.0, at_least(outer, 1e-50))
-    else:
-        inv_outer = math.divide(1.0, at_least(outer, 1e-12))
-    far = k.theta * inv_outer
-    whole, twice = (1.0 + k.theta) + (outer + far), 2.0 * k.theta
-    side = c - k.middle
-    away = tl.where(side < 0.0, -side, side)
-    spread = ((k.half_classes - away) * ((outer + twice) + k.theta * far)
-              + (k.half_classes + away) * ((far + twice) + k.theta * outer))
-    return g * (t * whole + with_sign_of(side, outer - far)), g * (q * whole - spread * k.inv_open)
+def factors_of_one(c, w, rt, rq, p, k):
+    """The factors that these slopes come to, at an element with its c and w."""
+    return winner_factors(c, k.ratio * mirrored(rt, c, k), 0.5 * (k.ratio * rq),
+                          mirrored(w, c, k) * -0.69314718055994531, p)
 
 
 class Edge(NamedTuple):

@@ -97,7 +97,7 @@ struct Scale {
   const A* gates;
   const Levels* levels;
   const Bounds<A>* bounds;     // of the hard class, or null: it is the nearest one
-  OneInterval<A> one;
+  OneScale<A> one;
   Level<A> level[kMaxLevels];  // from the lowest
   int count;
   A sharp;
@@ -154,7 +154,7 @@ void make_scale(Scale<A>& s, const Problem& p, int64_t t, int64_t row,
   if (needs == Needs::bins) return;
   s.sharp = A(one_minus_exp(double(s.bins.beta)));
   if (needs == Needs::winner) {
-    s.one = make_one_interval(s.bins);
+    s.one = make_one_scale(s.bins);
     s.count = p.gates[t] ? s.levels->count : 1;
     for (int k = 1; k <= s.count; k++)
       s.level[k - 1] = p.gates[t] ? make_level(static_cast<const A*>(p.gates[t]), *s.levels, k, s.bins.beta)
@@ -283,7 +283,9 @@ void forward_into(const Problem& p, Mode mode, const Targets& q) {
           continue;
         }
         const A* x = load_block<A>(list.data[t], list.type, i, n, in);
-        with_block<A>(q.data[t], q.type, i, n, q.streaming, [&](A* y) {
+        // Streamed where little is computed; elsewhere writes through the caches go on beside the arithmetic, which a
+        // block that is streamed at once stops.
+        with_block<A>(q.data[t], q.type, i, n, mode == kHard && q.streaming, [&](A* y) {
           for (int64_t k = 0; k < n; k += kPart)
             forward_part(p, t, s, mode, i + k, x + k, y + k, std::min(kPart, n - k));
         });
@@ -377,7 +379,7 @@ void backward_into(const Problem& p, const Tensors& grad, Mode mode, bool soft, 
         const int64_t n = std::min(kBlock, end - i);
         const A* x = load_block<A>(list.data[t], list.type, i, n, in);
         const A* g = load_block<A>(g_data[t], g_type, i, n, gradient);
-        with_block<A>(out.x.data[t], out.x.type, i, n, out.x.streaming, [&](A* y) {
+        with_block<A>(out.x.data[t], out.x.type, i, n, false, [&](A* y) {  // not streamed, as in forward_into
           if (one && out.alpha.empty()) return winner_of_one_block<false>(x, g, y, n, s.bins, s.one, sums);
           if (one) return winner_of_one_block<true>(x, g, y, n, s.bins, s.one, sums);
           for (int64_t k = 0; k < n; k += kPart) {
@@ -396,7 +398,6 @@ void backward_into(const Problem& p, const Tensors& grad, Mode mode, bool soft, 
         out.sigma[t][row] = A(sums.sigma);
       }
     });
-    end_streaming();
   });
   if (!out.alpha.empty()) {
     add_parts(list, alpha_parts, out.alpha);

@@ -134,108 +134,207 @@ struct Lanes {
 };
 
 // The case of one interval, in short loops, of which the processor has more under way at a time than of a long one.
+constexpr int64_t kOnePart = 512;
+
 template <class A>
 struct OnePart {
-  Places<A> at;
-  A inner[kPart], outer[kPart];  // b and B; in the place of B its exponent first
+  A c[kOnePart], w[kOnePart];
+  A b[kOnePart], near[kOnePart], far[kOnePart];
+  A rt[kOnePart], rq[kOnePart];
 };
 
-// Returns whether an end of the grid can be felt.
-template <class A>
-QUANTOPS_SIMD bool one_place_loop(const A* __restrict x, OnePart<A>& w, int64_t n, const Bins<A>& bins,
+template <bool kPlain, class A>
+QUANTOPS_SIMD void one_place_loop(const A* __restrict x, OnePart<A>& part, int64_t n, const Bins<A>& bins,
                                   const OneInterval<A>& interval) {
   const Bins<A> p = bins;
   const OneInterval<A> k = interval;
   for (int64_t i = 0; i < n; i++) {
-    const A c = nearest_class(x[i], p), z = offset_of(x[i], c, p), e = outer_exponent(c, z, p, k);
-    w.at.c[i] = c;
-    w.at.z[i] = z;
-    w.outer[i] = e;
+    const A c = nearest_class_or_minus_zero(x[i], p);
+    part.c[i] = c;
+    part.w[i] = mirrored_offset<kPlain>(x[i], c, p, k);
   }
+}
+
+template <bool kPlain, class A>
+QUANTOPS_SIMD void edge_power_loop(OnePart<A>& part, int64_t n, const OneInterval<A>& interval) {
+  const OneInterval<A> k = interval;
+  for (int64_t i = 0; i < n; i++) part.b[i] = edge_power<kPlain>(part.w[i], k);
+}
+
+// Whether an end of the grid can be felt.
+template <class A>
+QUANTOPS_SIMD bool feels_end_loop(const OnePart<A>& part, int64_t n, const OneInterval<A>& interval) {
+  const OneInterval<A> k = interval;
   int32_t felt = 0;
-  for (int64_t i = 0; i < n; i++) felt += w.outer[i] >= outer_limit<A>();
+  for (int64_t i = 0; i < n; i++)
+    felt += decay_exponent(classes_to_near_end(part.c[i], k), k) >= least_decay<A>();
   return felt;
 }
 
+template <bool kFar, class A>
+QUANTOPS_SIMD void ends_loop(OnePart<A>& part, int64_t n, const OneInterval<A>& interval) {
+  const OneInterval<A> k = interval;
+  for (int64_t i = 0; i < n; i++) {
+    const Ends<A> ends = ends_of<kFar>(part.c[i], k);
+    part.near[i] = ends.near;
+    if (kFar) part.far[i] = ends.far;
+  }
+}
+
+// The same of the classes at an end and one, two, three from it, for scales where no class further away feels an end,
+// or no class is further away: selecting costs a third of an exponential.
 template <class A>
-QUANTOPS_SIMD void inner_exponential_loop(OnePart<A>& w, int64_t n, const Bins<A>& bins) {
-  const Bins<A> p = bins;
-  for (int64_t i = 0; i < n; i++) w.inner[i] = inner_exponential(inner_exponent(w.at.z[i], p));
+struct EndTable {
+  static constexpr int kCount = 4;
+  A near[kCount], far[kCount];
+};
+
+template <class A>
+bool has_end_table(const OneInterval<A>& k) {
+  return k.half_classes <= A(4) || decay_of(A(3), k) == A(0);
 }
 
 template <class A>
-QUANTOPS_SIMD void outer_exponential_loop(OnePart<A>& w, int64_t n) {
-  for (int64_t i = 0; i < n; i++) w.outer[i] = outer_exponential(w.outer[i]);
+EndTable<A> make_end_table(const OneInterval<A>& k) {
+  EndTable<A> table;
+  for (int i = 0; i < EndTable<A>::kCount; i++) {
+    const Ends<A> ends = ends_of<true>(k.middle + at_least(k.half_classes - A(0.5) - A(i), A(0)), k);
+    table.near[i] = ends.near;
+    table.far[i] = ends.far;
+  }
+  return table;
 }
 
-// Sums over the lanes of a block that the gradients of alpha and sigma are made of, with u = g c: winner_factors, term
-// by term.
+template <class A>
+QUANTOPS_INLINE A entry_of(A classes_to_end, const A* table) {
+  A entry = table[3];
+  for (int i = 2; i >= 0; i--) entry = classes_to_end < A(i) + A(0.5) ? table[i] : entry;
+  return entry;
+}
+
+// Where the ends come from: none are felt, a table, or ends_loop.
+enum class From { nowhere, table, loop };
+
+template <From from, bool kFar, class A>
+QUANTOPS_SIMD void slopes_loop(OnePart<A>& part, int64_t n, const OneInterval<A>& interval, const EndTable<A>& ends) {
+  const OneInterval<A> k = interval;
+  const EndTable<A> table = ends;
+  for (int64_t i = 0; i < n; i++) {
+    const A c = part.c[i];
+    Ends<A> e = {A(0), A(0)};
+    if (from == From::table) {
+      const A away = classes_to_near_end(c, k);
+      e.near = entry_of(away, table.near);
+      if (kFar) e.far = entry_of(away, table.far);
+    } else if (from == From::loop) {
+      e.near = part.near[i];
+      if (kFar) e.far = part.far[i];
+    }
+    const Slopes<A> slopes = winner_of_one<from != From::nowhere, kFar>(c, part.b[i], e, k);
+    part.rt[i] = slopes.rt;
+    part.rq[i] = slopes.rq;
+  }
+}
+
+// Sums over the lanes of a block that the gradients of alpha and sigma are made of, with u = g c and t = u r T/ratio:
+// winner_factors, term by term. 16 lanes, so that all of them are in registers.
+constexpr int kOneLanes = 16;
+
 template <class A>
 struct OneLanes {
-  A u[kLanes] = {}, q[kLanes] = {}, c[kLanes] = {}, z[kLanes] = {};
+  A u[kOneLanes] = {}, q[kOneLanes] = {}, c[kOneLanes] = {}, w[kOneLanes] = {};
 
-  void add_to(ScaleSums& sums, A beta) const {
-    double of_u = 0, of_q = 0, of_c = 0, of_z = 0;
-    for (int j = 0; j < kLanes; j++) {
+  void add_to(ScaleSums& sums, const Bins<A>& p, const OneInterval<A>& k) const {
+    double of_u = 0, of_q = 0, of_c = 0, of_w = 0;
+    for (int j = 0; j < kOneLanes; j++) {
       of_u += u[j];
       of_q += q[j];
       of_c += c[j];
-      of_z += z[j];
+      of_w += w[j];
     }
-    const double b = beta;
-    sums.alpha += of_u + b * (of_q - of_c);
-    sums.sigma -= b * (of_z + b * of_q);
+    const double beta = p.beta, scale = beta * k.ratio;
+    sums.alpha += of_u + scale * (0.5 * of_q - of_c);
+    sums.sigma -= scale * (0.69314718055994531 * of_w + 0.5 * beta * of_q);
   }
 };
 
 // kScales: sums for alpha and sigma are wanted.
-template <bool kOuter, bool kFar, bool kScales, class A>
-QUANTOPS_INLINE A winner_of_one_at(const OnePart<A>& w, int64_t i, A g, const OneInterval<A>& k, A beta, OneLanes<A>& s,
+template <bool kScales, class A>
+QUANTOPS_INLINE A winner_of_one_at(const OnePart<A>& part, int64_t i, A g, const OneInterval<A>& k, OneLanes<A>& s,
                                    int j) {
-  const A c = w.at.c[i], z = w.at.z[i];
-  const Slopes<A> slopes = winner_of_one<kOuter, kFar>(c, z, w.inner[i], w.outer[i], k);
-  const A u = g * c, t = u * slopes.rt;
+  const A c = part.c[i], u = g * c, v = u * part.rt[i], t = mirrored(v, c, k);
   if (kScales) {
     s.u[j] += u;
-    s.q[j] += u * slopes.rq;
+    s.q[j] += u * part.rq[i];
     s.c[j] += t * c;
-    s.z[j] += t * z;
+    s.w[j] += v * part.w[i];
   }
-  return beta * t;
+  return k.scale * t;
 }
 
-template <bool kOuter, bool kFar, bool kScales, class A>
-QUANTOPS_SIMD void winner_of_one_loop(const OnePart<A>& w, const A* __restrict g, A* __restrict out, int64_t n, A beta,
+template <bool kScales, class A>
+QUANTOPS_SIMD void winner_of_one_loop(const OnePart<A>& part, const A* __restrict g, A* __restrict out, int64_t n,
                                       const OneInterval<A>& interval, OneLanes<A>& sums) {
   const OneInterval<A> k = interval;
   OneLanes<A> s = sums;
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int j = 0; j < kLanes; j++)
-      out[i + j] = winner_of_one_at<kOuter, kFar, kScales>(w, i + j, g[i + j], k, beta, s, j);
-  for (int j = 0; i < n; i++, j++) out[i] = winner_of_one_at<kOuter, kFar, kScales>(w, i, g[i], k, beta, s, j);
+  for (; i + kOneLanes <= n; i += kOneLanes)
+    for (int j = 0; j < kOneLanes; j++)
+      out[i + j] = winner_of_one_at<kScales>(part, i + j, g[i + j], k, s, j);
+  for (int j = 0; i < n; i++, j++) out[i] = winner_of_one_at<kScales>(part, i, g[i], k, s, j);
   sums = s;
+}
+
+// What a scale fixes of the loops to run.
+template <class A>
+struct OneScale {
+  OneInterval<A> interval;
+  EndTable<A> ends;
+  bool plain, table, far;
+};
+
+template <class A>
+OneScale<A> make_one_scale(const Bins<A>& p) {
+  const OneInterval<A> k = make_one_interval(p);
+  return {k, make_end_table(k), is_plain(k), has_end_table(k), feels_far_end(k)};
+}
+
+template <class A>
+void slopes_of_part(OnePart<A>& part, int64_t n, const OneScale<A>& s) {
+  const OneInterval<A>& k = s.interval;
+  if (k.half_classes > A(4) && !feels_end_loop(part, n, k)) {
+    slopes_loop<From::nowhere, false>(part, n, k, s.ends);
+  } else if (s.table) {
+    if (s.far) slopes_loop<From::table, true>(part, n, k, s.ends);
+    else slopes_loop<From::table, false>(part, n, k, s.ends);
+  } else if (s.far) {
+    ends_loop<true>(part, n, k);
+    slopes_loop<From::loop, true>(part, n, k, s.ends);
+  } else {
+    ends_loop<false>(part, n, k);
+    slopes_loop<From::loop, false>(part, n, k, s.ends);
+  }
 }
 
 // A block of any length.
 template <bool kScales, class A>
-void winner_of_one_block(const A* x, const A* g, A* out, int64_t size, const Bins<A>& p, const OneInterval<A>& k,
+void winner_of_one_block(const A* x, const A* g, A* out, int64_t size, const Bins<A>& p, const OneScale<A>& s,
                          ScaleSums& sums) {
   OneLanes<A> lanes;
-  OnePart<A> w;
-  for (int64_t i = 0; i < size; i += kPart) {
-    const int64_t n = size - i < kPart ? size - i : kPart;
-    const bool outer = one_place_loop(x + i, w, n, p, k);
-    inner_exponential_loop(w, n, p);
-    if (outer) {
-      outer_exponential_loop(w, n);
-      if (k.theta > A(0)) winner_of_one_loop<true, true, kScales>(w, g + i, out + i, n, p.beta, k, lanes);
-      else winner_of_one_loop<true, false, kScales>(w, g + i, out + i, n, p.beta, k, lanes);
+  OnePart<A> part;
+  for (int64_t i = 0; i < size; i += kOnePart) {
+    const int64_t n = size - i < kOnePart ? size - i : kOnePart;
+    if (s.plain) {
+      one_place_loop<true>(x + i, part, n, p, s.interval);
+      edge_power_loop<true>(part, n, s.interval);
     } else {
-      winner_of_one_loop<false, false, kScales>(w, g + i, out + i, n, p.beta, k, lanes);
+      one_place_loop<false>(x + i, part, n, p, s.interval);
+      edge_power_loop<false>(part, n, s.interval);
     }
+    slopes_of_part(part, n, s);
+    winner_of_one_loop<kScales>(part, g + i, out + i, n, s.interval, lanes);
   }
-  lanes.add_to(sums, p.beta);
+  lanes.add_to(sums, p, s.interval);
 }
 
 // The masses of a part's elements, and the classes that won there.

@@ -332,6 +332,7 @@ struct WinnerOne : CategoricalBase {
   struct State {
     Bins<A> p;
     OneInterval<A> k;
+    bool far;
     ScaleSums sums;
   };
   Source source;
@@ -339,17 +340,16 @@ struct WinnerOne : CategoricalBase {
 
   __device__ __forceinline__ State begin(const E& e, int64_t row, int which) const {
     const Bins<A> p = source.bins<A>(e, row, source.levels<A>(e, which));
-    return {p, make_one_interval(p), {0.0, 0.0}};
+    const OneInterval<A> k = make_one_interval(p);
+    return {p, k, feels_far_end(k), {0.0, 0.0}};
   }
   __device__ __forceinline__ O apply(X wide, G gx, State& s) const {
-    const A x = widen(wide), g = static_cast<A>(widen(gx)), c = nearest_class(x, s.p), z = offset_of(x, c, s.p);
-    const A inner = inner_exponential(inner_exponent(z, s.p));
-    const A outer = outer_exponential(outer_exponent(c, z, s.p, s.k));
-    const Slopes<A> slopes = s.k.theta > A(0) ? winner_of_one<true, true>(c, z, inner, outer, s.k)
-                                              : winner_of_one<true, false>(c, z, inner, outer, s.k);
-    const A u = g * c, t = u * slopes.rt;
-    if constexpr (kScales) s.sums.add(g, winner_factors(c, slopes.rt, slopes.rq, -z, s.p));
-    return Narrow<O>::from(s.p.beta * t);
+    const A x = widen(wide), g = static_cast<A>(widen(gx)), c = nearest_class(x, s.p);
+    const A w = mirrored_offset<false>(x, c, s.p, s.k), b = edge_power<false>(w, s.k);
+    const Slopes<A> slopes = s.far ? winner_of_one<true, true>(c, b, ends_of<true>(c, s.k), s.k)
+                                   : winner_of_one<true, false>(c, b, ends_of<false>(c, s.k), s.k);
+    if constexpr (kScales) s.sums.add(g, factors_of_one(c, w, slopes, s.p, s.k));
+    return Narrow<O>::from(s.k.scale * mirrored((g * c) * slopes.rt, c, s.k));
   }
   __device__ __forceinline__ void end(State& s, int64_t item, int lane) const {
     if constexpr (kScales) s.sums.write(partial, item, lane);
