@@ -555,7 +555,7 @@ def _run(op, x, alpha, sigma, bits, gates, seed, signed, soft, out, grad=None, d
          in_gates=None):
     """Launches :func:`by_row` and what comes before and after; ``in_scales``: lists of dL/dalpha and dL/dsigma."""
     count, device, acc = len(x), x[0].device, acc_dtype(x[0].dtype)
-    block = block_of(acc, 8 if op == OF_ONE and acc == torch.float64 else _SHARES[op.value])
+    block = block_of(acc, 8 if op == OF_ONE and x[0].dtype == acc else _SHARES[op.value])  # more are spilled on sm_90
     size, levels = _sizes(op, gates)
     table = np.zeros((count, FIELDS.value), np.int64)
     for column, tensors in ((X, x), (G, grad), (OUT, out), (ALPHA, alpha), (SIGMA, sigma), (GATES, gates or None),

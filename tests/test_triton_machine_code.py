@@ -187,7 +187,7 @@ CALLS = {
     "categorical-fp32-soft": ((_categorical, FP32, FP32, 1, 0), {128: (1, 1)}),
     "categorical-fp32-soft-gates": ((_categorical, FP32, FP32, 1, 8), {128: (1, 1)}),
     "categorical-fp32-sample": ((_categorical, FP32, FP32, 2, 4), {128: (1, 1)}),
-    "categorical_backward-fp32": ((_categorical_backward, FP32, FP32, 0, 0), {128: (4, 2)}),
+    "categorical_backward-fp32": ((_categorical_backward, FP32, FP32, 0, 0), {128: (2, 1)}),
     "categorical_backward-bf16": ((_categorical_backward, BF16, BF16, 0, 0), {128: (2, 1)}),
     "categorical_backward-fp64": ((_categorical_backward, FP64, FP64, 0, 0), {128: (2, 1)}),
     "categorical_backward-fp32-gates": ((_categorical_backward, FP32, FP32, 0, 8), {128: (2, 1)}),
