@@ -34,7 +34,7 @@ _MSQ = dict(
     samples=2,          # of the Hutchinson estimate
     sample_size=64)     # images for it
 _MSQ_PAPER = "MSQ, arXiv 2507.22349"
-_MSQ_DEVIATIONS = ("a scale of 2.8 mean|w| for max|w|, which at 2 bits leaves most weights at 0; dyadic grid (exact "
+_MSQ_DEVIATIONS = ("a scale of 2.8 mean|w| for max|w|, which at 2 bits is worse by 5 points; dyadic grid (exact "
                    "zero) and at least 2 bits, since at 1 bit that grid has no positive value; lambda (5e-5 there) and "
                    "threshold larger, since decisions are a fraction of an epoch apart, and at 8 bits the noise "
                    "of the gradients alone keeps LSBs busy; the Hessian from 2 samples of 64 images")

@@ -49,7 +49,7 @@ class Case:
     reads, writes: element size -> bytes per element that must be read and written; the copy moves as many.
     dtypes: those the case makes sense for.
     forward: x -> (a forward pass, its parameters), where the case trains.
-    keeps: bytes per element that autograd needs of it, beyond the parameters.
+    keeps: element size -> bytes per element that autograd needs of it, beyond the parameters.
     cuda: the name of its kernel in csrc/cuda for short lists, with T for the element type, and longest: whether its
         longest way is the one taken; for the static table.
     """
@@ -63,7 +63,7 @@ class Case:
     peers: dict[str, Peer] = dataclasses.field(default_factory=dict)
     dtypes: tuple = (torch.float32, torch.bfloat16)
     forward: Callable | None = None
-    keeps: float = 0.0
+    keeps: Callable[[int], float] = lambda size: 0.0
     cuda: str | None = None
     longest: bool = True
     family: str = ""

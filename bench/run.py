@@ -129,7 +129,7 @@ def measure_one(case, workload, dtype, plan):
     headline = next(r for r in measure.HEADLINE[torch.device(device).type] if r in times)
 
     row = {"case": case.name, "family": case.family, "workload": workload, "dtype": dtype, "numel": x.numel,
-           "tensors": x.tensors, "trains": case.forward is not None, "keeps": case.keeps,
+           "tensors": x.tensors, "trains": case.forward is not None, "keeps": case.keeps(DTYPES[dtype].itemsize),
            "bytes_per_weight": moved, "headline": headline, "copy_factor": factor,
            "times": {regime: {name: measure.summary(t) for name, t in of.items()} for regime, of in times.items()},
            "share_of_copy": {r: factor * measure.ratio(of[COPY], of[OURS]) for r, of in times.items()},

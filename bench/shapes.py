@@ -1,7 +1,8 @@
 """What is measured: single weights of many sizes, and the weight lists of networks that people train."""
 
 CALL = "64"  # so small that its time is that of a call, whatever the size
-SIZES = {CALL: (8, 8), "64K": (64, 1024), "1M": (1024, 1024), "16M": (4096, 4096), "64M": (8192, 8192), "256M": (16384, 16384)}
+SIZES = {CALL: (8, 8), "64K": (64, 1024), "1M": (1024, 1024), "16M": (4096, 4096), "64M": (8192, 8192),
+         "256M": (16384, 16384)}
 
 
 def resnet20():
