@@ -2,9 +2,10 @@
 
 Notation of the docstrings. ``w``: weight, float32, bfloat16, float16 or float64, any shape. ``scale`` s: a number, or
 a tensor with one element or one per row (dim 0) of ``w``; None: max|w|, where the backward without a penalty is the
-identity and costs nothing (a NaN or infinity in w then leaves no usable scale: an error on CPU, NaN elsewhere). ``bits`` n: 0..16, an int or an integer tensor on the weight's device, so that a change of
-bits recompiles nothing; 0 means: the whole tensor is pruned, q = 0. Arithmetic is float32 (float64 for float64), each
-operation rounded on its own, ``rint`` half to even. Codes and values are equal, bit for bit, on every backend.
+identity and costs nothing (a NaN or infinity in w then leaves no usable scale: an error on CPU, NaN elsewhere).
+``bits`` n: 0..16, an int or an integer tensor on the weight's device, so that a change of bits recompiles nothing; 0
+means: the whole tensor is pruned, q = 0. Arithmetic is float32 (float64 for float64), each operation rounded on its
+own, ``rint`` half to even. Codes and values are equal, bit for bit, on every backend.
 
     u = clamp(w * (0.5/s) + 0.5, 0, 1)     signed             u = clamp(w * (1/s), 0, 1)     unsigned
     c = min(rint(2^n u), 2^n - 1)          round_clamp, MSQ (arXiv 2507.22349)

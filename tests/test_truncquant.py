@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import Calls
+from networks import data
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -55,11 +56,6 @@ class Net(nn.Module):
 def make(dtype=torch.float32, affine=True, **config):
     torch.manual_seed(0)
     return quantize_(Net(affine).to(dtype), TruncQuantConfig(**config))
-
-
-def data(dtype=torch.float32, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(8, 1, 6, 6, generator=g).to(dtype), torch.randint(0, 5, (8,), generator=g)
 
 
 def loss_of(model, seed=1, dtype=torch.float32):
@@ -492,14 +488,6 @@ def test_cache_computes_once_and_has_the_same_gradients(fuse, options):
 
 
 # torch.compile
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def graphs():

@@ -12,7 +12,8 @@ which dL/dq is multiplied are looked up at the place 4 j + k. Where q is NaN, k 
 
 import torch
 
-from quantops.reference.categorical import MAX_SOFT_BITS, _Problem, _soft_terms, _winner, _winner_terms, categorical
+from quantops.reference.categorical import MAX_SOFT_BITS, categorical
+from quantops.reference.categorical import factors as factors_at
 from quantops.reference.packing import pack, unpack
 from quantops.reference.uniform import acc_dtype
 
@@ -38,17 +39,15 @@ def activation(x, alpha, sigma, bits, *, out_dtype=None):
     return q, pack(torch.where(k.isnan(), 0, k).to(torch.int32), QUARTER_BITS, layout="dense")
 
 
-def _checked_bits(q, bits):
-    return q if 0 <= int(bits) <= MAX_SOFT_BITS else torch.full_like(q, torch.nan)
+def _checked_bits(v, bits):
+    return v if 0 <= int(bits) <= MAX_SOFT_BITS else torch.full_like(v, torch.nan)
 
 
 def factors(alpha, sigma, bits, grad_of):
     """What dL/dq is multiplied by in the gradients of x, alpha and sigma, for each of the places 4 j + k."""
     x = (torch.arange(4 * 2**_width(bits), dtype=alpha.dtype, device=alpha.device) - 1.5) * (alpha / 4)
     x[0], x[-1] = -torch.inf, torch.inf
-    p = _Problem(x, alpha, sigma, bits, None, False, MAX_SOFT_BITS)
-    terms = _soft_terms(p) if grad_of == "soft" else _winner_terms(p, _winner(p))
-    return [p.checked(term) for term in terms[:3]]
+    return [_checked_bits(v, bits) for v in factors_at(x, alpha, sigma, bits, signed=False, grad_of=grad_of)]
 
 
 def activation_backward(grad, q, quarters, alpha, sigma, bits, *, grad_of="soft", dtype=None):

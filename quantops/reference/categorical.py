@@ -249,6 +249,13 @@ def categorical_backward(grad, x, alpha, sigma, bits, *, gates=None, signed=True
     return grad_x, *(_total(g * p.checked(by), like, x) for by, like in ((by_alpha, alpha), (by_sigma, sigma))), grad_gates
 
 
+def factors(x, alpha, sigma, bits, *, signed=True, grad_of="winner"):
+    """What dL/dq is multiplied by in the gradients of x, alpha and sigma: of the hard mode, without gates."""
+    p = _Problem(x, alpha, sigma, bits, None, signed, MAX_SOFT_BITS if grad_of == "soft" else MAX_BITS)
+    terms = _soft_terms(p) if grad_of == "soft" else _winner_terms(p, _winner(p))
+    return [p.checked(term) for term in terms[:3]]
+
+
 def _total(term, like, x):
     """The sum over what one element of ``like`` covers."""
     term = term.double()

@@ -1,0 +1,199 @@
+"""MSQ's controller: decisions against the equations, limits, errors, resume, a whole training."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import Net, data, loss_of, make_msq, originals, same, separable
+
+from quantops import MSQController, add_penalty_grad_, bit_report, hessian_trace, penalty, reference
+from quantops.nn import quantized
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FUSES = pytest.mark.parametrize("fuse", ["model", "layer"])
+
+
+def test_decision_follows_the_equations():
+    model = make_msq(bits=6, first=7)
+    control = MSQController(model, 8.0, threshold=0.55, strength=0.01, samples=3)
+    names = ("mid.0", "mid.2", "head")
+    traces = hessian_trace(loss_of(model), [originals(model)[n] for n in names], 3, seed=0).tolist()
+    before = {name: w.detach().clone() for name, w in originals(model).items()}
+    entry = control.step(lambda: loss_of(model))
+    rows = {row["name"]: row for row in entry["layers"]}
+    assert tuple(rows) == names  # conv has fixed bits
+    omegas = {n: r["omega"] for n, r in rows.items()}
+    mean = sum(omegas.values()) / 3
+    for name, row in rows.items():
+        w = before[name]
+        k = 2 if omegas[name] < mean else 1
+        _, _, nonzero, sq_error = reference.msq(w, reference.absmax(w), 6, k)
+        assert row["k"] == k and row["bits"] == 6
+        assert row["beta"] == int(nonzero) / w.numel()
+        assert row["sq_error"] == pytest.approx(float(sq_error), rel=1e-5)
+        assert row["omega"] == pytest.approx(row["trace"] * row["sq_error"], rel=1e-6)
+        assert row["trace"] == traces[names.index(name)]
+        pruned = k if row["beta"] < 0.55 else 0
+        assert (row["pruned"], row["bits_after"]) == (pruned, 6 - pruned)
+    assert {r["k"] for r in rows.values()} == {1, 2} and 0 < sum(r["pruned"] > 0 for r in rows.values())
+    assert {n: int(p.bits) for n, _, p in quantized(model)} == {"conv": 7, **{n: r["bits_after"] for n, r in
+                                                                               rows.items()}}
+    assert entry["compression"] == bit_report(model).compression == control.compression
+    assert json.loads(json.dumps(control.log)) == control.log
+
+
+def silent(model):
+    """Makes every weight representable with two bits, so that beta is 0 down to two bits."""
+    with torch.no_grad():
+        for w in originals(model).values():
+            w.copy_(torch.randint(-2, 2, w.shape, generator=torch.Generator().manual_seed(3)) * 0.25)
+            w.view(-1)[0] = -0.5
+    return model
+
+
+def test_stops_at_the_target_in_order_of_omega():
+    model = make_msq(bits=8)
+    control = MSQController(model, 4.15, threshold=1.0, strength=0.01, samples=4, seed=1)
+    entry = control.step(lambda: loss_of(model))
+    assert control.done and control.strength == 0.0 and entry["done"] and control.compression >= 4.15
+    order = sorted(entry["layers"], key=lambda r: r["omega"])
+    assert order != entry["layers"]
+    pruned = [r["pruned"] > 0 for r in order]
+    last = pruned.index(False)
+    assert 0 < last and not any(pruned[last:])  # a prefix in order of Omega
+    row = order[last - 1]  # without the last one pruned the target was not reached
+    p = {n: p for n, _, p in quantized(model)}[row["name"]]
+    p.set_precision(row["bits"], 0)
+    assert control.compression < 4.15
+    p.set_precision(row["bits_after"], 0)
+    assert control.step(lambda: loss_of(model)) is None and len(control.log) == 1
+
+
+def test_min_bits_limits_k_and_interval_counts_steps():
+    model = silent(make_msq(bits=4))
+    control = MSQController(model, 32 / 3, threshold=0.5, strength=0.02, interval=3, min_bits=3, hessian=False)
+    calls = []
+    assert [control.step(lambda: calls.append(1)) is None for _ in range(3)] == [True, True, False]
+    assert not calls  # no Hessian, no loss
+    assert {(int(p.bits), int(p.k)) for _, _, p in quantized(model)} == {(3, 0)} and control.done
+    row = control.log[0]["layers"][0]
+    assert row["omega"] is None and row["trace"] is None and row["k"] == 1 and control.log[0]["step"] == 3
+    model = silent(make_msq(bits=5))
+    control = MSQController(model, 32 / 2, threshold=0.5, strength=0.02, min_bits=2)
+    while not control.done:
+        assert control.strength == 0.02
+        control.step(lambda: loss_of(model))
+        for _, _, p in quantized(model):
+            assert int(p.bits) >= 2 and int(p.k) <= max(0, int(p.bits) - 2)
+    assert {int(p.bits) for _, _, p in quantized(model)} == {2}
+
+
+def test_dropping_silent_bits_changes_no_value():
+    model = silent(make_msq(bits=8))
+    out = model(data()[0])
+    control = MSQController(model, 16, threshold=0.01, strength=0.01)
+    while not control.done:
+        control.step()
+    assert bit_report(model).average_bits == 2 and torch.equal(model(data()[0]), out)
+
+
+def test_layers_above_the_threshold_keep_their_bits():
+    model = make_msq(bits=8)
+    control = MSQController(model, 8, threshold=1e-3, strength=0.01)
+    for _ in range(3):
+        control.step(lambda: loss_of(model))
+    assert not control.done and {int(p.bits) for _, _, p in quantized(model)} == {8}
+    traces = [entry["layers"][0]["trace"] for entry in control.log]
+    assert len(set(traces)) == 3  # the same weights and batch, other draws
+
+
+@pytest.mark.parametrize("options, text", [
+    ({"target": 33}, "target: 33.0 is out of reach, min_bits = 1 .* allow 32"), ({"target": 1}, "target: "),
+    ({"target": 12, "min_bits": 3}, "target: 12.0 is out of reach"), ({"interval": 0}, "interval: .*got 0"),
+    ({"threshold": 0.0}, "threshold: "), ({"threshold": 1.5}, "threshold: "), ({"strength": -1}, "strength: "),
+    ({"strength": float("nan")}, "strength: "), ({"samples": 0}, "samples: "), ({"min_bits": 0}, "min_bits: "),
+    ({"hessian": 1}, "hessian: "), ({"seed": -1}, "seed: "),
+])
+def test_controller_errors(options, text):
+    with pytest.raises(ValueError, match=text):
+        MSQController(make_msq(), **{"target": 8, "threshold": 0.1, "strength": 0.1, **options})
+
+
+def test_controller_needs_layers_to_prune():
+    with pytest.raises(ValueError, match="Net has none"):
+        MSQController(Net(), 8, threshold=0.1, strength=0.1)
+    with pytest.raises(ValueError, match="all of them have fixed bits"):
+        MSQController(make_msq(overrides={"*": {"prune": False}}), 8, threshold=0.1, strength=0.1)
+    model = make_msq()
+    originals(model)["mid.2"].requires_grad_(False)
+    with pytest.raises(ValueError, match="mid.2: expected a weight that requires grad"):
+        MSQController(model, 8, threshold=0.1, strength=0.1)
+    model = make_msq()
+    control = MSQController(model, 8, threshold=0.1, strength=0.1)
+    with pytest.raises(ValueError, match="loss_fn: the Hessian trace of conv is nan"):
+        control.step(lambda: loss_of(model) * float("nan"))
+    assert control.log == [] and {int(p.bits) for _, _, p in quantized(model)} == {5}
+
+
+@pytest.mark.parametrize("fuse, cache, kind", [("model", False, "loss"), ("layer", False, "loss"),
+                                               ("model", True, "decoupled")])
+def test_resume_is_bit_for_bit(fuse, cache, kind, tmp_path):
+    def start():
+        model = make_msq(bits=8, fuse=fuse, cache=cache, penalty=kind)
+        return (model, torch.optim.AdamW(model.parameters(), lr=0.01),
+                MSQController(model, 12, interval=2, threshold=0.6, strength=1e-3, samples=2, seed=5))
+
+    def train(model, optimizer, control, steps):
+        for i in steps:
+            optimizer.zero_grad()
+            loss_of(model, control.strength if kind == "loss" else 0.0, i).backward()
+            if kind == "decoupled":
+                add_penalty_grad_(model, control.strength)
+            optimizer.step()
+            control.step(lambda: loss_of(model, 0.0, i))
+
+    whole = start()
+    train(*whole, range(12))
+    first = start()
+    train(*first, range(6))
+    torch.save([part.state_dict() for part in first], tmp_path / "checkpoint.pt")
+    torch.rand(100)  # the global random state plays no part
+    second = start()
+    for part, state in zip(second, torch.load(tmp_path / "checkpoint.pt", weights_only=True)):
+        part.load_state_dict(state)
+    train(*second, range(6, 12))
+    assert same(whole[0].state_dict(), second[0].state_dict())
+    assert whole[2].state_dict() == second[2].state_dict() and len(whole[2].log) > 2
+    assert len({row["bits_after"] for row in whole[2].log[-1]["layers"]} | {8}) > 1  # bits were dropped
+    for a, b in zip(whole[1].state_dict()["state"].values(), second[1].state_dict()["state"].values()):
+        assert same(a, b)
+
+
+def test_load_state_dict_checks_the_layers():
+    control = MSQController(make_msq(), 8, threshold=0.1, strength=0.1)
+    state = control.state_dict()
+    for bad, text in (({**state, "names": ["conv"]}, r"expected the layers \['conv', 'mid.0'.*got \['conv'\]"),
+                      ({**state, "version": 2}, "version 1"), ({}, "missing")):
+        with pytest.raises(ValueError, match=text):
+            control.load_state_dict(bad)
+    assert control.state_dict() == state
+
+
+def test_training_drops_bits_and_learns():
+    """The scheme as a whole: a separable problem, from 8 bits to 4 on average, at full accuracy."""
+    torch.manual_seed(0)
+    x, y = separable()
+    model = make_msq(bits=8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    control = MSQController(model, 8, interval=10, threshold=0.5, strength=5e-3, samples=2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        if not control.done:
+            loss = loss + control.strength * penalty(model)
+        loss.backward()
+        optimizer.step()
+        control.step(lambda: F.cross_entropy(model(x), y))
+    assert control.done and bit_report(model).compression >= 8
+    assert (model(x).argmax(1) == y).float().mean() > 0.95
