@@ -43,7 +43,7 @@ test: $(VENV)/.installed
 # On a CPU, within 10 minutes; the JSON, report.md and plots go to bench/results/<device>/.
 bench: $(VENV)/.installed
 	$(PY) -m bench run --workloads 1M,16M
-	$(PY) -m bench run --workloads resnet50 --dtypes float32 --resume
+	$(PY) -m bench run --workloads resnet50 --dtypes float32 --resume --compile-seconds 50
 	$(PY) -m bench steps --networks resnet20
 	$(PY) -m bench report
 
