@@ -13,7 +13,7 @@ HARD = 1e38  # a temperature at which the sigmoid is a step
 
 
 def planes_of(integers, bits):
-    """(bits, 2, numel) zeros and ones, the binary digits of |integers|: [:, 0] of the positive, [:, 1] of the others."""
+    """(bits, 2, numel) zeros and ones, the binary digits of |integers|: [:, 0] of the positive, [:, 1] of others."""
     magnitude = integers.flatten().abs().to(torch.int32)
     digits = (magnitude >> torch.arange(bits, device=integers.device).view(-1, 1)) & 1
     positive = integers.flatten() > 0

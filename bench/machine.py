@@ -3,6 +3,7 @@
 import ctypes
 import datetime
 import gc
+import os
 import platform
 import re
 from pathlib import Path
@@ -16,6 +17,10 @@ from bench.state import commit, output, sources
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 _allocator = {"name": "as the system has it"}
 
+# For processes with large tensors, read when one starts. What is cut off a tensor to align it goes to the cache of its
+# thread, and the freed tensor is then too small for the next: several calls take fresh memory, and all of it is kept.
+WITHOUT_THREAD_CACHES = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+
 
 def keep_memory():
     """Tells glibc to keep what was freed, as a training loop's caching allocator does on a GPU."""
@@ -25,7 +30,13 @@ def keep_memory():
     done = [libc.mallopt(option, value) for option, value in (
         (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 1 << 28))]
     if all(done):
-        _allocator.update(name="glibc keeps freed memory", M_MMAP_MAX=0, M_TRIM_THRESHOLD="never", M_TOP_PAD=1 << 28)
+        _allocator.update(name="glibc keeps freed memory", M_MMAP_MAX=0, M_TRIM_THRESHOLD="never", M_TOP_PAD=1 << 28,
+                          large_workloads=WITHOUT_THREAD_CACHES)
+
+
+def has_thread_caches():
+    """Whether this process was started without WITHOUT_THREAD_CACHES."""
+    return not WITHOUT_THREAD_CACHES.items() <= os.environ.items()
 
 
 def release_memory():

@@ -13,6 +13,11 @@ PART = 64  # of the rows of each weight, one in as many
 SHARE = 0.9  # of what the system calls available
 
 
+def is_large(shapes):
+    """Whether tensors of these shapes come to so many elements that memory must be thought of."""
+    return sum(map(math.prod, shapes)) > LARGE
+
+
 class Room:
     """The memory of a row. Absent, with the figures, where the case alone does not fit."""
 

@@ -1,8 +1,8 @@
 """Measures the cases of the registry: a row per case, workload and dtype."""
 
 import gc
-import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,9 +10,9 @@ import time
 import torch
 
 import quantops
-from bench import measure, store
+from bench import machine, measure, store
 from bench.registry import COPY, OURS, Absent, cases, copier
-from bench.room import LARGE, Room
+from bench.room import Room, is_large
 from bench.shapes import CALL, LISTS, SIZES, shapes_of
 from quantops.library import ops
 
@@ -102,8 +102,7 @@ def measure_one(case, workload, dtype, plan):
     """One row of the result: times, bytes and ratios of a case on a workload. Refuses to time a wrong result; Absent
     where the memory of a CPU machine does not hold it."""
     device, shapes = plan.device, shapes_of(workload)
-    large = not plan.cuda and sum(map(math.prod, shapes)) > LARGE
-    room = Room(case, shapes, DTYPES[dtype]) if large else None
+    room = Room(case, shapes, DTYPES[dtype]) if not plan.cuda and is_large(shapes) else None
     if plan.cuda:
         gc.collect()
         torch.cuda.empty_cache()
@@ -214,11 +213,14 @@ def run(args):
         result.data["call_microseconds"] = call_overhead(args.device)
     left_out = result.data.setdefault("left_out", [])
     done = {(r["case"], r["workload"], r["dtype"]) for r in [*result.rows, *left_out]}
-    wanted = args.cases.split(",") if args.cases else None
-    for workload in args.workloads.split(",") if args.workloads else WORKLOADS[plan.kind]:
+    wanted = _wanted(args.cases)
+    workloads = args.workloads.split(",") if args.workloads else WORKLOADS[plan.kind]
+    apart = [] if plan.cuda or args.allocator_as_is or not machine.has_thread_caches() else [
+        w for w in workloads if is_large(shapes_of(w))]
+    for workload in (w for w in workloads if w not in apart):
         for dtype in args.dtypes.split(","):
             for case in cases():
-                if (wanted and case.name not in wanted) or DTYPES[dtype] not in case.dtypes:
+                if case.name not in wanted or DTYPES[dtype] not in case.dtypes:
                     continue
                 if (case.name, workload, dtype) in done:
                     continue
@@ -231,12 +233,37 @@ def run(args):
                     left_out.append({"case": case.name, "workload": workload, "dtype": dtype, "why": str(why)})
                     result.write()
                     print(f"{case.name:26} {workload:19} {dtype:9} {why}", flush=True)
+    result.write()
+    for workload in apart:
+        status = _apart(args, workload, result.end)
+        if status:
+            return status
+    if apart:
+        return 0  # the last of them has told what follows
     for name, why in sorted({(n, w) for r in result.rows for n, w in r["absent"].items()}):
         print(f"absent: {name}: {why}")
     print(f"wrote {result.path}")
     if noisy(result.rows):
         print(f"{len(noisy(result.rows))} of {len(result.rows)} rows are noisy: something else ran on this machine")
     return 0
+
+
+def _wanted(names):
+    """The names of the cases to run, of a list with commas (a name may have one, with a space after it)."""
+    every = [case.name for case in cases()]
+    wanted = re.split(",(?! )", names) if names else every
+    unknown = sorted(set(wanted) - set(every))
+    if unknown:
+        raise SystemExit(f"bench: expected cases of {'; '.join(every)}, got {'; '.join(unknown)}")
+    return wanted
+
+
+def _apart(args, workload, end):
+    """Goes on with a large workload in a process without thread caches; gives its exit status."""
+    print(f"{workload}: in a process with {machine.WITHOUT_THREAD_CACHES}", flush=True)
+    return subprocess.run([sys.executable, "-m", "bench", *args.argv, "--workloads", workload, "--resume", "--seconds",
+                           str(max(end - time.monotonic(), 1))],
+                          env={**os.environ, **machine.WITHOUT_THREAD_CACHES}).returncode
 
 
 def _each_backend(args):
@@ -258,7 +285,7 @@ def add_arguments(parser):
     store.add_arguments(parser)
     parser.add_argument("--workloads", help=f"of {', '.join(SIZES)} and {', '.join(LISTS)}; default: by device")
     parser.add_argument("--dtypes", default=",".join(DTYPES))
-    parser.add_argument("--cases", help="default: all")
+    parser.add_argument("--cases", help="with commas; default: all")
     parser.add_argument("--budget", type=float, help="seconds of timing for a row; default: by device")
     parser.add_argument("--backends", help="on a GPU: default cuda,triton, one process each")
     parser.add_argument("--no-peers", action="store_true", help="time quantops and the copy alone")

@@ -217,7 +217,7 @@ class EagerWidths(Variant):
 
 
 class CompiledWidths(EagerWidths):
-    """The same chain for the whole list of weights and all widths in one graph of torch.compile; the network is eager."""
+    """The same chain for the whole list of weights and all widths as one graph of torch.compile; an eager network."""
 
     compiles = True
 
@@ -371,5 +371,5 @@ def add_arguments(parser):
     store.add_arguments(parser)
     parser.add_argument("--networks", help=f"of {', '.join(NETWORKS)}; default: by device")
     parser.add_argument("--budget", type=float, default=6.0, help="seconds of timing for a network")
-    parser.add_argument("--compiled-models", action="store_true", help="all networks under torch.compile too, as a whole")
+    parser.add_argument("--compiled-models", action="store_true", help="all networks under torch.compile too, whole")
     parser.set_defaults(call=steps)

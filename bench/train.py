@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from bench import data, machine, models, state
 from bench.recipes import COMMON, EVERYWHERE, RECIPES

@@ -14,6 +14,7 @@ import torch
 from bench import (
     compare,
     gpu,
+    machine,
     measure,
     models,
     registry,
@@ -176,7 +177,8 @@ def test_a_run_is_taken_up_where_it_stopped(tmp_path, monkeypatch):
 @needs_library
 def test_what_memory_does_not_hold_is_left_out_by_name(tmp_path, monkeypatch, capsys):
     """A peer beside a case that fits, then the case; none of them is made in full."""
-    monkeypatch.setattr(run, "LARGE", 1 << 10)
+    monkeypatch.setattr(room, "LARGE", 1 << 10)
+    monkeypatch.setattr(machine, "has_thread_caches", lambda: False)
     case = next(c for c in registry.cases() if c.name == "msq step")
     plenty = room.Room(case, shapes.shapes_of("tiny"), torch.float32)
     made = sum(t.numel() for t in plenty.x.w)
@@ -193,6 +195,32 @@ def test_what_memory_does_not_hold_is_left_out_by_name(tmp_path, monkeypatch, ca
     data = json.loads(path.read_text())
     assert not data["rows"] and [(r["case"], r["workload"]) for r in data["left_out"]] == [("msq step", "tiny")]
     assert capsys.readouterr().out.count("GiB of memory") == 1
+
+
+@needs_library
+def test_large_workloads_run_in_a_process_without_thread_caches(tmp_path, monkeypatch):
+    """Another process takes the same result up: its rows, and its exit status."""
+    monkeypatch.setattr(room, "LARGE", 1 << 10)
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
+    started, path = [], tmp_path / "r.json"
+    monkeypatch.setattr(run, "subprocess", types.SimpleNamespace(
+        run=lambda command, env: started.append((command, env)) or types.SimpleNamespace(returncode=store.UNFINISHED)))
+    assert main(["run", *QUICK, "--cases", "absmax", "--out", str(path)]) == store.UNFINISHED
+    (command, env), = started
+    assert not json.loads(path.read_text())["rows"]
+    monkeypatch.setattr(room, "LARGE", 1 << 27)
+    for name, value in machine.WITHOUT_THREAD_CACHES.items():
+        assert env[name] == value
+        monkeypatch.setenv(name, value)
+    assert not machine.has_thread_caches() and main(command[command.index("bench") + 1:]) == 0
+    assert [r["case"] for r in json.loads(path.read_text())["rows"]] == ["absmax"]
+
+
+def test_cases_are_chosen_by_name():
+    assert run._wanted("absmax,categorical hard, 8 gates,encode") == ["absmax", "categorical hard, 8 gates", "encode"]
+    assert run._wanted(None) == [case.name for case in registry.cases()]
+    with pytest.raises(SystemExit, match="expected cases of .*absmax; .*, got absmin"):
+        run._wanted("absmax,absmin")
 
 
 def test_large_categorical_weights_are_checked_in_part(monkeypatch):
