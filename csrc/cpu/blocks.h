@@ -140,6 +140,10 @@ QUANTOPS_INLINE void apply_lanes(R&& y, const F& f, const L&... x) {
   y.finish();
 }
 
+// Results are written in runs of this many. A load waits for a store before it to the same place of any page, which is
+// each load where an output lies 64 to 256 bytes beyond an input's place in its page, as allocators like to put it.
+constexpr int kRun = 8 * kLanes;
+
 // f of the elements of all sources, kLanes at a time, in the arithmetic dtype. From: what their NaNs come from. A loop
 // compiled for several instruction sets calls this with a lambda marked QUANTOPS_LANES, which then becomes part of each
 // of its clones.
@@ -147,6 +151,12 @@ QUANTOPS_INLINE void apply_lanes(R&& y, const F& f, const L&... x) {
 template <class From, bool kPairs, class Out, class F, class... In>
 QUANTOPS_INLINE void map_lanes(Out* to, bool streaming, int64_t n, const F& f, const In*... from) {
   int64_t i = 0;
+  for (; i + kRun <= n; i += kRun) {
+    alignas(64) Out run[kRun];
+    for (int k = 0; k < kRun; k += kLanes)
+      apply_lanes(Results<From, Out, kPairs>(run + k), f, Elements<In, kPairs>(from + i + k)...);
+    for (int k = 0; k < kRun; k += kLanes) put_lanes(to + i + k, run + k, streaming);
+  }
   for (; i + kLanes <= n; i += kLanes) {
     alignas(64) Out lanes[kLanes];
     apply_lanes(Results<From, Out, kPairs>(lanes), f, Elements<In, kPairs>(from + i)...);

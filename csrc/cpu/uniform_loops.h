@@ -128,7 +128,6 @@ QUANTOPS_SIMD void msq_loop(const In* __restrict w, Out* __restrict q, bool stre
   const Quantizer<A> p = quantizer;
   constexpr bool kWrites = !std::is_same_v<Out, Nothing>;
   constexpr bool kPairs = kWrites ? kAllPairs<In, Out> : kAllPairs<In>;
-  constexpr int kRun = 4 * kLanes;
   alignas(64) Out run[kRun];
   A error[kLanes] = {};
   int32_t total[kLanes] = {}, nonzero[kLanes] = {};
