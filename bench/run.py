@@ -213,33 +213,32 @@ def run(args):
         result.data["call_microseconds"] = call_overhead(args.device)
     left_out = result.data.setdefault("left_out", [])
     done = {(r["case"], r["workload"], r["dtype"]) for r in [*result.rows, *left_out]}
-    wanted = _wanted(args.cases)
     workloads = args.workloads.split(",") if args.workloads else WORKLOADS[plan.kind]
-    apart = [] if plan.cuda or args.allocator_as_is or not machine.has_thread_caches() else [
-        w for w in workloads if is_large(shapes_of(w))]
-    for workload in (w for w in workloads if w not in apart):
-        for dtype in args.dtypes.split(","):
-            for case in cases():
-                if case.name not in wanted or DTYPES[dtype] not in case.dtypes:
-                    continue
-                if (case.name, workload, dtype) in done:
-                    continue
-                if result.time_is_up():
-                    return store.UNFINISHED
-                try:
-                    result.add(measure_one(case, workload, dtype, plan))
-                    print(line(result.rows[-1]), flush=True)
-                except Absent as why:
-                    left_out.append({"case": case.name, "workload": workload, "dtype": dtype, "why": str(why)})
-                    result.write()
-                    print(f"{case.name:26} {workload:19} {dtype:9} {why}", flush=True)
+    wanted = _wanted(args.cases)
+    rows = [(case, workload, dtype) for workload in workloads for dtype in args.dtypes.split(",") for case in cases()
+            if case.name in wanted and DTYPES[dtype] in case.dtypes and (case.name, workload, dtype) not in done]
+    apart = set() if plan.cuda or args.allocator_as_is or not machine.has_thread_caches() else {
+        w for w in workloads if is_large(shapes_of(w))}
+    for case, workload, dtype in rows:
+        if workload in apart:
+            continue
+        if result.time_is_up():
+            return store.UNFINISHED
+        try:
+            result.add(measure_one(case, workload, dtype, plan))
+            print(line(result.rows[-1]), flush=True)
+        except Absent as why:
+            left_out.append({"case": case.name, "workload": workload, "dtype": dtype, "why": str(why)})
+            result.write()
+            print(f"{case.name:26} {workload:19} {dtype:9} {why}", flush=True)
     result.write()
-    for workload in apart:
-        status = _apart(args, workload, result.end)
-        if status:
-            return status
+    for case, workload, dtype in rows:
+        if workload in apart:
+            status = _apart(args, case.name, workload, dtype, result.end)
+            if status:
+                return status
     if apart:
-        return 0  # the last of them has told what follows
+        return 0  # each of them has told what follows
     for name, why in sorted({(n, w) for r in result.rows for n, w in r["absent"].items()}):
         print(f"absent: {name}: {why}")
     print(f"wrote {result.path}")
@@ -258,11 +257,11 @@ def _wanted(names):
     return wanted
 
 
-def _apart(args, workload, end):
-    """Goes on with a large workload in a process without thread caches; gives its exit status."""
-    print(f"{workload}: in a process with {machine.WITHOUT_THREAD_CACHES}", flush=True)
-    return subprocess.run([sys.executable, "-m", "bench", *args.argv, "--workloads", workload, "--resume", "--seconds",
-                           str(max(end - time.monotonic(), 1))],
+def _apart(args, case, workload, dtype, end):
+    """Goes on with a large row in a process of its own, without thread caches and what peers before it have kept; gives
+    its exit status."""
+    return subprocess.run([sys.executable, "-m", "bench", *args.argv, "--cases", case, "--workloads", workload,
+                           "--dtypes", dtype, "--resume", "--seconds", str(max(end - time.monotonic(), 1))],
                           env={**os.environ, **machine.WITHOUT_THREAD_CACHES}).returncode
 
 

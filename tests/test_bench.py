@@ -198,7 +198,7 @@ def test_what_memory_does_not_hold_is_left_out_by_name(tmp_path, monkeypatch, ca
 
 
 @needs_library
-def test_large_workloads_run_in_a_process_without_thread_caches(tmp_path, monkeypatch):
+def test_large_rows_run_in_processes_without_thread_caches(tmp_path, monkeypatch):
     """Another process takes the same result up: its rows, and its exit status."""
     monkeypatch.setattr(room, "LARGE", 1 << 10)
     monkeypatch.setenv("GLIBC_TUNABLES", "")
