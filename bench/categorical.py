@@ -25,9 +25,12 @@ MOST_OF_REFERENCE = 4 * PIECE  # elements of a peer that is the reference itself
 
 
 class ClassInputs(Inputs):
-    """Weights with a step alpha that spans max|w|, and the width that CPQ begins with, 0.15 alpha."""
+    """Weights with a step alpha that spans max|w|, and the width that CPQ begins with, 0.15 alpha.
 
-    n = 3
+    grad: "winner", the paper's gradients, or "soft", those that CPQConfig takes unless told otherwise.
+    """
+
+    n, grad_of = 3, "winner"
 
     def __init__(self, shapes, dtype, device):
         super().__init__(shapes, dtype, device)
@@ -62,6 +65,10 @@ class SoftInputs(ClassInputs):
         return {**super().options(i), "mode": "soft"}
 
 
+class SoftGradientInputs(ClassInputs):
+    n, grad_of = 4, "soft"
+
+
 class GatedInputs(ClassInputs):
     n = 8
 
@@ -76,7 +83,7 @@ def _all_classes(x, i, bits, leaves=None):
     if size > (MOST_STEP_CLASSES if leaves else MOST_CLASSES):
         raise Absent(f"{size / 2**20:.0f} MiB for each tensor of all classes")
     w, alpha, sigma = leaves or (x.w[i], x.alpha[i], x.sigma[i])
-    return paper.categorical(w.float(), alpha, sigma, bits, **x.options(i)).to(w.dtype)
+    return paper.categorical(w.float(), alpha, sigma, bits, grad=x.grad_of, **x.options(i)).to(w.dtype)
 
 
 def _with_all_classes(x):
@@ -134,6 +141,14 @@ def _winner(w, alpha, sigma, bits):
     return (alpha * j + (r - r.detach()) * (alpha * j).detach()).to(w.dtype)
 
 
+def _learned_all_classes(x, i, leaves, bits):
+    return _all_classes(x, i, bits, leaves)
+
+
+def _learned_winner(x, i, leaves, bits):
+    return _winner(*leaves, bits)
+
+
 def _step_peer(function, **options):
     """A peer of the step from ``function(x, i, leaves, bits)``, the q of weight i."""
     def prepare(x):
@@ -144,10 +159,15 @@ def _step_peer(function, **options):
     return step_peer(prepare, **options)
 
 
-def _compiled_step(x):
-    call = torch.compile(lambda leaves, n, bits: [_winner(*leaves[i::n], bits) for i in range(n)])
-    leaves = [*x.leaves, *x.widths]
-    return leaves, lambda bits: call(leaves, len(x.w), bits)
+def _compiled_step_peer(function):
+    """The same, the list compiled as one graph."""
+    def prepare(x):
+        n, leaves = len(x.w), [*x.leaves, *x.widths]
+        function(x, 0, leaves[::n], x.n)  # raises Absent
+        call = torch.compile(lambda leaves, bits: [function(x, i, leaves[i::n], bits) for i in range(n)])
+        return leaves, lambda bits: call(leaves, bits)
+
+    return step_peer(prepare, compiles=True, whole_list=True, graph=True)
 
 
 def _forward(x, mode="hard"):
@@ -156,7 +176,7 @@ def _forward(x, mode="hard"):
 
 def _learned(x):
     n = len(x.w)
-    return foreach.categorical(x.leaves, x.widths[:n], x.widths[n:], x.bits)
+    return foreach.categorical(x.leaves, x.widths[:n], x.widths[n:], x.bits, grad=x.grad_of)
 
 
 def _hard_check(got, x):
@@ -190,7 +210,8 @@ def _backward_check(got, x):
         sums, room = [], 2 * torch.finfo(grad_w.dtype).eps
         for part in parts_of[i]:
             grad, w = x.grad[i].flatten()[part], x.w[i].flatten()[part]
-            want, *of_scales, _ = reference.categorical_backward(grad, w, x.alpha[i], x.sigma[i], x.n)
+            want, *of_scales, _ = reference.categorical_backward(grad, w, x.alpha[i], x.sigma[i], x.n,
+                                                                 grad_of=x.grad_of)
             if not torch.allclose(grad_w.flatten()[part].float(), want.float(), rtol=room, atol=1e-4):
                 return False
             sums.append(of_scales)
@@ -198,6 +219,13 @@ def _backward_check(got, x):
                                      for a, b in zip((grad_alpha, grad_sigma), zip(*sums)))
 
     return all(same(i, *got[i::len(x.w)]) for i in parts_of)
+
+
+def _step_case(name, inputs, peers):
+    """q, then the gradients of weights, alpha and sigma."""
+    return Case(name, inputs, lambda s: 3 * s, lambda s: 2 * s, lambda x: step(x, [*x.leaves, *x.widths], _learned(x)),
+                _backward_check, {"all classes": _step_peer(_learned_all_classes, lists=False), **peers},
+                forward=lambda x: (lambda: _learned(x), [*x.leaves, *x.widths]))
 
 
 CASES = [
@@ -208,15 +236,13 @@ CASES = [
          {name: _small(peer) for name, peer in _peers(_reference).items()},
          cuda="items_kernel<Bounded<T, T, 7>, 32>"),
     Case("categorical soft, 4 bits", SoftInputs, lambda s: s, lambda s: s, lambda x: _forward(x, "soft"), _soft_check,
-         {name: _small(peer) for name, peer in _peers(_reference).items()}),
+         {name: _small(peer) for name, peer in _peers(_reference).items()}, turns=True),
     # What it is measured against is in the step.
     Case("categorical backward", ClassInputs, lambda s: 2 * s, lambda s: s, _backward, _backward_check,
          cuda="items_kernel<WinnerOne<T, T, true>, 32>"),
-    # q, then the gradients of weights, alpha and sigma.
-    Case("categorical step", ClassInputs, lambda s: 3 * s, lambda s: 2 * s,
-         lambda x: step(x, [*x.leaves, *x.widths], _learned(x)), _backward_check,
-         {"all classes": _step_peer(lambda x, i, leaves, bits: _all_classes(x, i, bits, leaves), lists=False),
-          "eager": _step_peer(lambda x, i, leaves, bits: _winner(*leaves, bits), graph=True),
-          "compiled list": step_peer(_compiled_step, compiles=True, whole_list=True, graph=True)},
-         forward=lambda x: (lambda: _learned(x), [*x.leaves, *x.widths])),
+    _step_case("categorical step", ClassInputs, {
+        "eager": _step_peer(_learned_winner, graph=True), "compiled list": _compiled_step_peer(_learned_winner)}),
+    # As CPQConfig trains unless told otherwise; without the classes, plain PyTorch has no form of these gradients.
+    _step_case("categorical step, soft gradient, 4 bits", SoftGradientInputs, {
+        "compiled list": _compiled_step_peer(_learned_all_classes)}),
 ]

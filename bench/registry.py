@@ -52,6 +52,7 @@ class Case:
     keeps: element size -> bytes per element that autograd needs of it, beyond the parameters.
     cuda: the name of its kernel in csrc/cuda for short lists, with T for the element type, and longest: whether its
         longest way is the one taken; for the static table.
+    turns: whether loops of its kernels turn as often as there are bits or classes, so that no static table counts them.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Case:
     keeps: Callable[[int], float] = lambda size: 0.0
     cuda: str | None = None
     longest: bool = True
+    turns: bool = False
     family: str = ""
 
     def bytes(self, size):

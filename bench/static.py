@@ -165,8 +165,8 @@ def rows():
                     continue
                 row = {"case": case.name, "dtype": str(dtype).removeprefix("torch."), "by": by}
                 try:
-                    if by == "CUDA" and not case.cuda:
-                        raise NoMainPath("not counted: its loops turn as often as there are bits or widths")
+                    if case.turns or (by == "CUDA" and not case.cuda):
+                        raise NoMainPath("not counted: its loops turn as often as there are bits, classes or widths")
                     row.update(function(case, dtype, kernels))
                 except (NoMainPath, ValueError) as error:
                     row["absent"] = str(error)

@@ -18,6 +18,7 @@ OWN = {
     "categorical soft, 4 bits": {"cuda": 0.85},
     "categorical backward": {},  # a part of the step, which has one
     "categorical step": {"cpu": 1 / 1.6},
+    "categorical step, soft gradient, 4 bits": {},  # nothing is promised of it
 }
 KEPT = 0.05  # bytes per weight: scales and penalties, one per tensor or row
 CALL_MICROSECONDS = 5.0
