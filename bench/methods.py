@@ -65,11 +65,14 @@ class Float:
 
 
 class MSQ(Float):
-    """MSQ with a controller down to ``target``; with target None, training at constant bits."""
+    """MSQ with a controller down to ``target``; with target None, training at constant bits. ``nearest``: None, or a
+    number f: once the target is reached, the layers train on with the nearest rule, with the bits that they have and a
+    scale of f mean|w|."""
 
     def __init__(self, model, steps, *, bits, k, target, grid, scale, penalty, hessian, threshold, strength, prune,
-                 decisions, samples, sample_size, min_bits):
+                 decisions, samples, sample_size, min_bits, nearest):
         super().__init__(model, steps)
+        self.nearest, self.found = nearest, None  # the bits of each layer, once they are final
         quantops.quantize_(model, quantops.MSQConfig(bits=bits, k=k, grid=grid, scale=scale, penalty=penalty))
         self.decoupled, self.sample_size, self.controller = penalty == "decoupled", sample_size, None
         if target is not None:
@@ -94,7 +97,16 @@ class MSQ(Float):
     def after_step(self, step, x, y):
         if self.controller is not None:
             self.controller.step(lambda: self._loss(x[:self.sample_size], y[:self.sample_size]))
+            if self.nearest and self.controller.done and self.found is None:
+                self._go_on({row.name: row.bits for row in quantops.bit_report(self.model).rows})
         return False
+
+    def _go_on(self, bits):
+        """By the nearest rule, with these bits. The weights stay the same Parameters."""
+        self.found = bits
+        quantops.quantize_(quantops.unquantize_(self.model), quantops.TruncQuantConfig(
+            bits=(max(bits.values()),), rule="nearest", scale=self.nearest, batch_norm=False,
+            overrides={name: {"bits": n} for name, n in bits.items()}))
 
     def _loss(self, x, y):
         """For the Hessian: in float32, and the running statistics of batch norms do not see it."""
@@ -112,12 +124,14 @@ class MSQ(Float):
         return quantops.bit_report(self.model).average_bits
 
     def state(self):
-        return {"controller": None if self.controller is None else self.controller.state_dict()}
+        return {"controller": None if self.controller is None else self.controller.state_dict(), "found": self.found}
 
     def load(self, state):
         if self.controller is not None:
             self.controller.load_state_dict(state["controller"])
             self.log = self.controller.log
+        if state["found"] is not None:
+            self._go_on(state["found"])
 
 
 

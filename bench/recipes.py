@@ -32,7 +32,8 @@ _MSQ = dict(
     prune=0.4,          # part of the steps that is to do for dropping bits,
     decisions=8,        # and the decisions in it; where they do not reach the target, more follow
     samples=2,          # of the Hutchinson estimate
-    sample_size=64)     # images for it
+    sample_size=64,     # images for it
+    nearest=None)       # or a number f: at the bits found, the nearest rule with a scale of f mean|w|
 _MSQ_PAPER = "MSQ, arXiv 2507.22349"
 _MSQ_DEVIATIONS = ("a scale of 2.8 mean|w| for max|w|, which at 2 bits is worse by 5 points; dyadic grid (exact "
                    "zero) and at least 2 bits, since at 1 bit that grid has no positive value; lambda (5e-5 there) and "
@@ -54,6 +55,9 @@ RECIPES = {
     "msq-absmax": Recipe(methods.MSQ, _MSQ | {"scale": "absmax"}, _MSQ_PAPER, _MSQ_DEVIATIONS + "; here max|w|"),
     "msq-full-grid": Recipe(methods.MSQ, _MSQ | {"grid": "full", "min_bits": 1}, _MSQ_PAPER,
                             _MSQ_DEVIATIONS + "; here the full grid, down to 1 bit"),
+    "msq-nearest": Recipe(methods.MSQ, _MSQ | {"hessian": False, "threshold": 0.55, "nearest": 1.87}, _MSQ_PAPER,
+                          _MSQ_DEVIATIONS + "; k = 1 always; once the target is reached, training goes on with the "
+                          "nearest rule at the bits found, whose 2-bit levels are symmetric (-3, -1, 1, 3) s/3"),
     "msq-decoupled": Recipe(methods.MSQ, _MSQ | {"penalty": "decoupled"}, _MSQ_PAPER,
                             _MSQ_DEVIATIONS + "; the penalty's gradient is added after the backward pass"),
     "fixed-2-bits": Recipe(methods.MSQ, _MSQ | {"bits": 2, "k": 0, "target": None}, "round-clamp rule, constant bits",

@@ -1,8 +1,8 @@
 """Family ``truncate`` in Triton: the ops of quantops/library.py, each a single launch over a list of any tensors.
 
 As in family ``uniform``: :func:`cut` and :func:`add_up` go over every tensor in runs of BLOCK elements,
-:func:`add_up_rows` along rows, for the gradients of scales, whose sums are taken in two stages of fixed shape. A program
-reads its weights once, and loops over the widths, whose number is no constant of the kernels.
+:func:`add_up_rows` along rows, for the gradients of scales, whose sums are taken in two stages of fixed shape. A
+program reads its weights once, and loops over the widths, whose number is no constant of the kernels.
 """
 
 from typing import NamedTuple

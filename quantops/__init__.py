@@ -3,7 +3,7 @@
 from quantops import backends, foreach, layout, reference
 from quantops.activation import CategoricalActivation
 from quantops.backends import info
-from quantops.convert import is_linear_or_conv, quantize_
+from quantops.convert import is_linear_or_conv, quantize_, unquantize_
 from quantops.functional import (
     MSQ,
     absmax,
@@ -35,5 +35,5 @@ __all__ = [
     "TruncQuantConfig", "absmax", "absmean", "add_penalty_grad_", "backends", "bit_report", "categorical", "decode",
     "encode", "finish_dropbits", "foreach", "hessian_trace", "info", "is_linear_or_conv", "joint_loss", "joint_step",
     "layout", "load_int", "lsb", "lsb_penalty", "msq", "pack", "penalty", "plain_model", "quantize_", "reference",
-    "round_clamp", "save_int", "set_bits", "to_int", "truncate", "unpack", "__version__",
+    "round_clamp", "save_int", "set_bits", "to_int", "truncate", "unpack", "unquantize_", "__version__",
 ]

@@ -238,8 +238,8 @@ def packed(value):
         if not isinstance(p, Packed):
             raise TypeError(f"{_entry('packed', i, value)}: expected a Packed, got {_kind(p)}")
         if p.layout != value[0].layout:
-            raise ValueError(f"packed: expected one layout, got {value[0].layout!r} in entry 0 and {p.layout!r} in entry "
-                             f"{i}")
+            raise ValueError(f"packed: expected one layout, got {value[0].layout!r} in entry 0 and {p.layout!r} in "
+                             f"entry {i}")
     choice("packed.layout", value[0].layout, LAYOUTS)
     return value
 
@@ -419,8 +419,8 @@ def _no_overlap(out, w):
     last, owner = 0, -1
     for start, end, i in spans:
         if start < last and min(i, owner) < len(out):
-            raise ValueError(f"{_entry('out', min(i, owner), out)}: expected memory of its own, got some that a weight or "
-                             "another out has too")
+            raise ValueError(f"{_entry('out', min(i, owner), out)}: expected memory of its own, got some that a weight "
+                             "or another out has too")
         if end > last:
             last, owner = end, i
 
@@ -468,7 +468,8 @@ def structure(arguments):
                                ("nonzero", torch.int64, len(w)), ("sq_error", acc, len(w))):
         t = arguments.get(name)
         if t is not None and (t.dtype != dtype or t.numel() != count or t.device != w[0].device):
-            raise ValueError(f"{name}: expected {count} elements of {dtype} on {w[0].device}, got {_kind(t)} on {t.device}")
+            raise ValueError(f"{name}: expected {count} elements of {dtype} on {w[0].device}, got {_kind(t)} on "
+                             f"{t.device}")
 
 
 def _truncation(arguments, w):

@@ -1,4 +1,5 @@
-"""quantize_: puts a method's quantizers on the weights of a model. What the method is, its config says."""
+"""quantize_ puts a method's quantizers on the weights of a model, unquantize_ takes them off. What the method is, its
+config says."""
 
 import dataclasses
 import fnmatch
@@ -8,7 +9,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from quantops.checks import FLOATS
-from quantops.nn import WEIGHT, WeightGroup, check_module
+from quantops.nn import WEIGHT, WeightGroup, check_module, quantized
 from quantops.reference.uniform import MAX_BITS
 
 FUSE = ("model", "layer")
@@ -135,6 +136,53 @@ def quantize_(model, config, filter_fn=None):
         for layer in layers:
             layer[1].group = WeightGroup([layer], False, config.cache)
     return model
+
+
+def unquantize_(model):
+    """Takes the quantizers off again, in place, and returns the model: the inverse of :func:`quantize_`.
+
+    ``layer.weight`` is the float weight then, the same Parameter as before: optimizers stay valid, and another method
+    can go on at the bits that one has found. Whatever else a method put into the model stays: CategoricalActivation,
+    MultiBatchNorm (see :func:`quantops.plain_model`).
+
+    Raises ValueError, with the model untouched, for a model without quantizers, and for a part of the model that was
+    given to ``quantize_`` with fuse = "model".
+    """
+    layers = quantized(model)
+    if not layers:
+        raise ValueError("model: expected a model with quantizers, found none")
+    groups = {id(group) for _, _, _, group in _group_hooks(model)}
+    for name, _, quantizer in layers:
+        if quantizer.group.whole and id(quantizer.group) not in groups:
+            raise ValueError(f"model: {name or 'it'} is quantized with the whole that quantize_ was called with; "
+                             "expected that model")
+    remove_quantizers(model, leave_quantized=False)
+    return model
+
+
+def remove_quantizers(model, leave_quantized):
+    """Makes weights plain Parameters: with the values of q, or the float ones."""
+    for name, _, _ in quantized(model):
+        layer = model.get_submodule(name)
+        _own_class(layer)
+        parametrize.remove_parametrizations(layer, WEIGHT, leave_parametrized=leave_quantized)
+    for module, hooks, key, _ in _group_hooks(model):
+        del hooks[key]
+        module._forward_hooks_always_called.pop(key, None)
+
+
+def _group_hooks(model):
+    """[(module, its dictionary of hooks, key, WeightGroup)]"""
+    return [(module, hooks, key, group) for module in model.modules()
+            for hooks in (module._forward_pre_hooks, module._forward_hooks) for key, hook in hooks.items()
+            if isinstance(group := getattr(hook, "__self__", hook), WeightGroup)]
+
+
+def _own_class(layer):
+    """A copied layer shares the class that torch made for its parametrizations, which removing them would change."""
+    made = type(layer)
+    members = {k: v for k, v in vars(made).items() if k not in ("__dict__", "__weakref__")}
+    layer.__class__ = type(made.__name__, made.__bases__, members)
 
 
 def _check_weights(modules):

@@ -21,6 +21,7 @@ devices they are not read back and give NaN (integers: -2^31). Strided weights a
 from quantops import foreach
 from quantops.foreach import MSQ
 
+
 def _one(scale):
     return None if scale is None else [scale]
 
@@ -193,7 +194,8 @@ def categorical(x, alpha, sigma, bits, *, gates=None, signed=True, mode="hard", 
             the class nearest to x. "soft" q = sum r_i g_i. "sample" q = alpha j with j drawn from r.
         grad: "winner" or "soft", for modes hard and sample: see below.
         seed: for "sample", an int or an integer tensor of one element. The draw of an element is a function of the seed
-            and its place in x's memory (row-major where x is not dense) alone: Philox4x32-10, the same on every backend.
+            and its place in x's memory (row-major where x is not dense) alone: Philox4x32-10, the same on every
+            backend.
         out_dtype: dtype of q; default x's own, under autocast the autocast dtype.
 
     Gradients, with g = dL/dq, the edges A_i, B_i = (alpha (i +- 1/2) - x)/sigma, T_i = S(A_i) + S(B_i) - 1 and
@@ -211,8 +213,8 @@ def categorical(x, alpha, sigma, bits, *, gates=None, signed=True, mode="hard", 
 
     Sums are deterministic. Nothing is saved for backward but the inputs. Second derivatives raise NotImplementedError.
 
-    Returns q in x's shape. Raises ValueError or TypeError naming the argument, what was expected and what came; values on
-    other devices than the CPU are not read back and give NaN where out of range. NaN in x gives NaN there.
+    Returns q in x's shape. Raises ValueError or TypeError naming the argument, what was expected and what came; values
+    on other devices than the CPU are not read back and give NaN where out of range. NaN in x gives NaN there.
     """
     return foreach.categorical([x], [alpha], [sigma], bits, gates=None if gates is None else [gates], signed=signed,
                                mode=mode, grad=grad, seed=seed, out_dtype=out_dtype)[0]

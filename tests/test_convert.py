@@ -15,9 +15,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import quantops
-from quantops.convert import is_linear_or_conv, quantize_
+from quantops.convert import is_linear_or_conv, quantize_, unquantize_
 from quantops.intweight import IntWeight, load_int, save_int, to_int
+from quantops.methods.cpq import CPQConfig
 from quantops.methods.msq import MSQConfig
+from quantops.methods.truncquant import TruncQuantConfig
 from quantops.nn import quantized
 
 needs_safetensors = pytest.mark.skipif(importlib.util.find_spec("safetensors") is None, reason="safetensors missing")
@@ -149,6 +151,52 @@ def test_removing_the_parametrization_gives_either_weight_back():
     parametrize.remove_parametrizations(other[0], "weight", leave_parametrized=True)
     assert torch.equal(other[0].weight, q) and not torch.equal(q, float_weight)
     other(torch.randn(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize("fuse", ["model", "layer"])
+@pytest.mark.parametrize("config", [MSQConfig, TruncQuantConfig, CPQConfig])
+def test_unquantize_gives_the_float_network_back(config, fuse):
+    plain, x = net().eval(), torch.randn(2, 1, 8, 8)
+    options = {"batch_norm": False} if config is TruncQuantConfig else {}
+    model = quantize_(net().eval(), config(fuse=fuse, **options))
+    parameters = {name: owner.original for name, owner, _ in quantized(model)}
+    other = copy.deepcopy(model)
+    q, names_before = other(x), set(plain.state_dict())
+    assert not torch.equal(model(x), plain(x))
+    assert unquantize_(model) is model and not quantized(model)
+    assert all(model.get_submodule(name).weight is w for name, w in parameters.items())
+    assert torch.equal(model(x), plain(x)) and set(model.state_dict()) == names_before
+    assert not any(m._forward_pre_hooks or m._forward_hooks or m._forward_hooks_always_called for m in model.modules())
+    assert torch.equal(other(x), q) and len(quantized(other)) == 4  # the copy shared torch's classes with it
+
+
+def test_another_method_goes_on_at_the_bits_that_one_has_found():
+    model = quantize_(net(), MSQConfig(overrides={"0": {"bits": 4}, "5": {"bits": 2}}))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    bits = {row.name: row.bits for row in quantops.bit_report(model).rows}
+    quantize_(unquantize_(model), TruncQuantConfig(bits=(8,), rule="nearest", scale=1.87, batch_norm=False,
+                                                   overrides={name: {"bits": n} for name, n in bits.items()}))
+    assert {row.name: row.bits for row in quantops.bit_report(model).rows} == bits == {"0": 4, "3": 8, "5": 2, "6": 8}
+    assert model[5].weight.unique().numel() <= 4
+    before = model[5].parametrizations.weight.original.detach().clone()
+    model(torch.randn(2, 1, 8, 8)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model[5].parametrizations.weight.original, before)
+
+
+def test_unquantize_refuses_what_it_would_leave_half_done():
+    with pytest.raises(ValueError, match="model: expected a model with quantizers, found none"):
+        unquantize_(net())
+    with pytest.raises(TypeError, match="model: expected a torch.nn.Module, got int"):
+        unquantize_(3)
+    model = nn.Sequential(net())
+    quantize_(model, MSQConfig())
+    with pytest.raises(ValueError, match="model: 0 is quantized with the whole that quantize_ was called with"):
+        unquantize_(model[0])
+    assert len(quantized(model)) == 4 and model._forward_pre_hooks
+    parts = nn.Sequential(net(), nn.Flatten())
+    quantize_(parts[0], MSQConfig())  # a part that was quantized alone may go alone, or with the whole
+    assert not quantized(unquantize_(parts))
 
 
 def test_assigning_a_weight_sets_the_float_weight():

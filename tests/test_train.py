@@ -177,6 +177,7 @@ RESUMED = {
     "float": [],
     "msq": ["--set", "decisions=3", "--set", "prune=0.99", "--set", "threshold=1.0", "--set", "sample_size=4"],
     "msq-decoupled": ["--set", "decisions=3", "--set", "threshold=1.0", "--set", "hessian=False"],
+    "msq-nearest": ["--set", "bits=3", "--set", "threshold=1.0"],  # the bits are found in the first epoch
     "truncquant": [],
     "bsq": ["--set", "adjustments=3", "--set", "search=1.0"],
     "csq": ["--set", "search=0.5"],
@@ -208,6 +209,21 @@ def test_resumed_equals_uninterrupted(file, tmp_path, monkeypatch, method, more)
     assert [e["loss"] for e in a["epochs"]] == [e["loss"] for e in b["epochs"]]
     a, b = (torch.load(tmp_path / name / "weights" / f"{method}-seed3.pt") for name in ("whole", "parts"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_msq_goes_on_with_the_nearest_rule_at_its_bits():
+    model = models.ResNet20(10)
+    settings = recipes.RECIPES["msq-nearest"].settings | {"bits": 4, "threshold": 1.0}
+    method = recipes.RECIPES["msq-nearest"].method(model, 20, **settings)
+    parameters, x, y = list(model.parameters()), torch.randn(8, 3, 32, 32), torch.arange(8)
+    for step in range(2):
+        assert method.found is None and method.strength > 0
+        method.after_step(step + 1, x, y)
+    assert set(method.found.values()) == {2} and method.average_bits() == 2 and method.strength == 0
+    assert all(a is b for a, b in zip(parameters, model.parameters()))
+    weight = model.conv.parametrizations.weight.original
+    step = 1.87 * weight.abs().mean() / 3
+    torch.testing.assert_close(model.conv.weight.unique(), step * torch.tensor([-3.0, -1, 1, 3]))
 
 
 def test_resume_skips_what_is_done_and_stops_in_time(file, tmp_path, capsys):

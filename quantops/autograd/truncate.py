@@ -66,7 +66,7 @@ class _TruncateBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         n, saved = ctx.count, list(ctx.saved_tensors)
-        w, scale, out_scale = saved[:n], saved[n: 2 * n], saved[2 * n: (2 + ctx.own_out) * n]
+        w, scale = saved[:n], saved[n: 2 * n]
         bits, base_bits, *grads = saved[(2 + ctx.own_out) * n:]
         gg_w, gg_scale, gg_out = gradients[:n], gradients[n: 2 * n], gradients[2 * n:]
         # dL/dq has the same factor for every width.

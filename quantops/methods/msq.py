@@ -13,8 +13,8 @@ from quantops.hessian import hessian_trace
 from quantops.intweight import IntWeight
 from quantops.library import ops
 from quantops.nn import WeightQuantizer, batches, quantized
-from quantops.report import compression, measure
 from quantops.reference.uniform import GRIDS, MAX_BITS
+from quantops.report import compression, measure
 from quantops.scales import ABSMAX, check_scale, weight_scales
 
 PENALTIES = ("loss", "decoupled")

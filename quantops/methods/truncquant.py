@@ -7,14 +7,13 @@ from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils import parametrize
 
 from quantops import checks
-from quantops.convert import QuantConfig, check_choice, check_int
+from quantops.convert import QuantConfig, check_choice, check_int, remove_quantizers
 from quantops.intweight import IntWeight
 from quantops.library import ops
 from quantops.methods.multibn import KINDS, MultiBatchNorm, check_norms, refuse_recomputing, replace
-from quantops.nn import WEIGHT, WeightGroup, WeightQuantizer, batches, check_module, quantized, trackable
+from quantops.nn import WeightQuantizer, batches, check_module, quantized, trackable
 from quantops.reference.truncate import COMPANDINGS
 from quantops.reference.uniform import MAX_BITS, RULES
 from quantops.scales import ABSMAX, check_scale, split_scales, weight_scales
@@ -275,25 +274,9 @@ def plain_model(model, bits=None):
     network = _network(plain)
     network.select(place)
     with torch.no_grad():
-        for name, _, _ in quantized(plain):
-            layer = plain.get_submodule(name)
-            _own_class(layer)
-            parametrize.remove_parametrizations(layer, WEIGHT, leave_parametrized=True)
-    for module in plain.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(hooks.items()):
-                if isinstance(getattr(hook, "__self__", hook), WeightGroup):
-                    del hooks[key]
-                    module._forward_hooks_always_called.pop(key, None)
+        remove_quantizers(plain, leave_quantized=True)
     replace(plain, lambda m: m.plain(place) if isinstance(m, MultiBatchNorm) else None)
     return plain
-
-
-def _own_class(layer):
-    """A copied layer shares the class that torch made for its parametrizations, which removing them would change."""
-    made = type(layer)
-    members = {k: v for k, v in vars(made).items() if k not in ("__dict__", "__weakref__")}
-    layer.__class__ = type(made.__name__, made.__bases__, members)
 
 
 # Training all widths.

@@ -169,7 +169,7 @@ def _multiply(a, b):
 
 
 def uniforms(x, seed, offset=0):
-    """Two 24-bit integers per element: counter ``offset`` + its place in the memory of x (row-major where not dense)."""
+    """Two 24-bit integers per element: counter ``offset`` + its place in x's memory (row-major where not dense)."""
     index = torch.arange(offset, offset + x.numel(), device=x.device)
     index = index.as_strided(x.shape, x.stride()) if dense_rows(x) else index.view(x.shape)
     words = philox(seed, index)
@@ -246,7 +246,8 @@ def categorical_backward(grad, x, alpha, sigma, bits, *, gates=None, signed=True
         for t, term in enumerate(by_gate, 1):
             grad_gates[t] = (g * p.checked(p.alpha * term)).double().sum() / gates[t].double()
     grad_x = p.checked(g * by_x).to(x.dtype)
-    return grad_x, *(_total(g * p.checked(by), like, x) for by, like in ((by_alpha, alpha), (by_sigma, sigma))), grad_gates
+    grad_alpha, grad_sigma = (_total(g * p.checked(by), like, x) for by, like in ((by_alpha, alpha), (by_sigma, sigma)))
+    return grad_x, grad_alpha, grad_sigma, grad_gates
 
 
 def factors(x, alpha, sigma, bits, *, signed=True, grad_of="winner"):
