@@ -145,6 +145,10 @@ def reason_table(device):
     return markdown(head, body) if body else ""
 
 
+def _gains(device):
+    return " / ".join(f"{r['gain_of_threads']:.2f}" for r in device.ops.values() if "gain_of_threads" in r)
+
+
 def row_table(device):
     """Every row of every result: all regimes, and what the ratio leaves out."""
     body = []
@@ -226,9 +230,10 @@ def summary(device):
                   + "; bold: misses the target):", share_table(device, promised=True)]
         if reason_table(device):
             parts += ["What misses its target, and the measured reason: the op's time per weight on a tensor in one "
-                      f"core's caches ({targets.CACHED} weights, less the time of a call, over the number of threads), "
-                      "the time in which all threads copy the bytes of a weight from memory, and the share of the "
-                      "copy's speed that the first leaves, however well memory is used:", reason_table(device)]
+                      f"core's caches ({targets.CACHED} weights, less the time of a call, over {_gains(device)}, as many"
+                      " times as fast as one thread all are there), the time in which all threads copy the bytes of a "
+                      "weight from memory, and the share of the copy's speed that the first leaves, however well "
+                      "memory is used:", reason_table(device)]
         parts.append(call_line(device))
     if device.steps:
         parts += ["Whole training steps, as multiples of the unquantized step of the same run:", steps_tables(device)]

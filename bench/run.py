@@ -14,6 +14,7 @@ from bench import machine, measure, store
 from bench.registry import COPY, OURS, Absent, cases, copier
 from bench.room import Room, is_large
 from bench.shapes import CALL, LISTS, SIZES, shapes_of
+from quantops import foreach
 from quantops.library import ops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -181,6 +182,27 @@ def call_overhead(device):
     return {name: 1e6 * measure.summary(t)["median"] for name, t in times.items()}
 
 
+def gain_of_threads():
+    """How many times as fast as one thread all of them are where memory has no part: threads that share a core share
+    its arithmetic. By lsb_stats of weights that lie in each core's caches."""
+    from bench.uniform import Inputs
+
+    threads, shapes = torch.get_num_threads(), [(256, 256)] * 4
+    one, every = (Inputs(shapes * n, torch.bfloat16, "cpu") for n in (1, threads))
+
+    def seconds(x, n):
+        torch.set_num_threads(n)
+        foreach.lsb_stats(x.w, x.scale, x.bits, x.k)
+        start = time.perf_counter()
+        for _ in range(10):
+            foreach.lsb_stats(x.w, x.scale, x.bits, x.k)
+        return time.perf_counter() - start
+
+    times = measure.interleave({1: lambda: seconds(one, 1), "all": lambda: seconds(every, threads)}, 1.0)
+    torch.set_num_threads(threads)
+    return threads * measure.ratio(times[1], times["all"])
+
+
 def line(row):
     """A row as text: time, share of a copy, and each peer as a multiple of our time."""
     headline = row["headline"]
@@ -213,6 +235,8 @@ def run(args):
     print(quantops.info(), f"\n{head['device']}, commit {head['commit']}")
     if "call_microseconds" not in result.data:
         result.data["call_microseconds"] = call_overhead(args.device)
+        if not plan.cuda:
+            result.data["gain_of_threads"] = gain_of_threads()
     left_out = result.data.setdefault("left_out", [])
     done = {(r["case"], r["workload"], r["dtype"]) for r in [*result.rows, *left_out]}
     workloads = args.workloads.split(",") if args.workloads else WORKLOADS[plan.kind]

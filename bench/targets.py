@@ -69,9 +69,9 @@ def limit(row, kind):
 class Reason(NamedTuple):
     """Why an op misses its share of a copy on a CPU, measured: how fast it is where memory has no part in it.
 
-    seconds: per weight of a tensor in one core's caches, what a call takes whatever its size taken off, over the number
-    of threads. copy: seconds per weight of the copy of the same bytes from memory, by all threads. A share larger than
-    ``most`` = copy / seconds cannot be had by any order of the memory accesses.
+    seconds: per weight of a tensor in one core's caches, what a call takes whatever its size taken off, over the gain
+    of all threads. copy: seconds per weight of the copy of the same bytes from memory, by all threads. A share larger
+    than ``most`` = copy / seconds cannot be had by any order of the memory accesses.
     """
 
     row: dict
@@ -92,8 +92,8 @@ class Reason(NamedTuple):
 
 def reasons(result):
     """A Reason for every row that misses its share of a copy, where it can be told."""
-    kind, threads, found = result["machine"]["kind"], result["machine"].get("threads"), []
-    if kind != "cpu" or not threads:
+    kind, gain, found = result["machine"]["kind"], result.get("gain_of_threads"), []
+    if kind != "cpu" or not gain:
         return found
     rows = {(r["case"], r["workload"], r["dtype"]): r for r in result["rows"]}
     for r in result["rows"]:
@@ -105,7 +105,7 @@ def reasons(result):
             continue
         taken = cached["times"]["warm"][OURS]["median"] - call["times"]["warm"][OURS]["median"]
         copy = r["copy_factor"] * r["times"]["warm"][COPY]["median"] / r["numel"]
-        found.append(Reason(r, share(r), least, taken / cached["numel"] / threads, copy))
+        found.append(Reason(r, share(r), least, taken / cached["numel"] / gain, copy))
     return found
 
 

@@ -445,12 +445,15 @@ def test_reasons_of_what_misses():
 
         return [row("64", 64, 1e-6), row("64K", 1 << 16, 1e-6 + cached * (1 << 16)), row("16M", 1 << 24, 1.0)]
 
-    machine = {"kind": "cpu", "threads": 2, "second_level_cache_bytes": 1 << 20}
+    machine = {"kind": "cpu", "second_level_cache_bytes": 1 << 20}
     every = [*rows("much arithmetic", 0.6, 3e-8), *rows("little", 0.6, 1e-8), *rows("met", 0.9, 3e-8)]
-    much, little = targets.reasons({"machine": machine, "rows": every})
+    much, little = targets.reasons({"machine": machine, "gain_of_threads": 2.0, "rows": every})
     assert much.row["case"] == "much arithmetic" and much.arithmetic and abs(much.most - 10 / 15) < 1e-6
     assert little.row["case"] == "little" and not little.arithmetic and abs(little.most - 2) < 1e-6
+    less, = targets.reasons({"machine": machine, "gain_of_threads": 1.0, "rows": rows("little", 0.6, 1.5e-8)})
+    assert less.arithmetic and abs(less.most - 10 / 15) < 1e-6  # threads of one core
     machine["second_level_cache_bytes"] = 1 << 18
+    assert targets.reasons({"machine": machine, "gain_of_threads": 2.0, "rows": every}) == []
     assert targets.reasons({"machine": machine, "rows": every}) == []
 
 
