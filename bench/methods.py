@@ -47,6 +47,10 @@ class Float:
         """Weight decay is for weights; not for batch norms, biases and scales."""
         return parameter.dim() > 1
 
+    def rate(self, parameter):
+        """Its learning rate, as a multiple of that of the run."""
+        return 1.0
+
     def average_bits(self):
         """Of the quantized layers now, or None."""
         return None
@@ -193,22 +197,46 @@ def re_estimate(model, batches):
 
 
 class CPQ(Float):
-    """The categorical quantizer; ``settings``: of quantops.CPQConfig, ``strength``: of the gates' penalty."""
+    """The categorical quantizer; ``settings``: of quantops.CPQConfig. With DropBits, gates are drawn for ``search``,
+    a part of the steps; then the bits that stay are trained on. strength: of the gates' penalty, gate_rate: their
+    learning rate as a multiple of the run's."""
 
-    def __init__(self, model, steps, *, strength, **settings):
+    def __init__(self, model, steps, *, search, strength, gate_rate, **settings):
         super().__init__(model, steps)
         quantops.quantize_(model, quantops.CPQConfig(**settings))
-        self.strength, self.learned = strength, settings.get("dropbits") == "learned"
+        self.until, self.strength, self.gate_rate = max(1, int(search * steps)), strength, gate_rate
+        self.drops, self.learned = settings["dropbits"] is not None, settings["dropbits"] == "learned"
+        self.gates = {id(p) for name, p in model.named_parameters() if name.endswith("log_a")}
 
     def penalty(self):
-        return self.strength * quantops.penalty(self.model) if self.learned else None
+        return self.strength * quantops.penalty(self.model) if self.learned and self.drops else None
 
-    def finish(self):
-        if self.learned:
-            quantops.finish_dropbits(self.model)
+    def after_step(self, step, x, y):
+        if not self.drops or step < self.until:
+            return False
+        self._finish_dropbits()
+        report = quantops.bit_report(self.model)
+        self.log.append({"step": step, "compression": report.compression, "average_bits": report.average_bits,
+                         "layers": [{"name": row.name, "bits_after": row.bits} for row in report.rows]})
+        return True
+
+    def _finish_dropbits(self):
+        quantops.finish_dropbits(self.model)
+        self.drops = False
+
+    def rate(self, parameter):
+        return self.gate_rate if id(parameter) in self.gates else 1.0
 
     def average_bits(self):
         return quantops.bit_report(self.model).average_bits
+
+    def state(self):
+        return super().state() | {"drops": self.drops}
+
+    def load(self, state):
+        super().load(state)
+        if self.drops and not state["drops"]:
+            self._finish_dropbits()
 
 
 class _BitLevel(Float):

@@ -44,7 +44,10 @@ WIDTHS = (8, 4, 2, 1)
 _TRUNCATED = dict(widths=WIDTHS, rule="floor", joint=True, companding=None, batch_norm=True, distill=0.0,
                   scale="absmax")  # or a number of times mean|w|
 _ALONE = _TRUNCATED | {"joint": False, "batch_norm": False}  # trained at its widest width
-_BITS = dict(bits=4, strength=0.0)
+_BITS = dict(bits=4, dropbits=None,
+             search=0.6,        # part of the steps in which gates are drawn, where there are any
+             strength=0.0,      # of the penalty on gates
+             gate_rate=10.0)    # their learning rate, as a multiple of that of the weights
 
 RECIPES = {
     "float": Recipe(methods.Float, {}, "-", "none"),
@@ -88,6 +91,7 @@ RECIPES = {
         "temperature of the others goes on rising instead of starting again; lr 0.1", common={"lr": 0.1}),
     "cpq": Recipe(methods.CPQ, _BITS, "CPQ, arXiv 2109.02100", "weights only; float weights and their alpha at one lr"),
     "dropbits": Recipe(methods.CPQ, _BITS | {"dropbits": "learned", "strength": 1e-2}, "DropBits, arXiv 2109.02100",
-                       "weights only; float weights and their alpha at one lr"),
+                       "weights only; float weights and their alpha at one lr; after 60 % of the steps the bits that "
+                       "stay are trained on, since batch norms have averaged over what was dropped"),
 }
 SEPARATE = tuple(name for name in RECIPES if name.startswith("separate-"))  # together they are one row of a table

@@ -112,13 +112,14 @@ class Run:
 
     def new_optimizer(self):
         """SGD without momentum yet: when Parameters have been replaced it starts anew, for all of them."""
-        groups = {True: [], False: []}
+        groups = {}
         for p in self.model.parameters():
             if p.requires_grad:
-                groups[self.method.decays(p)].append(p)
-        return torch.optim.SGD([{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}],
-                               lr=self.common["lr"], momentum=self.common["momentum"],
-                               weight_decay=self.common["weight_decay"], fused=True)
+                groups.setdefault((self.method.decays(p), self.method.rate(p)), []).append(p)
+        return torch.optim.SGD(
+            [{"params": members, "weight_decay": decays * self.common["weight_decay"], "rate": rate}
+             for (decays, rate), members in groups.items()],
+            lr=self.common["lr"], momentum=self.common["momentum"], fused=True)
 
     def batches(self, epoch):
         """The training batches of an epoch: the same however the run came to it."""
@@ -146,7 +147,7 @@ class Run:
         clock.tick()
         for x, y in self.batches(done):
             for group in self.optimizer.param_groups:
-                group["lr"] = self.common["lr"] * (1 + math.cos(math.pi * step / self.total)) / 2
+                group["lr"] = group["rate"] * self.common["lr"] * (1 + math.cos(math.pi * step / self.total)) / 2
             self.optimizer.zero_grad()
             total = total + self.method.backward(self.forward, x, y)
             self.optimizer.step()

@@ -179,13 +179,14 @@ RESUMED = {
     "msq-decoupled": ["--set", "decisions=3", "--set", "threshold=1.0", "--set", "hessian=False"],
     "msq-nearest": ["--set", "bits=3", "--set", "threshold=1.0"],  # the bits are found in the first epoch
     "truncquant": [],
+    "dropbits": ["--set", "search=0.25"],  # gates are gone before the interruption
     "bsq": ["--set", "adjustments=3", "--set", "search=1.0"],
     "csq": ["--set", "search=0.5"],
 }
 
 
 @pytest.mark.parametrize("method, more", [
-    *RESUMED.items(), ("bsq", ["--set", "adjustments=2", "--set", "search=0.5"]), ("csq", ["--set", "search=0.75"]),
+    *RESUMED.items(), ("dropbits", ["--set", "search=0.75"]), ("bsq", ["--set", "adjustments=2", "--set", "search=0.5"]), ("csq", ["--set", "search=0.75"]),
     ("float", ["--amp"])])
 def test_resumed_equals_uninterrupted(file, tmp_path, monkeypatch, method, more):
     """Interrupted after the first of two epochs: the same weights and decisions, bit for bit."""
