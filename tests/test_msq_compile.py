@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import data, grads, make_msq, objective, one_step, same, set_precision
+from networks import data, grads, make_msq, noting, objective, one_step, same, set_precision
 
 from quantops import add_penalty_grad_, penalty
 from quantops.nn import quantized
@@ -45,18 +45,11 @@ def test_compiled_step_is_one_graph_for_all_bits_and_equals_eager(fuse, kind, fr
 @FUSES
 def test_compiler_merges_the_penalty_with_the_forward(fuse, fresh_compiler):
     graphs = []
-
-    def keep(graph, inputs):
-        from functorch.compile import make_boxed_func
-
-        graphs.append([n.target.__name__ for n in graph.graph.nodes if str(n.target).startswith("quantops")])
-        return make_boxed_func(graph)
-
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition as partition
 
     model = make_msq(fuse=fuse)
-    backend = aot_autograd(fw_compiler=keep, partition_fn=partition)
+    backend = aot_autograd(fw_compiler=noting(graphs), partition_fn=partition)
     torch.compile(objective, fullgraph=True, backend=backend)(model, *data(), 0.1).backward()
     times = 1 if fuse == "model" else 4
     assert sorted(graphs[0]) == ["absmax.default"] * times + ["msq.default"] * times
