@@ -186,8 +186,8 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("method, more", [
-    *RESUMED.items(), ("dropbits", ["--set", "search=0.75"]), ("bsq", ["--set", "adjustments=2", "--set", "search=0.5"]), ("csq", ["--set", "search=0.75"]),
-    ("float", ["--amp"])])
+    *RESUMED.items(), ("dropbits", ["--set", "search=0.75"]), ("bsq", ["--set", "adjustments=2", "--set", "search=0.5"]),
+    ("csq", ["--set", "search=0.75"]), ("float", ["--amp"])])
 def test_resumed_equals_uninterrupted(file, tmp_path, monkeypatch, method, more):
     """Interrupted after the first of two epochs: the same weights and decisions, bit for bit."""
     options = ["--method", method, "--epochs", "2", "--seed", "3", *more]

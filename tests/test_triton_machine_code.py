@@ -23,7 +23,8 @@ if sass.tool("cuobjdump") is None:
                 allow_module_level=True)
 
 THREADS = 128
-SMALL = ("prepare", "finish_stats", "finish_rows", "finish_scales", "finish_gates", "fill_table", "finish_sums")  # read and write little
+SMALL = ("prepare", "finish_stats", "finish_rows", "finish_scales", "finish_gates", "fill_table",
+         "finish_sums")  # read and write little
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
