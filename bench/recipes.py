@@ -40,6 +40,9 @@ _MSQ_DEVIATIONS = ("a scale of 2.8 mean|w| for max|w|, which at 2 bits is worse 
                    "threshold larger, since decisions are a fraction of an epoch apart, and at 8 bits the noise "
                    "of the gradients alone keeps LSBs busy; the Hessian from 2 samples of 64 images")
 
+# Quickly down: where all layers end at 2 bits, what counts are the steps that are left then.
+_NEAREST = {"hessian": False, "threshold": 0.55, "prune": 0.2, "nearest": 1.87}
+
 WIDTHS = (8, 4, 2, 1)
 _TRUNCATED = dict(widths=WIDTHS, rule="floor", joint=True, companding=None, batch_norm=True, distill=0.0,
                   scale="absmax")  # or a number of times mean|w|
@@ -58,7 +61,7 @@ RECIPES = {
     "msq-absmax": Recipe(methods.MSQ, _MSQ | {"scale": "absmax"}, _MSQ_PAPER, _MSQ_DEVIATIONS + "; here max|w|"),
     "msq-full-grid": Recipe(methods.MSQ, _MSQ | {"grid": "full", "min_bits": 1}, _MSQ_PAPER,
                             _MSQ_DEVIATIONS + "; here the full grid, down to 1 bit"),
-    "msq-nearest": Recipe(methods.MSQ, _MSQ | {"hessian": False, "threshold": 0.55, "nearest": 1.87}, _MSQ_PAPER,
+    "msq-nearest": Recipe(methods.MSQ, _MSQ | _NEAREST, _MSQ_PAPER,
                           _MSQ_DEVIATIONS + "; k = 1 always; once the target is reached, training goes on with the "
                           "nearest rule at the bits found, whose 2-bit levels are symmetric (-3, -1, 1, 3) s/3"),
     "msq-decoupled": Recipe(methods.MSQ, _MSQ | {"penalty": "decoupled"}, _MSQ_PAPER,
