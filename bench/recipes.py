@@ -93,7 +93,7 @@ RECIPES = {
         "starts at the bits of the given weights; planes that are not chosen are dropped at 70 % of the steps, and the "
         "temperature of the others goes on rising instead of starting again; lr 0.1", common={"lr": 0.1}),
     "cpq": Recipe(methods.CPQ, _BITS, "CPQ, arXiv 2109.02100", "weights only; float weights and their alpha at one lr"),
-    "dropbits": Recipe(methods.CPQ, _BITS | {"dropbits": "learned", "strength": 1e-2}, "DropBits, arXiv 2109.02100",
+    "dropbits": Recipe(methods.CPQ, _BITS | {"dropbits": "learned", "strength": 3e-2}, "DropBits, arXiv 2109.02100",
                        "weights only; float weights and their alpha at one lr; after 60 % of the steps the bits that "
                        "stay are trained on, since batch norms have averaged over what was dropped"),
 }
