@@ -73,22 +73,31 @@ def _budget(result):
     return f"{c['epochs']} x {result['images']['train']:,}{amp}"
 
 
+def _images_seen(results):
+    return results[0]["configuration"]["epochs"] * results[0]["images"]["train"]
+
+
 def runs_table(folder):
-    """What each method has come to."""
-    body = []
-    for label, results in folder.runs.items():
-        first = results[0]
+    """What each method has come to, the longest runs first, and how far below float training for as long."""
+    body, ordered = [], sorted(folder.runs.items(), key=lambda item: -_images_seen(item[1]))
+    unquantized = {_budget(runs[0]): statistics.mean(r["accuracy"]["final"] for r in runs)
+                   for _, runs in ordered if runs[0]["configuration"]["method"] == "float"}
+    for label, results in ordered:
+        first, reached = results[0], statistics.mean(r["accuracy"]["final"] for r in results)
+        at_best = None if first["configuration"]["method"] == "float" else unquantized.get(_budget(first))
         state = first["parameter_bytes"] + first["gradient_bytes"] + first["optimizer_bytes"]
         body.append([
             label, _budget(first), str(len(results)), _mean(results, lambda r: r["accuracy_at_the_start"]),
-            _mean(results, lambda r: r["accuracy"]["final"]), _mean(results, lambda r: r["compression"]),
+            _mean(results, lambda r: r["accuracy"]["final"]),
+            "" if at_best is None else f"{at_best - reached:.2f}",
+            _mean(results, lambda r: r["compression"]),
             _mean(results, lambda r: r["average_bits"]), f"{first['trainable_parameters']:,}", _mega(state),
             _mega(first["peak_bytes"]) if first["peak_bytes"] else "",
             f"{1e3 * statistics.mean(r['step_seconds'] for r in results):.0f} ms" if first["step_seconds"] else "",
             f"{statistics.mean(r['seconds_to_the_final_network'] for r in results):.0f} s"])
-    return markdown(["method", "epochs x images", "seeds", "accuracy at the start, %", "at the end, %", "compression",
-                     "average bits", "trainable parameters", "parameters, gradients, momentum", "peak", "step",
-                     "to the final network"], body) if body else ""
+    return markdown(["method", "epochs x images", "seeds", "accuracy at the start, %", "at the end, %", "below float",
+                     "compression", "average bits", "trainable parameters", "parameters, gradients, momentum", "peak",
+                     "step", "to the final network"], body) if body else ""
 
 
 def widths_table(folder):

@@ -186,8 +186,8 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("method, more", [
-    *RESUMED.items(), ("dropbits", ["--set", "search=0.75"]), ("bsq", ["--set", "adjustments=2", "--set", "search=0.5"]),
-    ("csq", ["--set", "search=0.75"]), ("float", ["--amp"])])
+    *RESUMED.items(), ("dropbits", ["--set", "search=0.75"]), ("csq", ["--set", "search=0.75"]),
+    ("bsq", ["--set", "adjustments=2", "--set", "search=0.5"]), ("float", ["--amp"])])
 def test_resumed_equals_uninterrupted(file, tmp_path, monkeypatch, method, more):
     """Interrupted after the first of two epochs: the same weights and decisions, bit for bit."""
     options = ["--method", method, "--epochs", "2", "--seed", "3", *more]
@@ -470,8 +470,9 @@ def test_costs_and_tables(file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(costs, "WAYS", {k: v for k, v in costs.WAYS.items() if k != "compiled MSQ"})
     monkeypatch.setattr(costs.measure, "interleave", lambda calls, *_, **__: {k: [f(), f()] for k, f in calls.items()})
     assert main(["costs", "--device", "cpu", "--batch", "2", "--out", str(tmp_path / "costs-cpp.json")]) == 0
-    for more in (["--method", "qat,separate-8,separate-2"], ["--method", "msq"]):
+    for more in (["--method", "qat,separate-8,separate-2"], ["--method", "msq,float"]):
         assert run(file, tmp_path / "train", "--epochs", "1", *more) == 0
+    assert run(file, tmp_path / "train", "--epochs", "2", "--method", "msq", "--label", "msq-long") == 0
     page = tmp_path / "page.md"
     page.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
     capsys.readouterr()
@@ -479,10 +480,11 @@ def test_costs_and_tables(file, tmp_path, capsys, monkeypatch):
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith(f"{tables.END}\nafter\n") and "\nold\n" not in text
     assert capsys.readouterr().out.strip() in text
-    found = result(tmp_path / "train", "msq")
+    found, least = (result(tmp_path / "train", name)["accuracy"]["final"] for name in ("msq", "float"))
     alone = {m: f"{result(tmp_path / 'train', f'separate-{m}')['accuracy']['final']:.2f}" for m in (8, 2)}
-    for cell in ("| BSQ | float32 | C++ |", "| 15.9x |", f"| {found['accuracy']['final']:.2f} | 4.00 | 8.00 |",
-                 "| qat, norms re-estimated | 1 x 16 | 1 |", f"| separate networks | 1 x 16 | 1 | {alone[8]} |  | {alone[2]} |  |",
+    for cell in ("| BSQ | float32 | C++ |", "| 15.9x |", f"| {found:.2f} | {least - found:.2f} | 4.00 | 8.00 |",
+                 f"| {least:.2f} |  |  |  |", "| msq-long | 2 x 16 | 1 |", "| qat, norms re-estimated | 1 x 16 | 1 |",
+                 f"| separate networks | 1 x 16 | 1 | {alone[8]} |  | {alone[2]} |  |",
                  "- msq (MSQ, arXiv 2507.22349): a scale of 2.8"):
         assert cell in text, cell
     with pytest.raises(SystemExit, match="no results"):
