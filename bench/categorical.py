@@ -27,7 +27,7 @@ MOST_OF_REFERENCE = 4 * PIECE  # elements of a peer that is the reference itself
 class ClassInputs(Inputs):
     """Weights with a step alpha that spans max|w|, and the width that CPQ begins with, 0.15 alpha.
 
-    grad: "winner", the paper's gradients, or "soft", those that CPQConfig takes unless told otherwise.
+    grad_of: "winner", the paper's gradients, or "soft", those that CPQConfig takes unless told otherwise.
     """
 
     n, grad_of = 3, "winner"

@@ -18,8 +18,8 @@ class Float:
     """Unquantized training, and what the methods have in common. ``steps``: of the whole run.
 
     The loop calls ``backward`` for each batch, then its optimizer, then ``after_step``, which says whether Parameters
-    have been replaced; ``finish`` once at the end. ``forward(x)`` gives float32 logits; it may be compiled, and
-    computes in the arithmetic of the run.
+    have been replaced or are trained no more; ``finish`` once at the end. ``forward(x)`` gives float32 logits; it may
+    be compiled, and computes in the arithmetic of the run.
     """
 
     def __init__(self, model, steps):
@@ -37,7 +37,7 @@ class Float:
         return loss.detach()
 
     def after_step(self, step, x, y):
-        """Called with the number of steps taken."""
+        """Called with the number of steps taken; whether the optimizer is to start anew."""
         return False
 
     def finish(self):
@@ -77,6 +77,10 @@ class MSQ(Float):
                  decisions, samples, sample_size, min_bits, nearest):
         super().__init__(model, steps)
         self.nearest, self.found = nearest, None  # the bits of each layer, once they are final
+        if nearest is not None and target is None:
+            raise ValueError("nearest: expected None, for no bits are found without a target")
+        if nearest is not None:
+            self._config({"*": bits})  # ValueError now, not when the bits are found
         quantops.quantize_(model, quantops.MSQConfig(bits=bits, k=k, grid=grid, scale=scale, penalty=penalty))
         self.decoupled, self.sample_size, self.controller = penalty == "decoupled", sample_size, None
         if target is not None:
@@ -101,16 +105,19 @@ class MSQ(Float):
     def after_step(self, step, x, y):
         if self.controller is not None:
             self.controller.step(lambda: self._loss(x[:self.sample_size], y[:self.sample_size]))
-            if self.nearest and self.controller.done and self.found is None:
+            if self.nearest is not None and self.controller.done and self.found is None:
                 self._go_on({row.name: row.bits for row in quantops.bit_report(self.model).rows})
         return False
 
+    def _config(self, bits):
+        return quantops.TruncQuantConfig(
+            bits=(max(bits.values()),), rule="nearest", scale=self.nearest, batch_norm=False,
+            overrides={name: {"bits": n} for name, n in bits.items()})
+
     def _go_on(self, bits):
         """By the nearest rule, with these bits. The weights stay the same Parameters."""
-        self.found = bits
-        quantops.quantize_(quantops.unquantize_(self.model), quantops.TruncQuantConfig(
-            bits=(max(bits.values()),), rule="nearest", scale=self.nearest, batch_norm=False,
-            overrides={name: {"bits": n} for name, n in bits.items()}))
+        self.found, config = bits, self._config(bits)
+        quantops.quantize_(quantops.unquantize_(self.model), config)
 
     def _loss(self, x, y):
         """For the Hessian: in float32, and the running statistics of batch norms do not see it."""
@@ -203,6 +210,8 @@ class CPQ(Float):
 
     def __init__(self, model, steps, *, search, strength, gate_rate, **settings):
         super().__init__(model, steps)
+        if not 0 < search <= 1:
+            raise ValueError(f"search: expected a part of the steps, in (0, 1], got {search!r}")
         quantops.quantize_(model, quantops.CPQConfig(**settings))
         self.until, self.strength, self.gate_rate = max(1, int(search * steps)), strength, gate_rate
         self.drops, self.learned = settings["dropbits"] is not None, settings["dropbits"] == "learned"

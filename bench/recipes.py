@@ -35,17 +35,18 @@ _MSQ = dict(
     sample_size=64,     # images for it
     nearest=None)       # or a number f: at the bits found, the nearest rule with a scale of f mean|w|
 _MSQ_PAPER = "MSQ, arXiv 2507.22349"
-_MSQ_DEVIATIONS = ("a scale of 2.8 mean|w| for max|w|, which at 2 bits is worse by 5 points; dyadic grid (exact "
-                   "zero) and at least 2 bits, since at 1 bit that grid has no positive value; lambda (5e-5 there) and "
-                   "threshold larger, since decisions are a fraction of an epoch apart, and at 8 bits the noise "
-                   "of the gradients alone keeps LSBs busy; the Hessian from 2 samples of 64 images")
+_MSQ_GRID = ("a scale of 2.8 mean|w| for max|w|, which at 2 bits is worse by 5 points; dyadic grid (exact zero) and at "
+             "least 2 bits, since at 1 bit that grid has no positive value; ")
+_MSQ_DEVIATIONS = (_MSQ_GRID + "lambda (5e-5 there) and threshold larger, since decisions are a fraction of an epoch "
+                   "apart, and at 8 bits the noise of the gradients alone keeps LSBs busy; the Hessian from 2 samples "
+                   "of 64 images")
 
 # Quickly down: where all layers end at 2 bits, what counts are the steps that are left then.
 _NEAREST = {"hessian": False, "threshold": 0.55, "prune": 0.2, "nearest": 1.87}
 
 WIDTHS = (8, 4, 2, 1)
 _TRUNCATED = dict(widths=WIDTHS, rule="floor", joint=True, companding=None, batch_norm=True, distill=0.0,
-                  scale="absmax")  # or a number of times mean|w|
+                  scale="absmax")  # or a number f, f mean|w|: with 2.5 TruncQuant's 2 bits are 5 points better
 _ALONE = _TRUNCATED | {"joint": False, "batch_norm": False}  # trained at its widest width
 _BITS = dict(bits=4, dropbits=None,
              search=0.6,        # part of the steps in which gates are drawn, where there are any
@@ -62,8 +63,10 @@ RECIPES = {
     "msq-full-grid": Recipe(methods.MSQ, _MSQ | {"grid": "full", "min_bits": 1}, _MSQ_PAPER,
                             _MSQ_DEVIATIONS + "; here the full grid, down to 1 bit"),
     "msq-nearest": Recipe(methods.MSQ, _MSQ | _NEAREST, _MSQ_PAPER,
-                          _MSQ_DEVIATIONS + "; k = 1 always; once the target is reached, training goes on with the "
-                          "nearest rule at the bits found, whose 2-bit levels are symmetric (-3, -1, 1, 3) s/3"),
+                          _MSQ_GRID + "k = 1 always, without the Hessian; lambda larger, and a threshold of 0.55, as "
+                          "decisions end after a fifth of the steps; once the target is reached, training goes on with "
+                          "the nearest rule at the bits found, whose 2-bit levels are symmetric: -3, -1, 1 and 3 "
+                          "thirds of 1.87 mean|w|"),
     "msq-decoupled": Recipe(methods.MSQ, _MSQ | {"penalty": "decoupled"}, _MSQ_PAPER,
                             _MSQ_DEVIATIONS + "; the penalty's gradient is added after the backward pass"),
     "fixed-2-bits": Recipe(methods.MSQ, _MSQ | {"bits": 2, "k": 0, "target": None}, "round-clamp rule, constant bits",
@@ -95,6 +98,6 @@ RECIPES = {
     "cpq": Recipe(methods.CPQ, _BITS, "CPQ, arXiv 2109.02100", "weights only; float weights and their alpha at one lr"),
     "dropbits": Recipe(methods.CPQ, _BITS | {"dropbits": "learned", "strength": 3e-2}, "DropBits, arXiv 2109.02100",
                        "weights only; float weights and their alpha at one lr; after 60 % of the steps the bits that "
-                       "stay are trained on, since batch norms have averaged over what was dropped"),
+                       "stay are trained on, with new momentum, since batch norms have averaged over what was dropped"),
 }
 SEPARATE = tuple(name for name in RECIPES if name.startswith("separate-"))  # together they are one row of a table

@@ -198,8 +198,10 @@ def gain_of_threads():
             foreach.lsb_stats(x.w, x.scale, x.bits, x.k)
         return time.perf_counter() - start
 
-    times = measure.interleave({1: lambda: seconds(one, 1), "all": lambda: seconds(every, threads)}, 1.0)
-    torch.set_num_threads(threads)
+    try:
+        times = measure.interleave({1: lambda: seconds(one, 1), "all": lambda: seconds(every, threads)}, 1.0)
+    finally:
+        torch.set_num_threads(threads)
     return threads * measure.ratio(times[1], times["all"])
 
 

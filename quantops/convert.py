@@ -6,10 +6,11 @@ import fnmatch
 from typing import Any, ClassVar
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from quantops.checks import FLOATS
-from quantops.nn import WEIGHT, WeightGroup, check_module, quantized
+from quantops.nn import WEIGHT, WeightGroup, check_module, quantized, trackable
 from quantops.reference.uniform import MAX_BITS
 
 FUSE = ("model", "layer")
@@ -124,6 +125,7 @@ def quantize_(model, config, filter_fn=None):
 
     layers = []
     for module, quantizer in made:
+        quantizer.place = list(module._parameters).index(WEIGHT)
         parametrize.register_parametrization(module, WEIGHT, quantizer, unsafe=True)
         layers.append((module.parametrizations[WEIGHT], quantizer))
     if config.fuse == "model":
@@ -139,33 +141,49 @@ def quantize_(model, config, filter_fn=None):
 
 
 def unquantize_(model):
-    """Takes the quantizers off again, in place, and returns the model: the inverse of :func:`quantize_`.
+    """Takes the quantizers off again, in place, and returns the model, whose ``layer.weight`` is the float weight then.
 
-    ``layer.weight`` is the float weight then, the same Parameter as before: optimizers stay valid, and another method
-    can go on at the bits that one has found. Whatever else a method put into the model stays: CategoricalActivation,
-    MultiBatchNorm (see :func:`quantops.plain_model`).
+    It is the same Parameter as before, so optimizers stay valid, and another method can go on at the bits that one has
+    found. CategoricalActivations stay. Call before torch.compile, DDP or FSDP, as :func:`quantize_`.
 
-    Raises ValueError, with the model untouched, for a model without quantizers, and for a part of the model that was
-    given to ``quantize_`` with fuse = "model".
+    Raises ValueError, with the model untouched, for a model without quantizers, compiled, in DDP or with weights
+    sharded by FSDP; for a part of the model that was given to ``quantize_`` with fuse = "model", and a copy of such a
+    part; for a weight that has other parametrizations too; and for a model with a batch norm per width
+    (:func:`quantops.plain_model` makes one of it that has none).
     """
     layers = quantized(model)
     if not layers:
         raise ValueError("model: expected a model with quantizers, found none")
+    if any(hasattr(m, "_orig_mod") or isinstance(m, DistributedDataParallel) for m in model.modules()):
+        raise ValueError("model: expected the model itself, got what torch.compile or DDP made of it")
     groups = {id(group) for _, _, _, group in _group_hooks(model)}
-    for name, _, quantizer in layers:
+    for name, owner, quantizer in layers:
         if quantizer.group.whole and id(quantizer.group) not in groups:
             raise ValueError(f"model: {name or 'it'} is quantized with the whole that quantize_ was called with; "
                              "expected that model")
+        if len(owner) > 1:
+            raise ValueError(f"{name or 'model'}: expected a weight with no other parametrization than that of "
+                             f"quantize_, got {', '.join(type(p).__name__ for p in owner)}")
+        if not trackable(owner.original):
+            raise ValueError(f"{name or 'model'}: expected a plain weight, got a {type(owner.original).__name__}")
+        quantizer.check_removable(model)
     remove_quantizers(model, leave_quantized=False)
     return model
 
 
 def remove_quantizers(model, leave_quantized):
-    """Makes weights plain Parameters: with the values of q, or the float ones."""
-    for name, _, _ in quantized(model):
+    """Makes weights plain Parameters, with the values of q or the float ones, in their old places among the others."""
+    for name, _, quantizer in quantized(model):
         layer = model.get_submodule(name)
         _own_class(layer)
         parametrize.remove_parametrizations(layer, WEIGHT, leave_parametrized=leave_quantized)
+        others = [(key, p) for key, p in layer._parameters.items() if key != WEIGHT]
+        others.insert(quantizer.place, (WEIGHT, layer._parameters[WEIGHT]))
+        layer._parameters.clear()
+        layer._parameters.update(others)
+        quantizer.slot.clear()
+        quantizer.group.clear()
+        quantizer.group = None
     for module, hooks, key, _ in _group_hooks(model):
         del hooks[key]
         module._forward_hooks_always_called.pop(key, None)
@@ -216,7 +234,7 @@ def _settings(names, config):
         if isinstance(policy, int) and name in settings:
             settings[name] = dict(config.fixed(policy))
     for pattern, values in config.overrides.items():
-        matched = [name for name in settings if fnmatch.fnmatchcase(name, pattern)]
+        matched = [name for name in settings if fnmatch.fnmatchcase(name or "model", pattern)]
         if not matched:
             raise ValueError(f"overrides[{pattern!r}]: matches none of the layers {', '.join(settings)}")
         for name in matched:

@@ -82,7 +82,8 @@ class WeightQuantizer(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.slot = Slot()
-        self.group = None
+        self.group = None  # before quantize_ is done, and once the weight is plain again
+        self.place = 0  # of the weight among the parameters of its layer
 
     @staticmethod
     def launch(quantizers, w):
@@ -102,6 +103,10 @@ class WeightQuantizer(torch.nn.Module):
     def to_int(self, w):
         """The IntWeight whose dequantize() is the training forward, bit for bit (the evaluated one where it draws)."""
         raise NotImplementedError
+
+    @staticmethod
+    def check_removable(model):
+        """ValueError where quantizers cannot leave ``model`` alone, since the method has made more of it."""
 
     def wants_grad(self, w):
         """Whether q has a gradient: for the weight, or for parameters of its quantizer."""

@@ -159,14 +159,18 @@ def test_removing_the_parametrization_gives_either_weight_back():
 def test_unquantize_gives_the_float_network_back(config, fuse):
     plain, x = net().eval(), torch.randn(2, 1, 8, 8)
     options = {"batch_norm": False} if config is TruncQuantConfig else {}
-    model = quantize_(net().eval(), config(fuse=fuse, **options))
-    parameters = {name: owner.original for name, owner, _ in quantized(model)}
-    other = copy.deepcopy(model)
-    q, names_before = other(x), set(plain.state_dict())
+    model = net().eval()
+    before = list(model.named_parameters())
+    quantize_(model, config(fuse=fuse, cache=config is MSQConfig, **options))
+    other, quantizers = copy.deepcopy(model), [p for _, _, p in quantized(model)]
+    q = other(x)
     assert not torch.equal(model(x), plain(x))
     assert unquantize_(model) is model and not quantized(model)
-    assert all(model.get_submodule(name).weight is w for name, w in parameters.items())
-    assert torch.equal(model(x), plain(x)) and set(model.state_dict()) == names_before
+    after = list(model.named_parameters())
+    assert [name for name, _ in before] == [name for name, _ in after]
+    assert all(a is b for (_, a), (_, b) in zip(before, after))
+    assert torch.equal(model(x), plain(x)) and list(model.state_dict()) == list(plain.state_dict())
+    assert all(p.group is None and p.slot.result is None for p in quantizers)
     assert not any(m._forward_pre_hooks or m._forward_hooks or m._forward_hooks_always_called for m in model.modules())
     assert torch.equal(other(x), q) and len(quantized(other)) == 4  # the copy shared torch's classes with it
 
@@ -185,6 +189,21 @@ def test_another_method_goes_on_at_the_bits_that_one_has_found():
     assert not torch.equal(model[5].parametrizations.weight.original, before)
 
 
+def test_a_bare_layer_has_the_name_of_its_report():
+    layer = quantize_(nn.Linear(4, 3), MSQConfig(overrides={"model": {"bits": 3}}))
+    assert [(row.name, row.bits) for row in quantops.bit_report(layer).rows] == [("model", 3)]
+    assert list(unquantize_(layer)._parameters) == ["weight", "bias"]
+
+
+def test_a_controller_does_not_decide_about_what_is_gone():
+    model = quantize_(net(), MSQConfig())
+    controller = quantops.MSQController(model, 8.0, threshold=1.0, strength=1e-3, hessian=False)
+    assert controller.step() is not None
+    unquantize_(model)
+    with pytest.raises(ValueError, match="model: 0 is not quantized any more"):
+        controller.step()
+
+
 def test_unquantize_refuses_what_it_would_leave_half_done():
     with pytest.raises(ValueError, match="model: expected a model with quantizers, found none"):
         unquantize_(net())
@@ -195,6 +214,18 @@ def test_unquantize_refuses_what_it_would_leave_half_done():
     with pytest.raises(ValueError, match="model: 0 is quantized with the whole that quantize_ was called with"):
         unquantize_(model[0])
     assert len(quantized(model)) == 4 and model._forward_pre_hooks
+    with pytest.raises(ValueError, match="model: 0 is quantized with the whole"):
+        unquantize_(copy.deepcopy(model)[0])
+    with pytest.raises(ValueError, match="expected the model itself, got what torch.compile or DDP made of it"):
+        unquantize_(torch.compile(model))
+    parametrize.register_parametrization(model[0][5], "weight", nn.Identity())
+    with pytest.raises(ValueError, match="0.5: expected a weight with no other parametrization.*MSQWeight, Identity"):
+        unquantize_(model)
+    assert len(quantized(model)) == 4 and model._forward_pre_hooks
+    widths = quantize_(net(), TruncQuantConfig())
+    with pytest.raises(ValueError, match="1: a batch norm for each width cannot stay"):
+        unquantize_(widths)
+    assert len(quantized(widths)) == 4
     parts = nn.Sequential(net(), nn.Flatten())
     quantize_(parts[0], MSQConfig())  # a part that was quantized alone may go alone, or with the whole
     assert not quantized(unquantize_(parts))

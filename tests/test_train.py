@@ -212,6 +212,21 @@ def test_resumed_equals_uninterrupted(file, tmp_path, monkeypatch, method, more)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_gates_learn_at_their_rate_until_the_search_ends():
+    model = models.ResNet20(10)
+    settings = recipes.RECIPES["dropbits"].settings
+    method = recipes.RECIPES["dropbits"].method(model, 10, **settings | {"search": 0.2})
+    gates = [p for name, p in model.named_parameters() if name.endswith("log_a")]
+    assert gates and all(method.rate(p) == (10.0 if any(p is g for g in gates) else 1.0) for p in model.parameters())
+    method.penalty().backward()
+    assert method.after_step(1, None, None) is False and method.drops
+    assert method.after_step(2, None, None) is True and method.penalty() is None
+    assert method.log[0]["step"] == 2 and not any(p.requires_grad for p in gates)
+    for search in (0, 1.5):
+        with pytest.raises(ValueError, match=r"search: expected a part of the steps, in \(0, 1\]"):
+            recipes.RECIPES["dropbits"].method(models.ResNet20(10), 10, **settings | {"search": search})
+
+
 def test_msq_goes_on_with_the_nearest_rule_at_its_bits():
     model = models.ResNet20(10)
     settings = recipes.RECIPES["msq-nearest"].settings | {"bits": 4, "threshold": 1.0}
@@ -225,6 +240,9 @@ def test_msq_goes_on_with_the_nearest_rule_at_its_bits():
     weight = model.conv.parametrizations.weight.original
     step = 1.87 * weight.abs().mean() / 3
     torch.testing.assert_close(model.conv.weight.unique(), step * torch.tensor([-3.0, -1, 1, 3]))
+    for options, words in (({"nearest": "big"}, "scale: "), ({"target": None}, "nearest: expected None")):
+        with pytest.raises(ValueError, match=words):
+            recipes.RECIPES["msq-nearest"].method(models.ResNet20(10), 20, **settings | options)
 
 
 def test_resume_skips_what_is_done_and_stops_in_time(file, tmp_path, capsys):
@@ -487,5 +505,8 @@ def test_costs_and_tables(file, tmp_path, capsys, monkeypatch):
                  f"| separate networks | 1 x 16 | 1 | {alone[8]} |  | {alone[2]} |  |",
                  "- msq (MSQ, arXiv 2507.22349): a scale of 2.8"):
         assert cell in text, cell
+    row, = (line for line in text.splitlines() if line.startswith("| msq-long |"))
+    assert row.split(" | ")[5] == ""  # no float network was trained for as long
+    assert text.index("| msq-long |") < text.index("| float | 1 x 16 |") < text.index("| msq | 1 x 16 |")
     with pytest.raises(SystemExit, match="no results"):
         main(["tables", str(tmp_path / "train" / "weights")])

@@ -369,6 +369,10 @@ class MSQController:
         self._steps += 1
         if self._done or self._steps % self.interval:
             return None
+        for name, _, p in self._layers:
+            if p.group is None:
+                raise ValueError(f"model: {name or 'it'} is not quantized any more; expected the quantizers that the "
+                                 "controller was made for")
         entry = self._decide(loss_fn if self.hessian else None)
         self.log.append(entry)
         return entry

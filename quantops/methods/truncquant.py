@@ -143,6 +143,13 @@ class TruncQuantWeight(WeightQuantizer):
         return [(n, 0, 0.0, float((q.double() - t.double()).square().sum()), float(s.max()) if s.numel() else 0.0)
                 for q, t, n, s in rows]
 
+    @staticmethod
+    def check_removable(model):
+        for name, module in model.named_modules():
+            if isinstance(module, MultiBatchNorm):
+                raise ValueError(f"{name}: a batch norm for each width cannot stay without the widths; expected a "
+                                 "model quantized with batch_norm=False, or see quantops.plain_model")
+
     def to_int(self, w):
         """The codes of the widest width; ``at(m)`` and ``dequantize(m)`` are those of each other one."""
         n, (scale, out_scale) = self.widths[0], _scales([self], [w])
