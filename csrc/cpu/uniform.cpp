@@ -286,12 +286,13 @@ void backward_into(const List& list, const Tensors& grad, const A* penalty, bool
           with_target<A>(out.data[t], out.type, i, n, out.streaming, [&](auto* y, bool streaming) {
             if constexpr (std::is_same_v<decltype(*w), std::add_const_t<std::remove_reference_t<decltype(*y)>>&>) {
               if (penalty) grad_penalty_loop(w, g, y, streaming, n, p, penalty[t]);
-              else grad_loop(w, g, y, streaming, n, p);
+              else if (grad_scale.empty()) grad_loop(w, g, y, streaming, n, p);
+              else sum += grad_and_scale_loop(w, g, y, streaming, n, p);
             } else {
               __builtin_unreachable();  // the result always has the dtype of w
             }
           });
-          if (!grad_scale.empty()) sum += scale_grad_loop(w, g, n, p);
+          if (penalty && !grad_scale.empty()) sum += scale_grad_loop(w, g, n, p);
         };
         with_source<A>(list.data[t], list.type, i, n, [&](const auto* w) {
           if (grad.empty()) run(w, zeros);

@@ -326,6 +326,45 @@ double scale_grad_loop(const In* w, const G* g, int64_t n, const Quantizer<A>& p
   return sum;
 }
 
+// grad_loop and scale_grad_loop in one, the same sums: what is computed then hides behind memory. Runs as in msq_loop.
+template <Form form, class In, class G, class A>
+QUANTOPS_SIMD double grad_and_scale_loop(const In* __restrict w, const G* __restrict g, In* __restrict out,
+                                         bool streaming, int64_t n, const Quantizer<A>& quantizer) {
+  const Quantizer<A> p = quantizer;
+  constexpr bool kPairs = kAllPairs<In, G>;
+  alignas(64) In run[kRun];
+  A sum[kLanes] = {};
+  for (int64_t begin = 0; begin < n; begin += kRun) {
+    const int64_t whole = std::min<int64_t>(kRun, (n - begin) / kLanes * kLanes);
+    for (int64_t k = 0; k < whole; k += kLanes) {
+      const Elements<In, kPairs> x(w + begin + k);
+      const Elements<G, kPairs> y(g + begin + k);
+      Results<G, In, kPairs> result(run + k);
+      for (int j = 0; j < kLanes; j++) {
+        result.set(j, grad_element(x[j], y[j], p));
+        sum[j] += y[j] * scale_grad_element<form>(x[j], p);
+      }
+      result.finish();
+    }
+    for (int64_t k = 0; k < whole; k += kLanes) put_lanes(out + begin + k, run + k, streaming);
+    const int64_t end = std::min<int64_t>(n, begin + kRun);
+    for (int64_t i = begin + whole, j = 0; i < end; i++, j++) {
+      narrow_from<G>(grad_element(widen(w[i]), widen(g[i]), p), out[i]);
+      sum[j] += widen(g[i]) * scale_grad_element<form>(widen(w[i]), p);
+    }
+  }
+  double total = 0;
+  for (int j = 0; j < kLanes; j++) total += sum[j];
+  return total;
+}
+
+template <class In, class G, class A>
+double grad_and_scale_loop(const In* w, const G* g, In* out, bool streaming, int64_t n, const Quantizer<A>& p) {
+  double sum;
+  with_form(p, true, false, [&](auto form) { sum = grad_and_scale_loop<form.value>(w, g, out, streaming, n, p); });
+  return sum;
+}
+
 // The bits of max|w|, NaN if there is one, for any element type: as integers, the bits of magnitudes are in their order
 // and NaN stands above infinity.
 template <class Bits>
