@@ -242,7 +242,7 @@ CASES = [
          cuda="items_kernel<WinnerOne<T, T, true>, 32>"),
     _step_case("categorical step", ClassInputs, {
         "eager": _step_peer(_learned_winner, graph=True), "compiled list": _compiled_step_peer(_learned_winner)}),
-    # As CPQConfig trains unless told otherwise; without the classes, plain PyTorch has no form of these gradients.
+    # As CPQConfig trains unless told otherwise. No peer has these gradients without all classes.
     _step_case("categorical step, soft gradient, 4 bits", SoftGradientInputs, {
         "compiled list": _compiled_step_peer(_learned_all_classes)}),
 ]

@@ -145,7 +145,6 @@ class MSQ(Float):
             self._go_on(state["found"])
 
 
-
 class Truncated(Float):
     """Weights that are served at any of ``widths``. joint: TruncQuant, every step trains all of them; else ordinary
     training at the widest."""

@@ -97,7 +97,8 @@ RECIPES = {
         "temperature of the others goes on rising instead of starting again; lr 0.1", common={"lr": 0.1}),
     "cpq": Recipe(methods.CPQ, _BITS, "CPQ, arXiv 2109.02100", "weights only; float weights and their alpha at one lr"),
     "dropbits": Recipe(methods.CPQ, _BITS | {"dropbits": "learned", "strength": 3e-2}, "DropBits, arXiv 2109.02100",
-                       "weights only; float weights and their alpha at one lr; after 60 % of the steps the bits that "
-                       "stay are trained on, with new momentum, since batch norms have averaged over what was dropped"),
+                       "weights only; float weights and their alpha at one lr, gates at ten times it; after 60 % of "
+                       "the steps the bits that stay are trained on, with new momentum, since batch norms have "
+                       "averaged over what was dropped"),
 }
 SEPARATE = tuple(name for name in RECIPES if name.startswith("separate-"))  # together they are one row of a table

@@ -84,12 +84,12 @@ def runs_table(folder):
                    for _, runs in ordered if runs[0]["configuration"]["method"] == "float"}
     for label, results in ordered:
         first, reached = results[0], statistics.mean(r["accuracy"]["final"] for r in results)
-        at_best = None if first["configuration"]["method"] == "float" else unquantized.get(_budget(first))
+        without = None if first["configuration"]["method"] == "float" else unquantized.get(_budget(first))
         state = first["parameter_bytes"] + first["gradient_bytes"] + first["optimizer_bytes"]
         body.append([
             label, _budget(first), str(len(results)), _mean(results, lambda r: r["accuracy_at_the_start"]),
             _mean(results, lambda r: r["accuracy"]["final"]),
-            "" if at_best is None else f"{at_best - reached:.2f}",
+            "" if without is None else f"{without - reached:.2f}",
             _mean(results, lambda r: r["compression"]),
             _mean(results, lambda r: r["average_bits"]), f"{first['trainable_parameters']:,}", _mega(state),
             _mega(first["peak_bytes"]) if first["peak_bytes"] else "",

@@ -166,7 +166,8 @@ def unquantize_(model):
                              f"quantize_, got {', '.join(type(p).__name__ for p in owner)}")
         if not trackable(owner.original):
             raise ValueError(f"{name or 'model'}: expected a plain weight, got a {type(owner.original).__name__}")
-        quantizer.check_removable(model)
+    for kind in {type(quantizer) for _, _, quantizer in layers}:
+        kind.check_removable(model)
     remove_quantizers(model, leave_quantized=False)
     return model
 
@@ -177,10 +178,10 @@ def remove_quantizers(model, leave_quantized):
         layer = model.get_submodule(name)
         _own_class(layer)
         parametrize.remove_parametrizations(layer, WEIGHT, leave_parametrized=leave_quantized)
-        others = [(key, p) for key, p in layer._parameters.items() if key != WEIGHT]
-        others.insert(quantizer.place, (WEIGHT, layer._parameters[WEIGHT]))
+        weight, parameters = layer._parameters.pop(WEIGHT), list(layer._parameters.items())
+        parameters.insert(quantizer.place, (WEIGHT, weight))
         layer._parameters.clear()
-        layer._parameters.update(others)
+        layer._parameters.update(parameters)
         quantizer.slot.clear()
         quantizer.group.clear()
         quantizer.group = None
@@ -236,7 +237,8 @@ def _settings(names, config):
     for pattern, values in config.overrides.items():
         matched = [name for name in settings if fnmatch.fnmatchcase(name or "model", pattern)]
         if not matched:
-            raise ValueError(f"overrides[{pattern!r}]: matches none of the layers {', '.join(settings)}")
+            raise ValueError(f"overrides[{pattern!r}]: matches none of the layers "
+                             f"{', '.join(name or 'model' for name in settings)}")
         for name in matched:
             settings[name].update(values)
     return settings

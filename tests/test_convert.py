@@ -218,6 +218,16 @@ def test_unquantize_refuses_what_it_would_leave_half_done():
         unquantize_(copy.deepcopy(model)[0])
     with pytest.raises(ValueError, match="expected the model itself, got what torch.compile or DDP made of it"):
         unquantize_(torch.compile(model))
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapped)  # as in DDP, without a process group
+    wrapped.module = model
+    with pytest.raises(ValueError, match="expected the model itself, got what torch.compile or DDP made of it"):
+        unquantize_(wrapped)
+    owner = model[0][0].parametrizations.weight
+    plain, owner.original.__class__ = owner.original, type("DTensor", (nn.Parameter,), {})
+    with pytest.raises(ValueError, match="0.0: expected a plain weight, got a DTensor"):
+        unquantize_(model)
+    plain.__class__ = nn.Parameter
     parametrize.register_parametrization(model[0][5], "weight", nn.Identity())
     with pytest.raises(ValueError, match="0.5: expected a weight with no other parametrization.*MSQWeight, Identity"):
         unquantize_(model)
