@@ -42,16 +42,29 @@ QUANTOPS_INLINE float exponential_in_range(float x) {
 }
 QUANTOPS_INLINE double exponential_in_range(double x) { return exp(x); }
 
-// 2^x to less than 1.3 ulp for -125 <= x <= 127, with a minimax polynomial for 2^r to 0.02 ulp. NaN as above.
-QUANTOPS_INLINE float power_of_two(float x) {
-  const float shifted = x + 12582912.f;  // its lowest bits are the integer nearest to x
-  const float r = x - (shifted - 12582912.f), square = r * r;
+// 2^r 2^n to less than 1.3 ulp for |r| <= 1/2, with a minimax polynomial for 2^r to 0.02 ulp. The integer n is in the
+// lowest bits of `shifted`. NaN as above.
+QUANTOPS_INLINE float scaled_power(float r, float shifted) {
+  const float square = r * r;
   const float low = 0.24022652f + 0.0555031039f * r, high = 0.00961769279f + 0.00134066434f * r;
   const float p = low + square * (high + square * 0.000155946778f);
   const float y = (p * square + 0.693147242f * r) + 1.f;
   return bits_of<float>(bits_of<uint32_t>(y) + (bits_of<uint32_t>(shifted) << 23));
 }
+
+// 2^x for -125 <= x <= 127.
+QUANTOPS_INLINE float power_of_two(float x) {
+  const float shifted = x + 12582912.f;  // its lowest bits are the integer nearest to x
+  return scaled_power(x - (shifted - 12582912.f), shifted);
+}
 QUANTOPS_INLINE double power_of_two(double x) { return exp2(x); }
+
+// 2^(high + low), where low is what high lacks.
+QUANTOPS_INLINE float power_of_two(float high, float low) {
+  const float shifted = (high + low) + 12582912.f;
+  return scaled_power((high - (shifted - 12582912.f)) + low, shifted);
+}
+QUANTOPS_INLINE double power_of_two(double high, double low) { return exp2(high + low); }
 
 QUANTOPS_INLINE float exponential(float x) {
   const float y = exponential_in_range(x);
@@ -591,9 +604,207 @@ QUANTOPS_INLINE A draw_inside(uint32_t word, const Level<A>& k, A c, A z, const 
   return at_most(at_least(i, k.bottom), k.top) + A(0);
 }
 
-// ---------------------------------------------------------------------------------------------------------------- soft
+// ------------------------------------------------------------------------------------------------ soft, over the edges
 
-// The soft sum runs outward from c, n = 1, 2, ... classes up and down at once. With y = exp(z - half) and
+// The soft sum of few classes without gates, by the edges between them. Edges, and x, are counted from the middle of the
+// grid: N = 2 H classes have the edges -H + 1..H - 1 inside, and -H and H around them. Edge i has n = H - i classes above
+// it and m = H + i below, at a = x/sigma - beta i. With e = exp(-a), t = exp(-beta), W = e of edge -H, Y = 1/e of edge H:
+//   P(above i) = (1 - t^n)/(1 - t^N) (1 + W)/(1 + e),  P(below i) = (1 - t^m)/(1 - t^N) (1 + Y) e/(1 + e),
+// where nothing cancels. The mean is that of the class above edge 0, and P(above i) of the edges above that, less
+// P(below i) of edge 0 and those below. The grid has the mass (1 - t^N)/((1 + W)(1 + Y)), and dP(above i)/da is that times
+// P(above i) P(below i). So with u = e/(1 + e)^2
+//   dmean/d(x/sigma) = sum slope u,  slope = (1 - t^n)(1 - t^m)/(1 - t^N),
+// and with h(n) = n/(exp(beta n) - 1), where v = x/alpha does not change,
+//   dmean/dbeta = (1 + W)(1 + Y)/(1 - t^N) sum slope u (v - i + h(n) - h(m) + (H - v) Y/(1 + Y) - (H + v) W/(1 + W)).
+// One exponential serves all edges, whose e differ by factors that a scale fixes. They are taken in pairs, for which one
+// division does; an edge that is not there fills the last pair, with weights of 0.
+constexpr int kMostEdgePairs = 8;
+
+template <class A>
+struct EdgePair {
+  A factor[2];          // e in the middle of the grid
+  A least[2], most[2];  // of e over the factor: beyond, e is not felt, or out of range
+  A part[2];            // of P(above i) where i > 0, else of P(below i): what is fixed, but for W and Y
+  A slope[2];
+  A at[2];              // i - h(n) + h(m)
+};
+
+template <class A>
+struct SoftEdges {
+  int lower, upper;              // pairs of edges i <= 0, and of the others
+  A half_classes, inv_open;      // H, 1/(1 - t^N)
+  A above_middle, middle;        // the class above the middle of the grid, and the middle, which is half a class less
+  A at_head, at_tail;            // alpha middle, in two parts
+  A rate, rate_head, rate_tail;  // -log2(e)/sigma, and in two parts
+  A farthest;                    // nothing changes where x is further from the middle
+  EdgePair<A> outer;             // edges -H and H
+};
+
+// Whether the soft sum may be taken so: edges are few, no e that counts is out of range, and bins are not so narrow that
+// what is summed for beta cancels.
+template <class A>
+QUANTOPS_INLINE bool has_soft_edges(A alpha, A sigma, const Levels& l) {
+  const int classes = l.high - l.low + 1;
+  if (!l.valid || !valid_alpha(alpha) || !valid_width(sigma)) return false;
+  const double beta = beta_of(static_cast<double>(alpha), static_cast<double>(sigma));
+  const double rate = 1.4426950408889634 * (beta / static_cast<double>(alpha));
+  return classes >= 2 && classes <= 2 * kMostEdgePairs && beta >= 1.0 / 16 && beta <= (sizeof(A) == 4 ? 10.0 : 250.0) &&
+         beta * (classes + 1) <= (sizeof(A) == 4 ? 136.0 : 1300.0) &&
+         rate <= static_cast<double>(std::numeric_limits<A>::max());
+}
+
+// What e of an edge comes from, at `place` of its pair.
+template <class A>
+QUANTOPS_INLINE void set_factor(EdgePair<A>& pair, int place, double edge, double beta) {
+  const double most = static_cast<double>(std::numeric_limits<A>::max());
+  const double factor = exp(beta * edge), limit = (sizeof(A) == 4 ? 8e18 : 1e150) / factor;
+  pair.factor[place] = static_cast<A>(factor);
+  pair.least[place] = static_cast<A>((sizeof(A) == 4 ? 1e-30 : 1e-200) / factor);
+  pair.most[place] = static_cast<A>(limit < most ? limit : most);
+}
+
+// All constants of edge i.
+template <class A>
+QUANTOPS_INLINE void set_edge(EdgePair<A>& pair, int place, int i, int half_classes, double beta, double open) {
+  const double n = half_classes - i, m = half_classes + i;
+  const double of_n = one_minus_exp(beta * n), of_m = one_minus_exp(beta * m), slope = of_n * of_m / open;
+  set_factor(pair, place, i, beta);
+  pair.part[place] = static_cast<A>((i > 0 ? of_n : of_m) / open);
+  pair.slope[place] = static_cast<A>(slope);
+  pair.at[place] = static_cast<A>(i - n * (1 - of_n) / of_n + m * (1 - of_m) / of_m);
+}
+
+// Pair number p from the lowest.
+template <class A>
+QUANTOPS_INLINE EdgePair<A> make_edge_pair(int p, int half_classes, double beta) {
+  const int lower = (half_classes + 1) / 2, end = p < lower ? 0 : half_classes - 1;
+  const int first = p < lower ? 1 - half_classes + 2 * p : 1 + 2 * (p - lower);
+  const double open = one_minus_exp(beta * (2 * half_classes));
+  EdgePair<A> pair = {};
+  set_edge(pair, 0, first, half_classes, beta, open);
+  if (first < end) set_edge(pair, 1, first + 1, half_classes, beta, open);
+  return pair;
+}
+
+QUANTOPS_INLINE int half_of_classes(const Levels& l) { return (l.high - l.low + 1) / 2; }
+
+template <class A>
+QUANTOPS_INLINE SoftEdges<A> make_soft_edges(A alpha, double beta, const Levels& l) {
+  const int half = half_of_classes(l);
+  const double unit = static_cast<double>(alpha), rate = -1.4426950408889634 * (beta / unit);
+  const double middle = l.low + half - 0.5, at = middle * unit;
+  SoftEdges<A> k;
+  k.lower = (half + 1) / 2;
+  k.upper = half / 2;
+  k.half_classes = static_cast<A>(half);
+  k.inv_open = static_cast<A>(1 / one_minus_exp(beta * (2 * half)));
+  k.above_middle = static_cast<A>(middle + 0.5);
+  k.middle = static_cast<A>(middle);
+  k.at_head = static_cast<A>(at);
+  k.at_tail = static_cast<A>(at - static_cast<double>(k.at_head));
+  k.rate = static_cast<A>(rate);
+  k.rate_head = head_of(k.rate);
+  k.rate_tail = static_cast<A>(rate - static_cast<double>(k.rate_head));
+  k.farthest = static_cast<A>(unit * (half + (sizeof(A) == 4 ? 17.4 : 37.0) / beta));
+  k.outer = {};
+  set_factor(k.outer, 0, -half, beta);
+  set_factor(k.outer, 1, half, beta);
+  return k;
+}
+
+// x from the middle of the grid, where something changes.
+template <class A>
+QUANTOPS_INLINE A offset_from_middle(A x, const SoftEdges<A>& k) {
+  return at_most(at_least((x - k.at_head) - k.at_tail, -k.farthest), k.farthest);
+}
+
+// e of an edge over its factor, from that.
+template <class A>
+QUANTOPS_INLINE A edge_power_at(A x, const SoftEdges<A>& k) {
+  const A head = head_of(x);
+  return power_of_two(head * k.rate_head, head * k.rate_tail + (x - head) * k.rate);
+}
+
+// A positive number, at least `least` and at most `most`; anything for NaN. A CPU compares integers at twice the rate.
+QUANTOPS_INLINE float between(float v, float least, float most) {
+#if defined(__CUDA_ARCH__)
+  return at_most(at_least(v, least), most);
+#else
+  const int32_t bits = bits_of<int32_t>(v), low = bits_of<int32_t>(least), high = bits_of<int32_t>(most);
+  return bits_of<float>(at_most(at_least(bits, low), high));
+#endif
+}
+QUANTOPS_INLINE double between(double v, double least, double most) { return at_most(at_least(v, least), most); }
+
+// e of an edge.
+template <class A>
+QUANTOPS_INLINE A edge_of(A power, const EdgePair<A>& pair, int place) {
+  return between(power, pair.least[place], pair.most[place]) * pair.factor[place];
+}
+
+// 1/(1 + e) and e/(1 + e) of two edges.
+template <class A>
+struct EdgeShares {
+  A above[2], below[2];
+};
+
+template <class A>
+QUANTOPS_INLINE EdgeShares<A> edge_shares(A power, const EdgePair<A>& pair) {
+  const A e0 = edge_of(power, pair, 0), e1 = edge_of(power, pair, 1);
+  const A d0 = A(1) + e0, d1 = A(1) + e1, inv = A(1) / (d0 * d1), above0 = inv * d1, above1 = inv * d0;
+  return {{above0, above1}, {e0 * above0, e1 * above1}};
+}
+
+// What a pair adds to a sum of P, of lower edges to that of P(below i), of upper ones to that of P(above i).
+template <bool kLower, class A>
+QUANTOPS_INLINE A edge_parts(const EdgeShares<A>& s, const EdgePair<A>& pair) {
+  if (kLower) return pair.part[0] * s.below[0] + pair.part[1] * s.below[1];
+  return pair.part[0] * s.above[0] + pair.part[1] * s.above[1];
+}
+
+// To the sums of slope u, and of that times v - at.
+template <class A>
+struct EdgeSlopes {
+  A by_x, by_width;
+};
+
+template <class A>
+QUANTOPS_INLINE EdgeSlopes<A> edge_slopes(const EdgeShares<A>& s, const EdgePair<A>& pair, A v) {
+  const A s0 = pair.slope[0] * (s.above[0] * s.below[0]), s1 = pair.slope[1] * (s.above[1] * s.below[1]);
+  return {s0 + s1, s0 * (v - pair.at[0]) + s1 * (v - pair.at[1])};
+}
+
+// W, Y, 1 + W and 1 + Y.
+template <class A>
+struct OuterEdges {
+  A below, above, of_above, of_below;
+};
+
+template <class A>
+QUANTOPS_INLINE OuterEdges<A> outer_edges(A power, const SoftEdges<A>& k) {
+  const A below = edge_of(power, k.outer, 0), above = A(1) / edge_of(power, k.outer, 1);
+  return {below, above, A(1) + below, A(1) + above};
+}
+
+// From the sums of P over the upper and the lower edges, without W and Y.
+template <class A>
+QUANTOPS_INLINE A edge_mean(A upper, A lower, const OuterEdges<A>& o, const SoftEdges<A>& k) {
+  return (o.of_above * upper - o.of_below * lower) + k.above_middle;
+}
+
+// `slopes`: NaN where x is.
+template <class A>
+QUANTOPS_INLINE Factors<A> edge_factors(A v, A mean, const EdgeSlopes<A>& slopes, const OuterEdges<A>& o,
+                                        const SoftEdges<A>& k, const Bins<A>& p) {
+  const A ends = (k.half_classes - v) * (o.above * o.of_above) - (k.half_classes + v) * (o.below * o.of_below);
+  const A by_width = (ends * slopes.by_x + (o.of_above * o.of_below) * slopes.by_width) * k.inv_open;
+  const A in_x = p.beta * slopes.by_x, in_width = p.beta * by_width;
+  return {in_x, (mean - (v + k.middle) * in_x) + in_width, -(p.beta * in_width)};
+}
+
+// ---------------------------------------------------------------------------------------------- soft, over the classes
+
+// Any other soft sum runs outward from c, n = 1, 2, ... classes up and down at once. With y = exp(z - half) and
 // w = exp(-z - half), the edges beyond c are at y exp(-beta n) and w exp(-beta n). pi_i = sharp u_i.
 
 // The farthest class from c that can be felt: G u falls like exp(-beta n), from no less than the least gate.

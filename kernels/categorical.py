@@ -71,7 +71,10 @@ LEVEL = tl.constexpr(32)  # a Level, each of its numbers for 16 levels
 LEVEL_SIZE = tl.constexpr(128)
 DECAY = tl.constexpr(16)  # or exp(-beta n), n = 0..255,
 GATE_OF = tl.constexpr(272)  # and G of class low + n
-SOFT_SIZE = tl.constexpr(528)
+EDGES = tl.constexpr(528)  # and a SoftEdges,
+OUTER = tl.constexpr(540)  # of which the last numbers are two EdgeFactors,
+EDGE = tl.constexpr(560)  # and an InnerEdge, each of its numbers for 16 edges
+SOFT_SIZE = tl.constexpr(656)
 SOFT_CLASSES = tl.constexpr(256)
 
 TILE_ROWS = tl.constexpr(16)  # of short rows that share a program
@@ -130,6 +133,16 @@ def prepare(table, scales, bits, records, A: tl.constexpr, OP: tl.constexpr, SIG
                 gate = tl.where(beyond, weight.to(A), gate)
             tl.store(to + GATE_OF + n, gate)
         tl.store(to + REACH, cm.soft_reach(l, p.beta).to(A))
+        if HAS_GATES:
+            _write(to + EDGES, (0.0, 0.0))
+        else:
+            beta, half, k = cm.make_soft_edges(alpha, sigma, p)
+            _write(to + EDGES, k[:12])
+            _write(to + OUTER, k.below)
+            _write(to + OUTER + 3, k.above)
+            edges = cm.make_edges(beta, half, A)
+            _write_lanes(to + EDGE + lanes, (edges.e.factor, edges.e.least, edges.e.most, edges.part, edges.slope,
+                                             edges.at))
     else:
         if BOUNDS:
             tl.store(to + BOUND + lanes, cm.hard_bounds(l, cm.beta_of(alpha, sigma), SIGNED, A))
@@ -157,6 +170,25 @@ def _level(at, t):
     at = at + LEVEL + t
     return cm.Level(tl.load(at), tl.load(at + 16), tl.load(at + 32), tl.load(at + 48), tl.load(at + 64),
                     tl.load(at + 80))
+
+
+@triton.jit
+def _soft_edges(at):
+    at = at + EDGES
+    outer = at + (OUTER - EDGES)
+    return cm.SoftEdges(tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4),
+                        tl.load(at + 5), tl.load(at + 6), tl.load(at + 7), tl.load(at + 8), tl.load(at + 9),
+                        tl.load(at + 10), tl.load(at + 11),
+                        cm.EdgeFactor(tl.load(outer), tl.load(outer + 1), tl.load(outer + 2)),
+                        cm.EdgeFactor(tl.load(outer + 3), tl.load(outer + 4), tl.load(outer + 5)))
+
+
+@triton.jit
+def _edge(at, i):
+    """Edge number i, lower pairs first."""
+    at = at + EDGE + i
+    return cm.InnerEdge(cm.EdgeFactor(tl.load(at), tl.load(at + 16), tl.load(at + 32)), tl.load(at + 48),
+                        tl.load(at + 64), tl.load(at + 80))
 
 
 @triton.jit
@@ -216,9 +248,42 @@ def _soft_sums(c, y, w, at, p, reach, steps, HAS_GATES: tl.constexpr):
 
 
 @triton.jit
+def _edge_pair(sums, power, v, at, n, LOWER: tl.constexpr, SLOPES: tl.constexpr):
+    """Adds pair n to the sums of P(below i), P(above i), and of the slopes."""
+    lower, upper, by_x, by_width = sums
+    first, second = _edge(at, 2 * n), _edge(at, 2 * n + 1)
+    shares = cm.edge_shares(power, first, second)
+    if LOWER:
+        lower += first.part * shares.below0 + second.part * shares.below1
+    else:
+        upper += first.part * shares.above0 + second.part * shares.above1
+    if SLOPES:
+        in_x, in_width = cm.edge_slopes(shares, first, second, v)
+        by_x += in_x
+        by_width += in_width
+    return lower, upper, by_x, by_width
+
+
+@triton.jit
+def _edge_sums(x, at, p, lower, upper, SLOPES: tl.constexpr):
+    """(SoftEdges, v, OuterEdges, mean and the sums of the slopes); ``lower``, ``upper``: pairs."""
+    k = _soft_edges(at)
+    offset = cm.offset_from_middle(x, k)
+    power, v = cm.edge_power_at(offset, k), offset * p.inv_alpha
+    zero = tl.zeros_like(x)
+    sums = (zero, zero, zero, zero)
+    for n in range(0, lower):
+        sums = _edge_pair(sums, power, v, at, n, True, SLOPES)
+    for n in range(lower, lower + upper):
+        sums = _edge_pair(sums, power, v, at, n, False, SLOPES)
+    outer = cm.outer_edges(power, k)
+    return k, v, outer, cm.edge_mean(sums[1], sums[0], outer, k), sums[2], sums[3]
+
+
+@triton.jit
 def _value(x, index, at, p, seed, turns, OP: tl.constexpr, SIGNED: tl.constexpr, LEVELS: tl.constexpr,
            HAS_GATES: tl.constexpr):
-    """q of an element; ``index``: its place in the list; ``turns``: levels, or steps of a soft sum."""
+    """q of an element; ``index``: its place in the list; ``turns``: levels, or those of _soft_turns."""
     if OP == NEAREST:
         return p.alpha * cm.nearest_class(x, p)
     elif OP == BOUNDED:
@@ -229,9 +294,17 @@ def _value(x, index, at, p, seed, turns, OP: tl.constexpr, SIGNED: tl.constexpr,
         if OP == SAMPLE:
             return p.alpha * _draw(c, z, index, at, p, seed, turns)
         else:
-            y, w = cm.exponential(z - p.half), cm.exponential(-z - p.half)
-            weight, first = _soft_sums(c, y, w, at, p, tl.load(at + REACH), turns, HAS_GATES)
-            return p.alpha * (c + math.divide(first, weight))
+            steps, lower, upper = turns
+            mean = tl.zeros_like(x)
+            if steps >= 0:
+                y, w = cm.exponential(z - p.half), cm.exponential(-z - p.half)
+                weight, first = _soft_sums(c, y, w, at, p, tl.load(at + REACH), steps, HAS_GATES)
+                mean = c + math.divide(first, weight)
+            if not HAS_GATES:
+                if lower > 0:
+                    _, _, _, by_edges, _, _ = _edge_sums(x, at, p, lower, upper, False)
+                    mean = tl.where(tl.load(at + EDGES) > 0.0, tl.where(x == x, by_edges, x), mean)
+            return p.alpha * mean
 
 
 # Gradients: (dL/dx, what an element adds to dL/dalpha, to dL/dsigma, and what all add to gates times dL/dgates).
@@ -314,7 +387,32 @@ def _add_tails(tails, i, deviation, SIGNED: tl.constexpr, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def _of_soft(x, g, mask, at, p, steps, SIGNED: tl.constexpr, LEVELS: tl.constexpr, HAS_GATES: tl.constexpr,
+def _of_edges(x, g, at, p, lower, upper):
+    k, v, outer, mean, by_x, by_width = _edge_sums(x, at, p, lower, upper, True)
+    in_x, in_alpha, in_sigma = cm.edge_factors(v, mean, tl.where(v == v, by_x, v), by_width, outer, k, p)
+    return g * in_x, g * in_alpha, g * in_sigma
+
+
+@triton.jit
+def _of_soft(x, g, mask, at, p, turns, SIGNED: tl.constexpr, LEVELS: tl.constexpr, HAS_GATES: tl.constexpr,
+             GATE_GRAD: tl.constexpr):
+    steps, lower, upper = turns
+    if HAS_GATES:
+        return _of_classes(x, g, mask, at, p, steps, SIGNED, LEVELS, HAS_GATES, GATE_GRAD)
+    else:
+        out, in_alpha, in_sigma = tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x)
+        if steps >= 0:
+            out, in_alpha, in_sigma, _ = _of_classes(x, g, mask, at, p, steps, SIGNED, LEVELS, False, False)
+        if lower > 0:
+            by_edges = tl.load(at + EDGES) > 0.0
+            e_out, e_alpha, e_sigma = _of_edges(x, g, at, p, lower, upper)
+            out, in_alpha = tl.where(by_edges, e_out, out), tl.where(by_edges, e_alpha, in_alpha)
+            in_sigma = tl.where(by_edges, e_sigma, in_sigma)
+        return out, in_alpha, in_sigma, _no_gates()
+
+
+@triton.jit
+def _of_classes(x, g, mask, at, p, steps, SIGNED: tl.constexpr, LEVELS: tl.constexpr, HAS_GATES: tl.constexpr,
              GATE_GRAD: tl.constexpr):
     A: tl.constexpr = x.dtype
     c = cm.nearest_class(x, p)
@@ -395,6 +493,17 @@ def _row_bins(entry, row, n, at, A: tl.constexpr, OP: tl.constexpr, SIGNED: tl.c
 
 
 @triton.jit
+def _soft_turns(at, MANY: tl.constexpr):
+    """Steps of the soft sums over the classes, -1 where there are none, and pairs of edges, lower and upper ones, of
+    those over the edges. MANY: of all rows at ``at``."""
+    lower, upper = tl.load(at + EDGES), tl.load(at + EDGES + 1)
+    steps = tl.where(lower > 0.0, -1.0, tl.load(at + REACH))
+    if MANY:
+        lower, upper, steps = tl.max(lower), tl.max(upper), tl.max(steps)
+    return steps.to(tl.int32), lower.to(tl.int32), upper.to(tl.int32)
+
+
+@triton.jit
 def by_row(table, chunks, bits, seed, records, in_alphas, in_sigmas, in_gates, A: tl.constexpr, X_T: tl.constexpr,
            G_T: tl.constexpr, OUT_T: tl.constexpr, OP: tl.constexpr, SIGNED: tl.constexpr, MOST_BITS: tl.constexpr,
            LEVELS: tl.constexpr, HAS_GATES: tl.constexpr, DRAWN: tl.constexpr, SCALE_GRAD: tl.constexpr,
@@ -424,12 +533,12 @@ def by_row(table, chunks, bits, seed, records, in_alphas, in_sigmas, in_gates, A
         row = local // pieces
     start = (local - row * pieces) * BLOCK * (pieces > 0).to(tl.int64)
     begin = row * inner + start
-    turns = count
     if (tl.load(entry + ALIGNED) != 0) & (inner - start >= BLOCK) & (pieces > 0):
         at = record + row * SIZE
         p = _row_bins(entry, row, n, at, A, OP, SIGNED, MOST_BITS)
+        turns = count
         if (OP == SOFT) | (OP == OF_SOFT):
-            turns = tl.load(at + REACH).to(tl.int32)
+            turns = _soft_turns(at, False)
         # The main path: one scale, nothing masked, 128 bits at a time; promises as in flat of family uniform.
         x_vec = tl.multiple_of(x_at.to(tl.pointer_type(X_T)) + begin, 16 * X_T.primitive_bitwidth // WIDEST)
         g_vec = tl.multiple_of(g_at.to(tl.pointer_type(G_T)) + begin, 16 * G_T.primitive_bitwidth // WIDEST)
@@ -445,8 +554,9 @@ def by_row(table, chunks, bits, seed, records, in_alphas, in_sigmas, in_gates, A
         row_of = tl.minimum(row + rows_on, rows - 1)  # rows past the end have a scale, too
         at_rows = record + row_of * SIZE
         p_rows = _row_bins(entry, row_of, n, at_rows, A, OP, SIGNED, MOST_BITS)
+        turns = count
         if (OP == SOFT) | (OP == OF_SOFT):
-            turns = tl.max(tl.load(at_rows + REACH)).to(tl.int32)
+            turns = _soft_turns(at_rows, True)
         x_ptr, g_ptr = memory.pointer(x_at, begin, X_T), memory.pointer(g_at, begin, G_T)
         out_ptr = memory.pointer(out_at, begin, OUT_T)
         width = tl.minimum(inner - start, BLOCK)

@@ -48,20 +48,35 @@ def exponential_in_range(x):
 
 
 @triton.jit
+def scaled_power(r, shifted):
+    """2^r 2^n to less than 1.3 ulp for |r| <= 1/2; the integer n is in the lowest bits of ``shifted``. NaN as above."""
+    square = r * r
+    low = 0.24022652 + 0.0555031039 * r
+    high = 0.00961769279 + 0.00134066434 * r
+    p = low + square * (high + square * 0.000155946778)
+    y = (p * square + 0.693147242 * r) + 1.0
+    bits = y.to(tl.uint32, bitcast=True) + (shifted.to(tl.uint32, bitcast=True) << 23)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def power_of_two(x):
-    """2^x to less than 1.3 ulp for -125 <= x <= 127; NaN as above."""
+    """2^x for -125 <= x <= 127."""
     if x.dtype == tl.float64:
         return tl.exp2(x)
     else:
         shifted = x + 12582912.0  # its lowest bits are the integer nearest to x
-        r = x - (shifted - 12582912.0)
-        square = r * r
-        low = 0.24022652 + 0.0555031039 * r
-        high = 0.00961769279 + 0.00134066434 * r
-        p = low + square * (high + square * 0.000155946778)
-        y = (p * square + 0.693147242 * r) + 1.0
-        bits = y.to(tl.uint32, bitcast=True) + (shifted.to(tl.uint32, bitcast=True) << 23)
-        return bits.to(tl.float32, bitcast=True)
+        return scaled_power(x - (shifted - 12582912.0), shifted)
+
+
+@triton.jit
+def power_of_two_parts(high, low):
+    """2^(high + low), where low is what high lacks."""
+    if high.dtype == tl.float64:
+        return tl.exp2(high + low)
+    else:
+        shifted = (high + low) + 12582912.0
+        return scaled_power((high - (shifted - 12582912.0)) + low, shifted)
 
 
 @triton.jit
@@ -550,7 +565,188 @@ def draw_inside(word, top, bottom, c, z, p):
     return at_most(at_least(i, bottom), top) + 0.0
 
 
-# The soft sum, outward from c; y = exp(z - half) and w = exp(-z - half), pi_i = sharp u_i.
+# The soft sum over the edges, see csrc/categorical_math.h.
+
+MOST_EDGES = tl.constexpr(16)  # in pairs, the last of lower and of upper ones perhaps of one
+MOST_EDGE32, MOST_EDGE64 = tl.constexpr(8e18), tl.constexpr(1e150)  # of e
+LEAST_EDGE32, LEAST_EDGE64 = tl.constexpr(1e-30), tl.constexpr(1e-200)
+
+
+class EdgeFactor(NamedTuple):
+    """What e of an edge comes from."""
+
+    factor: tl.tensor  # e in the middle of the grid
+    least: tl.tensor  # of e over the factor: beyond, e is not felt, or out of range
+    most: tl.tensor
+
+
+class InnerEdge(NamedTuple):
+    """An edge i inside the grid."""
+
+    e: EdgeFactor
+    part: tl.tensor  # of P(above i) where i > 0, else of P(below i): what is fixed, but for W and Y
+    slope: tl.tensor
+    at: tl.tensor  # i - h(n) + h(m)
+
+
+class SoftEdges(NamedTuple):
+    lower: tl.tensor  # pairs of edges i <= 0; 0 where the sum is not taken over the edges
+    upper: tl.tensor  # and of the others
+    half_classes: tl.tensor  # H
+    inv_open: tl.tensor  # 1/(1 - t^N)
+    above_middle: tl.tensor  # the class above the middle of the grid
+    middle: tl.tensor  # which is half a class less
+    at_head: tl.tensor  # alpha middle, in two parts
+    at_tail: tl.tensor
+    rate: tl.tensor  # -log2(e)/sigma, and in two parts
+    rate_head: tl.tensor
+    rate_tail: tl.tensor
+    farthest: tl.tensor  # nothing changes where x is further from the middle
+    below: EdgeFactor  # edge -H
+    above: EdgeFactor  # edge H
+
+
+@triton.jit
+def has_soft_edges(alpha, beta, p):
+    """``beta``: in float64."""
+    T: tl.constexpr = alpha.dtype
+    most: tl.constexpr = MOST64 if T == tl.float64 else MOST32
+    sharpest: tl.constexpr = 250.0 if T == tl.float64 else 10.0
+    widest: tl.constexpr = 1300.0 if T == tl.float64 else 136.0
+    classes = p.high - p.low + 1.0
+    return ((p.alpha == p.alpha) & (classes >= 2.0) & (classes <= 16.0) & (beta >= 1.0 / 16) & (beta <= sharpest)
+            & (beta * (classes.to(tl.float64) + 1.0) <= widest)
+            & (1.4426950408889634 * (beta / alpha.to(tl.float64)) <= most))
+
+
+@triton.jit
+def edge_factor(i, beta, T: tl.constexpr):
+    """Of edge i, in float64."""
+    most: tl.constexpr = MOST64 if T == tl.float64 else MOST32
+    most_edge: tl.constexpr = MOST_EDGE64 if T == tl.float64 else MOST_EDGE32
+    least_edge: tl.constexpr = LEAST_EDGE64 if T == tl.float64 else LEAST_EDGE32
+    factor = tl.exp(beta * i)
+    zero = tl.zeros_like(factor)
+    return EdgeFactor(factor.to(T), ((zero + least_edge) / factor).to(T),
+                      at_most((zero + most_edge) / factor, most).to(T))
+
+
+@triton.jit
+def make_soft_edges(alpha, sigma, p):
+    """In the dtype of alpha, as the rest of a record; ``alpha``, ``sigma``: anything where they are out of range."""
+    T: tl.constexpr = alpha.dtype
+    beyond: tl.constexpr = 37.0 if T == tl.float64 else 17.4
+    good = p.alpha == p.alpha
+    alpha, sigma = tl.where(good, alpha, 1.0), tl.where(good, sigma, 1.0)
+    beta = beta_of(alpha, sigma)
+    there = has_soft_edges(alpha, beta, p)
+    beta = tl.where(there, beta, 1.0)
+    half = tl.where(there, (p.high - p.low + 1.0).to(tl.int32) // 2, 1)
+    wide = half.to(tl.float64)
+    unit, middle = alpha.to(tl.float64), p.low.to(tl.float64) + wide - 0.5
+    at, rate = middle * unit, -1.4426950408889634 * (beta / unit)
+    rate_head = head_of(rate.to(T))
+    lower, upper = tl.where(there, (half + 1) // 2, 0), tl.where(there, half // 2, 0)
+    return beta, half, SoftEdges(
+        lower.to(T), upper.to(T), half.to(T), (1.0 / one_minus_exp(beta * (2.0 * wide))).to(T), (middle + 0.5).to(T),
+        middle.to(T), at.to(T), (at - at.to(T).to(tl.float64)).to(T), rate.to(T), rate_head,
+        (rate - rate_head.to(tl.float64)).to(T), (unit * (wide + beyond / beta)).to(T), edge_factor(-wide, beta, T),
+        edge_factor(wide, beta, T))
+
+
+@triton.jit
+def make_edges(beta, half, T: tl.constexpr):
+    """All edges as lanes, lower pairs first."""
+    lanes, lower = tl.arange(0, MOST_EDGES), (half + 1) // 2
+    is_lower = lanes < 2 * lower
+    i = tl.where(is_lower, 1 - half + lanes, 1 + lanes - 2 * lower)
+    there = i <= tl.where(is_lower, 0, half - 1)
+    i = tl.where(there, i, 0)
+    n, m = tl.maximum(half - i, 1).to(tl.float64), tl.maximum(half + i, 1).to(tl.float64)
+    of_n, of_m = one_minus_exp(beta * n), one_minus_exp(beta * m)
+    opened = one_minus_exp(beta * (2 * half).to(tl.float64))
+    e = edge_factor(i.to(tl.float64), beta, T)
+    at = i.to(tl.float64) - n * (1.0 - of_n) / of_n + m * (1.0 - of_m) / of_m
+    part, slope = tl.where(i > 0, of_n, of_m) / opened, of_n * of_m / opened
+    e = EdgeFactor(tl.where(there, e.factor, 0.0), tl.where(there, e.least, 0.0), tl.where(there, e.most, 0.0))
+    return InnerEdge(e, tl.where(there, part, 0.0).to(T), tl.where(there, slope, 0.0).to(T),
+                     tl.where(there, at, 0.0).to(T))
+
+
+@triton.jit
+def offset_from_middle(x, k):
+    """x from the middle of the grid, where something changes."""
+    return at_most(at_least((x - k.at_head) - k.at_tail, -k.farthest), k.farthest)
+
+
+@triton.jit
+def edge_power_at(x, k):
+    """e of an edge over its factor, from that."""
+    head = head_of(x)
+    return power_of_two_parts(head * k.rate_head, head * k.rate_tail + (x - head) * k.rate)
+
+
+@triton.jit
+def edge_of(power, f):
+    """e of an edge."""
+    return at_most(at_least(power, f.least), f.most) * f.factor
+
+
+class EdgeShares(NamedTuple):
+    """1/(1 + e) and e/(1 + e) of two edges."""
+
+    above0: tl.tensor
+    above1: tl.tensor
+    below0: tl.tensor
+    below1: tl.tensor
+
+
+@triton.jit
+def edge_shares(power, first, second):
+    e0, e1 = edge_of(power, first.e), edge_of(power, second.e)
+    d0, d1 = 1.0 + e0, 1.0 + e1
+    inv = math.divide(1.0, d0 * d1)
+    above0, above1 = inv * d1, inv * d0
+    return EdgeShares(above0, above1, e0 * above0, e1 * above1)
+
+
+@triton.jit
+def edge_slopes(s, first, second, v):
+    """What a pair adds to the sums of slope u, and of that times v - at."""
+    s0, s1 = first.slope * (s.above0 * s.below0), second.slope * (s.above1 * s.below1)
+    return s0 + s1, s0 * (v - first.at) + s1 * (v - second.at)
+
+
+class OuterEdges(NamedTuple):
+    """W, Y, 1 + W and 1 + Y."""
+
+    below: tl.tensor
+    above: tl.tensor
+    of_above: tl.tensor
+    of_below: tl.tensor
+
+
+@triton.jit
+def outer_edges(power, k):
+    below, above = edge_of(power, k.below), math.divide(1.0, edge_of(power, k.above))
+    return OuterEdges(below, above, 1.0 + below, 1.0 + above)
+
+
+@triton.jit
+def edge_mean(upper, lower, o, k):
+    return (o.of_above * upper - o.of_below * lower) + k.above_middle
+
+
+@triton.jit
+def edge_factors(v, mean, by_x, by_width, o, k, p):
+    """``by_x``: NaN where x is."""
+    ends = (k.half_classes - v) * (o.above * o.of_above) - (k.half_classes + v) * (o.below * o.of_below)
+    in_x = p.beta * by_x
+    in_width = p.beta * ((ends * by_x + (o.of_above * o.of_below) * by_width) * k.inv_open)
+    return in_x, (mean - (v + k.middle) * in_x) + in_width, -(p.beta * in_width)
+
+
+# Any other soft sum, outward from c; y = exp(z - half) and w = exp(-z - half), pi_i = sharp u_i.
 
 
 @triton.jit

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 
 from quantops import checks, packed
+from quantops.autograd.common import call
 from quantops.layout import dense_rows, empty_like
-from quantops.library import call, ops
+from quantops.library import ops
 from quantops.packed import Packed, pack, unpack  # noqa: F401  the list ops of packed codes
 
 

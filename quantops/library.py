@@ -262,11 +262,3 @@ def _fake_activation(x, alpha, sigma, bits, grad_of, dtype):
 @_fake
 def _fake_activation_backward(grad, q, quarters, alpha, sigma, bits, grad_of, scale_grad, dtype):
     return empty_like(q, dtype), [torch.empty_like(alpha), torch.empty_like(sigma)] if scale_grad else []
-
-
-def call(op, *args):
-    """``op(*args)``, past autograd's Python kernel (8 us) where no argument wants a gradient."""
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-        return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)

@@ -255,8 +255,9 @@ def test_error_of_float32(kind):
     """
     generator = torch.Generator().manual_seed(3)
     count = 1500 if EXHAUSTIVE else 16
-    for bits, signed, ratio in itertools.product(*(((1, 2, 4, 8), (True, False), RATIOS) if EXHAUSTIVE else (
-            (3,), (True,), (3, 0.1)))):
+    # That of CPQConfig is 1/0.15.
+    for bits, signed, ratio in itertools.product(*(((1, 2, 3, 4, 8), (True, False), (*RATIOS, 1 / 0.15))
+                                                   if EXHAUSTIVE else ((3,), (True,), (3, 0.1)))):
         gates = make_gates(kind, bits, torch.float32, generator)
         wide = None if gates is None else gates.double()
         x, alpha, sigma = inputs(count, bits, signed, ratio, gates, generator, torch.float32, beyond=10)

@@ -101,6 +101,9 @@ struct Scale {
   Level<A> level[kMaxLevels];  // from the lowest
   int count;
   A sharp;
+  SoftEdges<A> edges;          // where the soft sum is taken over them: `by_edges`
+  EdgePair<A> edge_pair[kMostEdgePairs];
+  bool by_edges;
   std::vector<A> decay;        // exp(-beta n), n = 0, 1, ... to where it is felt
   GateSteps<A> steps;          // `step_count` of them
   int step_count;
@@ -161,6 +164,15 @@ void make_scale(Scale<A>& s, const Problem& p, int64_t t, int64_t row,
                                   : make_only_level(*s.levels, s.bins.beta);
     return;
   }
+  const A alpha = alpha_of<A>(p, t, row), sigma = sigma_of<A>(p, t, row);
+  s.by_edges = !p.gates[t] && has_soft_edges(alpha, sigma, *s.levels);
+  if (s.by_edges) {
+    const double beta = beta_of(double(alpha), double(sigma));
+    s.edges = make_soft_edges(alpha, beta, *s.levels);
+    for (int i = 0; i < s.edges.lower + s.edges.upper; i++)
+      s.edge_pair[i] = make_edge_pair<A>(i, half_of_classes(*s.levels), beta);
+    return;
+  }
   s.decay.resize(soft_reach(*s.levels, s.gates, s.bins.beta) + 1);
   for (size_t n = 0; n < s.decay.size(); n++) s.decay[n] = exponential(-s.bins.beta * A(n));
   s.step_count = p.gates[t] ? s.levels->count : 1;
@@ -202,6 +214,14 @@ void draw_classes(const Scale<A>& s, const Places<A>& at, A* j, int64_t n, uint6
 
 // --- forward ---------------------------------------------------------------------------------------------------
 
+template <bool kSlopes, class A>
+void edge_sums(const Scale<A>& s, EdgePart<A>& part, const A* x, int64_t n) {
+  edge_power_at_loop(x, part, n, s.edges, s.bins.inv_alpha);
+  const EdgePair<A>* pair = s.edge_pair;
+  for (int i = 0; i < s.edges.lower; i++) edge_pair_loop<true, kSlopes>(part, part.lower, n, *pair++);
+  for (int i = 0; i < s.edges.upper; i++) edge_pair_loop<false, kSlopes>(part, part.upper, n, *pair++);
+}
+
 // The first pass. kSteps: of s.steps that are looked at.
 template <int kSteps, class A>
 void soft_sums(const Scale<A>& s, SoftPart<A>& part, int64_t n) {
@@ -233,6 +253,13 @@ void soft_slopes(const Scale<A>& s, SoftPart<A>& part, int64_t n, bool tails) {
   }
 }
 
+template <class A>
+void edge_value_part(const Scale<A>& s, const A* x, A* q, int64_t n) {
+  EdgePart<A> part;
+  edge_sums<false>(s, part, x, n);
+  edge_value_loop(part, q, n, s.edges, s.bins.alpha);
+}
+
 template <int kSteps, class A>
 void soft_value_part(const Scale<A>& s, const A* x, A* q, int64_t n) {
   SoftPart<A> part;
@@ -248,7 +275,8 @@ void forward_part(const Problem& p, int64_t t, const Scale<A>& s, Mode mode, int
     bounded_loop(x, j, n, s.bins, *s.bounds, *s.levels);
     scale_loop(j, q, n, s.bins.alpha);
   } else if (mode == kSoft) {
-    if (s.step_count == 1) soft_value_part<1>(s, x, q, n);
+    if (s.by_edges) edge_value_part(s, x, q, n);
+    else if (s.step_count == 1) soft_value_part<1>(s, x, q, n);
     else if (s.step_count <= 4) soft_value_part<4>(s, x, q, n);
     else soft_value_part<8>(s, x, q, n);
   } else {
@@ -330,6 +358,13 @@ void winner_part(const Problem& p, int64_t t, const Scale<A>& s, Mode mode, int6
     gates->gate[k] += winner_gate_loop(w, w.mass[k], tail, n, s.level[k - 1].bottom, s.level[k - 1].top);
 }
 
+template <class A>
+void edge_gradient_part(const Scale<A>& s, const A* x, const A* g, A* y, int64_t n, ScaleSums& sums) {
+  EdgePart<A> part;
+  edge_sums<true>(s, part, x, n);
+  edge_gradient_loop(part, g, y, n, s.edges, s.bins, sums);
+}
+
 template <int kSteps, class A>
 void soft_gradient_part(const Scale<A>& s, const A* x, const A* g, A* y, int64_t n, ScaleSums& sums, GateSums* gates) {
   SoftPart<A> part;
@@ -343,7 +378,8 @@ void soft_gradient_part(const Scale<A>& s, const A* x, const A* g, A* y, int64_t
 
 template <class A>
 void soft_gradient_part(const Scale<A>& s, const A* x, const A* g, A* y, int64_t n, ScaleSums& sums, GateSums* gates) {
-  if (s.step_count == 1) soft_gradient_part<1>(s, x, g, y, n, sums, gates);
+  if (s.by_edges) edge_gradient_part(s, x, g, y, n, sums);
+  else if (s.step_count == 1) soft_gradient_part<1>(s, x, g, y, n, sums, gates);
   else if (s.step_count <= 4) soft_gradient_part<4>(s, x, g, y, n, sums, gates);
   else soft_gradient_part<8>(s, x, g, y, n, sums, gates);
 }

@@ -171,6 +171,31 @@ struct SoftTable {
   }
 };
 
+// What the edges of a scale are, if the soft sum is taken over them.
+template <class A>
+struct EdgeTable {
+  const SoftEdges<A>* edges;  // or null
+  const EdgePair<A>* pair;
+
+  __device__ __forceinline__ EdgeTable(const CategoricalEntry& e, int64_t row, const Levels& l) {
+    __shared__ SoftEdges<A> shared[kWarpsPerBlock];
+    __shared__ EdgePair<A> shared_pair[kWarpsPerBlock][kMostEdgePairs];
+    const A alpha = static_cast<const A*>(e.scale)[row], sigma = static_cast<const A*>(e.sigma)[row];
+    SoftEdges<A>* mine = &shared[warp_index()];
+    EdgePair<A>* pairs = shared_pair[warp_index()];
+    edges = nullptr;
+    pair = pairs;
+    if (!e.gates && has_soft_edges(alpha, sigma, l)) {
+      const int half = half_of_classes(l), lane = lane_index();
+      const double beta = beta_of(static_cast<double>(alpha), static_cast<double>(sigma));
+      if (lane < half) pairs[lane] = make_edge_pair<A>(lane, half, beta);  // there are as many pairs
+      if (lane == 0) *mine = make_soft_edges(alpha, beta, l);
+      edges = mine;
+    }
+    __syncwarp();
+  }
+};
+
 // ---------------------------------------------------------------------------------------------------------- draws
 
 template <class A>
@@ -223,6 +248,54 @@ struct Sample : CategoricalBase {
 
 // ----------------------------------------------------------------------------------------------------------- soft
 
+// The sums over the edges.
+template <class A>
+struct EdgeSums {
+  A lower, upper;
+  EdgeSlopes<A> slopes;
+};
+
+template <bool kLower, bool kSlopes, class A>
+__device__ __forceinline__ void add_edges(EdgeSums<A>& sums, A power, A v, const EdgePair<A>* pair, int count) {
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    const EdgeShares<A> shares = edge_shares(power, pair[i]);
+    (kLower ? sums.lower : sums.upper) += edge_parts<kLower>(shares, pair[i]);
+    if (kSlopes) {
+      const EdgeSlopes<A> slopes = edge_slopes(shares, pair[i], v);
+      sums.slopes.by_x += slopes.by_x;
+      sums.slopes.by_width += slopes.by_width;
+    }
+  }
+}
+
+template <bool kSlopes, class A>
+__device__ __forceinline__ EdgeSums<A> edge_sums(A power, A v, const EdgeTable<A>& table) {
+  EdgeSums<A> sums = {A(0), A(0), {A(0), A(0)}};
+  add_edges<true, kSlopes>(sums, power, v, table.pair, table.edges->lower);
+  add_edges<false, kSlopes>(sums, power, v, table.pair + table.edges->lower, table.edges->upper);
+  return sums;
+}
+
+template <class A>
+__device__ __forceinline__ A edge_value(A x, const EdgeTable<A>& table, const Bins<A>& p) {
+  const SoftEdges<A>& k = *table.edges;
+  const A offset = offset_from_middle(x, k), power = edge_power_at(offset, k);
+  const EdgeSums<A> sums = edge_sums<false>(power, A(0), table);
+  const A mean = edge_mean(sums.upper, sums.lower, outer_edges(power, k), k);
+  return p.alpha * (x == x ? mean : x);
+}
+
+template <class A>
+__device__ __forceinline__ Factors<A> edge_gradients(A x, const EdgeTable<A>& table, const Bins<A>& p) {
+  const SoftEdges<A>& k = *table.edges;
+  const A offset = offset_from_middle(x, k), power = edge_power_at(offset, k), v = offset * p.inv_alpha;
+  EdgeSums<A> sums = edge_sums<true>(power, v, table);
+  if (v != v) sums.slopes.by_x = v;
+  const OuterEdges<A> outer = outer_edges(power, k);
+  return edge_factors(v, edge_mean(sums.upper, sums.lower, outer, k), sums.slopes, outer, k, p);
+}
+
 // The sums of the first pass over the classes that are felt.
 template <class A>
 __device__ __forceinline__ SoftSums<A> soft_sums(A c, A y, A w, const SoftTable<A>& table, const Bins<A>& p,
@@ -247,6 +320,7 @@ struct SoftValue : CategoricalBase {
   using A = Acc<W>;
   struct State {
     Bins<A> p;
+    EdgeTable<A> edges;
     SoftTable<A> table;
   };
   Source source;
@@ -254,10 +328,12 @@ struct SoftValue : CategoricalBase {
   __device__ __forceinline__ State begin(const E& e, int64_t row, int which) const {
     const Levels l = source.levels<A>(e, which);
     const Bins<A> p = source.bins<A>(e, row, l);
-    return {p, SoftTable<A>(e, l, p.beta)};
+    return {p, EdgeTable<A>(e, row, l), SoftTable<A>(e, l, p.beta)};
   }
   __device__ __forceinline__ O apply(X wide, None, const State& s) const {
-    const A x = widen(wide), c = nearest_class(x, s.p), z = offset_of(x, c, s.p);
+    const A x = widen(wide);
+    if (s.edges.edges) return Narrow<O>::from(edge_value(x, s.edges, s.p));
+    const A c = nearest_class(x, s.p), z = offset_of(x, c, s.p);
     const SoftSums<A> sums = soft_sums(c, exponential(z - s.p.half), exponential(-z - s.p.half), s.table, s.p,
                                        source.is_signed);
     return Narrow<O>::from(s.p.alpha * (c + sums.first / sums.weight));
@@ -454,6 +530,7 @@ struct SoftBackward : CategoricalBase {
   using A = Acc<W>;
   struct State {
     Bins<A> p;
+    EdgeTable<A> edges;
     SoftTable<A> table;
     A sharp;
     ScaleSums sums;
@@ -465,11 +542,20 @@ struct SoftBackward : CategoricalBase {
   __device__ __forceinline__ State begin(const E& e, int64_t row, int which) const {
     const Levels l = source.levels<A>(e, which);
     const Bins<A> p = source.bins<A>(e, row, l);
-    return {p, SoftTable<A>(e, l, p.beta), static_cast<A>(one_minus_exp(static_cast<double>(p.beta))), {0.0, 0.0}, {}};
+    return {p, EdgeTable<A>(e, row, l), SoftTable<A>(e, l, p.beta),
+            static_cast<A>(one_minus_exp(static_cast<double>(p.beta))), {0.0, 0.0}, {}};
   }
 
   __device__ __forceinline__ O apply(X wide, G gx, State& s) const {
-    const A x = widen(wide), g = static_cast<A>(widen(gx)), c = nearest_class(x, s.p), z = offset_of(x, c, s.p);
+    const A x = widen(wide), g = static_cast<A>(widen(gx));
+    if constexpr (!kGates) {
+      if (s.edges.edges) {
+        const Factors<A> f = edge_gradients(x, s.edges, s.p);
+        s.sums.add(g, f);
+        return Narrow<O>::from(g * f.x);
+      }
+    }
+    const A c = nearest_class(x, s.p), z = offset_of(x, c, s.p);
     const A y = exponential(z - s.p.half), w = exponential(-z - s.p.half);
     const SoftSums<A> sums = soft_sums(c, y, w, s.table, s.p, source.is_signed);
     const A inv = A(1) / sums.weight, mean = sums.first * inv, scale = (g * s.p.alpha) * inv;

@@ -2,7 +2,7 @@
 
 import torch
 
-from quantops.autograd.common import below_autograd
+from quantops.autograd.common import below_autograd, call
 
 ops = torch.ops.quantops
 
@@ -26,7 +26,7 @@ class _Activation(torch.autograd.Function):
         if q.stride() != ctx.stride:  # what hooks on saved tensors give back, the quarters are in the order of memory
             q = torch.empty_strided(q.shape, ctx.stride, dtype=q.dtype, device=q.device).copy_(q)
         scale_grad = any(ctx.needs_input_grad[4:])
-        grad_x, sums = ops.activation_backward(grad, q, *saved, ctx.grad_of, scale_grad, ctx.dtype)
+        grad_x, sums = call(ops.activation_backward, grad, q, *saved, ctx.grad_of, scale_grad, ctx.dtype)
         return None, None, None, grad_x, *(sums or (None, None))
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from quantops.autograd.common import any_given, below_autograd, materialize
+from quantops.autograd.common import any_given, below_autograd, call, materialize
 
 ops = torch.ops.quantops
 
@@ -29,8 +29,9 @@ class _Categorical(torch.autograd.Function):
         bits, seed = saved[3 * n + ctx.gate_count], saved[-1] if ctx.has_seed else None
         wanted = ctx.needs_input_grad[3:]  # of x, alpha, sigma, gates
         scale_grad, gate_grad = any(wanted[n: 3 * n]), any(wanted[3 * n:])
-        grad_x, grad_alpha, grad_sigma, grad_gates = ops.categorical_backward(
-            materialize(grads, x), x, alpha, sigma, bits, gates, seed, *ctx.options, scale_grad, gate_grad)
+        grad_x, grad_alpha, grad_sigma, grad_gates = call(
+            ops.categorical_backward, materialize(grads, x), x, alpha, sigma, bits, gates, seed, *ctx.options,
+            scale_grad, gate_grad)
         return (*[None] * 3, *grad_x, *(grad_alpha or [None] * n), *(grad_sigma or [None] * n),
                 *(grad_gates or [None] * ctx.gate_count))
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from quantops.autograd.common import any_given, below_autograd, materialize
+from quantops.autograd.common import any_given, below_autograd, call, materialize
 from quantops.default.truncate import used_gradients
 from quantops.reference.truncate import COMPANDINGS, tanh_curvature, truncate_scale_terms
 from quantops.reference.uniform import RULES, per_row
@@ -36,9 +36,9 @@ class _Truncate(torch.autograd.Function):
         else:
             *tensors, bits, base_bits = ctx.saved_tensors
             w, scale, out_scale = tensors[:n], tensors[n: 2 * n], tensors[2 * n:]
-            grad_w, *sums = ops.truncate_backward(
-                _fill_in(grads, ctx.q_dtype), w, scale, out_scale, bits, base_bits, ctx.rule, ctx.tanh, covered,
-                scale_grad)
+            grad_w, *sums = call(
+                ops.truncate_backward, _fill_in(grads, ctx.q_dtype), w, scale, out_scale, bits, base_bits, ctx.rule,
+                ctx.tanh, covered, scale_grad)
             grad_w = [t if g else None for t, g in zip(grad_w, used)]
             if scale_grad:
                 grad_scale, grad_out_scale = [None] * n if ctx.covered else sums[0], sums[1]
@@ -73,8 +73,8 @@ class _TruncateBackward(torch.autograd.Function):
         each, grad_w = [None] * n, [None] * n
         if any_given(gg_w):
             gg_w = materialize(gg_w, w)
-            each = ops.truncate_backward(gg_w, w, scale, [], bits[:1], base_bits, ctx.rule, ctx.tanh, ctx.covered,
-                                         False)[0]
+            each = call(ops.truncate_backward, gg_w, w, scale, [], bits[:1], base_bits, ctx.rule, ctx.tanh, ctx.covered,
+                        False)[0]
             if ctx.tanh:
                 grad_w = [tanh_curvature(v, used_gradients(grads[i::n], t), t, s)
                           for i, (v, t, s) in enumerate(zip(gg_w, w, scale))]

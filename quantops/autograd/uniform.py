@@ -2,7 +2,7 @@
 
 import torch
 
-from quantops.autograd.common import any_given, below_autograd, materialize
+from quantops.autograd.common import any_given, below_autograd, call, materialize
 from quantops.reference.uniform import GRIDS, per_row, scale_grad_term
 
 ops = torch.ops.quantops
@@ -36,8 +36,9 @@ class _Quantizer(torch.autograd.Function):
             k = saved[-1] if len(saved) > 2 * n + 1 else torch.zeros_like(bits)
             # The scale is a constant in R.
             scale_grad = not ctx.covered and any(s.requires_grad for s in scale) and any_given(grad_q)
-            grad_w, grad_scale = ops.uniform_backward(
-                materialize(grad_q, w), penalty, w, scale, bits, k, ctx.full, ctx.signed, scale_grad)
+            grad_w, grad_scale = call(
+                ops.uniform_backward, materialize(grad_q, w), penalty, w, scale, bits, k, ctx.full, ctx.signed,
+                scale_grad)
             grad_scale = grad_scale if scale_grad else none
         return *[None] * 7, *grad_w, *grad_scale
 
@@ -61,7 +62,7 @@ class _QuantizerBackward(torch.autograd.Function):
         gg_w, gg_scale = materialize(gradients[:n], w), gradients[n:]
         grad, penalty = [None] * n, None
         if gg_w:
-            grad, _ = ops.uniform_backward(gg_w, None, w, scale, bits, k, ctx.full, ctx.signed, False)
+            grad, _ = call(ops.uniform_backward, gg_w, None, w, scale, bits, k, ctx.full, ctx.signed, False)
             if ctx.has_penalty:
                 slopes = [b.sign() for b in ops.lsb(w, scale, bits, k)]
                 penalty = torch.stack([(g * b).sum(dtype=s.dtype) for g, b, s in zip(grad, slopes, scale)])
