@@ -606,18 +606,19 @@ QUANTOPS_INLINE A draw_inside(uint32_t word, const Level<A>& k, A c, A z, const 
 
 // ------------------------------------------------------------------------------------------------ soft, over the edges
 
-// The soft sum of few classes without gates, by the edges between them. Edges, and x, are counted from the middle of the
-// grid: N = 2 H classes have the edges -H + 1..H - 1 inside, and -H and H around them. Edge i has n = H - i classes above
-// it and m = H + i below, at a = x/sigma - beta i. With e = exp(-a), t = exp(-beta), W = e of edge -H, Y = 1/e of edge H:
+// The soft sum of few classes without gates, by the edges between them. Edges, and x, are counted from the middle of
+// the grid: N = 2 H classes have the edges -H + 1..H - 1 inside, and -H and H around them. Edge i has n = H - i classes
+// above it and m = H + i below, at a = x/sigma - beta i. With e = exp(-a), t = exp(-beta), W = e of edge -H, Y = 1/e of
+// edge H:
 //   P(above i) = (1 - t^n)/(1 - t^N) (1 + W)/(1 + e),  P(below i) = (1 - t^m)/(1 - t^N) (1 + Y) e/(1 + e),
-// where nothing cancels. The mean is that of the class above edge 0, and P(above i) of the edges above that, less
-// P(below i) of edge 0 and those below. The grid has the mass (1 - t^N)/((1 + W)(1 + Y)), and dP(above i)/da is that times
-// P(above i) P(below i). So with u = e/(1 + e)^2
+// each to a few units in its last place: numbers of like size are not subtracted. The mean is the class above edge 0,
+// with P(above i) of the edges above that, less P(below i) of edge 0 and those below. The mass of the grid is
+// (1 - t^N)/((1 + W)(1 + Y)), and dP(above i)/da is that times P(above i) P(below i). So with u = e/(1 + e)^2
 //   dmean/d(x/sigma) = sum slope u,  slope = (1 - t^n)(1 - t^m)/(1 - t^N),
 // and with h(n) = n/(exp(beta n) - 1), where v = x/alpha does not change,
 //   dmean/dbeta = (1 + W)(1 + Y)/(1 - t^N) sum slope u (v - i + h(n) - h(m) + (H - v) Y/(1 + Y) - (H + v) W/(1 + W)).
-// One exponential serves all edges, whose e differ by factors that a scale fixes. They are taken in pairs, for which one
-// division does; an edge that is not there fills the last pair, with weights of 0.
+// One exponential serves all edges, whose e differ by factors that a scale fixes. They are taken in pairs, for which
+// one division does; an edge that is not there fills the last pair, with weights of 0.
 constexpr int kMostEdgePairs = 8;
 
 template <class A>
@@ -640,17 +641,17 @@ struct SoftEdges {
   EdgePair<A> outer;             // edges -H and H
 };
 
-// Whether the soft sum may be taken so: edges are few, no e that counts is out of range, and bins are not so narrow that
-// what is summed for beta cancels.
+// Whether the soft sum may be taken so: edges are few, nothing that counts is out of range, and bins are not so narrow
+// that what is summed for beta cancels.
 template <class A>
 QUANTOPS_INLINE bool has_soft_edges(A alpha, A sigma, const Levels& l) {
   const int classes = l.high - l.low + 1;
   if (!l.valid || !valid_alpha(alpha) || !valid_width(sigma)) return false;
   const double beta = beta_of(static_cast<double>(alpha), static_cast<double>(sigma));
-  const double rate = 1.4426950408889634 * (beta / static_cast<double>(alpha));
+  const double unit = static_cast<double>(alpha), most = static_cast<double>(std::numeric_limits<A>::max());
   return classes >= 2 && classes <= 2 * kMostEdgePairs && beta >= 1.0 / 16 && beta <= (sizeof(A) == 4 ? 10.0 : 250.0) &&
-         beta * (classes + 1) <= (sizeof(A) == 4 ? 136.0 : 1300.0) &&
-         rate <= static_cast<double>(std::numeric_limits<A>::max());
+         beta * (classes + 1) <= (sizeof(A) == 4 ? 122.0 : 1300.0) && 1.4426950408889634 * (beta / unit) <= most &&
+         unit * (classes + far_limit<A>() / beta) <= most;
 }
 
 // What e of an edge comes from, at `place` of its pair.
@@ -705,7 +706,7 @@ QUANTOPS_INLINE SoftEdges<A> make_soft_edges(A alpha, double beta, const Levels&
   k.rate = static_cast<A>(rate);
   k.rate_head = head_of(k.rate);
   k.rate_tail = static_cast<A>(rate - static_cast<double>(k.rate_head));
-  k.farthest = static_cast<A>(unit * (half + (sizeof(A) == 4 ? 17.4 : 37.0) / beta));
+  k.farthest = static_cast<A>(unit * (half + far_limit<A>() / beta));
   k.outer = {};
   set_factor(k.outer, 0, -half, beta);
   set_factor(k.outer, 1, half, beta);
@@ -718,9 +719,9 @@ QUANTOPS_INLINE A offset_from_middle(A x, const SoftEdges<A>& k) {
   return at_most(at_least((x - k.at_head) - k.at_tail, -k.farthest), k.farthest);
 }
 
-// e of an edge over its factor, from that.
+// e in the middle of the grid, from that.
 template <class A>
-QUANTOPS_INLINE A edge_power_at(A x, const SoftEdges<A>& k) {
+QUANTOPS_INLINE A middle_power(A x, const SoftEdges<A>& k) {
   const A head = head_of(x);
   return power_of_two(head * k.rate_head, head * k.rate_tail + (x - head) * k.rate);
 }

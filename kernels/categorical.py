@@ -119,6 +119,16 @@ def prepare(table, scales, bits, records, A: tl.constexpr, OP: tl.constexpr, SIG
     if OP == OF_ONE:
         _write(to + ONE, cm.make_one_interval(p))
     elif (OP == SOFT) | (OP == OF_SOFT):
+        if HAS_GATES:
+            _write(to + EDGES, (0.0, 0.0))
+        else:
+            beta, half, k = cm.make_soft_edges(alpha, sigma, p)
+            _write(to + EDGES, k[:12])
+            _write(to + OUTER, k.below)
+            _write(to + OUTER + 3, k.above)
+            edges = cm.make_edges(beta, half, A)
+            _write_lanes(to + EDGE + lanes, (edges.e.factor, edges.e.least, edges.e.most, edges.part, edges.slope,
+                                             edges.at))
         n = tl.arange(0, SOFT_CLASSES)
         tl.store(to + DECAY + n, cm.exponential(-p.beta * n.to(A)))
         if HAS_GATES:
@@ -133,16 +143,6 @@ def prepare(table, scales, bits, records, A: tl.constexpr, OP: tl.constexpr, SIG
                 gate = tl.where(beyond, weight.to(A), gate)
             tl.store(to + GATE_OF + n, gate)
         tl.store(to + REACH, cm.soft_reach(l, p.beta).to(A))
-        if HAS_GATES:
-            _write(to + EDGES, (0.0, 0.0))
-        else:
-            beta, half, k = cm.make_soft_edges(alpha, sigma, p)
-            _write(to + EDGES, k[:12])
-            _write(to + OUTER, k.below)
-            _write(to + OUTER + 3, k.above)
-            edges = cm.make_edges(beta, half, A)
-            _write_lanes(to + EDGE + lanes, (edges.e.factor, edges.e.least, edges.e.most, edges.part, edges.slope,
-                                             edges.at))
     else:
         if BOUNDS:
             tl.store(to + BOUND + lanes, cm.hard_bounds(l, cm.beta_of(alpha, sigma), SIGNED, A))
@@ -269,7 +269,7 @@ def _edge_sums(x, at, p, lower, upper, SLOPES: tl.constexpr):
     """(SoftEdges, v, OuterEdges, mean and the sums of the slopes); ``lower``, ``upper``: pairs."""
     k = _soft_edges(at)
     offset = cm.offset_from_middle(x, k)
-    power, v = cm.edge_power_at(offset, k), offset * p.inv_alpha
+    power, v = cm.middle_power(offset, k), offset * p.inv_alpha
     zero = tl.zeros_like(x)
     sums = (zero, zero, zero, zero)
     for n in range(0, lower):
@@ -525,7 +525,8 @@ def by_row(table, chunks, bits, seed, records, in_alphas, in_sigmas, in_gates, A
     key = place
     if (OP == SAMPLE) | DRAWN:
         key = tl.load(seed)
-    SUB: tl.constexpr = BLOCK if BLOCK < MOST_SUB else MOST_SUB
+    MOST: tl.constexpr = MOST_SUB // 2 if OP == OF_SOFT else MOST_SUB
+    SUB: tl.constexpr = BLOCK if BLOCK < MOST else MOST
     COLUMNS: tl.constexpr = SUB // TILE_ROWS
     short = pieces == 0
     row = local * TILE_ROWS

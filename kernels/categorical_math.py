@@ -612,11 +612,12 @@ def has_soft_edges(alpha, beta, p):
     T: tl.constexpr = alpha.dtype
     most: tl.constexpr = MOST64 if T == tl.float64 else MOST32
     sharpest: tl.constexpr = 250.0 if T == tl.float64 else 10.0
-    widest: tl.constexpr = 1300.0 if T == tl.float64 else 136.0
-    classes = p.high - p.low + 1.0
+    widest: tl.constexpr = 1300.0 if T == tl.float64 else 122.0
+    beyond: tl.constexpr = 50.0 if T == tl.float64 else 25.0
+    classes, unit = (p.high - p.low + 1.0).to(tl.float64), alpha.to(tl.float64)
     return ((p.alpha == p.alpha) & (classes >= 2.0) & (classes <= 16.0) & (beta >= 1.0 / 16) & (beta <= sharpest)
-            & (beta * (classes.to(tl.float64) + 1.0) <= widest)
-            & (1.4426950408889634 * (beta / alpha.to(tl.float64)) <= most))
+            & (beta * (classes + 1.0) <= widest) & (1.4426950408889634 * (beta / unit) <= most)
+            & (unit * (classes + beyond / beta) <= most))
 
 
 @triton.jit
@@ -635,7 +636,7 @@ def edge_factor(i, beta, T: tl.constexpr):
 def make_soft_edges(alpha, sigma, p):
     """In the dtype of alpha, as the rest of a record; ``alpha``, ``sigma``: anything where they are out of range."""
     T: tl.constexpr = alpha.dtype
-    beyond: tl.constexpr = 37.0 if T == tl.float64 else 17.4
+    beyond: tl.constexpr = 50.0 if T == tl.float64 else 25.0
     good = p.alpha == p.alpha
     alpha, sigma = tl.where(good, alpha, 1.0), tl.where(good, sigma, 1.0)
     beta = beta_of(alpha, sigma)
@@ -680,8 +681,8 @@ def offset_from_middle(x, k):
 
 
 @triton.jit
-def edge_power_at(x, k):
-    """e of an edge over its factor, from that."""
+def middle_power(x, k):
+    """e in the middle of the grid, from that."""
     head = head_of(x)
     return power_of_two_parts(head * k.rate_head, head * k.rate_tail + (x - head) * k.rate)
 

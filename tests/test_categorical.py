@@ -284,6 +284,48 @@ def test_error_of_float32(kind):
                 assert error(a[rows], c[rows]) <= room, (name, mode, bits, signed, ratio, error(a[rows], c[rows]), room)
 
 
+@pytest.mark.parametrize("bits", (1, 2, 3, 4) if EXHAUSTIVE else (3,))
+@pytest.mark.parametrize("signed", (True, False))
+def test_rows_with_either_soft_sum(bits, signed):
+    """Sums over the edges and over the classes in one tensor: every row as if it were alone, and right."""
+    generator = torch.Generator().manual_seed(6)
+    ratios = torch.tensor([50, 10.5, 9.5, 1 / 0.15, 1, 0.07, 0.05])  # alpha/sigma; the edges serve 1/16 to 10
+    x = 2**bits * torch.rand(len(ratios), 9, generator=generator) - 2.0 ** (bits - 1) * signed
+    g = torch.randn(x.shape, generator=generator)
+    alpha = torch.ones(len(ratios))
+    scales = alpha, alpha / ratios
+    q = Q.categorical(x, *scales, bits, signed=signed, mode="soft")
+    got = backward(g, x, *scales, bits, None, signed=signed, mode="soft")[:3]
+    for i in range(len(ratios)):
+        row = slice(i, i + 1)
+        alone = x[row], *(s[row] for s in scales)
+        assert torch.equal(q[row], Q.categorical(*alone, bits, signed=signed, mode="soft"))
+        for all_rows, of_row in zip(got, backward(g[row], *alone, bits, None, signed=signed, mode="soft")):
+            torch.testing.assert_close(all_rows[row], of_row, rtol=1e-6, atol=1e-6)
+    wide = x.double(), *(s.double() for s in scales)
+    torch.testing.assert_close(q.double(), ref.categorical(*wide, bits, signed=signed, mode="soft"), rtol=0, atol=1e-5)
+    for a, b in zip(got, ref.categorical_backward(g.double(), *wide, bits, signed=signed, mode="soft")):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("alpha", (1e38, 1e30, 1e-30, 1e-37))
+def test_soft_sum_of_extreme_scales(alpha):
+    """Grids near the ends of float32: infinities and the largest numbers are far outside, with finite gradients."""
+    most = torch.finfo(torch.float32).max
+    x = torch.tensor([-torch.inf, -most, -3 * alpha, 0.0, 3 * alpha, most, torch.inf])
+    for bits, signed, ratio in itertools.product((1, 2, 4), (True, False), (1 / 0.15, 1)):
+        low = -(2 ** (bits - 1)) if signed else 0
+        if alpha * 2**bits > most:
+            continue
+        scales = torch.tensor(alpha), torch.tensor(alpha) / ratio
+        q = Q.categorical(x, *scales, bits, signed=signed, mode="soft").double() / float(scales[0])
+        want = ref.categorical(x.double(), *(s.double() for s in scales), bits, signed=signed, mode="soft")
+        torch.testing.assert_close(q, want / float(scales[0]), rtol=0, atol=1e-5)
+        assert (q >= low - 1e-5).all() and (q <= low + 2**bits - 1 + 1e-5).all()
+        found = backward(torch.ones_like(x), x, *scales, bits, None, signed=signed, mode="soft")[:3]
+        assert all(v.isfinite().all() for v in found)
+
+
 @pytest.mark.parametrize("mode,grad", [("hard", "winner"), ("hard", "soft"), ("soft", "winner"), ("sample", "winner")])
 def test_float64_equals_reference(mode, grad):
     generator = torch.Generator().manual_seed(4)

@@ -216,7 +216,7 @@ void draw_classes(const Scale<A>& s, const Places<A>& at, A* j, int64_t n, uint6
 
 template <bool kSlopes, class A>
 void edge_sums(const Scale<A>& s, EdgePart<A>& part, const A* x, int64_t n) {
-  edge_power_at_loop(x, part, n, s.edges, s.bins.inv_alpha);
+  middle_power_loop(x, part, n, s.edges, s.bins.inv_alpha);
   const EdgePair<A>* pair = s.edge_pair;
   for (int i = 0; i < s.edges.lower; i++) edge_pair_loop<true, kSlopes>(part, part.lower, n, *pair++);
   for (int i = 0; i < s.edges.upper; i++) edge_pair_loop<false, kSlopes>(part, part.upper, n, *pair++);

@@ -428,17 +428,18 @@ QUANTOPS_SIMD double winner_gate_loop(const WinnerPart<A>& w, const A* __restric
 
 template <class A>
 struct EdgePart {
-  A v[kPart], power[kPart];  // x from the middle of the grid, over alpha
+  A v[kPart];      // x from the middle of the grid, over alpha
+  A power[kPart];  // e there
   A upper[kPart], lower[kPart], by_x[kPart], by_width[kPart];  // sums over the edges
 };
 
 template <class A>
-QUANTOPS_SIMD void edge_power_at_loop(const A* __restrict x, EdgePart<A>& part, int64_t n, const SoftEdges<A>& edges,
+QUANTOPS_SIMD void middle_power_loop(const A* __restrict x, EdgePart<A>& part, int64_t n, const SoftEdges<A>& edges,
                                       A inv_alpha) {
   const SoftEdges<A> k = edges;
   for (int64_t i = 0; i < n; i++) {
     const A offset = offset_from_middle(x[i], k);
-    part.power[i] = edge_power_at(offset, k);
+    part.power[i] = middle_power(offset, k);
     part.v[i] = offset * inv_alpha;
   }
   for (int64_t i = 0; i < n; i++) part.upper[i] = part.lower[i] = part.by_x[i] = part.by_width[i] = A(0);

@@ -196,6 +196,10 @@ struct EdgeTable {
   }
 };
 
+struct NoEdgeTable {
+  __device__ __forceinline__ NoEdgeTable(const CategoricalEntry&, int64_t, const Levels&) {}
+};
+
 // ---------------------------------------------------------------------------------------------------------- draws
 
 template <class A>
@@ -280,7 +284,7 @@ __device__ __forceinline__ EdgeSums<A> edge_sums(A power, A v, const EdgeTable<A
 template <class A>
 __device__ __forceinline__ A edge_value(A x, const EdgeTable<A>& table, const Bins<A>& p) {
   const SoftEdges<A>& k = *table.edges;
-  const A offset = offset_from_middle(x, k), power = edge_power_at(offset, k);
+  const A offset = offset_from_middle(x, k), power = middle_power(offset, k);
   const EdgeSums<A> sums = edge_sums<false>(power, A(0), table);
   const A mean = edge_mean(sums.upper, sums.lower, outer_edges(power, k), k);
   return p.alpha * (x == x ? mean : x);
@@ -289,7 +293,7 @@ __device__ __forceinline__ A edge_value(A x, const EdgeTable<A>& table, const Bi
 template <class A>
 __device__ __forceinline__ Factors<A> edge_gradients(A x, const EdgeTable<A>& table, const Bins<A>& p) {
   const SoftEdges<A>& k = *table.edges;
-  const A offset = offset_from_middle(x, k), power = edge_power_at(offset, k), v = offset * p.inv_alpha;
+  const A offset = offset_from_middle(x, k), power = middle_power(offset, k), v = offset * p.inv_alpha;
   EdgeSums<A> sums = edge_sums<true>(power, v, table);
   if (v != v) sums.slopes.by_x = v;
   const OuterEdges<A> outer = outer_edges(power, k);
@@ -528,9 +532,10 @@ struct SoftBackward : CategoricalBase {
   using G = Grad;
   using O = W;
   using A = Acc<W>;
+  using Edges = std::conditional_t<kGates, NoEdgeTable, EdgeTable<A>>;
   struct State {
     Bins<A> p;
-    EdgeTable<A> edges;
+    Edges edges;
     SoftTable<A> table;
     A sharp;
     ScaleSums sums;
@@ -542,7 +547,7 @@ struct SoftBackward : CategoricalBase {
   __device__ __forceinline__ State begin(const E& e, int64_t row, int which) const {
     const Levels l = source.levels<A>(e, which);
     const Bins<A> p = source.bins<A>(e, row, l);
-    return {p, EdgeTable<A>(e, row, l), SoftTable<A>(e, l, p.beta),
+    return {p, Edges(e, row, l), SoftTable<A>(e, l, p.beta),
             static_cast<A>(one_minus_exp(static_cast<double>(p.beta))), {0.0, 0.0}, {}};
   }
 
