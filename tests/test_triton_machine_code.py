@@ -193,7 +193,7 @@ CALLS = {
     "categorical_backward-fp64": ((_categorical_backward, FP64, FP64, 0, 0), {128: (2, 1)}),
     "categorical_backward-fp32-gates": ((_categorical_backward, FP32, FP32, 0, 8), {128: (2, 1)}),
     "categorical_backward-fp32-soft": ((_categorical_backward, FP32, FP32, 1, 0), {128: (2, 1)}),
-    "categorical_backward-bf16-soft": ((_categorical_backward, BF16, BF16, 1, 0), {128: (2, 1)}),
+    "categorical_backward-bf16-soft": ((_categorical_backward, BF16, BF16, 1, 0), {64: (2, 1)}),  # four to a thread
     "categorical_backward-fp64-soft": ((_categorical_backward, FP64, FP64, 1, 0), {128: (2, 1)}),
     "categorical_backward-fp32-soft-gates": ((_categorical_backward, FP32, FP32, 1, 8), {128: (2, 1)}),
     "categorical_backward-fp64-soft-gates": ((_categorical_backward, FP64, FP64, 1, 4), {128: (2, 1)}),
