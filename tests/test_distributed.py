@@ -99,6 +99,7 @@ def _process(rank, port, task):
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=PROCESSES)
     try:
         task(rank)
+        dist.barrier()  # one that leaves while the other still talks to it may abort it
     finally:
         dist.destroy_process_group()
 
