@@ -2,9 +2,9 @@
 // quantops/reference/activation.py.
 //
 // There are only 4 2^bits places x' in the cells, so that the factors of dL/dq are a table, a row per place. Its
-// numbers are computed as the categorical backward does for any x; soft sums always over the classes.
+// numbers are computed as the categorical backward does for any x.
 #pragma once
-#include "categorical_math.h"
+#include "soft_edges.h"
 
 namespace quantops {
 

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from quantops.kernels import categorical_math as cm
 from quantops.kernels import math
+from quantops.kernels import soft_edges as se
 from quantops.kernels.launch import TYPES, block_of, in_layouts_of, ints, launch, on_device_of
 from quantops.layout import dense, empty_like
 from quantops.reference.activation import QUARTER_BITS
@@ -134,6 +135,24 @@ def _soft(x, p, l):
 
 
 @triton.jit
+def _soft_by_edges(x, p, k, half, beta):
+    """The same over the edges, where :mod:`quantops.kernels.soft_edges` takes it so."""
+    offset = se.offset_from_middle(x, k)
+    power, v = se.middle_power(offset, k), offset * p.inv_alpha
+    outer, zero, lower = se.outer_edges(power, k), tl.zeros_like(x), k.lower.to(tl.int32)
+    sums = (zero, zero, zero, zero)
+    for n in range(0, lower + k.upper.to(tl.int32)):
+        first = se.inner_edge(se.edge_number(2 * n, half), half, beta, x.dtype)
+        second = se.inner_edge(se.edge_number(2 * n + 1, half), half, beta, x.dtype)
+        if n < lower:
+            sums = se.add_edge_pair(sums, power, v, first, second, True, True)
+        else:
+            sums = se.add_edge_pair(sums, power, v, first, second, False, True)
+    mean = se.edge_mean(sums[1], sums[0], outer, k)
+    return se.edge_factors(v, mean, tl.where(v == v, sums[2], v), sums[3], outer, k, p)
+
+
+@triton.jit
 def _winner(x, p):
     c = cm.nearest_class(x, p)
     k = cm.make_one_interval(p)
@@ -153,7 +172,11 @@ def fill_table(table, alpha, sigma, bits, A: tl.constexpr, SOFT: tl.constexpr):
         x = (place.to(A) - 1.5) * (0.25 * p.alpha)
         x = tl.where(place == 0, -float("inf"), tl.where(place == count - 1, float("inf"), x))
         if SOFT:
-            in_x, in_alpha, in_sigma = _soft(x, p, l)
+            beta, half, k = se.make_soft_edges(tl.load(alpha), tl.load(sigma), p)
+            if k.lower > 0.0:
+                in_x, in_alpha, in_sigma = _soft_by_edges(x, p, k, half, beta)
+            else:
+                in_x, in_alpha, in_sigma = _soft(x, p, l)
         else:
             in_x, in_alpha, in_sigma = _winner(x, p)
         valid = p.alpha == p.alpha

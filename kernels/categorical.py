@@ -14,6 +14,7 @@ import triton.language as tl
 
 from quantops.kernels import categorical_math as cm
 from quantops.kernels import math, memory
+from quantops.kernels import soft_edges as se
 from quantops.kernels.launch import (
     SHORT_ROW,
     TYPES,
@@ -122,11 +123,11 @@ def prepare(table, scales, bits, records, A: tl.constexpr, OP: tl.constexpr, SIG
         if HAS_GATES:
             _write(to + EDGES, (0.0, 0.0))
         else:
-            beta, half, k = cm.make_soft_edges(alpha, sigma, p)
+            beta, half, k = se.make_soft_edges(alpha, sigma, p)
             _write(to + EDGES, k[:12])
             _write(to + OUTER, k.below)
             _write(to + OUTER + 3, k.above)
-            edges = cm.make_edges(beta, half, A)
+            edges = se.inner_edge(se.edge_number(lanes, half), half, beta, A)
             _write_lanes(to + EDGE + lanes, (edges.e.factor, edges.e.least, edges.e.most, edges.part, edges.slope,
                                              edges.at))
         n = tl.arange(0, SOFT_CLASSES)
@@ -176,18 +177,18 @@ def _level(at, t):
 def _soft_edges(at):
     at = at + EDGES
     outer = at + (OUTER - EDGES)
-    return cm.SoftEdges(tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4),
+    return se.SoftEdges(tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4),
                         tl.load(at + 5), tl.load(at + 6), tl.load(at + 7), tl.load(at + 8), tl.load(at + 9),
                         tl.load(at + 10), tl.load(at + 11),
-                        cm.EdgeFactor(tl.load(outer), tl.load(outer + 1), tl.load(outer + 2)),
-                        cm.EdgeFactor(tl.load(outer + 3), tl.load(outer + 4), tl.load(outer + 5)))
+                        se.EdgeFactor(tl.load(outer), tl.load(outer + 1), tl.load(outer + 2)),
+                        se.EdgeFactor(tl.load(outer + 3), tl.load(outer + 4), tl.load(outer + 5)))
 
 
 @triton.jit
 def _edge(at, i):
     """Edge number i, lower pairs first."""
     at = at + EDGE + i
-    return cm.InnerEdge(cm.EdgeFactor(tl.load(at), tl.load(at + 16), tl.load(at + 32)), tl.load(at + 48),
+    return se.InnerEdge(se.EdgeFactor(tl.load(at), tl.load(at + 16), tl.load(at + 32)), tl.load(at + 48),
                         tl.load(at + 64), tl.load(at + 80))
 
 
@@ -248,36 +249,19 @@ def _soft_sums(c, y, w, at, p, reach, steps, HAS_GATES: tl.constexpr):
 
 
 @triton.jit
-def _edge_pair(sums, power, v, at, n, LOWER: tl.constexpr, SLOPES: tl.constexpr):
-    """Adds pair n to the sums of P(below i), P(above i), and of the slopes."""
-    lower, upper, by_x, by_width = sums
-    first, second = _edge(at, 2 * n), _edge(at, 2 * n + 1)
-    shares = cm.edge_shares(power, first, second)
-    if LOWER:
-        lower += first.part * shares.below0 + second.part * shares.below1
-    else:
-        upper += first.part * shares.above0 + second.part * shares.above1
-    if SLOPES:
-        in_x, in_width = cm.edge_slopes(shares, first, second, v)
-        by_x += in_x
-        by_width += in_width
-    return lower, upper, by_x, by_width
-
-
-@triton.jit
 def _edge_sums(x, at, p, lower, upper, SLOPES: tl.constexpr):
     """(SoftEdges, v, OuterEdges, mean and the sums of the slopes); ``lower``, ``upper``: pairs."""
     k = _soft_edges(at)
-    offset = cm.offset_from_middle(x, k)
-    power, v = cm.middle_power(offset, k), offset * p.inv_alpha
+    offset = se.offset_from_middle(x, k)
+    power, v = se.middle_power(offset, k), offset * p.inv_alpha
     zero = tl.zeros_like(x)
     sums = (zero, zero, zero, zero)
     for n in range(0, lower):
-        sums = _edge_pair(sums, power, v, at, n, True, SLOPES)
+        sums = se.add_edge_pair(sums, power, v, _edge(at, 2 * n), _edge(at, 2 * n + 1), True, SLOPES)
     for n in range(lower, lower + upper):
-        sums = _edge_pair(sums, power, v, at, n, False, SLOPES)
-    outer = cm.outer_edges(power, k)
-    return k, v, outer, cm.edge_mean(sums[1], sums[0], outer, k), sums[2], sums[3]
+        sums = se.add_edge_pair(sums, power, v, _edge(at, 2 * n), _edge(at, 2 * n + 1), False, SLOPES)
+    outer = se.outer_edges(power, k)
+    return k, v, outer, se.edge_mean(sums[1], sums[0], outer, k), sums[2], sums[3]
 
 
 @triton.jit
@@ -389,7 +373,7 @@ def _add_tails(tails, i, deviation, SIGNED: tl.constexpr, LEVELS: tl.constexpr):
 @triton.jit
 def _of_edges(x, g, at, p, lower, upper):
     k, v, outer, mean, by_x, by_width = _edge_sums(x, at, p, lower, upper, True)
-    in_x, in_alpha, in_sigma = cm.edge_factors(v, mean, tl.where(v == v, by_x, v), by_width, outer, k, p)
+    in_x, in_alpha, in_sigma = se.edge_factors(v, mean, tl.where(v == v, by_x, v), by_width, outer, k, p)
     return g * in_x, g * in_alpha, g * in_sigma
 
 

@@ -108,6 +108,13 @@ struct FactorTable {
 template <class A>
 void fill_table(FactorTable<A>& table, const Problem& p, const Bins<A>& bins, bool soft) {
   const int count = places_of(p.levels);
+  const A alpha = *static_cast<const A*>(p.list.scale[0]), sigma = *static_cast<const A*>(p.sigma);
+  if (soft && has_soft_edges(alpha, sigma, p.levels)) {
+    const EdgeTable<A> edges = make_edge_table(alpha, sigma, p.levels);
+    for (int i = 0; i < count; i++)
+      put_row(table.row + kRow * i, edge_gradients(middle_of(i, count, bins.alpha), edges, bins));
+    return;
+  }
   A x[kTablePart];
   const OneInterval<A> one = make_one_interval(bins);
   const int reach = soft_reach(p.levels, static_cast<const A*>(nullptr), bins.beta);

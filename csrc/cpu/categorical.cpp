@@ -2,8 +2,8 @@
 #include <optional>
 #include <tuple>
 
-#include "cpu/categorical_loops.h"
 #include "cpu/list.h"
+#include "cpu/soft_edges_loops.h"
 
 namespace quantops {
 namespace {
@@ -101,8 +101,7 @@ struct Scale {
   Level<A> level[kMaxLevels];  // from the lowest
   int count;
   A sharp;
-  SoftEdges<A> edges;          // where the soft sum is taken over them: `by_edges`
-  EdgePair<A> edge_pair[kMostEdgePairs];
+  EdgeTable<A> edge_table;     // where the soft sum is taken over the edges: `by_edges`
   bool by_edges;
   std::vector<A> decay;        // exp(-beta n), n = 0, 1, ... to where it is felt
   GateSteps<A> steps;          // `step_count` of them
@@ -167,10 +166,7 @@ void make_scale(Scale<A>& s, const Problem& p, int64_t t, int64_t row,
   const A alpha = alpha_of<A>(p, t, row), sigma = sigma_of<A>(p, t, row);
   s.by_edges = !p.gates[t] && has_soft_edges(alpha, sigma, *s.levels);
   if (s.by_edges) {
-    const double beta = beta_of(double(alpha), double(sigma));
-    s.edges = make_soft_edges(alpha, beta, *s.levels);
-    for (int i = 0; i < s.edges.lower + s.edges.upper; i++)
-      s.edge_pair[i] = make_edge_pair<A>(i, half_of_classes(*s.levels), beta);
+    s.edge_table = make_edge_table(alpha, sigma, *s.levels);
     return;
   }
   s.decay.resize(soft_reach(*s.levels, s.gates, s.bins.beta) + 1);
@@ -202,7 +198,7 @@ void hard_classes(const Scale<A>& s, const A* x, A* j, int64_t n) {
 template <class A>
 void draw_classes(const Scale<A>& s, const Places<A>& at, A* j, int64_t n, uint64_t seed, uint64_t index) {
   Draws draws;
-  A mass[kMaxLevels][kPart], left[kPart] = {};
+  alignas(64) A mass[kMaxLevels][kPart], left[kPart] = {};
   std::fill(j, j + n, quiet_nan<A>());
   philox_loop(draws, n, seed, index);
   for (int k = 0; k < s.count; k++)
@@ -216,10 +212,11 @@ void draw_classes(const Scale<A>& s, const Places<A>& at, A* j, int64_t n, uint6
 
 template <bool kSlopes, class A>
 void edge_sums(const Scale<A>& s, EdgePart<A>& part, const A* x, int64_t n) {
-  middle_power_loop(x, part, n, s.edges, s.bins.inv_alpha);
-  const EdgePair<A>* pair = s.edge_pair;
-  for (int i = 0; i < s.edges.lower; i++) edge_pair_loop<true, kSlopes>(part, part.lower, n, *pair++);
-  for (int i = 0; i < s.edges.upper; i++) edge_pair_loop<false, kSlopes>(part, part.upper, n, *pair++);
+  const SoftEdges<A>& k = s.edge_table.edges;
+  middle_power_loop<kSlopes>(x, part, n, k, s.bins.inv_alpha);
+  const EdgePair<A>* pair = s.edge_table.pair;
+  for (int i = 0; i < k.lower; i++) edge_pair_loop<true, kSlopes>(part, part.lower, n, *pair++);
+  for (int i = 0; i < k.upper; i++) edge_pair_loop<false, kSlopes>(part, part.upper, n, *pair++);
 }
 
 // The first pass. kSteps: of s.steps that are looked at.
@@ -257,7 +254,7 @@ template <class A>
 void edge_value_part(const Scale<A>& s, const A* x, A* q, int64_t n) {
   EdgePart<A> part;
   edge_sums<false>(s, part, x, n);
-  edge_value_loop(part, q, n, s.edges, s.bins.alpha);
+  edge_value_loop(part, q, n, s.edge_table.edges, s.bins.alpha);
 }
 
 template <int kSteps, class A>
@@ -271,7 +268,7 @@ void soft_value_part(const Scale<A>& s, const A* x, A* q, int64_t n) {
 template <class A>
 void forward_part(const Problem& p, int64_t t, const Scale<A>& s, Mode mode, int64_t i, const A* x, A* q, int64_t n) {
   if (mode == kHard) {
-    A j[kPart];
+    alignas(64) A j[kPart];
     bounded_loop(x, j, n, s.bins, *s.bounds, *s.levels);
     scale_loop(j, q, n, s.bins.alpha);
   } else if (mode == kSoft) {
@@ -281,7 +278,7 @@ void forward_part(const Problem& p, int64_t t, const Scale<A>& s, Mode mode, int
     else soft_value_part<8>(s, x, q, n);
   } else {
     Places<A> at;
-    A j[kPart];
+    alignas(64) A j[kPart];
     place_loop(x, at, n, s.bins);
     draw_classes(s, at, j, n, p.seed, uint64_t(p.first[t] + i));
     scale_loop(j, q, n, s.bins.alpha);
@@ -297,7 +294,7 @@ void forward_into(const Problem& p, Mode mode, const Targets& q) {
   for_chunks(list.chunks, [&](int64_t chunk) {
     const Chunk& c = list.chunks[chunk];
     const int64_t t = c.tensor;
-    A in[kBlock];
+    alignas(64) A in[kBlock];
     Scale<A> s;
     for_rows(c, list.rows[t], [&](int64_t row, int64_t begin, int64_t end) {
       make_scale(s, p, t, row, bounds, needs);
@@ -353,7 +350,7 @@ void winner_part(const Problem& p, int64_t t, const Scale<A>& s, Mode mode, int6
   }
   winner_of_many_loop(w, g, y, n, s.sharp, s.bins, sums);
   if (!gates) return;
-  A tail[kPart] = {};
+  alignas(64) A tail[kPart] = {};
   for (int k = s.count - 1; k > 0; k--)
     gates->gate[k] += winner_gate_loop(w, w.mass[k], tail, n, s.level[k - 1].bottom, s.level[k - 1].top);
 }
@@ -362,7 +359,7 @@ template <class A>
 void edge_gradient_part(const Scale<A>& s, const A* x, const A* g, A* y, int64_t n, ScaleSums& sums) {
   EdgePart<A> part;
   edge_sums<true>(s, part, x, n);
-  edge_gradient_loop(part, g, y, n, s.edges, s.bins, sums);
+  edge_gradient_loop(part, g, y, n, s.edge_table.edges, s.bins, sums);
 }
 
 template <int kSteps, class A>
@@ -404,7 +401,7 @@ void backward_into(const Problem& p, const Tensors& grad, Mode mode, bool soft, 
     const Chunk& c = list.chunks[chunk];
     const int64_t t = c.tensor;
     GateSums* gate_sums = out.gates.empty() ? nullptr : &gate_parts[chunk];
-    A in[kBlock], gradient[kBlock];
+    alignas(64) A in[kBlock], gradient[kBlock];
     Scale<A> s;
     for_rows(c, list.rows[t], [&](int64_t row, int64_t begin, int64_t end) {
       make_scale(s, p, t, row, bounds, soft ? Needs::soft : Needs::winner);

@@ -55,7 +55,7 @@ QUANTOPS_SIMD void scale_loop(const A* __restrict j, A* __restrict q, int64_t n,
 // ------------------------------------------------------------------------------------ the place of x among the classes
 
 template <class A>
-struct Places {
+struct alignas(64) Places {
   A c[kPart], z[kPart];
 };
 
@@ -70,7 +70,7 @@ QUANTOPS_SIMD void place_loop(const A* __restrict x, Places<A>& at, int64_t n, c
 
 // ---------------------------------------------------------------------------------------------------------------- draw
 
-struct Draws {
+struct alignas(64) Draws {
   uint32_t first[kPart], second[kPart];
 };
 
@@ -339,7 +339,7 @@ void winner_of_one_block(const A* x, const A* g, A* out, int64_t size, const Bin
 
 // The masses of a part's elements, and the classes that won there.
 template <class A>
-struct WinnerPart {
+struct alignas(64) WinnerPart {
   Places<A> at;
   A j[kPart], gate[kPart];  // gate = G of j's level
   A total[kPart], by_x[kPart], by_alpha[kPart], top_s[kPart], top_n[kPart], bottom_s[kPart], bottom_n[kPart];
@@ -424,78 +424,6 @@ QUANTOPS_SIMD double winner_gate_loop(const WinnerPart<A>& w, const A* __restric
   return total;
 }
 
-// ------------------------------------------------------------------------------------------------ soft, over the edges
-
-template <class A>
-struct EdgePart {
-  A v[kPart];      // x from the middle of the grid, over alpha
-  A power[kPart];  // e there
-  A upper[kPart], lower[kPart], by_x[kPart], by_width[kPart];  // sums over the edges
-};
-
-template <class A>
-QUANTOPS_SIMD void middle_power_loop(const A* __restrict x, EdgePart<A>& part, int64_t n, const SoftEdges<A>& edges,
-                                      A inv_alpha) {
-  const SoftEdges<A> k = edges;
-  for (int64_t i = 0; i < n; i++) {
-    const A offset = offset_from_middle(x[i], k);
-    part.power[i] = middle_power(offset, k);
-    part.v[i] = offset * inv_alpha;
-  }
-  for (int64_t i = 0; i < n; i++) part.upper[i] = part.lower[i] = part.by_x[i] = part.by_width[i] = A(0);
-}
-
-// `parts`: the sum of P that the pair adds to.
-template <bool kLower, bool kSlopes, class A>
-QUANTOPS_SIMD void edge_pair_loop(EdgePart<A>& part, A* __restrict parts, int64_t n, const EdgePair<A>& edges) {
-  const EdgePair<A> pair = edges;
-  for (int64_t i = 0; i < n; i++) {
-    const EdgeShares<A> shares = edge_shares(part.power[i], pair);
-    parts[i] += edge_parts<kLower>(shares, pair);
-    if (kSlopes) {
-      const EdgeSlopes<A> slopes = edge_slopes(shares, pair, part.v[i]);
-      part.by_x[i] += slopes.by_x;
-      part.by_width[i] += slopes.by_width;
-    }
-  }
-}
-
-template <class A>
-QUANTOPS_SIMD void edge_value_loop(const EdgePart<A>& part, A* __restrict q, int64_t n, const SoftEdges<A>& edges,
-                                   A alpha) {
-  const SoftEdges<A> k = edges;
-  for (int64_t i = 0; i < n; i++) {
-    const A v = part.v[i], mean = edge_mean(part.upper[i], part.lower[i], outer_edges(part.power[i], k), k);
-    q[i] = alpha * (v == v ? mean : v);
-  }
-}
-
-template <class A>
-QUANTOPS_INLINE A edge_gradient_at(const EdgePart<A>& part, int64_t i, A g, const SoftEdges<A>& k, const Bins<A>& p,
-                                   A& alpha, A& sigma) {
-  const A v = part.v[i];
-  const OuterEdges<A> outer = outer_edges(part.power[i], k);
-  const EdgeSlopes<A> slopes = {v == v ? part.by_x[i] : v, part.by_width[i]};
-  const Factors<A> f = edge_factors(v, edge_mean(part.upper[i], part.lower[i], outer, k), slopes, outer, k, p);
-  alpha += g * f.alpha;
-  sigma += g * f.sigma;
-  return g * f.x;
-}
-
-template <class A>
-QUANTOPS_SIMD void edge_gradient_loop(const EdgePart<A>& part, const A* __restrict g, A* __restrict out, int64_t n,
-                                      const SoftEdges<A>& edges, const Bins<A>& bins, ScaleSums& sums) {
-  const SoftEdges<A> k = edges;
-  const Bins<A> p = bins;
-  Lanes<A> lanes;
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int j = 0; j < kLanes; j++)
-      out[i + j] = edge_gradient_at(part, i + j, g[i + j], k, p, lanes.alpha[j], lanes.sigma[j]);
-  for (int j = 0; i < n; i++, j++) out[i] = edge_gradient_at(part, i, g[i], k, p, lanes.alpha[j], lanes.sigma[j]);
-  lanes.add_to(sums);
-}
-
 // ---------------------------------------------------------------------------------------------- soft, over the classes
 
 // G of a class: weight[0] in the lowest of kMaxSoftBits nested intervals, weight[t] outside of the t lowest; so of
@@ -516,7 +444,7 @@ QUANTOPS_INLINE A gate_of(A i, const GateSteps<A>& gates) {
 
 // The soft sums of a part's elements.
 template <class A>
-struct SoftPart {
+struct alignas(64) SoftPart {
   Places<A> at;
   A y[kPart], w[kPart];
   A weight[kPart], first[kPart];       // after the first pass: 1/weight and the mean

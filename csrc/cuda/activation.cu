@@ -139,13 +139,18 @@ __device__ __forceinline__ Factors<A> soft_factors_at(A x, const Bins<A>& p, int
 constexpr int kTableThreads = 128;
 template <class A>
 __global__ void __launch_bounds__(kTableThreads) factors_kernel(Row<A>* table, const Widths<A> widths, bool soft) {
+  __shared__ EdgeTable<A> edges;
   const Levels levels = widths.levels();
   const Bins<A> p = widths.bins(levels);
   const int place = blockIdx.x * kTableThreads + threadIdx.x, count = places_of(levels);
+  const bool by_edges = soft && has_soft_edges(*widths.alpha, *widths.sigma, levels);
+  if (by_edges) fill_edge_table(edges, *widths.alpha, *widths.sigma, levels, static_cast<int>(threadIdx.x));
+  __syncthreads();
   if (place >= count) return;
   const A x = middle_of(place, count, p.alpha);
-  Factors<A> f = soft ? soft_factors_at(x, p, soft_reach(levels, static_cast<const A*>(nullptr), p.beta))
-                      : winner_factors_at(x, p, make_one_interval(p));
+  Factors<A> f = by_edges ? edge_gradients(x, edges, p)
+                 : soft   ? soft_factors_at(x, p, soft_reach(levels, static_cast<const A*>(nullptr), p.beta))
+                          : winner_factors_at(x, p, make_one_interval(p));
   if (!(p.alpha == p.alpha)) f = {p.alpha, p.alpha, p.alpha};  // out of range
   table[place] = {f.x, f.alpha, f.sigma, A(0)};
 }

@@ -1,11 +1,11 @@
 // Family `categorical` on CUDA: the ops of quantops/library.py over lists of tensors, one launch each; one more where
-// hard classes have gates, one or two where sums are wanted. What happens to an element is in csrc/categorical_math.h,
-// how a list is walked in table.cuh. Values on the GPU are never read back: those out of range give NaN for that
-// tensor.
+// hard classes have gates, one or two where sums are wanted. What happens to an element is in csrc/categorical_math.h
+// and csrc/soft_edges.h, how a list is walked in table.cuh. Values on the GPU are never read back: those out of range
+// give NaN for that tensor.
 #include <optional>
 #include <tuple>
 
-#include "../categorical_math.h"
+#include "../soft_edges.h"
 #include "table.cuh"
 
 namespace quantops::cuda {
@@ -171,33 +171,26 @@ struct SoftTable {
   }
 };
 
-// What the edges of a scale are, if the soft sum is taken over them.
+// The edges of a scale, if the soft sum is taken over them.
 template <class A>
-struct EdgeTable {
-  const SoftEdges<A>* edges;  // or null
-  const EdgePair<A>* pair;
+struct SharedEdges {
+  const EdgeTable<A>* table;  // or null
 
-  __device__ __forceinline__ EdgeTable(const CategoricalEntry& e, int64_t row, const Levels& l) {
-    __shared__ SoftEdges<A> shared[kWarpsPerBlock];
-    __shared__ EdgePair<A> shared_pair[kWarpsPerBlock][kMostEdgePairs];
+  __device__ __forceinline__ SharedEdges(const CategoricalEntry& e, int64_t row, const Levels& l) {
+    __shared__ EdgeTable<A> shared[kWarpsPerBlock];
     const A alpha = static_cast<const A*>(e.scale)[row], sigma = static_cast<const A*>(e.sigma)[row];
-    SoftEdges<A>* mine = &shared[warp_index()];
-    EdgePair<A>* pairs = shared_pair[warp_index()];
-    edges = nullptr;
-    pair = pairs;
+    EdgeTable<A>* mine = &shared[warp_index()];
+    table = nullptr;
     if (!e.gates && has_soft_edges(alpha, sigma, l)) {
-      const int half = half_of_classes(l), lane = lane_index();
-      const double beta = beta_of(static_cast<double>(alpha), static_cast<double>(sigma));
-      if (lane < half) pairs[lane] = make_edge_pair<A>(lane, half, beta);  // there are as many pairs
-      if (lane == 0) *mine = make_soft_edges(alpha, beta, l);
-      edges = mine;
+      fill_edge_table(*mine, alpha, sigma, l, lane_index());
+      table = mine;
     }
     __syncwarp();
   }
 };
 
-struct NoEdgeTable {
-  __device__ __forceinline__ NoEdgeTable(const CategoricalEntry&, int64_t, const Levels&) {}
+struct NoSharedEdges {
+  __device__ __forceinline__ NoSharedEdges(const CategoricalEntry&, int64_t, const Levels&) {}
 };
 
 // ---------------------------------------------------------------------------------------------------------- draws
@@ -252,54 +245,6 @@ struct Sample : CategoricalBase {
 
 // ----------------------------------------------------------------------------------------------------------- soft
 
-// The sums over the edges.
-template <class A>
-struct EdgeSums {
-  A lower, upper;
-  EdgeSlopes<A> slopes;
-};
-
-template <bool kLower, bool kSlopes, class A>
-__device__ __forceinline__ void add_edges(EdgeSums<A>& sums, A power, A v, const EdgePair<A>* pair, int count) {
-#pragma unroll 1
-  for (int i = 0; i < count; ++i) {
-    const EdgeShares<A> shares = edge_shares(power, pair[i]);
-    (kLower ? sums.lower : sums.upper) += edge_parts<kLower>(shares, pair[i]);
-    if (kSlopes) {
-      const EdgeSlopes<A> slopes = edge_slopes(shares, pair[i], v);
-      sums.slopes.by_x += slopes.by_x;
-      sums.slopes.by_width += slopes.by_width;
-    }
-  }
-}
-
-template <bool kSlopes, class A>
-__device__ __forceinline__ EdgeSums<A> edge_sums(A power, A v, const EdgeTable<A>& table) {
-  EdgeSums<A> sums = {A(0), A(0), {A(0), A(0)}};
-  add_edges<true, kSlopes>(sums, power, v, table.pair, table.edges->lower);
-  add_edges<false, kSlopes>(sums, power, v, table.pair + table.edges->lower, table.edges->upper);
-  return sums;
-}
-
-template <class A>
-__device__ __forceinline__ A edge_value(A x, const EdgeTable<A>& table, const Bins<A>& p) {
-  const SoftEdges<A>& k = *table.edges;
-  const A offset = offset_from_middle(x, k), power = middle_power(offset, k);
-  const EdgeSums<A> sums = edge_sums<false>(power, A(0), table);
-  const A mean = edge_mean(sums.upper, sums.lower, outer_edges(power, k), k);
-  return p.alpha * (x == x ? mean : x);
-}
-
-template <class A>
-__device__ __forceinline__ Factors<A> edge_gradients(A x, const EdgeTable<A>& table, const Bins<A>& p) {
-  const SoftEdges<A>& k = *table.edges;
-  const A offset = offset_from_middle(x, k), power = middle_power(offset, k), v = offset * p.inv_alpha;
-  EdgeSums<A> sums = edge_sums<true>(power, v, table);
-  if (v != v) sums.slopes.by_x = v;
-  const OuterEdges<A> outer = outer_edges(power, k);
-  return edge_factors(v, edge_mean(sums.upper, sums.lower, outer, k), sums.slopes, outer, k, p);
-}
-
 // The sums of the first pass over the classes that are felt.
 template <class A>
 __device__ __forceinline__ SoftSums<A> soft_sums(A c, A y, A w, const SoftTable<A>& table, const Bins<A>& p,
@@ -324,7 +269,7 @@ struct SoftValue : CategoricalBase {
   using A = Acc<W>;
   struct State {
     Bins<A> p;
-    EdgeTable<A> edges;
+    SharedEdges<A> edges;
     SoftTable<A> table;
   };
   Source source;
@@ -332,11 +277,11 @@ struct SoftValue : CategoricalBase {
   __device__ __forceinline__ State begin(const E& e, int64_t row, int which) const {
     const Levels l = source.levels<A>(e, which);
     const Bins<A> p = source.bins<A>(e, row, l);
-    return {p, EdgeTable<A>(e, row, l), SoftTable<A>(e, l, p.beta)};
+    return {p, SharedEdges<A>(e, row, l), SoftTable<A>(e, l, p.beta)};
   }
   __device__ __forceinline__ O apply(X wide, None, const State& s) const {
     const A x = widen(wide);
-    if (s.edges.edges) return Narrow<O>::from(edge_value(x, s.edges, s.p));
+    if (s.edges.table) return Narrow<O>::from(edge_value(x, *s.edges.table, s.p));
     const A c = nearest_class(x, s.p), z = offset_of(x, c, s.p);
     const SoftSums<A> sums = soft_sums(c, exponential(z - s.p.half), exponential(-z - s.p.half), s.table, s.p,
                                        source.is_signed);
@@ -532,7 +477,7 @@ struct SoftBackward : CategoricalBase {
   using G = Grad;
   using O = W;
   using A = Acc<W>;
-  using Edges = std::conditional_t<kGates, NoEdgeTable, EdgeTable<A>>;
+  using Edges = std::conditional_t<kGates, NoSharedEdges, SharedEdges<A>>;
   struct State {
     Bins<A> p;
     Edges edges;
@@ -554,8 +499,8 @@ struct SoftBackward : CategoricalBase {
   __device__ __forceinline__ O apply(X wide, G gx, State& s) const {
     const A x = widen(wide), g = static_cast<A>(widen(gx));
     if constexpr (!kGates) {
-      if (s.edges.edges) {
-        const Factors<A> f = edge_gradients(x, s.edges, s.p);
+      if (s.edges.table) {
+        const Factors<A> f = edge_gradients(x, *s.edges.table, s.p);
         s.sums.add(g, f);
         return Narrow<O>::from(g * f.x);
       }
