@@ -97,16 +97,24 @@ def group_lasso(layers):
 
 
 class FixedBits(nn.Module):
-    """w -> step * clamp(rint(w / step)), straight through: how BSQ finetunes at the bits that it found."""
+    """w = scale * clamp(rint(m v), -m, m) / m, m = 2^n - 1, straight through: BSQ finetunes so at the bits it found.
+
+    The parameters are v and ``scale``, m steps at first. Where a batch norm follows, the penalty has made steps small:
+    the weights themselves would be lost at rates that v, of the size of one, learns at.
+    """
 
     def __init__(self, step, bits):
         super().__init__()
-        self.most = float(2**bits - 1)
-        self.register_buffer("step", step.detach().clone())
+        self.levels = float(2**bits - 1)
+        self.most = max(self.levels, 1.0)
+        self.scale = nn.Parameter(step.detach() * self.most)
 
-    def forward(self, w):
-        v = w / self.step
-        return (v + (v.round().clamp(-self.most, self.most) - v).detach()) * self.step
+    def right_inverse(self, w):
+        return w / self.scale
+
+    def forward(self, v):
+        q = (v * self.most).round().clamp(-self.levels, self.levels) / self.most
+        return self.scale * (v + (q - v).detach())
 
 
 class CSQWeight(nn.Module):

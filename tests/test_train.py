@@ -394,11 +394,23 @@ def test_bsq_finetunes_at_the_bits_it_found():
     before = model[0].weight.detach().clone()
     assert method.after_step(4, None, None) and method.penalty() is None and not method.after_step(6, None, None)
     torch.testing.assert_close(model[0].weight, before)
-    assert sum(p.numel() for p in model.parameters()) == 52 + 7
+    assert sum(p.numel() for p in model.parameters()) == 52 + 7 + 2
     assert len(model[0].weight.unique()) <= 31
     assert method.average_bits() == (40 * 4 + 12 * 8) / 52 and [e["step"] for e in method.log] == [2, 4]
     model[0].weight.sum().backward()
-    assert torch.equal(model[0].parametrizations.weight.original.grad, torch.ones(4, 10))
+    fixed, v = model[0].parametrizations.weight[0], model[0].parametrizations.weight.original
+    assert torch.equal(v.grad, torch.ones(4, 10) * fixed.scale) and 0.5 < v.abs().max() <= 1  # whatever the step is
+    torch.testing.assert_close(fixed.scale.grad * fixed.scale, model[0].weight.sum())
+
+
+def test_bsq_finetunes_layers_without_bits():
+    model = nn.Sequential(nn.Linear(3, 2))
+    method = methods.BSQ(model, 2, bits=2, strength=0.1, adjustments=1, search=0.5)
+    bitlevel.planes(model[0]).data.zero_()
+    assert method.after_step(1, None, None) and method.widths() == {"0": (6, 0)}
+    model[0](torch.ones(1, 3)).sum().backward()
+    assert torch.equal(model[0].weight, torch.zeros(2, 3))
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_csq_starts_at_the_weights_and_ends_binary():
