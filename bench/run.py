@@ -120,7 +120,7 @@ def measure_one(case, workload, dtype, plan):
     peers, absent, compiled = _peers(case, x, workload, dtype, plan, room)
 
     moved = case.bytes(DTYPES[dtype].itemsize)
-    copy, factor = copier(x, moved)
+    copy, factor = copier(x, moved, scaled=is_large(shapes))
     functions = {OURS: lambda: case.run(x), COPY: copy, **{name: function for name, (_, function) in peers.items()}}
     captured = [OURS, COPY]
     if plan.cuda:

@@ -254,12 +254,17 @@ def test_functions_take_turns_in_random_order():
     assert all(len(t) == 30 for t in times.values())
 
 
-def test_the_copy_moves_the_bytes_of_the_op():
+def test_the_copy_moves_the_bytes_of_the_op(monkeypatch):
     w = [torch.ones(10), torch.ones(6)]
     half = types.SimpleNamespace(source=w, target=[t.new_zeros(t.shape, dtype=torch.bfloat16) for t in w], numel=16)
-    copy, factor = registry.copier(half, bytes_per_element=12)  # it moves 4 + 2
+    copied = []
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, of: copied.extend(t.copy_(s) for t, s in zip(to, of)))
+    copy, factor = registry.copier(half, bytes_per_element=12)  # it moves 4 + 2, and 6 more of other memory
     copy()
-    assert factor == 2 and all((t == 1).all() for t in half.target)
+    assert factor == 1 and all((t == 1).all() for t in copied) and len(copied) == 3
+    assert all(t is s for t, s in zip(copied, half.target)) and copied[-1].nbytes == 6 * 16 // 2
+    copy, factor = registry.copier(half, bytes_per_element=12, scaled=True)
+    assert factor == 2 and len(copied) == 3
     twice = types.SimpleNamespace(source=w * 2, target=[torch.zeros_like(t) for t in w * 2], numel=16)
     assert registry.copier(twice, bytes_per_element=12)[1] == 12 / 16  # one read and two writes, of 4 bytes each
 
