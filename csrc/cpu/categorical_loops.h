@@ -125,6 +125,13 @@ template <class A>
 struct Lanes {
   A alpha[kLanes] = {}, sigma[kLanes] = {};
 
+  // g dq/dx of an element.
+  QUANTOPS_INLINE A add(int lane, A g, const Factors<A>& f) {
+    alpha[lane] += g * f.alpha;
+    sigma[lane] += g * f.sigma;
+    return g * f.x;
+  }
+
   void add_to(ScaleSums& sums) const {
     for (int j = 0; j < kLanes; j++) {
       sums.alpha += alpha[j];
@@ -132,6 +139,18 @@ struct Lanes {
     }
   }
 };
+
+// Gradients of the elements, and the sums of those of alpha and sigma; `factors(i)`, marked QUANTOPS_LANES, of one.
+template <class A, class F>
+QUANTOPS_INLINE void gradient_lanes(const A* __restrict g, A* __restrict out, int64_t n, ScaleSums& sums,
+                                    const F& factors) {
+  Lanes<A> lanes;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int j = 0; j < kLanes; j++) out[i + j] = lanes.add(j, g[i + j], factors(i + j));
+  for (int j = 0; i < n; i++, j++) out[i] = lanes.add(j, g[i], factors(i));
+  lanes.add_to(sums);
+}
 
 // The case of one interval, in short loops, of which the processor has more under way at a time than of a long one.
 constexpr int64_t kOnePart = 512;
@@ -379,27 +398,16 @@ void level_loop(WinnerPart<A>& w, int t, int64_t n, const Level<A>& k, A below, 
 }
 
 template <class A>
-QUANTOPS_INLINE A winner_of_many_at(WinnerPart<A>& w, int64_t i, A g, A sharp, const Bins<A>& p, A& alpha, A& sigma) {
-  const Masses<A> m = {w.total[i], w.by_x[i], w.by_alpha[i], {}, {}};
-  A r;
-  const Factors<A> f = winner_of_many(m, w.at.c[i], w.at.z[i], w.j[i], w.gate[i], sharp, p, r);
-  w.share[i] = g * (p.alpha * (w.j[i] * r));
-  alpha += g * f.alpha;
-  sigma += g * f.sigma;
-  return g * f.x;
-}
-
-template <class A>
 QUANTOPS_SIMD void winner_of_many_loop(WinnerPart<A>& w, const A* __restrict g, A* __restrict out, int64_t n, A sharp,
                                        const Bins<A>& bins, ScaleSums& sums) {
   const Bins<A> p = bins;
-  Lanes<A> s;
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int j = 0; j < kLanes; j++)
-      out[i + j] = winner_of_many_at(w, i + j, g[i + j], sharp, p, s.alpha[j], s.sigma[j]);
-  for (int j = 0; i < n; i++, j++) out[i] = winner_of_many_at(w, i, g[i], sharp, p, s.alpha[j], s.sigma[j]);
-  s.add_to(sums);
+  gradient_lanes(g, out, n, sums, [&](int64_t i) QUANTOPS_LANES {
+    const Masses<A> m = {w.total[i], w.by_x[i], w.by_alpha[i], {}, {}};
+    A r;
+    const Factors<A> f = winner_of_many(m, w.at.c[i], w.at.z[i], w.j[i], w.gate[i], sharp, p, r);
+    w.share[i] = g[i] * (p.alpha * (w.j[i] * r));
+    return f;
+  });
 }
 
 // Sum of share * ([j is in a level above t] - r of those levels), from the highest t down: `tail` collects their
@@ -534,25 +542,13 @@ QUANTOPS_SIMD void soft_tail_loop(const A* __restrict c, const A* __restrict of_
 }
 
 template <class A>
-QUANTOPS_INLINE A soft_gradient_at(const SoftPart<A>& s, int64_t i, A g, const Bins<A>& p, A& alpha, A& sigma) {
-  const SoftSlopes<A> slopes = {s.by_x[i], s.by_width[i]};
-  const Factors<A> f = soft_factors(slopes, s.at.c[i], s.at.z[i], s.first[i], s.weight[i], p);
-  alpha += g * f.alpha;
-  sigma += g * f.sigma;
-  return g * f.x;
-}
-
-template <class A>
 QUANTOPS_SIMD void soft_gradient_loop(const SoftPart<A>& s, const A* __restrict g, A* __restrict out, int64_t n,
                                       const Bins<A>& bins, ScaleSums& sums) {
   const Bins<A> p = bins;
-  Lanes<A> lanes;
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int j = 0; j < kLanes; j++)
-      out[i + j] = soft_gradient_at(s, i + j, g[i + j], p, lanes.alpha[j], lanes.sigma[j]);
-  for (int j = 0; i < n; i++, j++) out[i] = soft_gradient_at(s, i, g[i], p, lanes.alpha[j], lanes.sigma[j]);
-  lanes.add_to(sums);
+  gradient_lanes(g, out, n, sums, [&](int64_t i) QUANTOPS_LANES {
+    const SoftSlopes<A> slopes = {s.by_x[i], s.by_width[i]};
+    return soft_factors(slopes, s.at.c[i], s.at.z[i], s.first[i], s.weight[i], p);
+  });
 }
 
 // The sum of g dq/dG over the levels above t, times G.

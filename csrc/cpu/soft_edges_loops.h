@@ -53,29 +53,16 @@ QUANTOPS_SIMD void edge_value_loop(const EdgePart<A>& part, A* __restrict q, int
 }
 
 template <class A>
-QUANTOPS_INLINE A edge_gradient_at(const EdgePart<A>& part, int64_t i, A g, const SoftEdges<A>& k, const Bins<A>& p,
-                                   A& alpha, A& sigma) {
-  const A v = part.v[i];
-  const OuterEdges<A> outer = outer_edges(part.power[i], k);
-  const EdgeSlopes<A> slopes = {v == v ? part.by_x[i] : v, part.by_width[i]};
-  const Factors<A> f = edge_factors(v, edge_mean(part.upper[i], part.lower[i], outer, k), slopes, outer, k, p);
-  alpha += g * f.alpha;
-  sigma += g * f.sigma;
-  return g * f.x;
-}
-
-template <class A>
 QUANTOPS_SIMD void edge_gradient_loop(const EdgePart<A>& part, const A* __restrict g, A* __restrict out, int64_t n,
                                       const SoftEdges<A>& edges, const Bins<A>& bins, ScaleSums& sums) {
   const SoftEdges<A> k = edges;
   const Bins<A> p = bins;
-  Lanes<A> lanes;
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int j = 0; j < kLanes; j++)
-      out[i + j] = edge_gradient_at(part, i + j, g[i + j], k, p, lanes.alpha[j], lanes.sigma[j]);
-  for (int j = 0; i < n; i++, j++) out[i] = edge_gradient_at(part, i, g[i], k, p, lanes.alpha[j], lanes.sigma[j]);
-  lanes.add_to(sums);
+  gradient_lanes(g, out, n, sums, [&](int64_t i) QUANTOPS_LANES {
+    const A v = part.v[i];
+    const OuterEdges<A> outer = outer_edges(part.power[i], k);
+    const EdgeSlopes<A> slopes = {v == v ? part.by_x[i] : v, part.by_width[i]};
+    return edge_factors(v, edge_mean(part.upper[i], part.lower[i], outer, k), slopes, outer, k, p);
+  });
 }
 
 }  // namespace quantops
