@@ -54,6 +54,7 @@ class BSQWeight(nn.Module):
     def __init__(self, weight, bits):
         super().__init__()
         self.shape, self.scale = weight.shape, nn.Parameter(_top(weight))
+        self.register_buffer("size", weight.detach().abs().mean())
         self.register_buffer("unit", torch.full((), 1 / (2**bits - 1), device=weight.device))
         self.register_buffer("powers", _powers(torch.arange(bits, device=weight.device)))
 
@@ -97,24 +98,25 @@ def group_lasso(layers):
 
 
 class FixedBits(nn.Module):
-    """w = scale * clamp(rint(m v), -m, m) / m, m = 2^n - 1, straight through: BSQ finetunes so at the bits it found.
+    """w = gain * step * clamp(rint(u / step), -m, m), m = 2^n - 1, straight through: u, finetuned at the bits BSQ found.
 
-    The parameters are v and ``scale``, m steps at first. Where a batch norm follows, the penalty has made steps small:
-    the weights themselves would be lost at rates that v, of the size of one, learns at.
+    The penalty makes weights small where a batch norm follows. ``gain`` gives u the size that weights had when training
+    began, without which no rate would suit all layers. ``weight``: what ``of``, a BSQWeight, gives.
     """
 
-    def __init__(self, step, bits):
+    def __init__(self, of, weight, bits):
         super().__init__()
-        self.levels = float(2**bits - 1)
-        self.most = max(self.levels, 1.0)
-        self.scale = nn.Parameter(step.detach() * self.most)
+        size = weight.detach().abs().mean()
+        self.most = float(2**bits - 1)
+        self.register_buffer("gain", torch.where(size > 0, size / of.size, 1.0))
+        self.register_buffer("step", of.step.detach() / self.gain)
 
     def right_inverse(self, w):
-        return w / self.scale
+        return w / self.gain
 
-    def forward(self, v):
-        q = (v * self.most).round().clamp(-self.levels, self.levels) / self.most
-        return self.scale * (v + (q - v).detach())
+    def forward(self, u):
+        v = u / self.step
+        return (v + (v.round().clamp(-self.most, self.most) - v).detach()) * (self.gain * self.step)
 
 
 class CSQWeight(nn.Module):

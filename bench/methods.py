@@ -317,8 +317,9 @@ class BSQ(_BitLevel):
         """Float weights from here on, quantized to the bits that were found."""
         self.fixed = widths
         for name, layer, p in self.layers:
+            fixed = bitlevel.FixedBits(p, layer.weight, widths[name])
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-            parametrize.register_parametrization(layer, "weight", bitlevel.FixedBits(p.step, widths[name]), unsafe=True)
+            parametrize.register_parametrization(layer, "weight", fixed, unsafe=True)
         self.layers = []
 
     def widths(self):
