@@ -5,6 +5,7 @@ import torch
 
 from bench import machine, measure
 from bench.registry import COPY, OURS, Absent, copier
+from bench.room import is_large
 from bench.run import DTYPES
 from bench.shapes import shapes_of
 
@@ -24,7 +25,7 @@ def test_case(benchmark, case, workload, dtype, function):
         measure.check_served(lambda: case.run(x), DEVICE)
         call = lambda: case.run(x)  # noqa: E731
     elif function == COPY:
-        call, factor = copier(x, moved)
+        call, factor = copier(x, moved, scaled=is_large(shapes_of(workload)))
         benchmark.extra_info["bytes_of_the_op / bytes_copied"] = factor
     else:
         try:
