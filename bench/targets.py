@@ -20,6 +20,7 @@ OWN = {
     "categorical step": {"cpu": 1 / 1.6},
     "categorical step, soft gradient, 4 bits": {},  # nothing is promised of it
 }
+MSQ_STEP = {"1M": 2.5, "16M": 1.4}  # times a copy, float32 on a CPU: the scale is one more read of w than its bytes
 KEPT = 0.05  # bytes per weight: scales and penalties, one per tensor or row
 CALL_MICROSECONDS = 5.0
 STEP = 1.03
@@ -127,6 +128,11 @@ def of_ops(result):
             most = 1 / OWN[case][kind]
             found += _verdict(f"{case} takes {most:.2f}x of a copy or less", figures,
                               lambda v, most=most: v > most, max)
+    for workload, most in MSQ_STEP.items() if kind == "cpu" else ():
+        figures = [(1 / share(r), _where(r)) for r in rows
+                   if (r["case"], r["workload"], r["dtype"]) == ("msq step", workload, "float32")]
+        found += _verdict(f"msq step at {workload} takes {most:.2f}x of a copy or less", figures,
+                          lambda v, most=most: v > most, max)
     figures = [(r["ratio"][peer], f"{_where(r)}, {peer}") for r in rows for peer in COMPILED if peer in r["ratio"]]
     found += _verdict("torch.compile takes 1.00x of quantops' time or more", figures, lambda v: v < 1, min)
     figures = [(kept(r) - r["keeps"], _where(r)) for r in rows if "saved_bytes" in r and r["workload"] != CALL]
