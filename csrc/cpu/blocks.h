@@ -122,9 +122,9 @@ struct Results<From, BFloat16, true> {
 #if defined(__x86_64__)
 inline const bool kHasAvx2 = __builtin_cpu_supports("avx2");
 
-// Past the caches; `to` and `bytes`: multiples of 16. Half a line at a time where that can be: with quarters, ops ran at a
-// half to a third of their speed wherever memory happened to lie badly. As text, since clones for older processors are
-// compiled from it too.
+// Past the caches; `to` and `bytes`: multiples of 16. Half a line at a time where that can be: with quarters, ops ran
+// at a half to a third of their speed wherever memory happened to lie badly. As text, since clones for older processors
+// are compiled from it too.
 QUANTOPS_INLINE void stream_lines(char* to, const char* from, int64_t bytes) {
   int64_t i = 0;
   if (kHasAvx2 && reinterpret_cast<intptr_t>(to) % 32 == 0)
