@@ -1,4 +1,4 @@
-// Moves blocks of elements between storage (any dtype) and the arithmetic dtype, so that the arithmetic is written once.
+// Moves blocks of elements between storage (any dtype) and the arithmetic dtype, so that arithmetic is written once.
 #pragma once
 #include <torch/headeronly/util/Half.h>
 
