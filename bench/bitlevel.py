@@ -101,7 +101,7 @@ class FixedBits(nn.Module):
     """w = gain * step * clamp(rint(u / step), -m, m), m = 2^n - 1, straight through: u is finetuned at the bits found.
 
     The penalty makes weights small where a batch norm follows. ``gain`` gives u the size that weights had when training
-    began, without which no rate would suit all layers. ``weight``: what ``of``, a BSQWeight, gives.
+    began, which its rate is made for. ``weight``: what ``of``, a BSQWeight, gives.
     """
 
     def __init__(self, of, weight, bits):
