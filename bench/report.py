@@ -47,9 +47,10 @@ class Device:
 
 
 def devices(folders=None):
-    """The folders that have results."""
+    """The folders that have results, the latest first; of one day, that with most rows."""
     found = [Device(Path(f)) for f in folders or sorted(p for p in RESULTS.iterdir() if p.is_dir())]
-    return [d for d in found if d.all]
+    return sorted((d for d in found if d.all), reverse=True,
+                  key=lambda d: (max(r["machine"]["date"] for r in d.all), sum(len(r["rows"]) for r in d.all)))
 
 
 def _time(seconds):
@@ -219,9 +220,14 @@ def verdicts(device):
     return found
 
 
+def brief(device):
+    """What was measured, and the targets: the part in the README of all devices but the first."""
+    return f"**{device.heading()}**\n\n{targets.table(verdicts(device))}"
+
+
 def summary(device):
-    """The part of a device in the README."""
-    parts = [f"**{device.heading()}**", targets.table(verdicts(device))]
+    """The part of the first device in the README."""
+    parts = [brief(device)]
     if device.ops:
         parts += ["The MSQ step (scales, quantized weights, sums, gradient); peers as multiples of quantops' time:",
                   step_table(device)]
@@ -371,7 +377,8 @@ def insert(path, text, begin=BEGIN, end=END):
 
 
 def report(args):
-    """Draws the plots and writes report.md beside the results; prints the summary, and writes it --into a page."""
+    """Draws the plots and writes report.md beside the results; prints the summary of the first device and the targets of
+    the others, and writes that --into a page."""
     found = devices(args.folders)
     if not found:
         raise SystemExit(f"bench: no results in {', '.join(map(str, args.folders)) or RESULTS}")
@@ -381,7 +388,8 @@ def report(args):
         (device.folder / "report.md").write_text(page(device))
         link = (device.folder / "report.md").resolve()
         link = link.relative_to(ROOT) if link.is_relative_to(ROOT) else link
-        texts.append(f"{summary(device)}\n\nEvery figure, and plots: [{link}]({link}).")
+        text = summary(device) if device is found[0] else brief(device)
+        texts.append(f"{text}\n\nEvery figure, and plots: [{link}]({link}).")
     costs = static.load()
     if costs:
         path = static.PATH.with_suffix(".md")

@@ -411,6 +411,20 @@ def test_report(result, tmp_path, capsys):
         main(["report", str(tmp_path), "--into", str(page)])
 
 
+def test_of_several_devices_the_latest_is_told_whole(result, tmp_path):
+    for name, date in (("early", "2026-01-01"), ("late", "2026-01-02")):
+        (tmp_path / name).mkdir()
+        _rewrite(result, tmp_path / name / "ops-cpp.json",
+                 lambda data, name=name, date=date: data["machine"].update(device=f"the {name} one", date=date))
+    page = tmp_path / "README.md"
+    page.write_text(f"{report.BEGIN}\n{report.END}\n")
+    assert main(["report", str(tmp_path / "early"), str(tmp_path / "late"), "--into", str(page)]) == 0
+    late, early = page.read_text().split("the early one")
+    assert "the late one" in late and "an eager call" in late
+    assert "| target |" in early and "an eager call" not in early
+    assert "an eager call" in (tmp_path / "early" / "report.md").read_text()
+
+
 def _row(**changes):
     return {"case": "c", "workload": "16M", "dtype": "float32", "numel": 100, "trains": False, "keeps": 0.0,
             "headline": "warm", "share_of_copy": {"warm": 0.9}, "ratio": {}, **changes}
