@@ -19,7 +19,8 @@ class CategoricalActivation(torch.nn.Module):
 
     alpha and sigma are learned as ``log_alpha`` and ``log_sigma`` (see quantops/positive.py). They start with the first
     batch, from its positive part h: alpha = 2 mean(h) / sqrt(2^bits - 1) (Esser et al. 2020), 1 where that is
-    nothing to start from; sigma is a fraction of alpha.
+    nothing to start from; sigma is a fraction of alpha. In DDP each process starts from its own batch, and DDP's
+    broadcast of buffers makes these one: with broadcast_buffers=False, run a forward before the model is wrapped.
 
     What the backward pass needs. The exact gradients of :func:`quantops.categorical` need x, which nothing else in a
     network keeps: 32 bits per element. What the next layer (a convolution, a linear layer) keeps is q, hence j. With
@@ -74,15 +75,19 @@ class CategoricalActivation(torch.nn.Module):
     def _start(self, x):
         mean = x.to(self.alpha_start.dtype).clamp(min=0).mean()
         usable = (mean > 0) & (mean < torch.inf)
-        self.alpha_start.copy_(torch.where(usable, 2 * mean / self.highest**0.5, 1.0).reshape(1))
+        start = torch.where(usable, 2 * mean / self.highest**0.5, 1.0).reshape(1)
+        # A copy whose buffers are those of a module that has begun (an average of models) keeps what it was given.
+        self.alpha_start.copy_(torch.where(self.alpha_start > 0, self.alpha_start, start))
         self.started = True
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
         self.started = bool(self.alpha_start > 0)
+        if self.bits.is_meta:  # it is not in the state dict, which a model on the meta device gets its values from
+            self.bits = torch.full_like(self.bits, (self.highest + 1).bit_length() - 1, device=self.alpha_start.device)
 
     def extra_repr(self):
-        return f"bits={int(self.bits)}, grad={self.grad!r}"
+        return f"bits={(self.highest + 1).bit_length() - 1}, grad={self.grad!r}"
 
 
 def replace_relus(model, make):
@@ -92,3 +97,6 @@ def replace_relus(model, make):
         raise ValueError("act_bits: expected modules of nn.ReLU or nn.ReLU6 to quantize, "
                          f"{type(model).__name__} has none")
     replace(model, lambda m: make(like) if type(m) in RELUS else None)
+    for m in model.modules():  # nn.TransformerEncoderLayer evaluates a fused ReLU by this number
+        if isinstance(getattr(m, "activation", None), CategoricalActivation) and hasattr(m, "activation_relu_or_gelu"):
+            m.activation_relu_or_gelu = 0

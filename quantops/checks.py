@@ -432,6 +432,16 @@ def _reach(t):
     return (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))) * t.element_size()
 
 
+def all_or_none_on_meta(arguments):
+    """ValueError for an op's arguments, {name: value}, of which a part is on the meta device: only the fake kernel sees
+    those, and what it returns has no values."""
+    found = [(name, t) for name, v in arguments.items() for t in (v if isinstance(v, (list, tuple)) else [v])
+             if isinstance(t, torch.Tensor)]
+    for name, t in found:
+        if t.is_meta != found[0][1].is_meta:
+            raise ValueError(f"{name}: expected device {found[0][1].device}, where {found[0][0]} is, got {t.device}")
+
+
 def structure(arguments):
     """Whether an op's arguments, {name: value}, fit each other, so that a kernel stays within them.
 

@@ -177,6 +177,9 @@ def remove_quantizers(model, leave_quantized):
     for name, _, quantizer in quantized(model):
         layer = model.get_submodule(name)
         _own_class(layer)
+        if leave_quantized:  # in a Parameter of its own: others may share that of the layer, and are not quantized
+            owner = layer.parametrizations[WEIGHT]
+            owner.original = torch.nn.Parameter(owner.original.clone(), owner.original.requires_grad)
         parametrize.remove_parametrizations(layer, WEIGHT, leave_parametrized=leave_quantized)
         weight, parameters = layer._parameters.pop(WEIGHT), list(layer._parameters.items())
         parameters.insert(quantizer.place, (WEIGHT, weight))

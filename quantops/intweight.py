@@ -88,13 +88,17 @@ def to_int(model):
     ``dequantize()`` equals the training forward bit for bit (without autocast), with CPQ the evaluated one. Biases and
     layers that are not quantized are not in it.
 
-    Raises ValueError for a model without quantized weights and for weights with NaN or inf, naming the layer.
+    Raises ValueError for a model without quantized weights, for weights with NaN or inf and for those that have other
+    parametrizations too, naming the layer.
     """
-    layers = quantized(model)
+    layers = quantized(getattr(model, "_orig_mod", model))
     if not layers:
         raise ValueError(f"model: expected weights quantized by quantops.quantize_, {type(model).__name__} has none")
     weights = {}
     for name, owner, quantizer in layers:
+        if len(owner) > 1:
+            raise ValueError(f"{name or 'model'}: expected a weight with no other parametrization than that of "
+                             f"quantize_, got {', '.join(type(p).__name__ for p in owner)}")
         if not bool(torch.isfinite(owner.original).all()):
             raise ValueError(f"{name or 'model'}: the weight has NaN or inf values, which no code stands for")
         weights[f"{name}.weight".removeprefix(".")] = quantizer.to_int(owner.original)
@@ -279,6 +283,10 @@ def _targets(model, weights):
     for name, v in weights.items():
         if name not in params:
             raise ValueError(f"{name}: the model has no parameter of this name")
+        tied = [n for n, p in params.items() if p is params[name] and n not in weights]
+        if tied:
+            raise ValueError(f"{name}: the model has one parameter for it and {', '.join(tied)}, which the file does "
+                             "not have and was not quantized; expected a model with a parameter for each")
         if params[name].shape != v.shape:
             raise ValueError(f"{name}: the file has shape {tuple(v.shape)}, the model {tuple(params[name].shape)}")
     return params

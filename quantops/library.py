@@ -142,7 +142,14 @@ for _family, _schemas in OPS.items():
 
 
 def _fake(fn):
-    torch.library.register_fake("quantops::" + fn.__name__.removeprefix("_fake_"), fn, lib=_lib)
+    name = fn.__name__.removeprefix("_fake_")
+    names = [a.name for a in getattr(ops, name).default._schema.arguments]
+
+    def fake(*args, **kwargs):
+        checks.all_or_none_on_meta({**dict(zip(names, args)), **kwargs})
+        return fn(*args, **kwargs)
+
+    torch.library.register_fake("quantops::" + name, fake, lib=_lib)
     return fn
 
 

@@ -11,7 +11,9 @@ counter, the same bits, no optimizer step since, the same output dtype, a fittin
 computes its own, so a submodule may be called alone and autocast may begin inside the model (enter it around the root's
 call, or the work of the hook is wasted). The q of all layers live until the next forward of the root begins: one copy
 of the weights, in q's dtype. They outlive the forward on purpose, since non-reentrant torch.utils.checkpoint reads
-``layer.weight`` again in the backward pass and must find the same tensors.
+``layer.weight`` again in the backward pass and must find the same tensors. It finds those of the last forward: where a
+q is drawn (DropBits, mode="sample") and one backward pass serves several forwards of a model with checkpointed parts,
+take fuse="layer".
 
 fuse="layer". Each layer quantizes its own weight when it is read, and no q is kept. Gradients become ready layer by
 layer, which DDP needs to overlap communication; with fuse="model" they all become ready at the end of the backward
@@ -260,6 +262,11 @@ def batches(pairs):
         quantizers.append(p)
         weights.append(w)
     return list(found.values())
+
+
+def shown(t):
+    """An integer tensor of one element, as it is printed."""
+    return "?" if t.is_meta else int(t)
 
 
 def check_module(model):

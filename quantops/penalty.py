@@ -14,8 +14,9 @@ def penalty(model):
     MSQ: the LSB penalties, :func:`quantops.methods.msq.penalty`. CPQ: the bits that DropBits is expected to keep,
     :func:`quantops.methods.cpq.penalty`, where it learns them. Raises ValueError for a model without either.
     """
-    kinds = {type(p) for _, _, p in quantized(model)}
-    parts = [method.penalty(model) for kind, method in ((msq.MSQWeight, msq), (cpq.CPQWeight, cpq)) if kind in kinds]
+    quantizers = [p for _, _, p in quantized(model)]
+    parts = [method.penalty(model) for method, has_one in (
+        (msq, lambda p: isinstance(p, msq.MSQWeight)), (cpq, cpq.learns_bits)) if any(map(has_one, quantizers))]
     if not parts:
         raise ValueError("model: expected weights quantized with MSQConfig or CPQConfig(dropbits='learned'), "
                          f"{type(model).__name__} has none")

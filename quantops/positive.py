@@ -2,6 +2,7 @@
 
 import torch
 
+from quantops.autograd.common import each
 from quantops.reference.uniform import acc_dtype
 
 REACH = 20.0  # |log| at most: factors from 2e-9 to 5e8
@@ -18,10 +19,8 @@ def positive(start, log):
 
 def positives(starts, logs, dtype):
     """:func:`positive` of lists of tensors with one dimension, in as many ops as of one."""
-    if len(starts) == 1:
-        return [positive(starts[0], logs[0]).to(dtype)]
-    values = positive(torch.cat(starts), torch.cat(logs)).to(dtype)
-    return list(values.split([log.numel() for log in logs]))
+    start = torch.cat(starts) if len(starts) > 1 else starts[0]
+    return each(lambda log: positive(start, log).to(dtype), logs)
 
 
 def grid_step(w, bits, *, per_row):

@@ -2,7 +2,7 @@
 
 import torch
 
-from quantops.autograd.common import any_given, below_autograd, call, materialize
+from quantops.autograd.common import any_given, below_autograd, call, materialize, of_used
 
 ops = torch.ops.quantops
 
@@ -15,7 +15,7 @@ class _Categorical(torch.autograd.Function):
         q = below_autograd(keyset, op, args)
         x, _, _, bits, gates, seed, *ctx.options, _ = args
         ctx.set_materialize_grads(False)
-        ctx.count, ctx.gate_count, ctx.has_seed = len(x), len(gates), seed is not None
+        ctx.count, ctx.gate_count, ctx.has_seed, ctx.dtype = len(x), len(gates), seed is not None, q[0].dtype
         ctx.save_for_backward(*tensors, bits, *([seed] if ctx.has_seed else []))
         return tuple(q)
 
@@ -30,10 +30,11 @@ class _Categorical(torch.autograd.Function):
         wanted = ctx.needs_input_grad[3:]  # of x, alpha, sigma, gates
         scale_grad, gate_grad = any(wanted[n: 3 * n]), any(wanted[3 * n:])
         grad_x, grad_alpha, grad_sigma, grad_gates = call(
-            ops.categorical_backward, materialize(grads, x), x, alpha, sigma, bits, gates, seed, *ctx.options,
-            scale_grad, gate_grad)
-        return (*[None] * 3, *grad_x, *(grad_alpha or [None] * n), *(grad_sigma or [None] * n),
-                *(grad_gates or [None] * ctx.gate_count))
+            ops.categorical_backward, materialize(grads, x, ctx.dtype), x, alpha, sigma, bits, gates, seed,
+            *ctx.options, scale_grad, gate_grad)
+        none = [None] * n
+        found = (grad_x, grad_alpha or none, grad_sigma or none, grad_gates or none[:ctx.gate_count])
+        return None, None, None, *(t for listed in found for t in of_used(grads, listed))
 
 
 class _CategoricalBackward(torch.autograd.Function):

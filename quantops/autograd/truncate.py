@@ -72,7 +72,7 @@ class _TruncateBackward(torch.autograd.Function):
         # dL/dq has the same factor for every width.
         each, grad_w = [None] * n, [None] * n
         if any_given(gg_w):
-            gg_w = materialize(gg_w, w)
+            gg_w = materialize(gg_w, w, w[0].dtype)
             each = call(ops.truncate_backward, gg_w, w, scale, [], bits[:1], base_bits, ctx.rule, ctx.tanh, ctx.covered,
                         False)[0]
             if ctx.tanh:

@@ -2,7 +2,7 @@
 
 import torch
 
-from quantops.autograd.common import any_given, below_autograd, call, materialize
+from quantops.autograd.common import any_given, below_autograd, call, materialize, of_used
 from quantops.reference.uniform import GRIDS, per_row, scale_grad_term
 
 ops = torch.ops.quantops
@@ -20,7 +20,7 @@ class _Quantizer(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t in result[-2:] if k is not None))
         ctx.count, ctx.lists = len(w), len(result) if k is None else len(result) - 3
-        ctx.full, ctx.signed, ctx.covered, ctx.dtype = full, signed, covered, w[0].dtype
+        ctx.full, ctx.signed, ctx.covered, ctx.dtype, ctx.q_dtype = full, signed, covered, w[0].dtype, result[0].dtype
         ctx.save_for_backward(*tensors, bits, *([] if k is None else [k]))
         return result
 
@@ -37,9 +37,10 @@ class _Quantizer(torch.autograd.Function):
             # The scale is a constant in R.
             scale_grad = not ctx.covered and any(s.requires_grad for s in scale) and any_given(grad_q)
             grad_w, grad_scale = call(
-                ops.uniform_backward, materialize(grad_q, w), penalty, w, scale, bits, k, ctx.full, ctx.signed,
-                scale_grad)
-            grad_scale = grad_scale if scale_grad else none
+                ops.uniform_backward, materialize(grad_q, w, ctx.q_dtype), penalty, w, scale, bits, k, ctx.full,
+                ctx.signed, scale_grad)
+            grad_w = grad_w if penalty is not None else of_used(grad_q, grad_w)
+            grad_scale = of_used(grad_q, grad_scale) if scale_grad else none
         return *[None] * 7, *grad_w, *grad_scale
 
 
@@ -59,7 +60,7 @@ class _QuantizerBackward(torch.autograd.Function):
     def backward(ctx, *gradients):
         n, saved = ctx.count, ctx.saved_tensors
         w, scale, bits, k = list(saved[:n]), list(saved[n: 2 * n]), saved[2 * n], saved[2 * n + 1]
-        gg_w, gg_scale = materialize(gradients[:n], w), gradients[n:]
+        gg_w, gg_scale = materialize(gradients[:n], w, w[0].dtype), gradients[n:]
         grad, penalty = [None] * n, None
         if gg_w:
             grad, _ = call(ops.uniform_backward, gg_w, None, w, scale, bits, k, ctx.full, ctx.signed, False)

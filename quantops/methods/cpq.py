@@ -8,10 +8,11 @@ import torch
 
 from quantops import checks
 from quantops.activation import CategoricalActivation, replace_relus
+from quantops.autograd.common import each, materialize, of_used
 from quantops.convert import QuantConfig, check_choice, check_int
 from quantops.intweight import IntWeight
 from quantops.library import ops
-from quantops.nn import WeightQuantizer, quantized
+from quantops.nn import WeightQuantizer, quantized, shown
 from quantops.positive import grid_step, positives
 from quantops.reference.categorical import GRADS, MAX_BITS, MAX_SOFT_BITS, MODES
 from quantops.reference.uniform import acc_dtype
@@ -160,7 +161,8 @@ class CPQWeight(WeightQuantizer):
         """The bits of the evaluated layer, a 0-dim int32 tensor on its device."""
         if not self.gated or self.dropbits == "fixed":
             return self.bits
-        return (self.min_bits + (self.log_a > SHIFT).to(torch.int32).cumprod(0).sum()).to(torch.int32)
+        stay = (self.min_bits + (self.log_a > SHIFT).to(torch.int32).cumprod(0).sum()).to(torch.int32)
+        return torch.where(self.finished, self.bits, stay)  # copies get buffers in place, and not ``gated``
 
     def finish(self):
         """The bits that stay are the layer's bits from now on, without gates."""
@@ -170,6 +172,8 @@ class CPQWeight(WeightQuantizer):
             self._open_gates(False)
 
     def _open_gates(self, gated):
+        if gated == self.gated:
+            return
         self.gated = gated
         self.log_a.requires_grad_(gated and self.dropbits == "learned")
 
@@ -217,7 +221,7 @@ class CPQWeight(WeightQuantizer):
         return IntWeight.from_codes(codes, alpha * 2 ** (n - 1), n, dtype=w.dtype)
 
     def extra_repr(self):
-        return (f"bits={int(self.bits_that_stay())}, mode={self.mode!r}, grad={self.grad!r}, per_row={self.per_row}, "
+        return (f"bits={shown(self.bits_that_stay())}, mode={self.mode!r}, grad={self.grad!r}, per_row={self.per_row}, "
                 f"dropbits={self.dropbits!r}")
 
 
@@ -230,11 +234,10 @@ def _scales(quantizers, w):
 
 def _gates(quantizers, dtype):
     """A draw of the gates of each layer: z in [0, 1], and 1 for the bits that have none."""
-    log_a = torch.cat([p.log_a for p in quantizers]).to(dtype)
-    z = hard_concrete(log_a, torch.rand_like(log_a))
-    one = z.new_ones(max(p.min_bits for p in quantizers))
-    parts = z.split([p.log_a.numel() for p in quantizers])
-    return [torch.cat([one[:p.min_bits], part]) for p, part in zip(quantizers, parts)]
+    draw = each(lambda log_a: hard_concrete(log_a.to(dtype), torch.rand_like(log_a, dtype=dtype)),
+                [p.log_a for p in quantizers])
+    one = draw[0].new_ones(max(p.min_bits for p in quantizers))
+    return [torch.cat([one[:p.min_bits], z]) for p, z in zip(quantizers, draw)]
 
 
 def hard_concrete(log_a, u):
@@ -247,7 +250,7 @@ class _Revive(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, result, options, *tensors):
-        ctx.options, ctx.count = options, len(result.q)
+        ctx.options, ctx.count, ctx.dtype = options, len(result.q), result.q[0].dtype
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, result.bits)
         return tuple(t.detach() for t in result.q)
@@ -258,21 +261,17 @@ class _Revive(torch.autograd.Function):
         w, alpha, sigma = tensors[:n], tensors[n: 2 * n], tensors[2 * n:]
         if all(g is None for g in grads):
             return None, None, *[None] * (3 * n)
-        given = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, w)]
-        grad_w, grad_alpha, grad_sigma, _ = ops.categorical_backward(
-            given, w, alpha, sigma, bits, [], None, *ctx.options, True, True, False)
-        return None, None, *grad_w, *grad_alpha, *grad_sigma
+        of_each = ops.categorical_backward(
+            materialize(grads, w, ctx.dtype), w, alpha, sigma, bits, [], None, *ctx.options, True, True, False)
+        return None, None, *(t for listed in of_each[:3] for t in of_used(grads, listed))
 
 
 # The bits of a model.
 
 
-def _layers(model):
-    layers = [p for _, _, p in quantized(model) if isinstance(p, CPQWeight)]
-    if not any(p.dropbits == "learned" for p in layers):
-        raise ValueError("model: expected weights quantized with CPQConfig(dropbits='learned'), "
-                         f"{type(model).__name__} has none")
-    return layers
+def learns_bits(quantizer):
+    """Whether it is a CPQWeight with gates that are, or were, learned."""
+    return isinstance(quantizer, CPQWeight) and quantizer.dropbits == "learned"
 
 
 def penalty(model):
@@ -287,7 +286,10 @@ def penalty(model):
 
     Raises ValueError for a model without learned gates.
     """
-    layers = [p for p in _layers(model) if p.dropbits == "learned"]
+    layers = [p for _, _, p in quantized(model) if learns_bits(p)]
+    if not layers:
+        raise ValueError("model: expected weights quantized with CPQConfig(dropbits='learned'), "
+                         f"{type(model).__name__} has none")
     total = layers[0].log_a.new_zeros(())
     for p in layers:
         if p.gated:

@@ -8,11 +8,12 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from quantops import checks, foreach
+from quantops.autograd.common import materialize, of_used
 from quantops.convert import QuantConfig, check_choice, check_int
 from quantops.hessian import hessian_trace
 from quantops.intweight import IntWeight
 from quantops.library import ops
-from quantops.nn import WeightQuantizer, batches, quantized
+from quantops.nn import WeightQuantizer, batches, quantized, shown
 from quantops.reference.uniform import GRIDS, MAX_BITS
 from quantops.report import compression, measure
 from quantops.scales import ABSMAX, check_scale, weight_scales
@@ -131,7 +132,7 @@ class MSQWeight(WeightQuantizer):
         return IntWeight.from_codes(codes, scale, bits, grid=GRIDS[self.full], dtype=w.dtype)
 
     def extra_repr(self):
-        return (f"bits={int(self.bits)}, k={int(self.k)}, grid={GRIDS[self.full]!r}, scale={self.scale!r}, "
+        return (f"bits={shown(self.bits)}, k={shown(self.k)}, grid={GRIDS[self.full]!r}, scale={self.scale!r}, "
                 f"per_row={self.per_row}, prune={self.prune}")
 
 
@@ -147,7 +148,7 @@ class _Revive(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, result, settings, *w):
-        (ctx.full, ctx.covered), ctx.dtype, ctx.size = settings, w[0].dtype, len(w)
+        (ctx.full, ctx.covered), ctx.dtype, ctx.q_dtype, ctx.size = settings, w[0].dtype, result.q[0].dtype, len(w)
         ctx.has_penalty = result.penalty is not None
         ctx.set_materialize_grads(False)
         q = [t.detach() for t in result.q]
@@ -162,8 +163,9 @@ class _Revive(torch.autograd.Function):
             return None, None, *(None if g is None else g.to(ctx.dtype) for g in grad_q)
         *tensors, bits, k = ctx.saved_tensors
         w, scale = tensors[:ctx.size], tensors[ctx.size:]
-        grad_q = [torch.zeros_like(t) if g is None else g for g, t in zip(grad_q, w)]
-        return None, None, *ops.uniform_backward(grad_q, r, w, scale, bits, k, ctx.full, True, False)[0]
+        grad_w, _ = ops.uniform_backward(
+            materialize(grad_q, w, ctx.q_dtype), r, w, scale, bits, k, ctx.full, True, False)
+        return None, None, *(grad_w if r is not None else of_used(grad_q, grad_w))
 
 
 # The penalty.
@@ -224,17 +226,19 @@ def _usable(done):
 
 
 def _traced_penalties(layers):
-    groups = []
-    for _, _, p in layers:
+    groups, counted = [], [p for _, _, p in layers]
+    for p in counted:
         if p.group not in groups:
             groups.append(p.group)
     parts = []
     for group in groups:
         for quantizers, w in group.batches():
-            if quantizers[0].decoupled:
-                parts.append(_stats(quantizers, w)[0].sum())
-            else:
-                parts.append(quantizers[0].launch(quantizers, w).penalty.sum())
+            # The call of the forward pass, with all of its layers, of which these may be a part.
+            count = [i for i, p in enumerate(quantizers) if p in counted]
+            if count:
+                of_each = (_stats(quantizers, w)[0] if quantizers[0].decoupled
+                           else quantizers[0].launch(quantizers, w).penalty)
+                parts.append(of_each.sum() if len(count) == len(w) else torch.stack([of_each[i] for i in count]).sum())
     return parts
 
 
@@ -251,7 +255,8 @@ def add_penalty_grad_(model, strength):
     Call it between ``loss.backward()`` and ``optimizer.step()``, once per optimizer step, with MSQConfig(penalty=
     "decoupled"): one list call, and nothing of the penalty in the backward pass. The gradients equal those of the loss
     term bit for bit, where each ``.grad`` holds one backward pass (sums of several round in another order). Weights
-    without a ``.grad`` get one, as from the loss term; frozen weights do not.
+    without a ``.grad`` get one, as from the loss term; frozen weights do not. With a GradScaler call it after
+    ``scaler.unscale_(optimizer)``: until then gradients are multiplied by its scale, and this one is not.
 
     strength: a number >= 0 or a tensor with one element. Raises ValueError for a model without MSQ weights.
     """

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from quantops import checks
+from quantops.autograd.common import materialize, of_used
 from quantops.convert import QuantConfig, check_choice, check_int, remove_quantizers
 from quantops.intweight import IntWeight
 from quantops.library import ops
 from quantops.methods.multibn import KINDS, MultiBatchNorm, check_norms, refuse_recomputing, replace
-from quantops.nn import WeightQuantizer, batches, check_module, quantized, trackable
+from quantops.nn import WeightQuantizer, batches, check_module, quantized, shown, trackable
 from quantops.reference.truncate import COMPANDINGS
 from quantops.reference.uniform import MAX_BITS, RULES
 from quantops.scales import ABSMAX, check_scale, split_scales, weight_scales
@@ -99,15 +100,24 @@ class TruncQuantWeight(WeightQuantizer):
 
     def __init__(self, config, device, widths, base_bits):
         super().__init__()
-        self.register_buffer("bits", torch.full((), widths[0], dtype=torch.int32, device=device))
-        self.register_buffer("base", torch.full((), base_bits, dtype=torch.int32, device=device), persistent=False)
-        self.register_buffer("all_bits", torch.tensor(widths, dtype=torch.int32, device=device), persistent=False)
         self.model_widths, self.widths, self.base_bits = config.bits, widths, base_bits
+        self.register_buffer("bits", torch.full((), widths[0], dtype=torch.int32, device=device))
+        self._make_constants(device)
         self.rule, self.tanh = RULES.index(config.rule), config.companding == "tanh"
         self.scale, self.out_scale, self.per_row = config.scale, config.out_scale, config.per_row
         self.covered = config.scale == ABSMAX
         self.batch_key = ("truncquant", len(widths), self.rule, self.tanh, self.scale, self.out_scale, self.per_row)
         self.joint_graph = False  # a joint_loss may wait for its backward pass
+
+    def _make_constants(self, device):
+        made = {"dtype": torch.int32, "device": device}
+        self.register_buffer("base", torch.full((), self.base_bits, **made), persistent=False)
+        self.register_buffer("all_bits", torch.tensor(self.widths, **made), persistent=False)
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        if self.base.is_meta:  # the state dict, which a model on the meta device gets its values from, has none of these
+            self._make_constants(self.bits.device)
 
     @property
     def fixed(self):
@@ -166,7 +176,7 @@ class TruncQuantWeight(WeightQuantizer):
         return super().forward(original)
 
     def extra_repr(self):
-        return (f"bits={int(self.bits)} of {self.widths}, base_bits={self.base_bits}, rule={RULES[self.rule]!r}, "
+        return (f"bits={shown(self.bits)} of {self.widths}, base_bits={self.base_bits}, rule={RULES[self.rule]!r}, "
                 f"companding={COMPANDINGS[self.tanh]!r}, scale={self.scale!r}, out_scale={self.out_scale!r}, "
                 f"per_row={self.per_row}")
 
@@ -193,7 +203,7 @@ class _Revive(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, result, settings, *w):
-        ctx.settings, ctx.dtype = settings, w[0].dtype
+        ctx.settings, ctx.dtype, ctx.q_dtype = settings, w[0].dtype, result.q[0].dtype
         ctx.set_materialize_grads(False)
         _, tanh, covered = settings
         ctx.identity = covered and not tanh
@@ -209,8 +219,9 @@ class _Revive(torch.autograd.Function):
             return None, None, *(None if g is None else g.to(ctx.dtype) for g in grads)
         *tensors, bits, base = ctx.saved_tensors
         w, scale, out_scale = tensors[:n], tensors[n: 2 * n], tensors[2 * n:]
-        given = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, w)]
-        return None, None, *ops.truncate_backward(given, w, scale, out_scale, bits, base, rule, tanh, False, False)[0]
+        grad_w = ops.truncate_backward(materialize(grads, w, ctx.q_dtype), w, scale, out_scale, bits, base, rule, tanh,
+                                       False, False)[0]
+        return None, None, *of_used(grads, grad_w)
 
 
 # Choosing the width.
@@ -257,7 +268,8 @@ def set_bits(model, bits=None):
     """Selects the width that the model computes with, its batch norms included; ``None``: the widest.
 
     In place, in integer buffers on the model's device: nothing is recompiled or read back, and the float weights and
-    what was stored stay as they are. The width is part of the state dict. ``model`` may be compiled.
+    what was stored stay as they are. The width is part of the state dict. ``model`` may be compiled. With checkpointed
+    parts call backward before the width changes: what is computed again there has the width that is selected then.
 
     Raises ValueError for a width the model was not quantized for, and for a model without TruncQuant weights.
     """
