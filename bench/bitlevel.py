@@ -98,7 +98,8 @@ def group_lasso(layers):
 
 
 class FixedBits(nn.Module):
-    """w = gain * step * clamp(rint(u / step), -m, m), m = 2^n - 1, straight through: u is finetuned at the bits found.
+    """w = gain * step * clamp(rint(u / step), -m, m), m = 2^n - 1, straight through: u is finetuned at the bits found,
+    and ``step`` is learned, its gradient over sqrt(numel m) as that of LSQ (arXiv 1902.08153).
 
     The penalty makes weights small where a batch norm follows. ``gain`` gives u the size that weights had when training
     began, which its rate is made for. ``weight``: what ``of``, a BSQWeight, gives.
@@ -108,29 +109,37 @@ class FixedBits(nn.Module):
         super().__init__()
         size = weight.detach().abs().mean()
         self.most = float(2**bits - 1)
+        self.slowness = max(1.0, weight.numel() * self.most) ** -0.5
         self.register_buffer("gain", torch.where(size > 0, size / of.size, 1.0))
-        self.register_buffer("step", of.step.detach() / self.gain)
+        self.step = nn.Parameter(of.step.detach() / self.gain)
 
     def right_inverse(self, w):
         return w / self.gain
 
     def forward(self, u):
-        v = u / self.step
-        return (v + (v.round().clamp(-self.most, self.most) - v).detach()) * (self.gain * self.step)
+        step = self.step.detach() + (self.step - self.step.detach()) * self.slowness
+        v = u / step
+        return (v + (v.round().clamp(-self.most, self.most) - v).detach()) * (self.gain * step)
+
+    @torch.no_grad()
+    def clamp_(self, u):
+        """To where the levels are."""
+        top = self.most * self.step.abs()
+        u.clamp_(-top, top)
 
 
 class CSQWeight(nn.Module):
     """CSQ (arXiv 2212.02770): w = scale / (2^n - 1) * sum_b 2^b S(beta g_b) (S(beta p_b) - S(beta n_b)), no rounding.
 
     S: the logistic sigmoid, which becomes a step as the temperature beta grows; g_b, a parameter, chooses the bits.
-    ``beta`` is that of the bits, ``beta_gates`` that of the gates; both are changed in place.
+    ``beta`` is that of the bits, ``beta_gates`` that of the gates; both are changed in place. Divided by what the digit
+    1 comes to, p = g = margin and n = -margin, so that the size of weights does not hang on the temperature.
     """
 
     def __init__(self, weight, bits, margin=1.0):
         super().__init__()
         self.shape, self.margin = weight.shape, margin
-        soft = torch.tensor(margin).sigmoid().item()
-        self.scale = nn.Parameter(_top(weight) / ((2 * soft - 1) * soft))  # at beta = 1 the weights are as given
+        self.scale = nn.Parameter(_top(weight))  # the weights are as given
         self.unit = 1 / (2**bits - 1)
         self.gates = nn.Parameter(torch.full((bits,), margin, device=weight.device))
         self.register_buffer("powers", _powers(torch.arange(bits, device=weight.device)))
@@ -149,15 +158,17 @@ class CSQWeight(nn.Module):
         with torch.autocast(planes.device.type, enabled=False):
             chosen = torch.sigmoid(self.beta_gates * self.gates).repeat_interleave(2)
             soft = torch.sigmoid(self.beta * planes.flatten(0, 1))
-            return torch.mv(soft.t(), self.powers * chosen * (self.scale * self.unit)).view(self.shape)
+            one = torch.tanh(self.beta * (self.margin / 2)) * torch.sigmoid(self.beta_gates * self.margin)
+            return torch.mv(soft.t(), self.powers * chosen * (self.scale * self.unit / one)).view(self.shape)
 
     @torch.no_grad()
     def keep_chosen(self, planes):
-        """The planes that are chosen, for good."""
+        """The planes that are chosen, for good: binary, and as they were at first, to be trained from a low temperature."""
         chosen = self.gates > 0
         self.resize(chosen.nonzero().flatten().tolist())
+        self.beta.fill_(1.0)
         self.beta_gates.fill_(HARD)
-        return planes[chosen].contiguous()
+        return torch.where(planes[chosen] > 0, self.margin, -self.margin)
 
     def resize(self, exponents):
         """For the planes of these bits alone."""

@@ -252,8 +252,9 @@ class _BitLevel(Float):
 
     kind = None
 
-    def __init__(self, model, steps, bits):
+    def __init__(self, model, steps, bits, others_rate):
         super().__init__(model, steps)
+        self.others_rate = others_rate
         for name, layer in list(model.named_modules()):
             if quantops.is_linear_or_conv(name, layer):
                 parametrize.register_parametrization(layer, "weight", self.kind(layer.weight, bits), unsafe=True)
@@ -271,6 +272,12 @@ class _BitLevel(Float):
     def average_bits(self):
         return self._compression(self.widths())[0]
 
+    def rate(self, parameter):
+        """The rate is that of planes and gates; ``others_rate`` times that is that of all else."""
+        mine = any(parameter is bitlevel.planes(layer) or parameter is getattr(p, "gates", None)
+                   for _, layer, p in self.layers)
+        return 1.0 if mine else self.others_rate
+
     def note(self, step):
         """Adds the bits to the log."""
         average, ratio = self._compression(self.widths())
@@ -283,8 +290,8 @@ class BSQ(_BitLevel):
 
     kind = bitlevel.BSQWeight
 
-    def __init__(self, model, steps, *, bits, strength, adjustments, search):
-        super().__init__(model, steps, bits)
+    def __init__(self, model, steps, *, bits, strength, adjustments, search, others_rate):
+        super().__init__(model, steps, bits, others_rate)
         self.strength, self.interval, self.fixed = strength, max(1, int(search * steps / adjustments)), None
         self.until = self.interval * adjustments
 
@@ -296,6 +303,8 @@ class BSQ(_BitLevel):
     @torch.no_grad()
     def after_step(self, step, x, y):
         if self.fixed is not None:
+            for _, layer, p in bitlevel.parametrized(self.model, bitlevel.FixedBits):
+                p.clamp_(layer.parametrizations.weight.original)
             return False
         every = [bitlevel.planes(layer) for _, layer, _ in self.layers]
         torch._foreach_clamp_min_(every, 0.0)
@@ -340,12 +349,13 @@ class BSQ(_BitLevel):
 
 
 class CSQ(_BitLevel):
-    """CSQ: sigmoids in the place of bits and of their choice, hotter with every step; the choice is made first."""
+    """CSQ: sigmoids in the place of bits and of their choice, hotter with every step. Once the choice is made, the bits
+    that are left are trained from a low temperature again."""
 
     kind = bitlevel.CSQWeight
 
-    def __init__(self, model, steps, *, bits, target, strength, hottest, search):
-        super().__init__(model, steps, bits)
+    def __init__(self, model, steps, *, bits, target, strength, hottest, search, others_rate):
+        super().__init__(model, steps, bits, others_rate)
         self.target, self.strength, self.hottest = target, strength, hottest
         self.until, self.chosen = max(1, int(search * steps)), None
         self.sizes = torch.tensor([float(p.shape.numel()) for _, _, p in self.layers])
@@ -360,7 +370,8 @@ class CSQ(_BitLevel):
         return self.strength * (average - self.target) * kept
 
     def after_step(self, step, x, y):
-        self._heat([p.beta for _, _, p in self.layers], step / self.steps)
+        begin, end = (0, self.until) if self.chosen is None else (self.until, self.steps)
+        self._heat([p.beta for _, _, p in self.layers], (step - begin) / max(1, end - begin))
         if self.chosen is not None:
             return False
         self._heat([p.beta_gates for _, _, p in self.layers], step / self.until)
