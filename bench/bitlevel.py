@@ -163,7 +163,7 @@ class CSQWeight(nn.Module):
 
     @torch.no_grad()
     def keep_chosen(self, planes):
-        """The planes that are chosen, for good: binary, and as they were at first, to be trained from a low temperature."""
+        """The planes that are chosen, for good: binary, in the size of the first ones, at the lowest temperature."""
         chosen = self.gates > 0
         self.resize(chosen.nonzero().flatten().tolist())
         self.beta.fill_(1.0)

@@ -236,9 +236,9 @@ def summary(device):
                   + "; bold: misses the target):", share_table(device, promised=True)]
         if reason_table(device):
             parts += ["What misses its target, and the measured reason: the op's time per weight on a tensor in one "
-                      f"core's caches ({targets.CACHED} weights, less the time of a call, over {_gains(device)}, as "
-                      "many times as fast as one thread all are there), the time in which all threads copy the bytes "
-                      "of a weight from memory, and the share of the copy's speed that the first leaves, however well "
+                      f"core's caches ({targets.CACHED} weights, 10th percentile, less the time of a call, over "
+                      f"{_gains(device)}, as many times as fast as one thread all are there), the time in "
+                      "which all threads copy the bytes of a weight from memory, and the share of the copy's speed that the first leaves, however well "
                       "memory is used:", reason_table(device)]
         parts.append(call_line(device))
     if device.steps:
@@ -377,8 +377,8 @@ def insert(path, text, begin=BEGIN, end=END):
 
 
 def report(args):
-    """Draws the plots and writes report.md beside the results; prints the summary of the first device and the targets of
-    the others, and writes that --into a page."""
+    """Draws the plots and writes report.md beside the results; prints the summary of the first device and the targets
+    of the others, and writes that --into a page."""
     found = devices(args.folders)
     if not found:
         raise SystemExit(f"bench: no results in {', '.join(map(str, args.folders)) or RESULTS}")

@@ -1,5 +1,5 @@
-"""What a training script does around the methods: layers that a pass leaves out, averaged models, tied weights, parts of
-a model, models made on the meta device."""
+"""What a training script does around the methods: layers that a pass leaves out, averaged models, tied weights, parts
+of a model, models made on the meta device."""
 
 import copy
 import importlib.util

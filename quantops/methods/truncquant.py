@@ -116,7 +116,7 @@ class TruncQuantWeight(WeightQuantizer):
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
-        if self.base.is_meta:  # the state dict, which a model on the meta device gets its values from, has none of these
+        if self.base.is_meta:  # not in the state dict, which a model on the meta device gets its values from
             self._make_constants(self.bits.device)
 
     @property
