@@ -98,9 +98,9 @@ RECIPES = {
              search=0.5,         # part of the steps in which bits are chosen
              others_rate=0.2),   # of what is neither plane nor gate: then 0.02, as for the other methods
         "CSQ, arXiv 2212.02770",
-        "starts at the bits of the given weights; a budget's strength of 0.1, since there are so few of its steps (there "
-        "0.01); digits are divided by what 1 comes to, so that weights do not grow with the temperature; lr 0.1 for "
-        "planes and gates, 0.02 for all else", common={"lr": 0.1}),
+        "starts at the bits of the given weights; a budget's strength of 0.1, since there are so few of its steps "
+        "(there 0.01); digits are divided by what 1 comes to, so that weights do not grow with the temperature; lr 0.1 "
+        "for planes and gates, 0.02 for all else", common={"lr": 0.1}),
     "cpq": Recipe(methods.CPQ, _BITS, "CPQ, arXiv 2109.02100", "weights only; float weights and their alpha at one lr"),
     "dropbits": Recipe(methods.CPQ, _BITS | {"dropbits": "learned", "strength": 3e-2}, "DropBits, arXiv 2109.02100",
                        "weights only; float weights and their alpha at one lr, gates at ten times it; after 60 % of "

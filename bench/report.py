@@ -237,9 +237,9 @@ def summary(device):
         if reason_table(device):
             parts += ["What misses its target, and the measured reason: the op's time per weight on a tensor in one "
                       f"core's caches ({targets.CACHED} weights, 10th percentile, less the time of a call, over "
-                      f"{_gains(device)}, as many times as fast as one thread all are there), the time in "
-                      "which all threads copy the bytes of a weight from memory, and the share of the copy's speed that the first leaves, however well "
-                      "memory is used:", reason_table(device)]
+                      f"{_gains(device)}, as many times as fast as one thread all are there), the time in which all "
+                      "threads copy the bytes of a weight from memory, and the share of the copy's speed that the "
+                      "first leaves, however well memory is used:", reason_table(device)]
         parts.append(call_line(device))
     if device.steps:
         parts += ["Whole training steps, as multiples of the unquantized step of the same run:", steps_tables(device)]
