@@ -39,8 +39,8 @@ class CPQConfig(QuantConfig):
     grad: of modes hard and sample, see :func:`quantops.categorical`. "soft" is the default by result: with "winner",
         the paper's literal form, a weight at grid point 0 has no gradient, and elsewhere one towards its grid point or
         away from it, whichever makes its class more or less probable. On the digits of the demo at 2, 3 and 4 bits it
-        leaves 72, 49 and 25 % of the weights at 0 ("soft" 26, 14, 6) and ends 2.8, 2.0 and 4.5 points below "soft",
-        which is as accurate as the plain STE; that with sigma = alpha.
+        leaves 72, 48 and 25 % of the weights at 0 ("soft" 26, 14, 6) and ends 2 to 4 points below "soft", which is as
+        accurate as the plain STE; that with sigma = alpha.
     sigma: sigma/alpha at the start. Smaller ones gather the weights closer around the grid and learn more slowly; 0.15
         was chosen by hand on the digits of the demo, which shows how far they gather.
     per_row: alpha and sigma per row (dim 0: output channels of Linear and Conv, input channels of ConvTranspose).
