@@ -273,9 +273,8 @@ class _BitLevel(Float):
         return self._compression(self.widths())[0]
 
     def rate(self, parameter):
-        """The rate is that of planes and gates; ``others_rate`` times that is that of all else."""
-        mine = any(parameter is bitlevel.planes(layer) or parameter is getattr(p, "gates", None)
-                   for _, layer, p in self.layers)
+        """The rate is that of planes, scales and gates; ``others_rate`` times that is that of all else."""
+        mine = any(parameter is t for _, layer, p in self.layers for t in (bitlevel.planes(layer), *p.parameters()))
         return 1.0 if mine else self.others_rate
 
     def note(self, step):
