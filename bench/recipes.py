@@ -87,8 +87,8 @@ RECIPES = {
              others_rate=0.2),   # of what is neither plane nor scale: then 0.02, as for the other methods
         "BSQ, arXiv 2102.10462",
         "biases stay float; no weight decay of the scale; a penalty of 0.3, since there are so few of its steps (5e-3 "
-        "there); lr 0.1 for planes and scales, as in its public code, and 0.02 for all else; finetuned with a learned step, on "
-        "weights in the size that they had at first",
+        "there); lr 0.1 for planes and scales, as in its public code, and 0.02 for all else; finetuned with a learned "
+        "step, on weights in the size that they had at first",
         common={"lr": 0.1, "weight_decay": 1e-4}),
     "csq": Recipe(
         methods.CSQ,

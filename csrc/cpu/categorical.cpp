@@ -201,9 +201,13 @@ void draw_classes(const Scale<A>& s, const Places<A>& at, A* j, int64_t n, uint6
   alignas(64) A mass[kMaxLevels][kPart], left[kPart] = {};
   std::fill(j, j + n, quiet_nan<A>());
   philox_loop(draws, n, seed, index);
-  for (int k = 0; k < s.count; k++)
-    if (s.level[k].step > 0) interval_loop(at, mass[k], left, n, s.level[k], s.bins);
-  first_draw_loop(draws, left, n);
+  if (s.count > 1) {
+    for (int k = 0; k < s.count; k++)
+      if (s.level[k].step > 0) interval_loop(at, mass[k], left, n, s.level[k], s.bins);
+    first_draw_loop(draws, left, n);
+  } else {  // the interval of all classes: nothing to choose
+    std::fill(mass[0], mass[0] + n, A(0));
+  }
   for (int k = 0; k < s.count; k++)
     if (s.level[k].step > 0) draw_loop(at, draws, mass[k], left, j, n, s.level[k], s.bins, k == s.count - 1);
 }

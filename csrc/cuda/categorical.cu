@@ -200,9 +200,11 @@ __device__ __forceinline__ A draw(const LevelTable<A>& table, A c, A z, uint64_t
                                   const Bins<A>& p) {
   const Words words = philox(seed, index);
   A left = A(0);
+  if (table.count > 1) {
 #pragma unroll 1
-  for (int t = 0; t < table.count; ++t)
-    if (table.level[t].step > A(0)) left += interval_mass(table.level[t], c, z, p);
+    for (int t = 0; t < table.count; ++t)
+      if (table.level[t].step > A(0)) left += interval_mass(table.level[t], c, z, p);
+  }
   left *= unit_of<A>(words.first);
   int t = 0;
 #pragma unroll 1
