@@ -132,14 +132,14 @@ class CSQWeight(nn.Module):
     """CSQ (arXiv 2212.02770): w = scale / (2^n - 1) * sum_b 2^b S(beta g_b) (S(beta p_b) - S(beta n_b)), no rounding.
 
     S: the logistic sigmoid, which becomes a step as the temperature beta grows; g_b, a parameter, chooses the bits.
-    ``beta`` is that of the bits, ``beta_gates`` that of the gates; both are changed in place. Divided by what the digit
-    1 comes to, p = g = margin and n = -margin, so that the size of weights does not hang on the temperature.
+    ``beta`` is that of the bits, ``beta_gates`` that of the gates; both are changed in place.
     """
 
     def __init__(self, weight, bits, margin=1.0):
         super().__init__()
         self.shape, self.margin = weight.shape, margin
-        self.scale = nn.Parameter(_top(weight))  # the weights are as given
+        soft = torch.tensor(margin).sigmoid().item()
+        self.scale = nn.Parameter(_top(weight) / ((2 * soft - 1) * soft))  # at beta = 1 the weights are as given
         self.unit = 1 / (2**bits - 1)
         self.gates = nn.Parameter(torch.full((bits,), margin, device=weight.device))
         self.register_buffer("powers", _powers(torch.arange(bits, device=weight.device)))
@@ -158,17 +158,15 @@ class CSQWeight(nn.Module):
         with torch.autocast(planes.device.type, enabled=False):
             chosen = torch.sigmoid(self.beta_gates * self.gates).repeat_interleave(2)
             soft = torch.sigmoid(self.beta * planes.flatten(0, 1))
-            one = torch.tanh(self.beta * (self.margin / 2)) * torch.sigmoid(self.beta_gates * self.margin)
-            return torch.mv(soft.t(), self.powers * chosen * (self.scale * self.unit / one)).view(self.shape)
+            return torch.mv(soft.t(), self.powers * chosen * (self.scale * self.unit)).view(self.shape)
 
     @torch.no_grad()
     def keep_chosen(self, planes):
-        """The planes that are chosen, for good: binary, in the size of the first ones, at the lowest temperature."""
+        """The planes that are chosen, for good."""
         chosen = self.gates > 0
         self.resize(chosen.nonzero().flatten().tolist())
-        self.beta.fill_(1.0)
         self.beta_gates.fill_(HARD)
-        return torch.where(planes[chosen] > 0, self.margin, -self.margin)
+        return planes[chosen].contiguous()
 
     def resize(self, exponents):
         """For the planes of these bits alone."""

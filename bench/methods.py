@@ -252,9 +252,8 @@ class _BitLevel(Float):
 
     kind = None
 
-    def __init__(self, model, steps, bits, others_rate):
+    def __init__(self, model, steps, bits):
         super().__init__(model, steps)
-        self.others_rate = others_rate
         for name, layer in list(model.named_modules()):
             if quantops.is_linear_or_conv(name, layer):
                 parametrize.register_parametrization(layer, "weight", self.kind(layer.weight, bits), unsafe=True)
@@ -272,11 +271,6 @@ class _BitLevel(Float):
     def average_bits(self):
         return self._compression(self.widths())[0]
 
-    def rate(self, parameter):
-        """The rate is that of planes, scales and gates; ``others_rate`` times that is that of all else."""
-        mine = any(parameter is t for _, layer, p in self.layers for t in (bitlevel.planes(layer), *p.parameters()))
-        return 1.0 if mine else self.others_rate
-
     def note(self, step):
         """Adds the bits to the log."""
         average, ratio = self._compression(self.widths())
@@ -289,8 +283,8 @@ class BSQ(_BitLevel):
 
     kind = bitlevel.BSQWeight
 
-    def __init__(self, model, steps, *, bits, strength, adjustments, search, others_rate):
-        super().__init__(model, steps, bits, others_rate)
+    def __init__(self, model, steps, *, bits, strength, adjustments, search):
+        super().__init__(model, steps, bits)
         self.strength, self.interval, self.fixed = strength, max(1, int(search * steps / adjustments)), None
         self.until = self.interval * adjustments
 
@@ -348,13 +342,12 @@ class BSQ(_BitLevel):
 
 
 class CSQ(_BitLevel):
-    """CSQ: sigmoids in the place of bits and of their choice, hotter with every step. Once the choice is made, the bits
-    that are left are trained from a low temperature again."""
+    """CSQ: sigmoids in the place of bits and of their choice, hotter with every step; the choice is made first."""
 
     kind = bitlevel.CSQWeight
 
-    def __init__(self, model, steps, *, bits, target, strength, hottest, search, others_rate):
-        super().__init__(model, steps, bits, others_rate)
+    def __init__(self, model, steps, *, bits, target, strength, hottest, search):
+        super().__init__(model, steps, bits)
         self.target, self.strength, self.hottest = target, strength, hottest
         self.until, self.chosen = max(1, int(search * steps)), None
         self.sizes = torch.tensor([float(p.shape.numel()) for _, _, p in self.layers])
@@ -369,8 +362,7 @@ class CSQ(_BitLevel):
         return self.strength * (average - self.target) * kept
 
     def after_step(self, step, x, y):
-        begin, end = (0, self.until) if self.chosen is None else (self.until, self.steps)
-        self._heat([p.beta for _, _, p in self.layers], (step - begin) / max(1, end - begin))
+        self._heat([p.beta for _, _, p in self.layers], step / self.steps)
         if self.chosen is not None:
             return False
         self._heat([p.beta_gates for _, _, p in self.layers], step / self.until)

@@ -81,26 +81,21 @@ RECIPES = {
     "bsq": Recipe(
         methods.BSQ,
         dict(bits=8,
-             strength=0.3,       # alpha
+             strength=5e-3,      # alpha
              adjustments=6,      # of the precisions; the paper: every 50 of 350 epochs
-             search=0.5,         # part of the steps before finetuning at fixed bits
-             others_rate=0.2),   # of what is neither plane nor scale: then 0.02, as for the other methods
+             search=0.7),        # part of the steps before finetuning at fixed bits
         "BSQ, arXiv 2102.10462",
-        "biases stay float; no weight decay of the scale; a penalty of 0.3, since there are so few of its steps (5e-3 "
-        "there); lr 0.1 for planes and scales, as in its public code, and 0.02 for all else; finetuned with a learned "
-        "step, on weights in the size that they had at first",
-        common={"lr": 0.1, "weight_decay": 1e-4}),
+        "biases stay float; no weight decay of the scale; lr 0.1, as in its public code; finetuned with a learned "
+        "step, on weights in the size that they had at first", common={"lr": 0.1}),
     "csq": Recipe(
         methods.CSQ,
         dict(bits=8, target=2.0,
-             strength=0.1,       # lambda of the budget
-             hottest=200.0,      # temperature at the end of the search, and of the finetuning, from 1
-             search=0.5,         # part of the steps in which bits are chosen
-             others_rate=0.2),   # of what is no plane, scale or gate: then 0.02, as for the other methods
+             strength=0.01,      # lambda of the budget
+             hottest=200.0,      # temperature at the end, from 1
+             search=0.7),        # part of the steps in which bits are chosen
         "CSQ, arXiv 2212.02770",
-        "starts at the bits of the given weights; a budget's strength of 0.1, since there are so few of its steps "
-        "(there 0.01); digits are divided by what 1 comes to, so that weights do not grow with the temperature; lr 0.1 "
-        "for planes, scales and gates, 0.02 for all else", common={"lr": 0.1}),
+        "starts at the bits of the given weights; planes that are not chosen are dropped at 70 % of the steps, and the "
+        "temperature of the others goes on rising instead of starting again; lr 0.1", common={"lr": 0.1}),
     "cpq": Recipe(methods.CPQ, _BITS, "CPQ, arXiv 2109.02100", "weights only; float weights and their alpha at one lr"),
     "dropbits": Recipe(methods.CPQ, _BITS | {"dropbits": "learned", "strength": 3e-2}, "DropBits, arXiv 2109.02100",
                        "weights only; float weights and their alpha at one lr, gates at ten times it; after 60 % of "

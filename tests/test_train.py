@@ -386,7 +386,7 @@ def test_bsq_finetunes_at_the_bits_it_found():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(10, 4), nn.Linear(4, 3))
     given = model[0].weight.detach().abs().mean()
-    method = methods.BSQ(model, 10, bits=8, strength=0.1, adjustments=2, search=0.4, others_rate=0.2)
+    method = methods.BSQ(model, 10, bits=8, strength=0.1, adjustments=2, search=0.4)
     assert sum(p.numel() for p in model.parameters() if p.dim() == 3) == 16 * 52
     w = bitlevel.planes(model[0])
     w.data[4:] = 0
@@ -396,7 +396,6 @@ def test_bsq_finetunes_at_the_bits_it_found():
     assert method.after_step(4, None, None) and method.penalty() is None and not method.after_step(6, None, None)
     torch.testing.assert_close(model[0].weight, before)
     assert sum(p.numel() for p in model.parameters()) == 52 + 7 + 2  # and a step each
-    assert all(method.rate(p) == 0.2 for p in model.parameters())
     assert len(model[0].weight.unique()) <= 31
     assert method.average_bits() == (40 * 4 + 12 * 8) / 52 and [e["step"] for e in method.log] == [2, 4]
     model[0].weight.sum().backward()
@@ -416,18 +415,9 @@ def test_bsq_finetunes_at_the_bits_it_found():
     torch.testing.assert_close(float(u[0].min()), 15 * float(fixed.step))
 
 
-def test_planes_and_gates_have_a_rate_of_their_own():
-    for kind, settings in ((methods.BSQ, {"adjustments": 1}), (methods.CSQ, {"target": 2.0, "hottest": 9.0})):
-        model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-        method = kind(model, 2, bits=2, strength=0.1, search=0.5, others_rate=0.25, **settings)
-        rates = {name.split(".")[-1]: method.rate(p) for name, p in model[0].named_parameters()}
-        assert rates.pop("bias") == 0.25 and set(rates.values()) == {1.0} and "original" in rates
-        assert {method.rate(p) for p in model[1].parameters()} == {0.25}
-
-
 def test_bsq_finetunes_layers_without_bits():
     model = nn.Sequential(nn.Linear(3, 2))
-    method = methods.BSQ(model, 2, bits=2, strength=0.1, adjustments=1, search=0.5, others_rate=1.0)
+    method = methods.BSQ(model, 2, bits=2, strength=0.1, adjustments=1, search=0.5)
     bitlevel.planes(model[0]).data.zero_()
     assert method.after_step(1, None, None) and method.widths() == {"0": (6, 0)}
     model[0](torch.ones(1, 3)).sum().backward()
@@ -443,7 +433,7 @@ def test_csq_starts_at_the_weights_and_ends_binary():
         p.gates[1] = -0.5
         bitlevel.planes(made)[0, 0, 3] = 0.0
     hot = []
-    for beta in (1.0, 3.0, 1000.0):
+    for beta in (1.0, 30.0, 1000.0):
         p.beta.fill_(beta), p.beta_gates.fill_(beta)
         hot.append(made.weight.detach().clone())
     p.harden(bitlevel.planes(made))
@@ -466,8 +456,7 @@ def test_csq_gradients():
     (made.weight * grad).sum().backward()
     planes, gates, scale = (t.detach().clone().requires_grad_() for t in (bitlevel.planes(made), p.gates, p.scale))
     soft, powers = torch.sigmoid(1.7 * planes), 2.0 ** torch.arange(3, dtype=torch.float64)
-    one = torch.tanh(torch.tensor(0.85)) * torch.sigmoid(torch.tensor(0.8))
-    w = scale / one.double() / 7 * ((powers * torch.sigmoid(0.8 * gates))[:, None] * (soft[:, 0] - soft[:, 1])).sum(0)
+    w = scale / 7 * ((powers * torch.sigmoid(0.8 * gates))[:, None] * (soft[:, 0] - soft[:, 1])).sum(0)
     torch.testing.assert_close(made.weight.detach().flatten(), w.detach())
     (w * grad.flatten()).sum().backward()
     for got, expected in ((bitlevel.planes(made), planes), (p.gates, gates), (p.scale, scale)):
@@ -477,7 +466,7 @@ def test_csq_gradients():
 def test_csq_chooses_bits_for_good():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(10, 4), nn.Linear(4, 3))
-    method = methods.CSQ(model, 10, bits=8, target=2.0, strength=0.1, hottest=200.0, search=0.5, others_rate=1.0)
+    method = methods.CSQ(model, 10, bits=8, target=2.0, strength=0.1, hottest=200.0, search=0.5)
     first, second = (m.parametrizations.weight[0] for m in model)
     with torch.no_grad():
         first.gates[:6] = -1.0
@@ -485,17 +474,7 @@ def test_csq_chooses_bits_for_good():
     average = (40 * 2 + 12 * 8) / 52
     kept = 6 * torch.sigmoid(torch.tensor(-1.0)) + 10 * torch.sigmoid(torch.tensor(1.0))
     torch.testing.assert_close(method.penalty(), 0.1 * (average - 2.0) * kept)
-    assert not method.after_step(4, None, None)
-    assert float(first.beta) == float(second.beta_gates) == np.float32(200.0**0.8)
-    with torch.no_grad():
-        for betas in (first.beta, first.beta_gates, second.beta, second.beta_gates):
-            betas.fill_(1e6)
-    hard = model[1].weight.detach().clone()
-    assert method.after_step(5, None, None) and method.penalty() is None
-    assert float(first.beta) == 1.0
-    torch.testing.assert_close(model[1].weight.detach(), hard)  # the same digits, at a temperature that trains them
-    model[1].weight.sum().backward()
-    assert (bitlevel.planes(model[1]).grad.abs() > 0).all()
+    assert not method.after_step(4, None, None) and method.after_step(5, None, None) and method.penalty() is None
     assert bitlevel.planes(model[0]).shape == (2, 2, 40) and first.powers.tolist() == [64.0, -64.0, 128.0, -128.0]
     assert float(second.beta_gates) == np.float32(bitlevel.HARD) and method.average_bits() == average
     method.after_step(10, None, None)
