@@ -296,7 +296,7 @@ class BSQ(_BitLevel):
     @torch.no_grad()
     def after_step(self, step, x, y):
         if self.fixed is not None:
-            for _, layer, p in bitlevel.parametrized(self.model, bitlevel.FixedBits):
+            for _, layer, p in self.finetuned:
                 p.clamp_(layer.parametrizations.weight.original)
             return False
         every = [bitlevel.planes(layer) for _, layer, _ in self.layers]
@@ -322,7 +322,7 @@ class BSQ(_BitLevel):
             fixed = bitlevel.FixedBits(p, layer.weight, widths[name])
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
             parametrize.register_parametrization(layer, "weight", fixed, unsafe=True)
-        self.layers = []
+        self.layers, self.finetuned = [], bitlevel.parametrized(self.model, bitlevel.FixedBits)
 
     def widths(self):
         if self.fixed is None:

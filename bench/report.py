@@ -239,7 +239,8 @@ def summary(device):
                       f"core's caches ({targets.CACHED} weights, 10th percentile, less the time of a call, over "
                       f"{_gains(device)}, as many times as fast as one thread all are there), the time in which all "
                       "threads copy the bytes of a weight from memory, and the share of the copy's speed that the "
-                      "first leaves, however well memory is used:", reason_table(device)]
+                      "first leaves, however well memory is used (not told of ops that were faster from memory than "
+                      "from caches, in a disturbed run):", reason_table(device)]
         parts.append(call_line(device))
     if device.steps:
         parts += ["Whole training steps, as multiples of the unquantized step of the same run:", steps_tables(device)]

@@ -84,10 +84,10 @@ class CategoricalActivation(torch.nn.Module):
         super()._load_from_state_dict(*args)
         self.started = bool(self.alpha_start > 0)
         if self.bits.is_meta:  # it is not in the state dict, which a model on the meta device gets its values from
-            self.bits = torch.full_like(self.bits, (self.highest + 1).bit_length() - 1, device=self.alpha_start.device)
+            self.bits = torch.full_like(self.bits, self.highest.bit_length(), device=self.alpha_start.device)
 
     def extra_repr(self):
-        return f"bits={(self.highest + 1).bit_length() - 1}, grad={self.grad!r}"
+        return f"bits={self.highest.bit_length()}, grad={self.grad!r}"
 
 
 def replace_relus(model, make):

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from quantops.checks import FLOATS
-from quantops.nn import WEIGHT, WeightGroup, check_module, quantized, trackable
+from quantops.nn import WEIGHT, WeightGroup, check_module, check_only, quantized, trackable
 from quantops.reference.uniform import MAX_BITS
 
 FUSE = ("model", "layer")
@@ -161,9 +161,7 @@ def unquantize_(model):
         if quantizer.group.whole and id(quantizer.group) not in groups:
             raise ValueError(f"model: {name or 'it'} is quantized with the whole that quantize_ was called with; "
                              "expected that model")
-        if len(owner) > 1:
-            raise ValueError(f"{name or 'model'}: expected a weight with no other parametrization than that of "
-                             f"quantize_, got {', '.join(type(p).__name__ for p in owner)}")
+        check_only(name, owner)
         if not trackable(owner.original):
             raise ValueError(f"{name or 'model'}: expected a plain weight, got a {type(owner.original).__name__}")
     for kind in {type(quantizer) for _, _, quantizer in layers}:

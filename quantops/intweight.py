@@ -10,7 +10,7 @@ import zlib
 import torch
 
 from quantops import checks, foreach
-from quantops.nn import quantized
+from quantops.nn import check_only, quantized
 from quantops.packed import Packed
 from quantops.reference.packing import plane_bytes
 from quantops.reference.uniform import GRIDS, MAX_BITS
@@ -96,9 +96,7 @@ def to_int(model):
         raise ValueError(f"model: expected weights quantized by quantops.quantize_, {type(model).__name__} has none")
     weights = {}
     for name, owner, quantizer in layers:
-        if len(owner) > 1:
-            raise ValueError(f"{name or 'model'}: expected a weight with no other parametrization than that of "
-                             f"quantize_, got {', '.join(type(p).__name__ for p in owner)}")
+        check_only(name, owner)
         if not bool(torch.isfinite(owner.original).all()):
             raise ValueError(f"{name or 'model'}: the weight has NaN or inf values, which no code stands for")
         weights[f"{name}.weight".removeprefix(".")] = quantizer.to_int(owner.original)

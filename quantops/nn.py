@@ -269,6 +269,13 @@ def shown(t):
     return "?" if t.is_meta else int(t)
 
 
+def check_only(name, owner):
+    """ValueError where a weight has other parametrizations besides its quantizer."""
+    if len(owner) > 1:
+        raise ValueError(f"{name or 'model'}: expected a weight with no other parametrization than that of "
+                         f"quantize_, got {', '.join(type(p).__name__ for p in owner)}")
+
+
 def check_module(model):
     """TypeError for what is not a module."""
     if not isinstance(model, torch.nn.Module):

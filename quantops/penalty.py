@@ -14,9 +14,11 @@ def penalty(model):
     MSQ: the LSB penalties, :func:`quantops.methods.msq.penalty`. CPQ: the bits that DropBits is expected to keep,
     :func:`quantops.methods.cpq.penalty`, where it learns them. Raises ValueError for a model without either.
     """
-    quantizers = [p for _, _, p in quantized(model)]
-    parts = [method.penalty(model) for method, has_one in (
-        (msq, lambda p: isinstance(p, msq.MSQWeight)), (cpq, cpq.learns_bits)) if any(map(has_one, quantizers))]
+    quantizers, parts = [p for _, _, p in quantized(model)], []
+    if any(isinstance(p, msq.MSQWeight) for p in quantizers):
+        parts.append(msq.penalty(model))
+    if any(cpq.learns_bits(p) for p in quantizers):
+        parts.append(cpq.penalty(model))
     if not parts:
         raise ValueError("model: expected weights quantized with MSQConfig or CPQConfig(dropbits='learned'), "
                          f"{type(model).__name__} has none")

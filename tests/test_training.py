@@ -186,13 +186,13 @@ def test_the_penalty_of_two_methods():
     quantize_(model[0], MSQConfig())
     quantize_(model[1], CPQConfig())
     assert penalty(model).item() == penalty(model[0]).item() > 0
-    with pytest.raises(ValueError, match="Linear has none|has none"):
+    with pytest.raises(ValueError, match="has none"):
         penalty(model[1])
     quantize_(model[2], CPQConfig(dropbits="learned"))
     assert penalty(model).item() == pytest.approx(penalty(model[0]).item() + penalty(model[2]).item())
 
 
-def test_integers_are_those_of_the_weight_that_is_used(tmp_path):
+def test_integers_are_those_of_the_weight_that_is_used():
     model = quantize_(nn.Sequential(nn.Linear(8, 8)), MSQConfig(bits=3))
     assert list(to_int(torch.compile(model))) == ["0.weight"]
     nn.utils.parametrizations.spectral_norm(model[0])

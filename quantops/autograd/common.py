@@ -38,7 +38,7 @@ def each(fn, tensors):
     in a row; ``None`` is the gradient of those whose result is not used, as if they had been taken one by one."""
     if len(tensors) == 1:
         return [fn(tensors[0])]
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(t.requires_grad for t in tensors):
         return list(_Each.apply(fn, *tensors))
     return list(fn(torch.cat(tensors)).split([t.numel() for t in tensors]))
 
@@ -59,5 +59,5 @@ class _Each(torch.autograd.Function):
         if not any_given(grads):
             return None, *grads
         given = torch.cat(materialize(grads, ctx.value.split(ctx.sizes), ctx.value.dtype))
-        found, = torch.autograd.grad(ctx.value, ctx.joined, given, retain_graph=True)
+        found, = torch.autograd.grad(ctx.value, ctx.joined, given, retain_graph=True)  # the caller may keep its own
         return None, *of_used(grads, found.split(ctx.sizes))
