@@ -60,7 +60,7 @@ bench-all: $(VENV)/.peers
 	$(PY) -m bench report
 
 # What a training step of ResNet-20 costs by each method. DATA=FILE [INIT=STATE_DICT]: trains by each method too, a few
-# steps that show no accuracy, into build/tables. The full version, in pieces: README.md.
+# steps that show no accuracy, into build/tables. The full version, in pieces: bench/README.md.
 tables: $(VENV)/.installed
 	$(PY) -m bench costs
 	$(if $(DATA),$(PY) -m bench train --method all --epochs 1 --subset 1280 --amp --data $(DATA) $(if $(INIT),--init $(INIT)) \

@@ -92,7 +92,7 @@ def pieces():
     found += [Piece("bench", "ops", _module("bench", "run", "--device", "cuda", "--resume"), stops=240.0),
               Piece("steps", "steps", _module("bench", "steps", "--device", "cuda", "--resume"), stops=360.0),
               Piece("report", "static", _module("bench", "static"), needs=("nvcc",), gpu=False),
-              Piece("report", "report", _module("bench", "report", "--into", "README.md"), gpu=False, again=True)]
+              Piece("report", "report", _module("bench", "report", "--into", "bench/README.md"), gpu=False, again=True)]
     return found
 
 

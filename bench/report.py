@@ -10,7 +10,7 @@ from bench.shapes import CALL
 from bench.state import RESULTS, ROOT
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
-STEP = "msq step"  # the row that stands for training in the README
+STEP = "msq step"  # the row that stands for training
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 IMPLEMENTATIONS = {"cpp": "C++", "cuda": "CUDA", "triton": "Triton"}
 
@@ -221,12 +221,12 @@ def verdicts(device):
 
 
 def brief(device):
-    """What was measured, and the targets: the part in the README of all devices but the first."""
+    """What was measured, and the targets: the part in bench/README.md of all devices but the first."""
     return f"**{device.heading()}**\n\n{targets.table(verdicts(device))}"
 
 
 def summary(device):
-    """The part of the first device in the README."""
+    """The part of the first device in bench/README.md."""
     parts = [brief(device)]
     if device.ops:
         parts += ["The MSQ step (scales, quantized weights, sums, gradient); peers as multiples of quantops' time:",

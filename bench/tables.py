@@ -1,4 +1,4 @@
-"""The README's tables of training, from the JSON of ``bench costs`` and ``bench train``; nothing is typed by hand."""
+"""bench/README.md's tables of training, from the JSON of ``bench costs`` and ``bench train``; nothing is typed by hand."""
 
 import json
 import statistics

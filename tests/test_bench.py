@@ -14,6 +14,7 @@ import torch
 from bench import (
     compare,
     gpu,
+    headline,
     machine,
     measure,
     models,
@@ -27,6 +28,7 @@ from bench import (
     static,
     steps,
     store,
+    tables,
     targets,
 )
 from bench.__main__ import main
@@ -409,6 +411,28 @@ def test_report(result, tmp_path, capsys):
     page.write_text("no markers")
     with pytest.raises(SystemExit, match="expected one"):
         main(["report", str(tmp_path), "--into", str(page)])
+
+
+def test_headline_draws_from_the_results_alone(result, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "one").mkdir()
+    _rewrite(result, tmp_path / "one" / "ops-cpp.json", lambda data: None)
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{headline.BEGIN}\nold\n{headline.END}\nafter\n")
+    assert main(["headline", str(tmp_path / "one"), "--into", str(page), "--plots", str(tmp_path / "plots")]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text
+    assert json.loads((tmp_path / "one" / "ops-cpp.json").read_text())["machine"]["device"] in text
+    assert not (tmp_path / "plots").exists()  # neither a large step nor the long networks are in these results
+    with pytest.raises(SystemExit, match="no results"):
+        main(["headline", str(tmp_path / "plots")])
+
+
+def test_headline_of_the_committed_results():
+    found, folders = report.devices(), tables.folders()
+    text = headline.table(found, folders)
+    assert 3 <= text.count("\n| ") <= headline.MOST_ROWS + 1, text
+    assert text in (state.ROOT / "README.md").read_text(), "README.md: run python -m bench headline --into README.md"
 
 
 def test_of_several_devices_the_latest_is_told_whole(result, tmp_path):

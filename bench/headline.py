@@ -1,0 +1,168 @@
+"""The README's short table and its two plots, drawn from the committed results; nothing in them is typed by hand.
+
+A figure that the results do not hold is left out. The table tells of one device, that of the latest op benchmark; the
+networks were trained where bench/results says.
+"""
+
+import statistics
+from pathlib import Path
+
+from bench import report, tables, targets
+from bench.registry import OURS
+from bench.state import RESULTS
+
+BEGIN, END = "<!-- headline: begin -->", "<!-- headline: end -->"
+MOST_ROWS = 12
+PEERS = ("eager", "compiled", "torch fake_quantize", "torchao", "Brevitas")
+LONG = ("msq-nearest-long", "float-long")  # the runs that the plot of bits shows
+
+
+def _step_rows(device):
+    return [r for r in device.peers["rows"] if r["case"] == report.STEP and r["workload"] in targets.LARGE
+            and r["dtype"] == "float32"] if device.ops else []
+
+
+def _op_lines(device):
+    """What the ops do, beside their peers."""
+    lines, rows = [], _step_rows(device)
+    if rows:
+        row = max(rows, key=lambda r: len(r["ratio"]))
+        where = f"{row['workload']} weights, fp32"
+        lines.append(("MSQ step (scale, q, penalty, gradient), faster than", where, "; ".join(
+            f"{peer}{' *' * (peer in row['notes'])} {row['ratio'][peer]:.1f}x" for peer in PEERS if peer in row["ratio"])))
+        lines.append(("bytes per weight kept for backward", where, "; ".join(
+            f"{name} {row['saved_bytes'][name] / row['numel']:.0f}" for name in (OURS, *PEERS)
+            if name in row["saved_bytes"])))
+        for case in ("msq forward", "categorical hard"):
+            same = [r for r in device.peers["rows"] if (r["case"], r["workload"], r["dtype"]) == (
+                case, row["workload"], "float32")]
+            lines += [(f"{case}, speed beside a copy of its bytes", where, f"{targets.share(r):.2f}x") for r in same]
+    return lines
+
+
+def _cost_lines(folders, device):
+    """What a whole training step costs, and the parameters of bit-level training."""
+    for folder in folders:
+        for _, result in folder.costs:
+            if result["machine"]["device"] == device:
+                row, where = result["rows"][0], "ResNet-20, batch 128"
+                return [("training step, unquantized = 1", where, "; ".join(
+                            f"{name} {row['ratio'][way]:.2f}" for name, way in (
+                                ("quantops", tables.OURS), ("eager", "eager MSQ"), ("BSQ", "BSQ"), ("CSQ", "CSQ"))
+                            if way in row["ratio"])),
+                        ("bit-level training's parameters, gradients and momentum", where,
+                         f"{tables.state_bytes(row['held']['BSQ']) / tables.state_bytes(row['held'][tables.OURS]):.1f}"
+                         "x those of MSQ")]
+    return []
+
+
+def _final(folders, label):
+    """Mean accuracy of the seeds of a label, and its results, of the folder that has most seeds; or None."""
+    found = max((f.runs[label] for f in folders if label in f.runs), key=len, default=None)
+    return found and (statistics.mean(r["accuracy"]["final"] for r in found), found)
+
+
+def _accuracy_lines(folders):
+    """What the networks come to."""
+    lines = []
+    for label, base in (("msq-nearest", "float"), ("cpq-4-short", "float-short")):
+        ours, unquantized = _final(folders, label), _final(folders, base)
+        if ours and unquantized:
+            runs = ours[1]
+            lines.append((f"accuracy at {statistics.mean(r['compression'] for r in runs):.0f}x compression, {label}",
+                          f"ResNet-20, CIFAR-10, {len(runs)} seed{'s' * (len(runs) > 1)}",
+                          f"{ours[0]:.1f} %; float {unquantized[0]:.1f} %"))
+    ours, usual = _final(folders, "truncquant-2.5"), _final(folders, "qat")
+    if ours and usual:
+        two = [statistics.mean(r["accuracy"]["2 bits"] for r in found[1]) for found in (ours, usual)]
+        lines.append(("8-bit weights cut to 2 bits, TruncQuant", "ResNet-20, CIFAR-10",
+                      f"{two[0]:.1f} %; trained as usual {two[1]:.1f} %"))
+    return lines
+
+
+def table(found, folders):
+    """At most MOST_ROWS rows, and the device that they were measured on."""
+    device = found[0]
+    name = device.machine["device"]
+    lines = [*_op_lines(device), *_cost_lines(folders, name), *_accuracy_lines(folders)]
+    assert len(lines) <= MOST_ROWS, lines
+    gpus = [d.machine["device"] for d in found if d.machine["kind"] != "cpu"]
+    gpu = ("" if gpus else "\n\nNothing here was measured on a GPU: the CUDA and Triton kernels were compiled, their machine "
+           "code was checked, and\nthey were run on a CPU bit for bit; no GPU has run them yet.")
+    return (report.markdown(["what", "where", "measured"], [list(line) for line in lines])
+            + f"\n\n{name}; networks were trained on one core of it. * quantizes to the nearest code alone: no LSBs, no penalty.{gpu}")
+
+
+def _draw_step(device, figure):
+    """Time and kept memory of the MSQ step, by peer."""
+    rows = _step_rows(device)
+    row = max(rows, key=lambda r: len(r["ratio"]))
+    names = [OURS, *(p for p in PEERS if p in row["ratio"])]
+    ours = row["times"][row["headline"]][OURS]["median"]
+    times = [1e3 * ours * row["ratio"].get(n, 1.0) for n in names]
+    kept = [(n, row["saved_bytes"][n] / row["numel"]) for n in names if n in row["saved_bytes"]]
+    left, right = figure.subplots(1, 2)
+    for axis, labels, values, form, title in (
+            (left, names, times, "%.1f", "milliseconds per step"),
+            (right, [n for n, _ in kept], [v for _, v in kept], "%.1f", "bytes per weight kept for backward")):
+        bars = axis.barh(range(len(labels)), values, color=["#d95f02" if n == OURS else "#9aa5b1" for n in labels])
+        axis.bar_label(bars, fmt=form, padding=3, fontsize=8)
+        axis.set_yticks(range(len(labels)), labels)
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        axis.set_title(title, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"An MSQ step over {row['workload']} float32 weights, {device.machine['device']}", fontsize=10)
+
+
+def _draw_bits(folders, figure):
+    """Bits fall while accuracy comes back, beside float training of the same length."""
+    runs = [_final(folders, label)[1][0]["epochs"] for label in LONG]
+    ours, unquantized = runs
+    accuracy = figure.subplots()
+    epochs = range(1, len(ours) + 1)
+    accuracy.plot(epochs, [e["accuracy"] for e in unquantized], color="#9aa5b1", ls="--", label="float")
+    accuracy.plot(epochs, [e["accuracy"] for e in ours], color="#1b7837", label="MSQ")
+    accuracy.set(xlabel="epoch", ylabel="test accuracy, %")
+    bits = accuracy.twinx()
+    bits.step([0, *epochs], [8.0, *(e["average_bits"] for e in ours)], where="post", color="#d95f02", label="bits")
+    bits.set(ylabel="average bits", ylim=(0, 8.5))
+    lines = [*accuracy.get_lines(), *bits.get_lines()]
+    accuracy.legend(lines, ["float", "MSQ, accuracy", "MSQ, average bits"], loc="lower right", fontsize=8)
+    accuracy.set_title(f"ResNet-20 on CIFAR-10, {LONG[0]}, one seed", fontsize=10)
+
+
+def headline(args):
+    """Writes the short table --into a page, and its two plots beside the results."""
+    found, folders = report.devices(args.folders), tables.folders(args.folders)
+    if not found:
+        raise SystemExit(f"bench: no results of bench run in {', '.join(map(str, args.folders)) or RESULTS}")
+    draw = {}
+    if _step_rows(found[0]):
+        draw["step"] = lambda figure: _draw_step(found[0], figure)
+    if all(_final(folders, label) for label in LONG):
+        draw["bits"] = lambda figure: _draw_bits(folders, figure)
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    for name, function in draw.items():
+        figure = plt.figure(figsize=(8, 3.2), constrained_layout=True)
+        function(figure)
+        args.plots.mkdir(parents=True, exist_ok=True)
+        figure.savefig(args.plots / f"{name}.png", dpi=110, metadata={"Software": None})
+        plt.close(figure)
+    text = table(found, folders)
+    print(text)
+    if args.into:
+        report.insert(args.into, text, BEGIN, END)
+    return 0
+
+
+def add_arguments(parser):
+    """Options of ``python -m bench headline``."""
+    parser.add_argument("folders", type=Path, nargs="*", help="default: all of bench/results that have results")
+    parser.add_argument("--into", type=Path, help=f"a Markdown file with the markers {BEGIN} and {END}")
+    parser.add_argument("--plots", type=Path, default=RESULTS / "plots", help="where step.png and bits.png go")
+    parser.set_defaults(call=headline)
