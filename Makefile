@@ -5,7 +5,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc kernels quantops -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench bench-all tables gpu info clean
+.PHONY: demo test lint format bench bench-all tables gpu info clean
 .NOTPARALLEL:
 
 # An installed torch >= 2.10 will do: PYTHON=... TORCH= VENV_FLAGS=--system-site-packages uses that of the system.
@@ -39,6 +39,25 @@ test: $(VENV)/.installed
 		$(foreach family,uniform truncate packing categorical activation,tests/test_$(family).py) tests/test_errors.py \
 		|| status=$$?; \
 	exit $$status
+
+LINTERS ?= ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1
+$(VENV)/.lint: $(VENV)/.installed
+	$(PY) -m pip install -q --disable-pip-version-check $(LINTERS)
+	@touch $@
+
+NATIVE = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h')
+
+# What .ci/run calls before the tests; `make format` mends what can be mended by a program.
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(NATIVE)
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.lint
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(NATIVE)
 
 # On a CPU, within 10 minutes; the JSON, report.md and plots go to bench/results/<device>/.
 bench: $(VENV)/.installed

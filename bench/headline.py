@@ -18,8 +18,15 @@ LONG = ("msq-nearest-long", "float-long")  # the runs that the plot of bits show
 
 
 def _step_rows(device):
-    return [r for r in device.peers["rows"] if r["case"] == report.STEP and r["workload"] in targets.LARGE
-            and r["dtype"] == "float32"] if device.ops else []
+    return (
+        [
+            r
+            for r in device.peers["rows"]
+            if r["case"] == report.STEP and r["workload"] in targets.LARGE and r["dtype"] == "float32"
+        ]
+        if device.ops
+        else []
+    )
 
 
 def _op_lines(device):
@@ -28,14 +35,34 @@ def _op_lines(device):
     if rows:
         row = max(rows, key=lambda r: len(r["ratio"]))
         where = f"{row['workload']} weights, fp32"
-        lines.append(("MSQ step (scale, q, penalty, gradient), faster than", where, "; ".join(
-            f"{peer}{' *' * (peer in row['notes'])} {row['ratio'][peer]:.1f}x" for peer in PEERS if peer in row["ratio"])))
-        lines.append(("bytes per weight kept for backward", where, "; ".join(
-            f"{name} {row['saved_bytes'][name] / row['numel']:.0f}" for name in (OURS, *PEERS)
-            if name in row["saved_bytes"])))
+        lines.append(
+            (
+                "MSQ step (scale, q, penalty, gradient), faster than",
+                where,
+                "; ".join(
+                    f"{peer}{' *' * (peer in row['notes'])} {row['ratio'][peer]:.1f}x"
+                    for peer in PEERS
+                    if peer in row["ratio"]
+                ),
+            )
+        )
+        lines.append(
+            (
+                "bytes per weight kept for backward",
+                where,
+                "; ".join(
+                    f"{name} {row['saved_bytes'][name] / row['numel']:.0f}"
+                    for name in (OURS, *PEERS)
+                    if name in row["saved_bytes"]
+                ),
+            )
+        )
         for case in ("msq forward", "categorical hard"):
-            same = [r for r in device.peers["rows"] if (r["case"], r["workload"], r["dtype"]) == (
-                case, row["workload"], "float32")]
+            same = [
+                r
+                for r in device.peers["rows"]
+                if (r["case"], r["workload"], r["dtype"]) == (case, row["workload"], "float32")
+            ]
             lines += [(f"{case}, speed beside a copy of its bytes", where, f"{targets.share(r):.2f}x") for r in same]
     return lines
 
@@ -46,13 +73,28 @@ def _cost_lines(folders, device):
         for _, result in folder.costs:
             if result["machine"]["device"] == device:
                 row, where = result["rows"][0], "ResNet-20, batch 128"
-                return [("training step, unquantized = 1", where, "; ".join(
-                            f"{name} {row['ratio'][way]:.2f}" for name, way in (
-                                ("quantops", tables.OURS), ("eager", "eager MSQ"), ("BSQ", "BSQ"), ("CSQ", "CSQ"))
-                            if way in row["ratio"])),
-                        ("bit-level training's parameters, gradients and momentum", where,
-                         f"{tables.state_bytes(row['held']['BSQ']) / tables.state_bytes(row['held'][tables.OURS]):.1f}"
-                         "x those of MSQ")]
+                return [
+                    (
+                        "training step, unquantized = 1",
+                        where,
+                        "; ".join(
+                            f"{name} {row['ratio'][way]:.2f}"
+                            for name, way in (
+                                ("quantops", tables.OURS),
+                                ("eager", "eager MSQ"),
+                                ("BSQ", "BSQ"),
+                                ("CSQ", "CSQ"),
+                            )
+                            if way in row["ratio"]
+                        ),
+                    ),
+                    (
+                        "bit-level training's parameters, gradients and momentum",
+                        where,
+                        f"{tables.state_bytes(row['held']['BSQ']) / tables.state_bytes(row['held'][tables.OURS]):.1f}"
+                        "x those of MSQ",
+                    ),
+                ]
     return []
 
 
@@ -69,14 +111,23 @@ def _accuracy_lines(folders):
         ours, unquantized = _final(folders, label), _final(folders, base)
         if ours and unquantized:
             runs = ours[1]
-            lines.append((f"accuracy at {statistics.mean(r['compression'] for r in runs):.0f}x compression, {label}",
-                          f"ResNet-20, CIFAR-10, {len(runs)} seed{'s' * (len(runs) > 1)}",
-                          f"{ours[0]:.1f} %; float {unquantized[0]:.1f} %"))
+            lines.append(
+                (
+                    f"accuracy at {statistics.mean(r['compression'] for r in runs):.0f}x compression, {label}",
+                    f"ResNet-20, CIFAR-10, {len(runs)} seed{'s' * (len(runs) > 1)}",
+                    f"{ours[0]:.1f} %; float {unquantized[0]:.1f} %",
+                )
+            )
     ours, usual = _final(folders, "truncquant-2.5"), _final(folders, "qat")
     if ours and usual:
         two = [statistics.mean(r["accuracy"]["2 bits"] for r in found[1]) for found in (ours, usual)]
-        lines.append(("8-bit weights cut to 2 bits, TruncQuant", "ResNet-20, CIFAR-10",
-                      f"{two[0]:.1f} %; trained as usual {two[1]:.1f} %"))
+        lines.append(
+            (
+                "8-bit weights cut to 2 bits, TruncQuant",
+                "ResNet-20, CIFAR-10",
+                f"{two[0]:.1f} %; trained as usual {two[1]:.1f} %",
+            )
+        )
     return lines
 
 
@@ -87,10 +138,14 @@ def table(found, folders):
     lines = [*_op_lines(device), *_cost_lines(folders, name), *_accuracy_lines(folders)]
     assert len(lines) <= MOST_ROWS, lines
     gpus = [d.machine["device"] for d in found if d.machine["kind"] != "cpu"]
-    gpu = ("" if gpus else "\n\nNothing here was measured on a GPU: the CUDA and Triton kernels were compiled, their machine "
-           "code was checked, and\nthey were run on a CPU bit for bit; no GPU has run them yet.")
-    return (report.markdown(["what", "where", "measured"], [list(line) for line in lines])
-            + f"\n\n{name}; networks were trained on one core of it. * quantizes to the nearest code alone: no LSBs, no penalty.{gpu}")
+    gpu = (
+        ""
+        if gpus
+        else "\n\nNothing here was measured on a GPU: the CUDA and Triton kernels were compiled, their machine "
+        "code was checked, and\nthey were run on a CPU bit for bit; no GPU has run them yet."
+    )
+    notes = f"{name}; networks were trained on one core of it. * quantizes to the nearest code alone: no LSBs, no penalty."
+    return report.markdown(["what", "where", "measured"], [list(line) for line in lines]) + f"\n\n{notes}{gpu}"
 
 
 def _draw_step(device, figure):
@@ -103,8 +158,9 @@ def _draw_step(device, figure):
     kept = [(n, row["saved_bytes"][n] / row["numel"]) for n in names if n in row["saved_bytes"]]
     left, right = figure.subplots(1, 2)
     for axis, labels, values, form, title in (
-            (left, names, times, "%.1f", "milliseconds per step"),
-            (right, [n for n, _ in kept], [v for _, v in kept], "%.1f", "bytes per weight kept for backward")):
+        (left, names, times, "%.1f", "milliseconds per step"),
+        (right, [n for n, _ in kept], [v for _, v in kept], "%.1f", "bytes per weight kept for backward"),
+    ):
         bars = axis.barh(range(len(labels)), values, color=["#d95f02" if n == OURS else "#9aa5b1" for n in labels])
         axis.bar_label(bars, fmt=form, padding=3, fontsize=8)
         axis.set_yticks(range(len(labels)), labels)

@@ -1,4 +1,4 @@
-"""bench/README.md's tables of training, from the JSON of ``bench costs`` and ``bench train``; nothing is typed by hand."""
+"""The tables of training, from the JSON of ``bench costs`` and ``bench train``; nothing in them is typed by hand."""
 
 import json
 import statistics

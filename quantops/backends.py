@@ -20,7 +20,7 @@ from quantops.version import __version__
 
 CHOICES = ("cuda", "triton", "reference")
 
-_serving = {}  # device type -> (implementation, why the ones before it in the order are off)
+_serving: dict = {}  # device type -> (implementation, why the ones before it in the order are off)
 
 
 def library_path(kind):

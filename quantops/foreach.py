@@ -144,7 +144,8 @@ def decode(codes, scale, bits=None, *, grid=None, signed=True, out_dtype=None):
     if isinstance(codes, (list, tuple)) and codes and isinstance(codes[0], Packed):
         return packed.decode(codes, scale, bits, grid=grid, signed=signed, out_dtype=out_dtype)
     codes = checks.codes(codes)
-    n, scale, dtype = checks.bits(bits, codes), *checks.decode_scales(scale, codes, out_dtype)
+    n = checks.bits(bits, codes)
+    scale, dtype = checks.decode_scales(scale, codes, out_dtype)
     return ops.decode(codes, scale, n, checks.full_grid(grid), signed, dtype)
 
 
