@@ -137,9 +137,9 @@ def extensions():
 
 
 PACKAGES = {"quantops": "quantops", "quantops.reference": "quantops/reference", "quantops.default": "quantops/default",
-            "quantops.autograd": "quantops/autograd", "quantops.methods": "quantops/methods",
-            "quantops.demo": "quantops/demo", "quantops.kernels": "kernels", "quantops.csrc": "csrc",
-            "quantops.csrc.cpu": "csrc/cpu", "quantops.csrc.cuda": "csrc/cuda"}
+            "quantops.autograd": "quantops/autograd", "quantops.checks": "quantops/checks",
+            "quantops.methods": "quantops/methods", "quantops.demo": "quantops/demo", "quantops.kernels": "kernels",
+            "quantops.csrc": "csrc", "quantops.csrc.cpu": "csrc/cpu", "quantops.csrc.cuda": "csrc/cuda"}
 
 setup(
     packages=list(PACKAGES),

@@ -6,6 +6,7 @@ import math
 import torch
 
 from quantops import checks
+from quantops.checks.arguments import entry, kind
 from quantops.library import ops
 from quantops.reference.packing import LAYOUTS
 
@@ -48,9 +49,23 @@ class Packed:
         return dataclasses.replace(self, data=self.data[:bits], bits=bits)
 
 
+def _check(packed):
+    """Raises where that is no list of Packed of one layout. That their data fit their shapes, the ops check."""
+    if not isinstance(packed, (list, tuple)) or not packed:
+        raise TypeError(f"packed: expected a non-empty list of Packed, got {kind(packed)}"
+                        + (" of length 0" if isinstance(packed, (list, tuple)) else ""))
+    for i, p in enumerate(packed):
+        if not isinstance(p, Packed):
+            raise TypeError(f"{entry('packed', i, packed)}: expected a Packed, got {kind(p)}")
+        if p.layout != packed[0].layout:
+            raise ValueError(f"packed: expected one layout, got {packed[0].layout!r} in entry 0 and {p.layout!r} in "
+                             f"entry {i}")
+    checks.choice("packed.layout", packed[0].layout, LAYOUTS)
+
+
 def _arguments(packed):
     """What the ops take of a list: data, sizes, dims, stored; and the layout."""
-    packed = checks.packed(packed)
+    _check(packed)
     sizes = [size for p in packed for size in p.shape]
     shared = [p.data for p in packed], sizes, [len(p.shape) for p in packed], [p.bits for p in packed]
     return shared, LAYOUTS.index(packed[0].layout)

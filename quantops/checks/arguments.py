@@ -1,0 +1,73 @@
+"""Any argument: lists of tensors, choices, the dtype of results; and how messages name them."""
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def kind(v):
+    return f"{v.dtype} tensor of shape {tuple(v.shape)}" if isinstance(v, torch.Tensor) else type(v).__name__
+
+
+def entry(name, i, value):
+    return name if len(value) == 1 else f"{name}[{i}]"
+
+
+def names(dtypes):
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def tensors(name, value, dtypes=FLOATS):
+    """``value`` as a list of tensors that share one of ``dtypes`` and a device."""
+    if not isinstance(value, (list, tuple)) or not value:
+        raise TypeError(f"{name}: expected a non-empty list of tensors, got {kind(value)}"
+                        + (" of length 0" if isinstance(value, (list, tuple)) else ""))
+    first = value[0]
+    for i, t in enumerate(value):
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(f"{entry(name, i, value)}: expected a tensor, got {kind(t)}")
+        if t.layout != torch.strided:
+            raise TypeError(f"{entry(name, i, value)}: expected a dense tensor, got layout {t.layout}")
+        if t.dtype not in dtypes:
+            raise TypeError(f"{entry(name, i, value)}: expected one of {names(dtypes)}, got {t.dtype}")
+        if t.dtype != first.dtype:
+            raise TypeError(f"{name}: expected one dtype, got {first.dtype} in entry 0 and {t.dtype} in entry {i}")
+        if t.device != first.device:
+            raise ValueError(f"{name}: expected one device, got {first.device} in entry 0 and {t.device} in entry {i}")
+    return list(value)
+
+
+def one_for_each(name, value, x, what):
+    """Raises where ``value`` is not a list with one ``what`` for each entry of ``x``."""
+    if not isinstance(value, (list, tuple)) or len(value) != len(x):
+        got = f"{len(value)}" if isinstance(value, (list, tuple)) else kind(value)
+        raise ValueError(f"{name}: expected a list with one {what} ({len(x)}), got {got}")
+
+
+def choice(name, value, allowed):
+    """``value`` where it is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def dtype_of(out_dtype, w):
+    """The dtype of q: the one asked for, else what autocast asks for, else the weight's own."""
+    if out_dtype is not None:
+        if out_dtype not in FLOATS:
+            raise TypeError(f"out_dtype: expected one of {names(FLOATS)}, got {out_dtype}")
+        return out_dtype
+    device = w[0].device.type
+    if w[0].dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return w[0].dtype
+
+
+def all_or_none_on_meta(arguments):
+    """ValueError for an op's arguments, {name: value}, of which a part is on the meta device: only the fake kernel sees
+    those, and what it returns has no values."""
+    found = [(name, t) for name, v in arguments.items() for t in (v if isinstance(v, (list, tuple)) else [v])
+             if isinstance(t, torch.Tensor)]
+    for name, t in found:
+        if t.is_meta != found[0][1].is_meta:
+            raise ValueError(f"{name}: expected device {found[0][1].device}, where {found[0][0]} is, got {t.device}")

@@ -1,0 +1,70 @@
+"""Family ``uniform``: what its ops need besides what is common to all."""
+
+import torch
+
+from quantops.checks.arguments import choice, dtype_of, kind, tensors
+from quantops.checks.integral import INTS, bits, integers, repeated
+from quantops.checks.scaling import ready_scales, scales
+from quantops.reference.uniform import GRIDS, MAX_BITS, RULES, acc_dtype
+
+
+def bits_and_k(bits_value, k_value, w):
+    """Bit-widths and the number of LSBs looked at, 1 <= k < bits; k = 0: none, for weights with no bit to give."""
+    n, k = bits(bits_value, w), integers("k", k_value, w, 0, MAX_BITS - 1)
+    if not isinstance(bits_value, torch.Tensor) and not isinstance(k_value, torch.Tensor):
+        for b, v in zip(repeated(bits_value, w), repeated(k_value, w)):
+            if v >= b and v != 0:
+                raise ValueError(f"k: expected 1 <= k < bits = {b} (or 0 for no LSBs), got {v}")
+    return n, k
+
+
+def full_grid(grid):
+    """True for the full grid, False for the dyadic one, which is the default of round_clamp codes."""
+    return grid is not None and choice("grid", grid, GRIDS) == GRIDS[1]
+
+
+def rule_index(rule):
+    """A code rule as the ops take it."""
+    return RULES.index(choice("rule", rule, RULES))
+
+
+def strength(value):
+    """A factor of the penalty, as a Python number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"strength: expected a number or a tensor, got {kind(value)}")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"strength: expected a finite number >= 0, got {value}")
+
+
+def decode_scales(value, codes, out_dtype):
+    """(scales, dtype of the weights): arithmetic is float64 where the first scale or ``out_dtype`` is, else float32."""
+    first = value[0] if isinstance(value, (list, tuple)) and value else None
+    double = torch.float64 in (out_dtype, getattr(first, "dtype", None))
+    acc = torch.float64 if double else torch.float32
+    return scales(value, codes, acc), dtype_of(out_dtype or acc, None)
+
+
+def structure(arguments):
+    """See quantops/checks/__init__.py."""
+    w = tensors("codes", arguments["codes"], INTS) if "codes" in arguments else tensors("w", arguments["w"])
+    for name in ("grad", "q"):
+        listed = arguments.get(name)
+        if listed and [t.shape for t in tensors(name, listed)] != [t.shape for t in w]:
+            raise ValueError(f"{name}: expected the shapes of the weights, got {[tuple(t.shape) for t in listed]}")
+        if listed and listed[0].device != w[0].device:
+            raise ValueError(f"{name}: expected device {w[0].device}, got {listed[0].device}")
+    if "scale" not in arguments:
+        return
+    first = arguments["scale"][0] if arguments["scale"] else None
+    acc = first.dtype if "codes" in arguments and first is not None else acc_dtype(w[0].dtype)
+    ready_scales("scale", arguments["scale"], w, acc)
+    for name in ("bits", "k"):
+        n = arguments.get(name)
+        if n is not None and integers(name, n, w, 0, MAX_BITS) is not n:
+            raise ValueError(f"{name}: expected int32, got {n.dtype}")
+    for name, dtype, count in (("grad_penalty", acc, len(w)), ("strength", acc, 1), ("penalty", acc, len(w)),
+                               ("nonzero", torch.int64, len(w)), ("sq_error", acc, len(w))):
+        t = arguments.get(name)
+        if t is not None and (t.dtype != dtype or t.numel() != count or t.device != w[0].device):
+            raise ValueError(f"{name}: expected {count} elements of {dtype} on {w[0].device}, got {kind(t)} on "
+                             f"{t.device}")
