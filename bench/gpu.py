@@ -26,7 +26,7 @@ START = 240.0  # after these, no piece is begun that cannot stop by itself
 PYTHON = str(ROOT / ".venv/bin/python")
 LOGS = ROOT / "build/gpu"
 # What does the same whatever serves the GPU.
-NO_BACKEND = ("test_bench", "test_cpu_machine_code", "test_cuda_emulated", "test_cuda_emulated_activation",
+NO_BACKEND = ("test_bench", "test_cpu_machine_code", "test_cuda_emulated", "test_cuda_emulated_categorical_activation",
               "test_cuda_emulated_categorical", "test_cuda_emulated_packing", "test_cuda_machine_code",
               "test_triton_machine_code")
 

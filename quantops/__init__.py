@@ -1,8 +1,8 @@
 """Fused kernels for quantization-aware training with MSQ, TruncQuant and CPQ."""
 
 from quantops import backends, foreach, layout, reference
-from quantops.activation import CategoricalActivation
 from quantops.backends import info
+from quantops.categorical_activation import CategoricalActivation
 from quantops.convert import is_linear_or_conv, quantize_, unquantize_
 from quantops.functional import (
     MSQ,

@@ -20,7 +20,7 @@ import torch
 from quantops import autograd, checks, default
 from quantops.autograd.common import below_autograd
 from quantops.layout import empty_like
-from quantops.reference.activation import QUARTER_BITS
+from quantops.reference.categorical_activation import QUARTER_BITS
 from quantops.reference.packing import LAYOUTS, data_shape, split_shapes
 from quantops.reference.uniform import acc_dtype
 
@@ -77,11 +77,11 @@ OPS = {
     },
     # One tensor at a time, with one alpha and one sigma. `quarters` is uint8, 2 bits per element in the order of q's
     # memory, which is dense; `sums` is [] or [grad_alpha, grad_sigma]; `dtype` is that of q, in the backward that of x.
-    "activation": {
-        "activation": "(Tensor x, Tensor alpha, Tensor sigma, Tensor bits, int grad_of, ScalarType dtype) -> "
-        "(Tensor q, Tensor quarters)",
-        "activation_backward": "(Tensor grad, Tensor q, Tensor quarters, Tensor alpha, Tensor sigma, Tensor bits, "
-        "int grad_of, bool scale_grad, ScalarType dtype) -> (Tensor grad_x, Tensor[] sums)",
+    "categorical_activation": {
+        "categorical_activation": "(Tensor x, Tensor alpha, Tensor sigma, Tensor bits, int grad_of, ScalarType dtype) "
+        "-> (Tensor q, Tensor quarters)",
+        "categorical_activation_backward": "(Tensor grad, Tensor q, Tensor quarters, Tensor alpha, Tensor sigma, "
+        "Tensor bits, int grad_of, bool scale_grad, ScalarType dtype) -> (Tensor grad_x, Tensor[] sums)",
     },
 }
 
@@ -95,8 +95,8 @@ AUTOGRAD = {
     "truncate_backward": autograd.truncate.truncate_backward,
     "categorical": autograd.categorical.categorical,
     "categorical_backward": autograd.categorical.categorical_backward,
-    "activation": autograd.activation.activation,
-    "activation_backward": autograd.activation.activation_backward,
+    "categorical_activation": autograd.categorical_activation.categorical_activation,
+    "categorical_activation_backward": autograd.categorical_activation.categorical_activation_backward,
 }
 
 ops = torch.ops.quantops
@@ -263,10 +263,10 @@ def _fake_categorical_backward(grad, x, alpha, sigma, bits, gates, seed, mode, g
 
 
 @_fake
-def _fake_activation(x, alpha, sigma, bits, grad_of, dtype):
+def _fake_categorical_activation(x, alpha, sigma, bits, grad_of, dtype):
     return empty_like(x, dtype), x.new_empty(data_shape(x.numel(), QUARTER_BITS, "dense"), dtype=torch.uint8)
 
 
 @_fake
-def _fake_activation_backward(grad, q, quarters, alpha, sigma, bits, grad_of, scale_grad, dtype):
+def _fake_categorical_activation_backward(grad, q, quarters, alpha, sigma, bits, grad_of, scale_grad, dtype):
     return empty_like(q, dtype), [torch.empty_like(alpha), torch.empty_like(sigma)] if scale_grad else []

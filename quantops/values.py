@@ -78,6 +78,6 @@ def check_categorical(alpha, sigma, bits, gates, seed, mode, grad_of):
                 raise ValueError(f"{name}[{i}]: expected finite values > 0{inverse}, got {v.reshape(-1)[:8].tolist()}")
 
 
-def check_activation(alpha, sigma, bits):
+def check_categorical_activation(alpha, sigma, bits):
     """The same of activations."""
     check_categorical([alpha], [sigma], bits, [], None, MODES.index("hard"), GRADS.index("soft"))

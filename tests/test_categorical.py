@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import quantops as Q
-import quantops.reference.categorical  # noqa: F401  the module, which the function of its name hides
+import quantops.reference.categorical
 from cases import EXHAUSTIVE, SPECIAL, same, weights
 from quantops.reference import paper
 

@@ -6,14 +6,27 @@ import math
 
 import pytest
 import torch
-from cases import Calls
-from networks import (
-    LEARNED, Net, data, grads, loss_of, make_cpq, objective, one_step, originals, quantizers, same, scales, separable,
-    set_gates, state,
-)
 from torch import nn
 
 import quantops
+from cases import Calls
+from networks import (
+    LEARNED,
+    Net,
+    data,
+    grads,
+    loss_of,
+    make_cpq,
+    objective,
+    one_step,
+    originals,
+    quantizers,
+    same,
+    scales,
+    separable,
+    set_gates,
+    state,
+)
 from quantops import CPQConfig, quantize_, reference, to_int
 from quantops.nn import quantized
 from quantops.positive import grid_step
@@ -207,7 +220,7 @@ def test_cache_has_the_same_gradients_and_keeps_no_draw(fuse, kind):
                     loss_of(cached, 0.0, seed).backward()
             kept = not (train and "dropbits" in kind)
             assert calls.counts["categorical"] == times * (1 if kept else 3)
-            assert calls.counts.get("activation", 0) == (3 * 2 if "act_bits" in kind else 0)
+            assert calls.counts.get("categorical_activation", 0) == (3 * 2 if "act_bits" in kind else 0)
             torch.manual_seed(3)
             for seed in range(3):
                 loss_of(plain, 0.0, seed).backward()

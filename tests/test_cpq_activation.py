@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from networks import Net, close, data, grads, make_cpq, objective, same, state
 from torch import nn
 
+from networks import Net, close, data, grads, make_cpq, objective, same, state
 from quantops import CategoricalActivation, CPQConfig, quantize_, reference
 from quantops.positive import positive
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from networks import close, data, grads, make_cpq, objective, one_step, state
 
+from networks import close, data, grads, make_cpq, objective, one_step, state
 from quantops import finish_dropbits
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from cases import Calls
-from networks import LEARNED, Net, data, loss_of, make_cpq, originals, quantizers, same, scales, set_gates, state
 from torch import nn
 
 import quantops
+from cases import Calls
+from networks import LEARNED, Net, data, loss_of, make_cpq, originals, quantizers, same, scales, set_gates, state
 from quantops import bit_report, finish_dropbits, penalty, quantize_, reference, to_int
 from quantops.methods.cpq import SHIFT, hard_concrete
 
@@ -36,7 +36,7 @@ def test_dropped_bits_drop_those_above(dropbits):
         with torch.no_grad():
             for p in quantizers(model).values():
                 p.log_a.fill_(SHIFT)
-    counts = {n: 0 for n in range(2, 6)}
+    counts = dict.fromkeys(range(2, 6), 0)
     for _ in range(300):
         model(data()[0])
         alpha = scales(quantizers(model)["mid.0"])[0]

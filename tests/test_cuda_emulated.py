@@ -6,6 +6,7 @@ import itertools
 import sys
 
 import pytest
+
 from emulation import DTYPES, Program, close, exact, laid_out_like, raises
 
 program = Program(__file__, "uniform", "truncate")
@@ -29,8 +30,9 @@ def _bits(count, shift, low=0):
 
 
 def _weights(dtype, per_row):
-    import cases
     import torch
+
+    import cases
 
     dtype = getattr(torch, dtype)
     w = [t if t.numel() < 5000 else t[3:3100] if t.dim() == 1 else t[:2, :2500] for t in cases.weights(dtype)]
@@ -443,8 +445,9 @@ def _check_truncate_backward(grads, w, s, out, bits, base, rule, what, tanh=Fals
 
 @program.check
 def truncate():
-    import cases
     import torch
+
+    import cases
 
     for case, (dtype, per_row, rule) in enumerate(itertools.product(DTYPES, (False, True), range(3))):
         w, s = _weights(dtype, per_row)
@@ -469,8 +472,9 @@ def truncate_to_every_width():
 
 @program.check
 def truncate_backward():
-    import cases
     import torch
+
+    import cases
 
     for case, (dtype, per_row, grad_dtype) in enumerate(itertools.product(DTYPES, (False, True), DTYPES)):
         w, s = _weights(dtype, per_row)

@@ -7,6 +7,7 @@ import itertools
 import sys
 
 import pytest
+
 from emulation import DTYPES, Program, exact, laid_out_like, raises
 
 KEY = "XLA"
@@ -39,9 +40,10 @@ def emulated(name, *args):
 
 def _lists(dtype, per_row, most_bits, kind, seed=0):
     """(x, alpha, sigma, bits, gates or []) of many shapes, the last with NaN and infinities."""
-    import cases
     import torch
     from test_categorical import make_gates
+
+    import cases
 
     x = [t if t.numel() < 3000 else t[3:1500] if t.dim() == 1 else t[:2, :1200]
          for t in cases.weights(getattr(torch, dtype))]

@@ -4,6 +4,7 @@ import itertools
 import sys
 
 import pytest
+
 from emulation import Program, exact, raises
 
 LAYOUTS = ("planes", "dense")

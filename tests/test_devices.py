@@ -13,10 +13,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cases import same, scales, weights  # noqa: E402
-
-import quantops as Q  # noqa: E402
-from quantops.reference.uniform import INVALID, RULES  # noqa: E402
+import quantops as Q
+from cases import same, scales, weights
+from quantops.reference.uniform import INVALID, RULES
 
 BACKENDS = ("cuda", "triton")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -116,21 +115,22 @@ def _categorical(x, s, g, n, key):
 
 
 def _activations(x, g, key):
-    """The same of family ``activation``: all that is kept is exact; x is near no edge by chance."""
+    """The same of family ``categorical_activation``: all that is kept is exact; x is near no edge by chance."""
     device, out = x[0].device, {}
     acc = torch.float64 if x[0].dtype == torch.float64 else torch.float32
     for bits, grad_of in itertools.product((1, 4, 8), (0, 1)):
         widths = [torch.tensor([v], dtype=acc, device=device) for v in (0.37, 0.2)]
         args = *widths, torch.tensor([bits], dtype=torch.int32, device=device), grad_of
-        kept = [torch.ops.quantops.activation(t, *args, t.dtype) for t in x]
-        back = [torch.ops.quantops.activation_backward(h, *k, *args, True, t.dtype) for t, h, k in zip(x, g, kept)]
+        kept = [torch.ops.quantops.categorical_activation(t, *args, t.dtype) for t in x]
+        back = [torch.ops.quantops.categorical_activation_backward(h, *k, *args, True, t.dtype)
+                for t, h, k in zip(x, g, kept)]
         what = f"{bits} {grad_of} {key}"
-        out[EXACT, f"activation {what}"] = [t.cpu() for k in kept for t in k]
+        out[EXACT, f"categorical_activation {what}"] = [t.cpu() for k in kept for t in k]
         if acc == x[0].dtype:  # a last bit of float32 is more in 16 bits
-            out[SUMS, f"activation grad_x {what}"] = [t.float().cpu() for t, _ in back]
+            out[SUMS, f"categorical_activation grad_x {what}"] = [t.float().cpu() for t, _ in back]
         size = [1 + h.double().abs().sum() for h in g]
-        out[SUMS, f"activation sums {what}"] = [(v.double() / s).float().cpu() for (_, sums), s in zip(back, size)
-                                                for v in sums]
+        out[SUMS, f"categorical_activation sums {what}"] = [
+            (v.double() / s).float().cpu() for (_, sums), s in zip(back, size) for v in sums]
     return out
 
 
@@ -199,7 +199,7 @@ def test_activations_out_of_range_give_nan_and_are_captured():
     x, (one, bits) = torch.randn(1000, 7, device="cuda"), (torch.tensor(v, device="cuda") for v in (
         [1.0], [3]))
     bits = bits.to(torch.int32)
-    forward, backward = torch.ops.quantops.activation, torch.ops.quantops.activation_backward
+    forward, backward = torch.ops.quantops.categorical_activation, torch.ops.quantops.categorical_activation_backward
 
     def call(alpha, sigma, n):
         q, quarters = forward(x, alpha, sigma, n, 1, x.dtype)

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Calls
-from networks import Net, data, grads, loss_of, make_msq, one_step, originals, same, set_precision
 from torch.utils.checkpoint import checkpoint
 
+from cases import Calls
+from networks import Net, data, grads, loss_of, make_msq, one_step, originals, same, set_precision
 from quantops import add_penalty_grad_, bit_report, hessian_trace, penalty, reference
 from quantops.nn import quantized
 

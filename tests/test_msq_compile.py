@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import data, grads, make_msq, noting, objective, one_step, same, set_precision
 
+from networks import data, grads, make_msq, noting, objective, one_step, same, set_precision
 from quantops import add_penalty_grad_, penalty
 from quantops.nn import quantized
 

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import Net, data, loss_of, make_msq, originals, same, separable
 
+from networks import Net, data, loss_of, make_msq, originals, same, separable
 from quantops import MSQController, add_penalty_grad_, bit_report, hessian_trace, penalty, reference
 from quantops.nn import quantized
 

@@ -19,9 +19,9 @@ import torch
 import torch._dynamo.testing
 
 import quantops as Q
+from cases import EXHAUSTIVE, free_gigabytes, same
 from quantops import reference as ref
 from quantops.packed import Packed
-from cases import EXHAUSTIVE, free_gigabytes, same
 
 LAYOUTS = ("planes", "dense")
 LENGTHS = (0, 1, 7, 8, 9, 63, 64, 65, 127, 129, 1009, *((1024, 33_000, 70_001) if EXHAUSTIVE else (4097,)))

@@ -15,7 +15,7 @@ if triton.knobs.runtime.interpret:
                 allow_module_level=True)
 
 from bench import sass  # noqa: E402
-from quantops.kernels import activation, categorical, packing, truncate, uniform  # noqa: E402
+from quantops.kernels import categorical, categorical_activation, packing, truncate, uniform  # noqa: E402
 from quantops.kernels.launch import launch  # noqa: E402
 
 if sass.tool("cuobjdump") is None:
@@ -128,13 +128,14 @@ def _categorical_backward(dtype, grad_dtype, mode, gates):
 
 
 def _activation(dtype, out):
-    activation.activation(torch.ones(9001, dtype=dtype), *_activation_widths(dtype), 1, out)
+    categorical_activation.categorical_activation(torch.ones(9001, dtype=dtype), *_activation_widths(dtype), 1, out)
 
 
 def _activation_backward(dtype, q_dtype, grad_of):
     grad, q = torch.ones(2, 9001, dtype=q_dtype)
     quarters = torch.zeros(2251, dtype=torch.uint8)
-    activation.activation_backward(grad, q, quarters, *_activation_widths(dtype), grad_of, True, dtype)
+    categorical_activation.categorical_activation_backward(grad, q, quarters, *_activation_widths(dtype), grad_of, True,
+                                                           dtype)
 
 
 def _activation_widths(dtype):
@@ -198,15 +199,15 @@ CALLS = {
     "categorical_backward-fp32-soft-gates": ((_categorical_backward, FP32, FP32, 1, 8), {128: (2, 1)}),
     "categorical_backward-fp64-soft-gates": ((_categorical_backward, FP64, FP64, 1, 4), {128: (2, 1)}),
     "categorical_backward-fp32-sample": ((_categorical_backward, FP32, FP32, 2, 0), {128: (2, 1)}),
-    "activation-fp32": ((_activation, FP32, FP32), {128: (4, 4)}),
-    "activation-bf16": ((_activation, BF16, BF16), {128: (2, 2)}),
-    "activation-fp32-bf16": ((_activation, FP32, BF16), {128: (4, 2)}),
-    "activation-fp64": ((_activation, FP64, FP64), {128: (4, 4)}),
-    "activation_backward-fp32": ((_activation_backward, FP32, FP32, 1), {128: (4, 2)}),
-    "activation_backward-fp32-winner": ((_activation_backward, FP32, FP32, 0), {128: (4, 2)}),
-    "activation_backward-bf16": ((_activation_backward, BF16, BF16, 1), {128: (2, 1)}),
-    "activation_backward-fp32-bf16": ((_activation_backward, FP32, BF16, 1), {128: (2, 2)}),
-    "activation_backward-fp64": ((_activation_backward, FP64, FP64, 1), {128: (4, 2)}),
+    "categorical_activation-fp32": ((_activation, FP32, FP32), {128: (4, 4)}),
+    "categorical_activation-bf16": ((_activation, BF16, BF16), {128: (2, 2)}),
+    "categorical_activation-fp32-bf16": ((_activation, FP32, BF16), {128: (4, 2)}),
+    "categorical_activation-fp64": ((_activation, FP64, FP64), {128: (4, 4)}),
+    "categorical_activation_backward-fp32": ((_activation_backward, FP32, FP32, 1), {128: (4, 2)}),
+    "categorical_activation_backward-fp32-winner": ((_activation_backward, FP32, FP32, 0), {128: (4, 2)}),
+    "categorical_activation_backward-bf16": ((_activation_backward, BF16, BF16, 1), {128: (2, 1)}),
+    "categorical_activation_backward-fp32-bf16": ((_activation_backward, FP32, BF16, 1), {128: (2, 2)}),
+    "categorical_activation_backward-fp64": ((_activation_backward, FP64, FP64, 1), {128: (4, 2)}),
     "absmax-fp32": ((_absmax, FP32), {128: (8, 0)}),
     "absmax-bf16": ((_absmax, BF16), {128: (4, 0)}),
     "absmax-fp64": ((_absmax, FP64), {128: (8, 0)}),
@@ -241,7 +242,8 @@ def test_machine_code(name, arch):
         spills = {op: c for op, c in code.items() if op.startswith(("LDL", "STL"))}
         assert not spills, f"{name} spills registers: {spills}"
         # In float64 the kernels of these families call exp and log of CUDA's libdevice, which have fma, rcp and abs.ftz.
-        kinds = "32" if recorded.kernel.__module__ in (categorical.__name__, activation.__name__) else "(32|64)"
+        libdevice = categorical.__name__, categorical_activation.__name__
+        kinds = "32" if recorded.kernel.__module__ in libdevice else "(32|64)"
         assert not re.search(rf"(?<!\babs)\.ftz\.f{kinds}", kernel.ptx), "denormals would be flushed to zero"
         assert not re.search(r"div\.(full|approx)", kernel.ptx), "division must round as IEEE says"
         assert not re.search(rf"\b(fma|mad)\.\w*\.?f{kinds}", kernel.ptx), "a product and a sum were contracted"

@@ -10,8 +10,8 @@ import torch
 import torch._dynamo.testing
 
 import quantops as Q
-from quantops import reference as ref
 from cases import EXHAUSTIVE, SPECIAL, same, scales, weights
+from quantops import reference as ref
 from quantops.default.truncate import used_gradients
 
 RULES = ref.uniform.RULES

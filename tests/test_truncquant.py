@@ -7,12 +7,12 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Calls
-from networks import data, noting
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import quantops
+from cases import Calls
+from networks import data, noting
 from quantops import (
     MultiBatchNorm,
     TruncQuantConfig,

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import quantops as Q
-from quantops import reference as ref
 from cases import EXHAUSTIVE, SPECIAL, free_gigabytes, same, scales, weights
+from quantops import reference as ref
 
 GRIDS = ("dyadic", "full")
 SEEDS = range(3 if EXHAUSTIVE else 1)

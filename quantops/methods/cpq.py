@@ -7,8 +7,8 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from quantops import checks
-from quantops.activation import CategoricalActivation, replace_relus
 from quantops.autograd.common import each, materialize, of_used
+from quantops.categorical_activation import CategoricalActivation, replace_relus
 from quantops.convert import QuantConfig, check_choice, check_int
 from quantops.intweight import IntWeight
 from quantops.library import ops

@@ -1,7 +1,7 @@
 """The specification: every op in plain PyTorch, any dtype, any device. The only oracle of tests and benches."""
 
-from quantops.reference.activation import activation, activation_backward
 from quantops.reference.categorical import categorical, categorical_backward
+from quantops.reference.categorical_activation import categorical_activation, categorical_activation_backward
 from quantops.reference.packing import pack, unpack
 from quantops.reference.truncate import truncate, truncate_backward, truncate_scale_terms
 from quantops.reference.uniform import (
@@ -20,8 +20,8 @@ from quantops.reference.uniform import (
 __all__ = [
     "absmax",
     "absmean",
-    "activation",
-    "activation_backward",
+    "categorical_activation",
+    "categorical_activation_backward",
     "add_lsb_grad",
     "categorical",
     "categorical_backward",

@@ -1,4 +1,4 @@
-"""Categorical quantization of activations that keeps two bits per element: what family ``activation`` means.
+"""Categorical quantization of activations that keeps two bits per element: family ``categorical_activation``.
 
 q is the unsigned hard categorical quantizer of :mod:`quantops.reference.categorical`, without gates and with one alpha
 and sigma. The backward pass does not get x but q, hence the class j, and the quarter of its cell that x lies in:
@@ -30,7 +30,7 @@ def _width(bits):
     return min(max(int(bits), 0), MAX_SOFT_BITS)
 
 
-def activation(x, alpha, sigma, bits, *, out_dtype=None):
+def categorical_activation(x, alpha, sigma, bits, *, out_dtype=None):
     """(q, quarters) of one tensor. quarters: k of the elements in 2 bits each, dense, as :func:`pack` has them."""
     alpha = torch.as_tensor(alpha, dtype=acc_dtype(x.dtype), device=x.device).detach().reshape(())
     q = _checked_bits(categorical(x, alpha, sigma, bits, signed=False, out_dtype=out_dtype), bits)
@@ -50,7 +50,7 @@ def factors(alpha, sigma, bits, grad_of):
     return [_checked_bits(v, bits) for v in factors_at(x, alpha, sigma, bits, signed=False, grad_of=grad_of)]
 
 
-def activation_backward(grad, q, quarters, alpha, sigma, bits, *, grad_of="soft", dtype=None):
+def categorical_activation_backward(grad, q, quarters, alpha, sigma, bits, *, grad_of="soft", dtype=None):
     """(dL/dx, dL/dalpha, dL/dsigma) from ``grad`` = dL/dq; sums in float64, rounded once. ``dtype``: x's."""
     flat = alpha.reshape(())
     k = unpack(quarters, q.shape, QUARTER_BITS, layout="dense")

@@ -1,4 +1,4 @@
-"""Family ``activation``: against its reference, and against the chain of other ops that it is made of.
+"""Family ``categorical_activation``: against its reference, and against the chain of other ops that it is made of.
 
 Run as it is, the compiled C++ kernels are tested; under QUANTOPS_BACKEND=triton TRITON_INTERPRET=1, the Triton ones.
 """
@@ -13,10 +13,11 @@ import quantops as Q
 from cases import EXHAUSTIVE, SPECIAL, same, weights
 from quantops import reference as ref
 from quantops.layout import dense, in_memory
-from quantops.reference.activation import factors
 from quantops.reference.categorical import GRADS
+from quantops.reference.categorical_activation import factors
 
 ops = torch.ops.quantops
+forward, backward = ops.categorical_activation, ops.categorical_activation_backward
 BITS = tuple(range(1, 9)) if EXHAUSTIVE else (1, 8)
 RATIOS = (10, 2, 0.5, 0.05) if EXHAUSTIVE else (2,)  # alpha/sigma
 
@@ -73,8 +74,8 @@ def test_values_equal_reference(dtype):
     for (i, x), out in itertools.product(enumerate(kinds_of(dtype)), outs):
         for bits, alpha in ((BITS[i % len(BITS)], 0.37), (0 if i % 7 == 0 else 3, 1e-3))[: 2 if EXHAUSTIVE else 1]:
             args = widths(bits, dtype, alpha)
-            q, quarters = ops.activation(x, *args, 1, out)
-            values, packed = ref.activation(in_memory(dense(x)), *args, out_dtype=out)
+            q, quarters = forward(x, *args, 1, out)
+            values, packed = ref.categorical_activation(in_memory(dense(x)), *args, out_dtype=out)
             assert same(in_memory(q), values) and torch.equal(quarters, packed), (i, bits, out)
             assert q.shape == x.shape and quarters.numel() == -(-x.numel() // 4)
             assert q.stride() == (x.stride() if Q.layout.dense_rows(x) else torch.empty(x.shape).stride())
@@ -87,7 +88,7 @@ def test_every_quarter_of_every_cell(bits):
     top = 2**bits - 1
     edges = torch.arange(-4, 4 * top + 5) / 4 * alpha
     x = torch.cat([edges, torch.nextafter(edges, torch.tensor(1e9)), torch.nextafter(edges, torch.tensor(-1e9))])
-    q, quarters = ops.activation(x, *widths(bits, x.dtype, alpha), 1, x.dtype)
+    q, quarters = forward(x, *widths(bits, x.dtype, alpha), 1, x.dtype)
     j = (x / alpha).round().clamp(0, top)
     assert torch.equal(q, alpha * j)
     k = ref.unpack(quarters, x.shape, 2, layout="dense")
@@ -111,8 +112,8 @@ def test_gradients_equal_the_chain(bits, grad, dtype):
         x[:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
         g = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(out)
         want = chain(x, *args, GRADS.index(grad), out, g)
-        q, quarters = ops.activation(x, *args, GRADS.index(grad), out)
-        grad_x, sums = ops.activation_backward(g, q, quarters, *args, GRADS.index(grad), True, dtype)
+        q, quarters = forward(x, *args, GRADS.index(grad), out)
+        grad_x, sums = backward(g, q, quarters, *args, GRADS.index(grad), True, dtype)
         what = f"{ratio} {alpha} {out}"
         assert same(q, want[0]) and same(grad_x, want[1]), what
         unit = torch.finfo(args[0].dtype).eps
@@ -128,13 +129,13 @@ def test_error_of_float32(grad):
     for bits, ratio in itertools.product(BITS, RATIOS):
         args = widths(bits, torch.float32, 0.37, ratio)
         x = spread(400 if EXHAUSTIVE else 50, bits, 0.37, torch.float32)
-        q, quarters = ops.activation(x, *args, 0, x.dtype)
+        q, quarters = forward(x, *args, 0, x.dtype)
         place = (4 * (q / args[0]).round() + ref.unpack(quarters, x.shape, 2, layout="dense")).long()
         exact = [v[place] for v in factors(args[0].double()[0], args[1].double()[0], bits, grad)]
         torchs = [v[place] for v in factors(args[0][0], args[1][0], bits, grad)]
         # One element at a time, so that the sums have one term each.
         rows = range(len(x)) if EXHAUSTIVE else range(0, len(x), 20)
-        got = [ops.activation_backward(torch.ones(1), q[i:i + 1], *ops.activation(x[i:i + 1], *args, 0, x.dtype)[1:],
+        got = [backward(torch.ones(1), q[i:i + 1], *forward(x[i:i + 1], *args, 0, x.dtype)[1:],
                                        *args, GRADS.index(grad), True, x.dtype) for i in rows]
         got = [torch.stack([v[0][0] for v in got]), *(torch.stack([v[1][n][0] for v in got]) for n in (0, 1))]
         for name, a, b, c in zip(("x", "alpha", "sigma"), got, torchs, exact):
@@ -149,9 +150,9 @@ def test_float64_equals_reference(grad):
         args = widths(bits, torch.float64, 0.37, ratio)
         x = spread(300, bits, 0.37, torch.float64)
         g = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        q, quarters = ops.activation(x, *args, 0, x.dtype)
-        grad_x, sums = ops.activation_backward(g, q, quarters, *args, GRADS.index(grad), True, x.dtype)
-        want = ref.activation_backward(g, q, quarters, *args, grad_of=grad)
+        q, quarters = forward(x, *args, 0, x.dtype)
+        grad_x, sums = backward(g, q, quarters, *args, GRADS.index(grad), True, x.dtype)
+        want = ref.categorical_activation_backward(g, q, quarters, *args, grad_of=grad)
         room = 1e-13 * 2**bits * max(ratio, 1) ** 2 * float(g.abs().sum())
         for a, b in zip((grad_x, *sums), want):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=room, msg=lambda m: f"{bits} bits, {ratio}: {m}")
@@ -167,8 +168,8 @@ def test_dtypes_and_layouts(dtype):
                 g = torch.randn(()).to(grad_dtype).expand(x.shape)  # the gradient of a sum
             if x.dim() == 4 and i % 2:
                 g = g.contiguous(memory_format=torch.channels_last)
-            q, quarters = ops.activation(x, *args, 1, dtype)
-            grad_x, sums = ops.activation_backward(g, q, quarters, *args, 1, True, dtype)
+            q, quarters = forward(x, *args, 1, dtype)
+            grad_x, sums = backward(g, q, quarters, *args, 1, True, dtype)
             assert grad_x.stride() == q.stride() and grad_x.dtype == dtype
             acc = accumulates(dtype)
             wide = q.to(acc).contiguous()
@@ -176,12 +177,12 @@ def test_dtypes_and_layouts(dtype):
             assert torch.equal(flat, quarters)  # padded with zeros
             k = torch.empty_like(q, dtype=torch.int32)
             in_memory(k).copy_(ref.unpack(quarters, (x.numel(),), 2, layout="dense"))
-            plain = ops.activation_backward(g.to(acc).contiguous(), wide, ref.pack(k.contiguous(), 2, layout="dense"),
+            plain = backward(g.to(acc).contiguous(), wide, ref.pack(k.contiguous(), 2, layout="dense"),
                                             *args, 1, True, acc)
             assert same(grad_x, plain[0].to(dtype)), i
             for a, b in zip(sums, plain[1]):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(1 + g.double().nan_to_num().abs().sum()))
-            without = ops.activation_backward(g, q, quarters, *args, 1, False, dtype)
+            without = backward(g, q, quarters, *args, 1, False, dtype)
             assert same(without[0], grad_x) and without[1] == []
 
 
@@ -191,11 +192,11 @@ def test_sums(grad):
     n = 200_003 if EXHAUSTIVE else 9001
     args, gi = widths(4, torch.float32), GRADS.index(grad)
     x, g = spread(n, 4, 0.37, torch.float32), torch.randn(n, generator=torch.Generator().manual_seed(2))
-    q, quarters = ops.activation(x, *args, gi, x.dtype)
-    got = ops.activation_backward(g, q, quarters, *args, gi, True, x.dtype)[1]
+    q, quarters = forward(x, *args, gi, x.dtype)
+    got = backward(g, q, quarters, *args, gi, True, x.dtype)[1]
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
-    again = ops.activation_backward(g, q, quarters, *args, gi, True, x.dtype)[1]
+    again = backward(g, q, quarters, *args, gi, True, x.dtype)[1]
     torch.set_num_threads(threads)
     place = (4 * (q / args[0]).round() + ref.unpack(quarters, x.shape, 2, layout="dense")).long()
     by = factors(args[0].double()[0], args[1].double()[0], 4, grad)[1:]
@@ -212,8 +213,8 @@ def test_what_no_forward_pass_gives():
     quarters = torch.randint(0, 256, (-(-q.numel() // 4),), dtype=torch.uint8)
     for bits in (1, 4, 8):
         args = widths(bits, torch.float32)
-        got = ops.activation_backward(torch.ones_like(q), q, quarters, *args, 1, True, q.dtype)
-        want = ref.activation_backward(torch.ones_like(q), q, quarters, *args)
+        got = backward(torch.ones_like(q), q, quarters, *args, 1, True, q.dtype)
+        want = ref.categorical_activation_backward(torch.ones_like(q), q, quarters, *args)
         for a, b in zip((got[0], *got[1]), want):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
 
@@ -223,7 +224,7 @@ def test_what_no_forward_pass_gives():
 
 def gradients(x, args, g):
     leaves = [t.detach().requires_grad_() for t in (x, *args[:2])]
-    q = ops.activation(*leaves, args[2], 1, x.dtype)[0]
+    q = forward(*leaves, args[2], 1, x.dtype)[0]
     return q.detach(), *torch.autograd.grad(q, leaves, g)
 
 
@@ -242,7 +243,7 @@ def test_checkpointing(reentrant):
     x = spread(60, 4, 0.37, torch.float32).view(6, 10)
     args, g = widths(4, x.dtype), torch.randn(x.shape)
     leaves = [t.detach().requires_grad_() for t in (x, *args[:2])]
-    q = checkpoint(lambda *v: ops.activation(*v, args[2], 1, x.dtype)[0], *leaves, use_reentrant=reentrant)
+    q = checkpoint(lambda *v: forward(*v, args[2], 1, x.dtype)[0], *leaves, use_reentrant=reentrant)
     q.backward(g)
     got = q.detach(), *(t.grad for t in leaves)
     assert all(torch.equal(a, b) for a, b in zip(got, gradients(x, args, g)))
@@ -251,11 +252,11 @@ def test_checkpointing(reentrant):
 def test_second_derivatives_raise_and_changes_in_place_do():
     x = torch.rand(20, requires_grad=True)
     alpha, sigma, bits = (t.requires_grad_() if t.is_floating_point() else t for t in widths(4, x.dtype))
-    q = ops.activation(x, alpha, sigma, bits, 1, x.dtype)[0]
+    q = forward(x, alpha, sigma, bits, 1, x.dtype)[0]
     g, = torch.autograd.grad(q.square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivatives"):
         g.sum().backward()
-    q = ops.activation(x, alpha, sigma, bits, 1, x.dtype)[0]
+    q = forward(x, alpha, sigma, bits, 1, x.dtype)[0]
     with torch.no_grad():
         q.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -266,7 +267,7 @@ def test_only_what_is_wanted():
     x, (alpha, sigma, bits) = torch.rand(20), widths(4, torch.float32)
     for wanted in itertools.product((False, True), repeat=3):
         leaves = [t.detach().requires_grad_(want) for t, want in zip((x, alpha, sigma), wanted)]
-        q, quarters = ops.activation(*leaves, bits, 1, x.dtype)
+        q, quarters = forward(*leaves, bits, 1, x.dtype)
         assert q.requires_grad == any(wanted) and not quarters.requires_grad
         if any(wanted):
             q.sum().backward()
@@ -277,7 +278,7 @@ def test_only_what_is_wanted():
 def test_compile(backend):
     torch._dynamo.reset()
     args = widths(4, torch.float32)
-    compiled = torch.compile(lambda x, a, s: ops.activation(x * 1, a, s, args[2], 1, x.dtype)[0] * 1, fullgraph=True,
+    compiled = torch.compile(lambda x, a, s: forward(x * 1, a, s, args[2], 1, x.dtype)[0] * 1, fullgraph=True,
                              backend=backend)
     for shape, layout in (((2, 3, 5, 5), torch.channels_last), ((7, 9), torch.contiguous_format)):
         x = spread(150, 4, 0.37, torch.float32)[:torch.Size(shape).numel()].view(shape).to(memory_format=layout)
@@ -293,13 +294,13 @@ def test_compile(backend):
 
 def test_values_out_of_range_raise_on_a_cpu():
     x, (alpha, sigma, bits) = torch.rand(4), widths(4, torch.float32)
-    q, quarters = ops.activation(x, alpha, sigma, bits, 1, x.dtype)
+    q, quarters = forward(x, alpha, sigma, bits, 1, x.dtype)
     for bad, text in (((-alpha, sigma, bits), "alpha"), ((alpha * 1e-39, sigma, bits), "alpha"),
                       ((alpha, sigma * torch.nan, bits), "sigma"), ((alpha, sigma, bits + 5), r"bits.*0\.\.8.*got 9")):
         with pytest.raises(ValueError, match=text):
-            ops.activation(x, *bad, 1, x.dtype)
+            forward(x, *bad, 1, x.dtype)
         with pytest.raises(ValueError, match=text):
-            ops.activation_backward(x, q, quarters, *bad, 1, True, x.dtype)
+            backward(x, q, quarters, *bad, 1, True, x.dtype)
 
 
 @pytest.mark.parametrize("name, bad, error", [
@@ -311,10 +312,10 @@ def test_values_out_of_range_raise_on_a_cpu():
 def test_arguments_that_do_not_fit(name, bad, error):
     alpha, sigma, bits = widths(4, torch.float32)
     both = {"alpha": alpha, "sigma": sigma, "bits": bits, "grad_of": 1}
-    forward = {"x": torch.rand(4), **both, "dtype": torch.float32}
-    backward = {"grad": torch.rand(4), "q": torch.rand(4), "quarters": torch.zeros(1, dtype=torch.uint8), **both,
-                "scale_grad": True, "dtype": torch.float32}
-    for op, arguments in ((ops.activation, forward), (ops.activation_backward, backward)):
+    given = {"x": torch.rand(4), **both, "dtype": torch.float32}
+    kept = {"grad": torch.rand(4), "q": torch.rand(4), "quarters": torch.zeros(1, dtype=torch.uint8), **both,
+            "scale_grad": True, "dtype": torch.float32}
+    for op, arguments in ((forward, given), (backward, kept)):
         op(*arguments.values())
         if name in arguments:
             with pytest.raises(error, match=name):
@@ -326,20 +327,20 @@ def test_reference_marks_values_out_of_range():
     x, (alpha, sigma, bits) = torch.rand(4), widths(4, torch.float32)
     for bad in ((-alpha, sigma, bits), (alpha, sigma * torch.inf, bits), (alpha, sigma, bits + 5),
                 (alpha, sigma, -bits)):
-        q, quarters = ref.activation(x, *bad)
+        q, quarters = ref.categorical_activation(x, *bad)
         assert q.isnan().all()
-        assert all(v.isnan().all() for v in ref.activation_backward(x, x, quarters, *bad))
+        assert all(v.isnan().all() for v in ref.categorical_activation_backward(x, x, quarters, *bad))
 
 
 @pytest.mark.skipif(EXHAUSTIVE, reason="of the Triton kernels: run it with QUANTOPS_BACKEND=triton TRITON_INTERPRET=1")
 @pytest.mark.parametrize("grad_of", [0, 1])
 def test_triton_marks_values_out_of_range(monkeypatch, grad_of):
     """NaN where the kernels cannot raise; nothing is read out of bounds."""
-    from quantops.kernels import activation as kernels
-    monkeypatch.setattr(kernels, "check_activation", lambda *args: None)  # it raises on CPU
+    from quantops.kernels import categorical_activation as kernels
+    monkeypatch.setattr(kernels, "check_categorical_activation", lambda *args: None)  # it raises on CPU
     x, (alpha, sigma, bits) = torch.rand(4), widths(4, torch.float32)
     for bad in ((-alpha, sigma, bits), (alpha, sigma * torch.inf, bits), (alpha, sigma, bits + 5),
                 (alpha, sigma, -bits)):
-        q, quarters = ops.activation(x, *bad, grad_of, x.dtype)
-        grad_x, sums = ops.activation_backward(x, x, quarters, *bad, grad_of, True, x.dtype)
+        q, quarters = forward(x, *bad, grad_of, x.dtype)
+        grad_x, sums = backward(x, x, quarters, *bad, grad_of, True, x.dtype)
         assert all(v.isnan().all() for v in (q, grad_x, *sums))

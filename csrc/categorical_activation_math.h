@@ -1,5 +1,5 @@
 // Categorical quantization of activations per element, for the CPU and the CUDA kernels; the equations are in
-// quantops/reference/activation.py.
+// quantops/reference/categorical_activation.py.
 //
 // There are only 4 2^bits places x' in the cells, so that the factors of dL/dq are a table, a row per place. Its
 // numbers are computed as the categorical backward does for any x.

@@ -1,4 +1,5 @@
-"""Family ``activation`` in Triton: the ops of quantops/library.py on one tensor; csrc/activation_math.h in Triton.
+"""Family ``categorical_activation`` in Triton: the ops of quantops/library.py on one tensor, with what
+csrc/categorical_activation_math.h has.
 
 Forward: one kernel. Backward: :func:`fill_table` computes the factors of all places, of which there are at most 1024;
 :func:`look_up` reads dL/dq, q and quarters and writes dL/dx; partial sums are added up by a third kernel, in float64
@@ -14,11 +15,11 @@ from quantops.kernels import math
 from quantops.kernels import soft_edges as se
 from quantops.kernels.launch import TYPES, block_of, in_layouts_of, ints, launch, on_device_of
 from quantops.layout import dense, empty_like
-from quantops.reference.activation import QUARTER_BITS
 from quantops.reference.categorical import GRADS
+from quantops.reference.categorical_activation import QUARTER_BITS
 from quantops.reference.packing import data_shape
 from quantops.reference.uniform import acc_dtype
-from quantops.values import check_activation
+from quantops.values import check_categorical_activation
 
 MOST_PLACES = tl.constexpr(4 << cm.MAX_SOFT_BITS.value)
 TABLE_LANES = tl.constexpr(128)  # places of one program
@@ -251,8 +252,8 @@ def _row(*tensors):
     return max(4, 16 // min(t.element_size() for t in tensors))
 
 
-def activation(x, alpha, sigma, bits, grad_of, dtype):
-    check_activation(alpha, sigma, bits)
+def categorical_activation(x, alpha, sigma, bits, grad_of, dtype):
+    check_categorical_activation(alpha, sigma, bits)
     x = dense(x)
     q = empty_like(x, dtype)
     quarters = x.new_empty(data_shape(x.numel(), QUARTER_BITS, "dense"), dtype=torch.uint8)
@@ -263,8 +264,8 @@ def activation(x, alpha, sigma, bits, grad_of, dtype):
     return q, quarters
 
 
-def activation_backward(grad, q, quarters, alpha, sigma, bits, grad_of, scale_grad, dtype):
-    check_activation(alpha, sigma, bits)
+def categorical_activation_backward(grad, q, quarters, alpha, sigma, bits, grad_of, scale_grad, dtype):
+    check_categorical_activation(alpha, sigma, bits)
     grad, = in_layouts_of([q], [grad])
     out, sums = empty_like(q, dtype), [torch.empty_like(v) for v in (alpha, sigma) if scale_grad]
     bits, acc = ints(bits), TYPES[acc_dtype(dtype)]

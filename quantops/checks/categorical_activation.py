@@ -1,11 +1,11 @@
-"""Family ``activation``: one tensor at a time."""
+"""Family ``categorical_activation``: one tensor at a time."""
 
 import torch
 
 from quantops.checks.arguments import FLOATS, kind, names, tensors
 from quantops.layout import dense_rows
-from quantops.reference.activation import QUARTER_BITS
 from quantops.reference.categorical import GRADS
+from quantops.reference.categorical_activation import QUARTER_BITS
 from quantops.reference.packing import data_shape
 from quantops.reference.uniform import acc_dtype
 

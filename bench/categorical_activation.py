@@ -1,4 +1,5 @@
-"""Family ``activation``: activations of CPQ, which keep q and two bits per element, and what they are measured against.
+"""Family ``categorical_activation``: activations of CPQ, which keep q and two bits per element, and what they are
+measured against.
 
 The peers are chains of tensor ops that keep the same, hence an autograd.Function, too; the factors of the few places
 that there are come from the op for weights in all of them.
@@ -78,7 +79,7 @@ def _peer(make, **options):
 
 def _quantized(x):
     n = len(x.w)
-    return [ops.activation(t, a, s, x.bits, SOFT, t.dtype)[0]
+    return [ops.categorical_activation(t, a, s, x.bits, SOFT, t.dtype)[0]
             for t, a, s in zip(x.leaves, x.widths[:n], x.widths[n:])]
 
 
@@ -87,8 +88,8 @@ def _reference(x, i):
     alpha, sigma = x.alpha[i], x.alpha[i] / 2
     pieces = []
     for t, g in zip(in_memory(x.w[i]).split(PIECE), in_memory(x.grad[i]).split(PIECE)):
-        q, quarters = reference.activation(t, alpha, sigma, x.bits)
-        pieces.append(reference.activation_backward(g, q, quarters, alpha, sigma, x.bits))
+        q, quarters = reference.categorical_activation(t, alpha, sigma, x.bits)
+        pieces.append(reference.categorical_activation_backward(g, q, quarters, alpha, sigma, x.bits))
     of_x, of_alpha, of_sigma = zip(*pieces)
     return torch.cat(of_x).view_as(x.w[i]), sum(of_alpha), sum(of_sigma)
 
@@ -107,7 +108,7 @@ def _check(got, x):
 
 CASES = [
     # x to q and quarters; then dL/dq, q and quarters to dL/dx. Kept: q and two bits.
-    Case("activation step", ActivationInputs, lambda s: 3 * s + 0.25, lambda s: 2 * s + 0.25,
+    Case("categorical activation step", ActivationInputs, lambda s: 3 * s + 0.25, lambda s: 2 * s + 0.25,
          lambda x: step(x, [*x.leaves, *x.widths], _quantized(x)), _check,
          {"eager": _peer(lambda: _Chain.apply),
           "compiled": _peer(lambda: torch.compile(lambda *args: _Chain.apply(*args)), compiles=True)},

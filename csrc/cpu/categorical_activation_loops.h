@@ -1,6 +1,6 @@
 // Loops over blocks of activations. Each is compiled for three instruction sets (simd.h).
 #pragma once
-#include "activation_math.h"
+#include "categorical_activation_math.h"
 #include "cpu/blocks.h"
 #include "cpu/simd.h"
 
@@ -10,25 +10,25 @@ namespace quantops {
 
 // q, and of each element its quarter: among the lanes as wide as q, bytes would halve the registers.
 template <class In, class Out, class A>
-QUANTOPS_INLINE int32_t activation_at(In x, Out& q, const Bins<A>& p, A least, A most) {
+QUANTOPS_INLINE int32_t categorical_activation_at(In x, Out& q, const Bins<A>& p, A least, A most) {
   const A v = widen(x);
   narrow_from<In>(p.alpha * nearest_class(v, p), q);
   return static_cast<int32_t>(quarter_of(v, A(widen(q)), p, least, most));
 }
 
 template <class In, class Out, class A>
-QUANTOPS_SIMD void activation_loop(const In* __restrict x, Out* __restrict q, uint8_t* __restrict k, bool streaming,
-                                   int64_t n, const Bins<A>& bins, A least, A most) {
+QUANTOPS_SIMD void categorical_activation_loop(const In* __restrict x, Out* __restrict q, uint8_t* __restrict k,
+                                               bool streaming, int64_t n, const Bins<A>& bins, A least, A most) {
   const Bins<A> p = bins;
   alignas(64) Out lanes[kLanes];
   alignas(64) int32_t quarters[kLanes];
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    for (int j = 0; j < kLanes; j++) quarters[j] = activation_at(x[i + j], lanes[j], p, least, most);
+    for (int j = 0; j < kLanes; j++) quarters[j] = categorical_activation_at(x[i + j], lanes[j], p, least, most);
     put_lanes(q + i, lanes, streaming);
     for (int j = 0; j < kLanes; j++) k[i + j] = static_cast<uint8_t>(quarters[j]);
   }
-  for (; i < n; i++) k[i] = static_cast<uint8_t>(activation_at(x[i], q[i], p, least, most));
+  for (; i < n; i++) k[i] = static_cast<uint8_t>(categorical_activation_at(x[i], q[i], p, least, most));
 }
 
 // The quarters alone, of a q that has been stored.

@@ -1,4 +1,4 @@
-"""Family ``activation``: keeps q, which the next layer keeps too, and the quarters; no second derivatives."""
+"""Family ``categorical_activation``: keeps q, as the next layer does, and the quarters; no second derivatives."""
 
 import torch
 
@@ -26,7 +26,7 @@ class _Activation(torch.autograd.Function):
         if q.stride() != ctx.stride:  # what hooks on saved tensors give back, the quarters are in the order of memory
             q = torch.empty_strided(q.shape, ctx.stride, dtype=q.dtype, device=q.device).copy_(q)
         scale_grad = any(ctx.needs_input_grad[4:])
-        grad_x, sums = call(ops.activation_backward, grad, q, *saved, ctx.grad_of, scale_grad, ctx.dtype)
+        grad_x, sums = call(ops.categorical_activation_backward, grad, q, *saved, ctx.grad_of, scale_grad, ctx.dtype)
         return None, None, None, grad_x, *(sums or (None, None))
 
 
@@ -38,15 +38,15 @@ class _ActivationBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        raise NotImplementedError("activation: second derivatives are not implemented; call backward() or "
+        raise NotImplementedError("categorical_activation: second derivatives are not implemented; call backward() or "
                                   "torch.autograd.grad() without create_graph=True on its result")
 
 
-def activation(keyset, op, args):
+def categorical_activation(keyset, op, args):
     return _Activation.apply(keyset, op, args, *args[:3])
 
 
-def activation_backward(keyset, op, args):
+def categorical_activation_backward(keyset, op, args):
     grad, q, _, alpha, sigma, *_ = args
     grad_x, *sums = _ActivationBackward.apply(keyset, op, args, grad, q, alpha, sigma)
     return grad_x, sums

@@ -1,15 +1,16 @@
-"""The CUDA kernels of family ``activation`` equal the C++ ones, which test_activation.py checks: bit for bit, and for
-sums, which are taken in another order, to their rounding. As in test_cuda_emulated_categorical.py.
+"""The CUDA kernels of family ``categorical_activation`` equal the C++ ones, which test_categorical_activation.py checks:
+bit for bit, and for sums, which are taken in another order, to their rounding. As in test_cuda_emulated_categorical.py.
 """
 
 import itertools
 import sys
 
 import pytest
+
 from emulation import DTYPES, Program, exact, laid_out_like, raises
 
 KEY = "XLA"
-program = Program(__file__, "activation", backend="", key=KEY)
+program = Program(__file__, "categorical_activation", backend="", key=KEY)
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +42,13 @@ def _widths(bits, dtype, alpha=0.37, ratio=2.0):
 def _check(x, g, args, grad_of, out, what, scale_grad=True):
     import torch
 
-    forward, backward = torch.ops.quantops.activation, torch.ops.quantops.activation_backward
-    q, quarters = emulated("activation", x, *args, grad_of, out)
+    forward, backward = torch.ops.quantops.categorical_activation, torch.ops.quantops.categorical_activation_backward
+    q, quarters = emulated("categorical_activation", x, *args, grad_of, out)
     for got, want in zip((q, quarters), forward(x, *args, grad_of, out)):
         exact(got, want, what)
     laid_out_like(q, x)
     options = g, q, quarters, *args, grad_of, scale_grad, x.dtype
-    grad_x, sums = emulated("activation_backward", *options)
+    grad_x, sums = emulated("categorical_activation_backward", *options)
     want_x, want_sums = backward(*options)
     exact(grad_x, want_x, what)
     assert grad_x.stride() == want_x.stride() and len(sums) == len(want_sums) == 2 * scale_grad
@@ -61,8 +62,9 @@ def _check(x, g, args, grad_of, out, what, scale_grad=True):
 
 @program.check
 def every_dtype_and_layout():
-    import cases
     import torch
+
+    import cases
 
     for case, (dtype, out, grad_dtype) in enumerate(itertools.product(DTYPES, DTYPES, DTYPES)):
         for i, x in enumerate(cases.weights(getattr(torch, dtype))):
@@ -106,22 +108,25 @@ def long_tensors():
         x, g = torch.randn(2, 60_001).to(getattr(torch, dtype)).unbind()
         args = _widths(3, dtype)
         _check(x, g, args, 1, x.dtype, dtype)
-        q, quarters = emulated("activation", x, *args, 1, x.dtype)
-        first, again = (emulated("activation_backward", g, q, quarters, *args, 1, True, x.dtype)[1] for _ in range(2))
+        q, quarters = emulated("categorical_activation", x, *args, 1, x.dtype)
+        first, again = (emulated("categorical_activation_backward", g, q, quarters, *args, 1, True, x.dtype)[1]
+                        for _ in range(2))
         for a, b in zip(first, again):
             exact(a, b, "the same sums again")
 
 
 @program.check
 def any_q_and_quarters():
-    import cases
     import torch
+
+    import cases
 
     q = torch.tensor([*cases.SPECIAL, 1e9, -1e9, 0.2, 5.0])
     quarters = torch.randint(0, 256, (5,), dtype=torch.uint8)
     for bits, grad_of in itertools.product((1, 4, 8), (0, 1)):
         options = torch.ones_like(q), q, quarters, *_widths(bits, "float32"), grad_of, True, q.dtype
-        exact(emulated("activation_backward", *options)[0], torch.ops.quantops.activation_backward(*options)[0], bits)
+        want = torch.ops.quantops.categorical_activation_backward(*options)
+        exact(emulated("categorical_activation_backward", *options)[0], want[0], bits)
 
 
 @program.check
@@ -134,8 +139,8 @@ def values_out_of_range():
     x, g = torch.randn(2, 70).unbind()
     for (alpha, sigma, bits), grad_of in itertools.product(bad, (0, 1)):
         args = torch.tensor([alpha]), torch.tensor([sigma]), torch.tensor([bits], dtype=torch.int32)
-        q, quarters = emulated("activation", x, *args, grad_of, x.dtype)
-        grad_x, sums = emulated("activation_backward", g, x, quarters, *args, grad_of, True, x.dtype)
+        q, quarters = emulated("categorical_activation", x, *args, grad_of, x.dtype)
+        grad_x, sums = emulated("categorical_activation_backward", g, x, quarters, *args, grad_of, True, x.dtype)
         assert all(t.isnan().all() for t in (q, grad_x, *sums)), (alpha, sigma, bits, grad_of)
 
 
@@ -147,10 +152,10 @@ def errors():
     quarters = torch.zeros(1, dtype=torch.uint8)
 
     def forward(x=x, alpha=alpha, sigma=sigma, bits=bits, grad_of=1, dtype=torch.float32):
-        return emulated("activation", x, alpha, sigma, bits, grad_of, dtype)
+        return emulated("categorical_activation", x, alpha, sigma, bits, grad_of, dtype)
 
     def backward(grad=x, q=x, quarters=quarters, dtype=torch.float32):
-        return emulated("activation_backward", grad, q, quarters, alpha, sigma, bits, 1, True, dtype)
+        return emulated("categorical_activation_backward", grad, q, quarters, alpha, sigma, bits, 1, True, dtype)
 
     forward(), backward()
     raises({

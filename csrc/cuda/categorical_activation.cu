@@ -1,9 +1,9 @@
-// Family `activation` on CUDA: the ops of quantops/library.py on one tensor. Forward: one kernel. Backward: a small
-// kernel for the table of factors, one for the elements, one that adds up their partial sums. What happens to an element
-// is in csrc/activation_math.h. Values on the GPU are never read back: those out of range give NaN.
+// Family `categorical_activation` on CUDA: the ops of quantops/library.py on one tensor. Forward: one kernel. Backward:
+// a small kernel for the table of factors, one for the elements, one that adds up their partial sums. What happens to an
+// element is in csrc/categorical_activation_math.h. Values on the GPU are never read back: those out of range give NaN.
 #include <tuple>
 
-#include "../activation_math.h"
+#include "../categorical_activation_math.h"
 #include "table.cuh"
 
 namespace quantops::cuda {
@@ -58,7 +58,8 @@ __device__ __forceinline__ void for_vectors(int lane, int vectors, const Many& m
 
 template <class X, class O>
 __global__ void __launch_bounds__(kThreads, 2)
-    activation_kernel(const X* x, O* q, uint8_t* quarters, const Extent extent, const Widths<Acc<X>> widths) {
+    categorical_activation_kernel(const X* x, O* q, uint8_t* quarters, const Extent extent,
+                                  const Widths<Acc<X>> widths) {
   using A = Acc<X>;
   constexpr int V = kVector<X, None, O>;
   const int64_t begin = (int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp) * extent.segment;
@@ -269,8 +270,8 @@ Extent extent_of(const Tensors& moved) {
   return {numel, segment_rule(numel), (bits & 15) == 0};
 }
 
-std::tuple<Tensor, Tensor> activation(Tensor x, Tensor alpha, Tensor sigma, Tensor bits, int64_t grad_of,
-                                      ScalarType dtype) {
+std::tuple<Tensor, Tensor> categorical_activation(Tensor x, Tensor alpha, Tensor sigma, Tensor bits, int64_t grad_of,
+                                                  ScalarType dtype) {
   check_float("dtype", dtype);
   const ScalarType from = check_list("x", {x}, kFloats);
   const Parameters parameters(alpha, sigma, bits, grad_of, acc_type(from), x);
@@ -283,7 +284,7 @@ std::tuple<Tensor, Tensor> activation(Tensor x, Tensor alpha, Tensor sigma, Tens
     with_float(dtype, [&](auto result) {
       using X = decltype(element);
       using O = decltype(result);
-      launch(on, activation_kernel<X, O>, extent.blocks(), kThreads, static_cast<const X*>(x.data_ptr()),
+      launch(on, categorical_activation_kernel<X, O>, extent.blocks(), kThreads, static_cast<const X*>(x.data_ptr()),
              static_cast<O*>(q.data_ptr()), static_cast<uint8_t*>(quarters.data_ptr()), extent,
              parameters.widths<Acc<X>>());
     });
@@ -318,8 +319,9 @@ void backward_into(const Tensor& q, const Tensor& g, const Tensor& quarters, con
            static_cast<A*>(sums[0].data_ptr()), static_cast<A*>(sums[1].data_ptr()));
 }
 
-std::tuple<Tensor, Tensors> activation_backward(Tensor grad, Tensor q, Tensor quarters, Tensor alpha, Tensor sigma,
-                                                Tensor bits, int64_t grad_of, bool scale_grad, ScalarType dtype) {
+std::tuple<Tensor, Tensors> categorical_activation_backward(Tensor grad, Tensor q, Tensor quarters, Tensor alpha,
+                                                            Tensor sigma, Tensor bits, int64_t grad_of,
+                                                            bool scale_grad, ScalarType dtype) {
   check_float("dtype", dtype);
   check_list("q", {q}, kFloats);
   QUANTOPS_CHECK(dense_rows(q), "q: expected a dense tensor, as the forward pass gives it, got strides ",
@@ -358,6 +360,6 @@ std::tuple<Tensor, Tensors> activation_backward(Tensor grad, Tensor q, Tensor qu
 }  // namespace quantops::cuda
 
 QUANTOPS_REGISTER(QUANTOPS_KEY, m) {
-  m.impl("activation", TORCH_BOX(&quantops::cuda::activation));
-  m.impl("activation_backward", TORCH_BOX(&quantops::cuda::activation_backward));
+  m.impl("categorical_activation", TORCH_BOX(&quantops::cuda::categorical_activation));
+  m.impl("categorical_activation_backward", TORCH_BOX(&quantops::cuda::categorical_activation_backward));
 }

@@ -1,9 +1,9 @@
-// Family `activation` on CPU: the ops of quantops/library.py, over the blocks of one tensor.
+// Family `categorical_activation` on CPU: the ops of quantops/library.py, over the blocks of one tensor.
 #include <memory>
 #include <numeric>
 #include <tuple>
 
-#include "cpu/activation_loops.h"
+#include "cpu/categorical_activation_loops.h"
 #include "cpu/list.h"
 
 namespace quantops {
@@ -71,13 +71,13 @@ void forward_into(const Problem& p, const Targets& q, uint8_t* quarters) {
     if (stored_by_loops<A>(q.type)) {
       with_source<A>(x, p.list.type, i, n, [&](const auto* from) {
         with_target<A>(q.data[0], q.type, i, n, q.streaming, [&](auto* to, bool streaming) {
-          activation_loop(from, to, k, streaming, n, bins, A(-2), A(1));
+          categorical_activation_loop(from, to, k, streaming, n, bins, A(-2), A(1));
         });
       });
     } else {
       A in[kBlock], value[kBlock];
       const A* from = load_block<A>(x, p.list.type, i, n, in);
-      activation_loop(from, value, k, false, n, bins, A(-2), A(1));
+      categorical_activation_loop(from, value, k, false, n, bins, A(-2), A(1));
       store_block<A>(q.data[0], q.type, i, n, false, value);
       quarter_loop(from, load_block<A>(q.data[0], q.type, i, n, value), k, n, bins, A(-2), A(1));
     }
@@ -86,8 +86,8 @@ void forward_into(const Problem& p, const Targets& q, uint8_t* quarters) {
   });
 }
 
-std::tuple<Tensor, Tensor> activation(Tensor x, Tensor alpha, Tensor sigma, Tensor bits, int64_t grad_of,
-                                      ScalarType dtype) {
+std::tuple<Tensor, Tensor> categorical_activation(Tensor x, Tensor alpha, Tensor sigma, Tensor bits, int64_t grad_of,
+                                                  ScalarType dtype) {
   check_float("dtype", dtype);
   const Problem p = make_problem(x, acc_type(check_list("x", {x}, kFloats)), alpha, sigma, bits, grad_of);
   Tensor q = empty_like(p.list.w[0], dtype), quarters = empty_vector(quarter_bytes(x.numel()), ScalarType::Byte, x);
@@ -165,8 +165,9 @@ void backward_into(const Problem& p, const Tensor& grad, const uint8_t* quarters
   *grad_sigma = A(std::accumulate(sigma_parts.begin(), sigma_parts.end(), 0.0));
 }
 
-std::tuple<Tensor, Tensors> activation_backward(Tensor grad, Tensor q, Tensor quarters, Tensor alpha, Tensor sigma,
-                                                Tensor bits, int64_t grad_of, bool scale_grad, ScalarType dtype) {
+std::tuple<Tensor, Tensors> categorical_activation_backward(Tensor grad, Tensor q, Tensor quarters, Tensor alpha,
+                                                            Tensor sigma, Tensor bits, int64_t grad_of,
+                                                            bool scale_grad, ScalarType dtype) {
   check_float("dtype", dtype);
   check_list("q", {q}, kFloats);
   QUANTOPS_CHECK(dense_rows(q), "q: expected a dense tensor, as the forward pass gives it, got strides ",
@@ -191,6 +192,6 @@ std::tuple<Tensor, Tensors> activation_backward(Tensor grad, Tensor q, Tensor qu
 }  // namespace quantops
 
 STABLE_TORCH_LIBRARY_IMPL(quantops, CPU, m) {
-  m.impl("activation", TORCH_BOX(&quantops::activation));
-  m.impl("activation_backward", TORCH_BOX(&quantops::activation_backward));
+  m.impl("categorical_activation", TORCH_BOX(&quantops::categorical_activation));
+  m.impl("categorical_activation_backward", TORCH_BOX(&quantops::categorical_activation_backward));
 }
