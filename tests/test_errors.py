@@ -164,3 +164,50 @@ def test_the_categorical_ops_themselves_read_nothing_out_of_bounds(change):
         with pytest.raises((ValueError, RuntimeError, TypeError)):
             call(good | change)
             raise AssertionError("the op took arguments that do not fit")
+
+
+INTEGERS = [torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64, torch.int64]
+CODES = torch.arange(24, dtype=torch.int32).reshape(4, 6)
+PACKED = Q.pack(CODES, 5)
+OF_INTEGERS = {  # of an integer tensor function, n(value): bits, k, codes or a seed of the dtype that is tried
+    "round_clamp": lambda n: Q.round_clamp(W, 1.0, n(5)),
+    "msq": lambda n: Q.msq(W, 1.0, n(5), n(2)).penalty,
+    "lsb": lambda n: Q.lsb(W, 1.0, n(5), n(2)),
+    "lsb_penalty": lambda n: Q.lsb_penalty(W, 1.0, n(5), n(2)),
+    "add_lsb_grad_": lambda n: Q.foreach.add_lsb_grad_([torch.ones(4, 6)], [W], None, n(5), n(1), 0.1)[0],
+    "encode": lambda n: Q.encode(W, 1.0, n(5)),
+    "decode": lambda n: Q.decode(n(CODES), 1.0, n(5)),
+    "decode packed": lambda n: Q.decode(PACKED, 1.0, n(4)),
+    "pack": lambda n: Q.pack(n(CODES), 5).data,
+    "unpack": lambda n: Q.unpack(PACKED, n(4)),
+    "truncate": lambda n: torch.stack(Q.truncate(W, 1.0, (n(5), n(2)), base_bits=n(7))),
+    "truncate, widths in a tensor": lambda n: torch.stack(Q.truncate(W, 1.0, n(torch.tensor([5, 2])), base_bits=7)),
+    "categorical": lambda n: Q.categorical(W, 0.2, 0.1, n(5)),
+    "sample": lambda n: Q.categorical(W, 0.2, 0.1, n(3), gates=torch.tensor([1, 0.5, 0.5]), mode="sample", seed=n(77)),
+}
+
+
+@pytest.mark.parametrize("name", OF_INTEGERS)
+def test_integers_of_every_dtype(name):
+    call = OF_INTEGERS[name]
+    expected = call(torch.as_tensor)
+    for dtype in INTEGERS:
+        assert torch.equal(call(lambda v: torch.as_tensor(v).to(dtype)), expected), dtype
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_integers_out_of_range_stay_so(dtype):
+    wrong = [200, 255] if dtype == torch.uint8 else [torch.iinfo(dtype).max, torch.iinfo(dtype).min or 17]
+    if torch.iinfo(dtype).bits == 64:
+        wrong += [2**32 + 4, 2**63 - 2**32 + 4]
+    for value in wrong:
+        with pytest.raises(ValueError, match=r"bits.*0\.\.16"):
+            Q.round_clamp(W, 1.0, torch.tensor(value, dtype=dtype))
+
+
+def test_integers_of_every_dtype_compiled():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda w, n, k: Q.lsb(w, 1.0, n, k), fullgraph=True, backend="aot_eager")
+    expected = Q.lsb(W, 1.0, 5, 2)
+    for dtype in (torch.uint8, torch.int64, torch.uint32):
+        assert torch.equal(compiled(W, torch.tensor(5, dtype=dtype), torch.tensor(2, dtype=dtype)), expected)

@@ -7,7 +7,17 @@ import torch
 from quantops.checks.arguments import kind, tensors
 from quantops.reference.uniform import MAX_BITS
 
-INTS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+INTS = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64, torch.int64)
+
+
+def as_int32(t):
+    """An integer tensor as the ops take it. What int32 does not hold becomes its end: 2^32 + 4 is no plausible 4."""
+    if t.dtype == torch.int32:
+        return t
+    if t.element_size() < 4:
+        return t.to(torch.int32)
+    ends = torch.iinfo(torch.int32)
+    return t.to(torch.int64).clamp(ends.min, ends.max).to(torch.int32)  # uint64 beyond int64 turns negative: out of range
 
 
 def integers(name, value, w, low, high):
@@ -20,8 +30,7 @@ def integers(name, value, w, low, high):
             raise ValueError(f"{name}: expected one entry per weight ({count}), got shape {tuple(value.shape)}")
         if value.device != device:
             raise ValueError(f"{name}: expected device {device}, where the weights are, got {value.device}")
-        # Clamped first: 2^32 + 4 must not become a plausible 4.
-        return value if value.dtype == torch.int32 else value.clamp(low - 1, high + 1).to(torch.int32)
+        return as_int32(value)
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     if len(values) not in (1, count):
         raise ValueError(f"{name}: expected one entry per weight ({count}), got {len(values)}")
@@ -67,8 +76,4 @@ def filled(value, count, dtype, device):
 
 def codes(value):
     """Integer codes as a list of int32 tensors."""
-    value = tensors("codes", value, INTS)
-    if value[0].dtype == torch.int32:
-        return value
-    # Clamped first: 2^32 + 3 must not become a plausible 3.
-    return [c.to(torch.int32) if c.element_size() < 4 else c.clamp(-1, 1 << 16).to(torch.int32) for c in value]
+    return [as_int32(c) for c in tensors("codes", value, INTS)]
