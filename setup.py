@@ -5,7 +5,9 @@ Python. Only torch's headers and libraries are needed, so torch is not imported 
 torch that is already in the environment.
 
 QUANTOPS_CUDA=auto|0|1 (default auto: where nvcc and a CUDA build of torch are found) and TORCH_CUDA_ARCH_LIST
-(default "8.0;9.0+PTX") say what is built. Without a C++ compiler the Python package installs alone and says so.
+(default "8.0;9.0+PTX") say what is built. CXX and CXXFLAGS are the compiler's, g++ or clang 14 and newer. What does not
+build is left out: the Python package installs alone, with the reason beside the place of the library, where
+quantops.info() finds it.
 """
 
 import glob
@@ -17,7 +19,9 @@ import sys
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
+FAILED = ".failed"  # after a library's name: the file that says why it was not built
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", TORCH_TARGET]
 # Every operation is rounded on its own; neither errno nor floating-point traps are read.
@@ -66,25 +70,38 @@ def gencode():
 
 
 def includes(torch):
-    return ["csrc", os.path.join(torch, "include"), os.path.join(torch, "include", "torch", "csrc", "api", "include")]
+    """Compiler flags: our headers, and torch's as those of a system, whose warnings are not ours to mend."""
+    api = os.path.join("torch", "csrc", "api", "include")
+    return ["-Icsrc", "-isystem", os.path.join(torch, "include"), "-isystem", os.path.join(torch, "include", api)]
+
+
+def run_compiler(command):
+    """Runs a compiler. What it complains about first is in the error, since pip shows the output of builds to nobody."""
+    try:
+        run = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
+    except OSError as error:
+        raise CompileError(f"{command[0]}: {error.strerror}") from None
+    sys.stderr.write(run.stderr)
+    if run.returncode:
+        lines = [line.strip() for line in run.stderr.splitlines() if line.strip()] or ["it says nothing"]
+        first = next((line for line in lines if "error" in line), lines[-1])
+        raise CompileError(f"{command[0]} ended with status {run.returncode}: {first}")
 
 
 class BuildKernels(build_ext):
     def build_extension(self, ext):
+        cuda = ext.name.endswith("_cuda")
+        self.compiler.spawn = run_compiler
         try:
-            if ext.name.endswith("_cuda"):
-                self.build_cuda(ext)
-            else:
-                super().build_extension(ext)
+            self.build_cuda(ext) if cuda else super().build_extension(ext)
         except Exception as error:
-            self.remove_stale(ext)
-            if ext.name.endswith("_cuda"):
-                if os.environ.get("QUANTOPS_CUDA") == "1":
-                    raise
-                self.warn(f"{ext.name} was not built ({error}). GPUs will be served by Triton.")
-            else:
-                self.warn("quantops will run on its plain PyTorch reference, which is right but slow: install a C++ "
-                          f"compiler (g++) and install again. {ext.name} was not built: {error}")
+            self.leave(ext, f"was not built: {error}")
+            if cuda and os.environ.get("QUANTOPS_CUDA") == "1":
+                raise SystemExit(f"QUANTOPS_CUDA=1: {ext.name} was not built: {error}") from error
+            served = "Triton serves GPUs" if cuda else "quantops runs on its plain PyTorch reference, right but slow"
+            self.warn(f"{ext.name} was not built, {served}: {error}")
+        else:
+            self.leave(ext, None)
 
     def build_cuda(self, ext):
         target = self.get_ext_fullpath(ext.name)
@@ -92,32 +109,38 @@ class BuildKernels(build_ext):
         lib = os.path.join(torch_folder(), "lib")
         # A CPU build of torch has no libtorch_cuda to name; in a CUDA build libtorch stands for it.
         cuda = ["-ltorch_cuda"] if os.path.exists(os.path.join(lib, "libtorch_cuda.so")) else []
-        subprocess.check_call([
+        run_compiler([
             nvcc(), "-shared", "-o", target, *ext.sources, *gencode(), "-std=c++17", "-O3", "-fmad=false",
             "--expt-relaxed-constexpr", "-DUSE_CUDA", TORCH_TARGET, "--threads", "2",
-            "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off", *(f"-I{i}" for i in includes(torch_folder())),
+            "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off", *includes(torch_folder()),
             f"-L{lib}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", *cuda, "-cudart", "shared"])
 
-    def remove_stale(self, ext):
-        """A library of an earlier build must not pass for this one."""
+    def leave(self, ext, reason):
+        """Leaves what says why there is no library in its place, or nothing where there is one. A library of an earlier
+        build must not pass for this one."""
         name = self.get_ext_filename(self.get_ext_fullname(ext.name))
-        for path in {os.path.join(self.build_lib, name), os.path.join(os.path.dirname(__file__), name)}:
-            if os.path.exists(path):
-                os.remove(path)
+        for folder in (self.build_lib, os.path.dirname(os.path.abspath(__file__))):
+            library = os.path.join(folder, name)
+            for stale in [library + FAILED] + [library] * (reason is not None):
+                if os.path.exists(stale):
+                    os.remove(stale)
+        if reason is not None:
+            os.makedirs(os.path.join(self.build_lib, os.path.dirname(name)), exist_ok=True)
+            with open(os.path.join(self.build_lib, name + FAILED), "w") as file:
+                file.write(reason + "\n")
 
-    # What failed to build is left out, instead of failing the installation.
+    # What failed to build is left out, instead of failing the installation, and its reason is installed.
 
     def get_outputs(self):
-        return [f for f in super().get_outputs() if os.path.exists(f)]
+        return [f for name in super().get_outputs() for f in (name, name + FAILED) if os.path.exists(f)]
 
     def copy_extensions_to_source(self):
-        built = [e for e in self.extensions if os.path.exists(
-            os.path.join(self.build_lib, self.get_ext_filename(self.get_ext_fullname(e.name))))]
-        self.extensions, every = built, self.extensions
-        try:
-            super().copy_extensions_to_source()
-        finally:
-            self.extensions = every
+        super().copy_extensions_to_source()  # of optional extensions those that are there
+        build_py = self.get_finalized_command("build_py")
+        for ext in self.extensions:
+            inplace, regular = (path + FAILED for path in self._get_inplace_equivalent(build_py, ext))
+            if os.path.exists(regular):
+                self.copy_file(regular, inplace)
 
 
 def extensions():
@@ -125,13 +148,13 @@ def extensions():
     if torch is None:  # while pip asks what the build needs; see setup_requires
         return []
     found = [Extension(
-        "quantops._cpu", sorted(glob.glob("csrc/cpu/*.cpp")), py_limited_api=True, language="c++",
-        include_dirs=includes(torch), extra_compile_args=[*CXX_FLAGS, *MATH_FLAGS],
+        "quantops._cpu", sorted(glob.glob("csrc/cpu/*.cpp")), py_limited_api=True, optional=True, language="c++",
+        extra_compile_args=[*includes(torch), *CXX_FLAGS, *MATH_FLAGS],
         library_dirs=[os.path.join(torch, "lib")], libraries=["torch_cpu"],
         depends=glob.glob("csrc/*.h") + glob.glob("csrc/cpu/*.h"))]
     if wants_cuda(torch):
         found.append(Extension(
-            "quantops._cuda", sorted(glob.glob("csrc/cuda/*.cu")), py_limited_api=True,
+            "quantops._cuda", sorted(glob.glob("csrc/cuda/*.cu")), py_limited_api=True, optional=True,
             depends=glob.glob("csrc/*.h") + glob.glob("csrc/cuda/*.cuh")))
     return found
 

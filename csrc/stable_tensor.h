@@ -102,7 +102,9 @@ inline bool dense_rows(const Tensor& t) {
   std::vector<size_t> order;
   for (size_t d = 0; d < sizes.size(); ++d)
     if (sizes[d] != 1) order.push_back(d);
-  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return strides[a] > strides[b]; });
+  // Equal strides stay in order. Not std::stable_sort: with libstdc++ 12, clang says that it is deprecated.
+  std::sort(order.begin(), order.end(),
+            [&](size_t a, size_t b) { return strides[a] != strides[b] ? strides[a] > strides[b] : a < b; });
   if (order.empty() || (sizes[0] != 1 && order[0] != 0)) return false;
   int64_t expected = 1;
   for (auto d = order.rbegin(); d != order.rend(); ++d) {

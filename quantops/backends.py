@@ -6,6 +6,7 @@ CPU: the compiled library, else the reference. CUDA: the compiled library, else 
 CPU tensors: the way to debug or check the Triton kernels without a GPU.
 """
 
+import ctypes
 import importlib
 import importlib.util
 import os
@@ -32,7 +33,10 @@ def _load_library(kind):
     """Loads a compiled library, whose kernels register themselves. Returns why it could not, or None."""
     path = library_path(kind)
     if not path.exists():
-        why = f"{path.name} was not built (it needs {'nvcc' if kind == 'cuda' else 'a C++ compiler'} at installation)"
+        failed = path.with_name(path.name + ".failed")  # by setup.py
+        why = f"{path.name} " + (failed.read_text().strip() if failed.exists() else
+                                 f"was not built (it needs {'nvcc' if kind == 'cuda' else 'a C++ compiler'} at "
+                                 "installation)")
         if (Path(__file__).parents[1] / "setup.py").exists():
             why += f"; this is the source tree {path.parents[1]}: pip install -e . builds it in place"
         return why
@@ -114,10 +118,18 @@ class Info(dict):
         return "\n".join(lines)
 
 
+def _instruction_set():
+    """Which of its loops the compiled CPU library runs on this processor, as it says itself."""
+    tell = ctypes.CDLL(library_path("cpu")).quantops_instruction_set
+    tell.restype = ctypes.c_char_p
+    return tell().decode()
+
+
 def info():
     """Which implementation serves which device, and why another is off. Print it, or read it as a dict."""
+    compiled = _serving["cpu"][0] == "cpp"
     notes = {
-        ("cpu", "cpp"): f"compiled C++, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        ("cpu", "cpp"): f"compiled C++, {_instruction_set()}, {torch.get_num_threads()} threads" if compiled else "",
         ("cuda", "cuda"): "compiled CUDA C++",
         ("cuda", "triton"): "Triton kernels, compiled at their first call",
     }

@@ -385,7 +385,7 @@ QUANTOPS_SIMD void level_loop(WinnerPart<A>& w, A* __restrict mass, int64_t n, c
     w.bottom_s[i] = m.bottom.s;
     w.bottom_n[i] = m.bottom.n;
     const A before = kFirst ? k.weight : w.gate[i];
-    w.gate[i] = (j < below) | (j > above) ? k.weight : before;  // outside the level before
+    w.gate[i] = ((j < below) | (j > above)) ? k.weight : before;  // outside the level before
   }
 }
 
@@ -414,7 +414,7 @@ QUANTOPS_SIMD void winner_of_many_loop(WinnerPart<A>& w, const A* __restrict g, 
 // masses.
 template <class A>
 QUANTOPS_INLINE A winner_gate_at(const WinnerPart<A>& w, const A* mass, A* tail, int64_t i, A bottom, A top) {
-  const A all = tail[i] + mass[i], above = (w.j[i] < bottom) | (w.j[i] > top) ? A(1) : A(0);
+  const A all = tail[i] + mass[i], above = ((w.j[i] < bottom) | (w.j[i] > top)) ? A(1) : A(0);
   tail[i] = all;
   return w.share[i] * (above - all / w.total[i]);
 }
@@ -446,7 +446,7 @@ template <int kSteps, class A>
 QUANTOPS_INLINE A gate_of(A i, const GateSteps<A>& gates) {
   if (kSteps == 1) return A((i <= gates.top[0]) & (i >= gates.bottom[0]));  // G_1 = 1; a ternary would become a branch
   A g = gates.weight[0];
-  for (int t = 0; t < kSteps; t++) g = (i > gates.top[t]) | (i < gates.bottom[t]) ? gates.weight[t + 1] : g;
+  for (int t = 0; t < kSteps; t++) g = ((i > gates.top[t]) | (i < gates.bottom[t])) ? gates.weight[t + 1] : g;
   return g;
 }
 
@@ -535,8 +535,8 @@ QUANTOPS_SIMD void soft_tail_loop(const A* __restrict c, const A* __restrict of_
                                   A* __restrict tail, int64_t n, A step, A bottom, A top) {
   for (int64_t i = 0; i < n; i++) {
     const A i_up = c[i] + step, i_down = c[i] - step;
-    const A up = (i_up > top) | (i_up < bottom) ? of_up[i] : A(0);
-    const A down = (i_down > top) | (i_down < bottom) ? of_down[i] : A(0);
+    const A up = ((i_up > top) | (i_up < bottom)) ? of_up[i] : A(0);
+    const A down = ((i_down > top) | (i_down < bottom)) ? of_down[i] : A(0);
     tail[i] += up + down;
   }
 }

@@ -22,9 +22,11 @@ namespace detail {
 // bytes apart, the most significant first. `seen` collects the bits of all codes. Streamed codes begin at a multiple of
 // 64 bytes.
 #if defined(__x86_64__)
+#if !defined(__clang__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"  // of GCC 12's own headers (its bug 105593)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 
 inline bool has_avx512() {
   static const bool yes = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
@@ -239,7 +241,9 @@ __attribute__((target("avx2"))) inline int64_t unpack_dense_avx2(const uint8_t* 
   return i;
 }
 
+#if !defined(__clang__)
 #pragma GCC diagnostic pop
+#endif
 #endif
 
 // The octet that begins at `codes`, of which `count` are there; zeros in the place of others.

@@ -1,13 +1,18 @@
 // What makes a plain loop fast on CPU: compiled for three instruction sets, chosen when the library loads.
 #pragma once
 
+// clang, up to 19 at least, clones no function templates, which is what nearly all loops are: it compiles them for the
+// one instruction set that its flags say. instruction_set.cpp tells which loops run.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-// Lambdas inside such a function are not cloned: keep loops in the function itself.
 #if __GNUC__ >= 12
-#define QUANTOPS_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define QUANTOPS_AVX512 "arch=x86-64-v4"
+#define QUANTOPS_AVX2 "arch=x86-64-v3"
 #else  // older names of the same two
-#define QUANTOPS_SIMD __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#define QUANTOPS_AVX512 "arch=skylake-avx512"
+#define QUANTOPS_AVX2 "arch=haswell"
 #endif
+// Lambdas inside such a function are not cloned: keep loops in the function itself.
+#define QUANTOPS_SIMD __attribute__((target_clones(QUANTOPS_AVX512, QUANTOPS_AVX2, "default")))
 #else
 #define QUANTOPS_SIMD
 #endif

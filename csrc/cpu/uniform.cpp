@@ -244,10 +244,11 @@ void decode_into(const List& list, bool full, bool is_signed, const Targets& q) 
   });
   for (size_t i = 0; i < outside.size(); i++) {
     if (!outside[i]) continue;
-    const auto [t, begin, end] = list.chunks[i];
-    const int32_t* codes = static_cast<const int32_t*>(list.data[t]);
-    const int32_t* bad = std::find_if(codes + begin, codes + end, [&](int32_t c) { return c < 0 || c >> list.bits[t]; });
-    fail(entry_name("codes", t, list.size()), ": expected values in 0..2^", list.bits[t], " - 1, got ", *bad);
+    const Chunk& at = list.chunks[i];
+    const int32_t* codes = static_cast<const int32_t*>(list.data[at.tensor]);
+    const int32_t n = list.bits[at.tensor];
+    const int32_t* bad = std::find_if(codes + at.begin, codes + at.end, [n](int32_t c) { return c < 0 || c >> n; });
+    fail(entry_name("codes", at.tensor, list.size()), ": expected values in 0..2^", n, " - 1, got ", *bad);
   }
 }
 
