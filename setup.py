@@ -161,7 +161,8 @@ def extensions():
 
 PACKAGES = {"quantops": "quantops", "quantops.reference": "quantops/reference", "quantops.default": "quantops/default",
             "quantops.autograd": "quantops/autograd", "quantops.checks": "quantops/checks",
-            "quantops.methods": "quantops/methods", "quantops.demo": "quantops/demo", "quantops.kernels": "kernels",
+            "quantops.methods": "quantops/methods", "quantops.demo": "quantops/demo",
+            "quantops.export": "quantops/export", "quantops.kernels": "kernels",
             "quantops.csrc": "csrc", "quantops.csrc.cpu": "csrc/cpu", "quantops.csrc.cuda": "csrc/cuda"}
 
 setup(

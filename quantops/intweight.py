@@ -70,6 +70,23 @@ class IntWeight:
         codes = foreach.unpack([self.packed])[0]
         return codes.to(torch.uint8) if self.bits <= 8 else codes
 
+    @property
+    def unit(self):
+        """The scale whose step is 1."""
+        return 2**self.bits - 1 if self.grid == "full" else 2 ** max(self.bits - self.signed, 0)
+
+    @property
+    def levels(self):
+        """m, the integers of which q = m * step: int32, in the weight's shape; all 0 for 0 bits."""
+        unit = torch.full_like(self.scale, self.unit)
+        return foreach.decode([self.packed], [unit], grid=self.grid, signed=self.signed,
+                              out_dtype=unit.dtype)[0].to(torch.int32)
+
+    @property
+    def step(self):
+        """What the levels are multiplied by: in the scale's shape and dtype; 0 for 0 bits."""
+        return self.scale / self.unit if self.bits else torch.zeros_like(self.scale)
+
     def at(self, bits):
         """The same weight at ``bits`` <= n bits, from the same memory."""
         return dataclasses.replace(self, packed=self.packed.truncate(bits))

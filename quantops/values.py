@@ -7,9 +7,14 @@ from quantops.reference.categorical import GRADS, MAX_SOFT_BITS, MODES
 from quantops.reference.uniform import MAX_BITS
 
 
+def _readable(t):
+    """Whether reading costs nothing: a tensor with values, on the CPU, and not one that is being traced."""
+    return t.device.type == "cpu" and type(t) in (torch.Tensor, torch.nn.Parameter)
+
+
 def check_values(scale, bits, k=None):
     """Bit-widths, numbers of LSBs and scales."""
-    if bits.device.type != "cpu":
+    if not _readable(bits):
         return
     n = bits.reshape(-1).tolist()
     for i, v in enumerate(n):
@@ -26,13 +31,13 @@ def check_values(scale, bits, k=None):
 def check_codes(codes, bits):
     """Codes of ``bits`` bits."""
     for i, (c, n) in enumerate(zip(codes, bits)):
-        if c.device.type == "cpu" and c.numel() and not 0 <= int(c.min()) <= int(c.max()) < 2 ** int(n):
+        if _readable(c) and c.numel() and not 0 <= int(c.min()) <= int(c.max()) < 2 ** int(n):
             raise ValueError(f"codes[{i}]: expected values in 0..2^{int(n)} - 1, got {int(c.min())}..{int(c.max())}")
 
 
 def check_stored(bits, stored):
     """Bits that are read of those that are stored."""
-    if bits.device.type == "cpu":
+    if _readable(bits):
         for i, (m, n) in enumerate(zip(bits.reshape(-1).tolist(), stored)):
             if not 0 <= m <= n:
                 raise ValueError(f"bits[{i}]: expected 0..{n}, the bits that are stored, got {m}")
@@ -40,7 +45,7 @@ def check_stored(bits, stored):
 
 def check_truncation(scale, out_scale, bits, base_bits):
     """Widths, base widths and scales of a truncation."""
-    if bits.device.type != "cpu":
+    if not _readable(bits):
         return
     base = base_bits.reshape(-1).tolist()
     for i, b in enumerate(base):
@@ -60,7 +65,7 @@ def check_categorical(alpha, sigma, bits, gates, seed, mode, grad_of):
     """Bit-widths, gates, alpha and sigma; that there is a seed to draw by."""
     if MODES[mode] == "sample" and seed is None:
         raise ValueError("seed: expected an int64 tensor of one element for mode sample, got none")
-    if bits.device.type != "cpu":
+    if not _readable(bits):
         return
     soft = "soft" in (MODES[mode], GRADS[grad_of])
     most = MAX_SOFT_BITS if soft else MAX_BITS

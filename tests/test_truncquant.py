@@ -575,9 +575,11 @@ def test_errors_of_the_functions():
         for bad in (3, 16, 0, True, "8", 8.0):
             with pytest.raises(ValueError, match=f"bits: expected one of the widths 8, 4, 2, 1 .* got {bad!r}"):
                 call(bad)
-    for call in (set_bits, plain_model, lambda m: joint_loss(m, torch.sum, x), lambda m: joint_step(m, torch.sum, x)):
+    for call in (set_bits, lambda m: joint_loss(m, torch.sum, x), lambda m: joint_step(m, torch.sum, x)):
         with pytest.raises(ValueError, match="expected weights quantized with TruncQuantConfig, Net has none"):
             call(Net())
+    with pytest.raises(ValueError, match="expected weights quantized by quantops.quantize_, Net has none"):
+        plain_model(Net())
     before = state(model)
     for options, error, text in (
         ({"weights": [1, 1]}, ValueError, r"weights: expected 4 numbers .*got \[1, 1\]"),

@@ -279,22 +279,33 @@ def set_bits(model, bits=None):
 
 
 def plain_model(model, bits=None):
-    """A copy of the model at one width (default the widest) that needs no quantops.
+    """A copy of a model quantized by any method, at one width, that needs no quantops but for its activations.
 
-    Its layers have plain Parameters with the values of the training forward at that width, and the batch norms of it;
-    evaluated it equals ``model`` with ``set_bits(model, bits)``, bit for bit. ``load_int(path, plain, bits)`` fills it
+    Its layers have plain Parameters with the values that ``model`` computes with when evaluated, and no hooks: evaluated
+    it equals ``model``, bit for bit. ``bits``, of TruncQuant alone: the width, default the widest; it then equals
+    ``model`` with ``set_bits(model, bits)`` and has the batch norms of that width. ``load_int(path, plain, bits)`` fills it
     from a file.
 
-    Raises ValueError as :func:`set_bits` does.
+    Raises ValueError for a model without quantizers, for ``bits`` where the model has one width, and as
+    :func:`set_bits` does.
     """
     model = getattr(model, "_orig_mod", model)
-    place = _network(model).place(bits)
+    widths = any(isinstance(p, TruncQuantWeight) for _, _, p in quantized(model))
+    if not quantized(model):
+        raise ValueError(f"model: expected weights quantized by quantops.quantize_, {type(model).__name__} has none")
+    if bits is not None and not widths:
+        raise ValueError(f"bits: expected None, since the weights are not truncated to widths (TruncQuantConfig), got "
+                         f"{bits!r}")
+    place = _network(model).place(bits) if widths else 0
     plain = copy.deepcopy(model)
-    network = _network(plain)
-    network.select(place)
+    if widths:
+        _network(plain).select(place)
+    training = {m: m.training for m in plain.modules()}
     with torch.no_grad():
-        remove_quantizers(plain, leave_quantized=True)
+        remove_quantizers(plain.eval(), leave_quantized=True)
     replace(plain, lambda m: m.plain(place) if isinstance(m, MultiBatchNorm) else None)
+    for m in plain.modules():
+        m.training = training.get(m, model.training)
     return plain
 
 

@@ -1,0 +1,71 @@
+"""Ops as chains of aten ops, for graphs that run without quantops: their default kernels, which compute the reference.
+
+torch.onnx.export finds these by itself; for exported programs there is :func:`quantops.export.to_aten`. Results are equal
+bit for bit wherever aten's are.
+"""
+
+import torch
+from torch._decomp import decomposition_table
+
+from quantops import default
+from quantops.library import OPS, ops
+from quantops.reference.categorical import MODES
+from quantops.reference.categorical_activation import QUARTER_BITS
+from quantops.reference.packing import pack
+from quantops.reference.uniform import acc_dtype, per_row
+
+# Their results depend on bits in a way that no chain of fixed length has: the levels of the classes.
+_LEVELS = ("categorical_backward", "categorical_activation_backward")
+
+
+def table():
+    """{op overload: function}, for ``ExportedProgram.run_decompositions``."""
+    found = {}
+    for family, schemas in OPS.items():
+        for name in schemas:
+            op = getattr(ops, name).default
+            if not op._schema.is_mutable and name not in _LEVELS:
+                found[op] = getattr(getattr(default, family), name)
+    found[ops.categorical.default] = _categorical
+    found[ops.categorical_activation.default] = _categorical_activation
+    return found
+
+
+def register():
+    """Makes the table known to torch, beside its own decompositions."""
+    decomposition_table.update(table())
+
+
+def _categorical(x, alpha, sigma, bits, gates, seed, mode, grad_of, signed, dtype):
+    """The hard value without gates: the class nearest to x."""
+    if MODES[mode] != "hard" or gates:
+        raise ValueError(f"categorical: expected mode 'hard' without gates in a graph of aten ops, got "
+                         f"{MODES[mode]!r}{' with gates' if gates else ''}; call model.eval() before the export")
+    return [_nearest(*values, signed).to(dtype) for values in zip(x, alpha, sigma, bits.reshape(-1))]
+
+
+def _categorical_activation(x, alpha, sigma, bits, grad_of, dtype):
+    """The same of an activation, and the quarter of its cell that x lies in."""
+    alpha, bits = alpha.reshape(()), bits.reshape(())
+    q = _nearest(x, alpha, sigma.reshape(()), bits, False).to(dtype)
+    inverse = 1 / alpha
+    j = torch.minimum((q.to(alpha.dtype) * inverse).clamp(min=0), _ends(bits, False)[1].to(alpha.dtype)).round()
+    k = ((4 * (x.to(alpha.dtype) * inverse - j)).floor() + 2).clamp(0, 3)
+    return q, pack(torch.where(k.isnan(), 0, k).to(torch.int32), QUARTER_BITS, layout="dense")
+
+
+def _ends(bits, signed):
+    """The lowest and the highest class, integers."""
+    span = torch.bitwise_left_shift(torch.ones_like(bits), bits)
+    low = torch.where(bits == 0, 0, -(span >> 1)) if signed else torch.zeros_like(span)
+    return low, low + span - 1
+
+
+def _nearest(x, alpha, sigma, bits, signed):
+    acc = acc_dtype(x.dtype)
+    alpha, sigma = per_row(alpha, x), per_row(sigma, x)
+    low, high = (v.to(acc) for v in _ends(bits, signed))
+    inverse = 1 / alpha
+    j = torch.minimum(torch.maximum((x.to(acc) * inverse).round(), low), high)
+    valid = (alpha > 0) & (inverse > 0) & (inverse < torch.inf) & (sigma > 0) & (sigma < torch.inf)
+    return torch.where(valid, alpha * j, torch.full_like(j, torch.nan))

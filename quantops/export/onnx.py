@@ -1,0 +1,118 @@
+"""ONNX: weights as integers of their bits, each behind a DequantizeLinear."""
+
+import math
+import os
+
+import torch
+
+from quantops.export.trained import need, trained
+from quantops.files import whole
+
+# (bits of a signed integer, the name of its ONNX type, the first opset whose DequantizeLinear takes it)
+_INTEGERS = ((2, "INT2", 25), (4, "INT4", 21), (8, "INT8", 13), (16, "INT16", 21), (32, "INT32", 13))
+FLOATS = {torch.float32: "FLOAT", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
+
+
+def onnx(model, args, path, *, kwargs=None, bits=None, opset=21, dynamic_shapes=None, input_names=None,
+         output_names=None):
+    """Writes the evaluated model as ONNX, its quantized weights as integers: about bits/8 bytes per weight.
+
+    A weight becomes an initializer of its integer levels, of the least signed type that holds them, and a
+    DequantizeLinear with its step (per row: with axis 0): q = m * step, the training forward bit for bit. The dyadic
+    grid of n bits takes n bits, the full grid, whose levels are the odd ones -(2^n - 1)..2^n - 1, one more.
+
+        bits of a type    opset from
+        2 (onnxruntime's own support aside)    25
+        4, 16                                  21
+        8, 32                                  13
+
+    Args:
+        model: quantized by :func:`quantops.quantize_`, in evaluation mode.
+        args, kwargs: example inputs, as torch.onnx.export takes them.
+        path: the file. It appears whole or not at all.
+        bits: of TruncQuant, the width; default the widest.
+        opset: 18 or more. A weight whose integer type has a later first opset takes a wider type.
+        dynamic_shapes: as torch.export has it; default: dim 0 of every tensor of ``args`` is dynamic, and its size in
+            ``args`` must then be 2 or more.
+        input_names, output_names: as torch.onnx.export has them.
+
+    Returns the onnx.ModelProto. Raises ImportError without onnx and onnxscript (``pip install 'quantops[export]'``), and
+    ValueError for a model that is in training mode or not quantized, for float64 weights and an opset out of range.
+    """
+    proto_of, library = need("onnxscript") and torch.onnx.export, need("onnx")
+    if isinstance(opset, bool) or not isinstance(opset, int) or not 18 <= opset <= library.defs.onnx_opset_version():
+        raise ValueError(f"opset: expected 18..{library.defs.onnx_opset_version()}, got {opset!r}")
+    args = args if isinstance(args, tuple) else (args,)
+    plain, weights = trained(model, bits)
+    for name, w in weights.items():
+        if w.dtype not in FLOATS:
+            raise ValueError(f"{name}: expected a weight of float32, float16 or bfloat16, got {w.dtype}")
+    if dynamic_shapes is None and not kwargs:
+        dynamic_shapes = tuple({0: torch.export.Dim.DYNAMIC} if isinstance(a, torch.Tensor) and a.dim() else None
+                               for a in args)
+    # Not optimized: folding batch norms into weights would change these, and runtimes do it behind the integers.
+    program = proto_of(plain, args, kwargs=kwargs, dynamo=True, opset_version=opset, dynamic_shapes=dynamic_shapes,
+                       input_names=input_names, output_names=output_names, optimize=False, verbose=False)
+    proto = program.model_proto
+    _put_integers(library, proto, weights, opset)
+    library.checker.check_model(proto)
+    whole(os.fspath(path), lambda beside: library.save(proto, beside))
+    return proto
+
+
+def integer_type(levels, opset):
+    """(bits, name) of the least signed type that has all levels lowest..highest."""
+    lowest, highest = levels
+    for width, name, first in _INTEGERS:
+        if opset >= first and -(2 ** (width - 1)) <= lowest and highest < 2 ** (width - 1):
+            return width, name
+    raise ValueError(f"levels: expected integers of 32 bits, got {lowest}..{highest}")
+
+
+def level_range(w):
+    """(lowest, highest) level that the grid of an IntWeight has."""
+    top = 2**w.bits - 1
+    if not w.bits:
+        return 0, 0
+    if w.grid == "dyadic" and w.signed:
+        return -(2 ** (w.bits - 1)), 2 ** (w.bits - 1) - 1
+    return (-top if w.signed else 0), top
+
+
+def _put_integers(library, proto, weights, opset):
+    graph, helper, types = proto.graph, library.helper, library.TensorProto
+    old = {t.name: t for t in graph.initializer}
+    nodes = []
+    for name, w in weights.items():
+        if name not in old:
+            raise ValueError(f"{name}: the exported graph has no initializer of this name; is the layer used?")
+        graph.initializer.remove(old[name])
+        width, kind = integer_type(level_range(w), opset)
+        graph.initializer.append(_tensor(helper, f"{name}.levels", getattr(types, kind), w.levels.cpu(), width))
+        step = w.step.cpu().to(torch.float32)
+        scale = helper.make_tensor(f"{name}.step", types.FLOAT, list(step.shape) if step.numel() > 1 else [],
+                                   step.reshape(-1).tolist())
+        graph.initializer.append(scale)
+        axis = {"axis": 0} if step.numel() > 1 else {}
+        cast = w.dtype != torch.float32
+        nodes.append(helper.make_node("DequantizeLinear", [f"{name}.levels", f"{name}.step"],
+                                      [f"{name}.wide" if cast else name], name=f"{name}.dequantize", **axis))
+        if cast:
+            nodes.append(helper.make_node("Cast", [f"{name}.wide"], [name], to=getattr(types, FLOATS[w.dtype])))
+    old_nodes = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*nodes, *old_nodes])
+
+
+def _tensor(helper, name, kind, levels, width):
+    """An initializer of integers; several to a byte where they have fewer than 8 bits, the first in the low bits."""
+    flat = levels.reshape(-1)
+    if width < 8:
+        each = 8 // width
+        flat = torch.nn.functional.pad(flat & (2**width - 1), (0, -flat.numel() % each)).reshape(-1, each)
+        flat = (flat << (width * torch.arange(each))).sum(1)
+        data = flat.to(torch.uint8)
+    else:
+        data = flat.to({8: torch.int8, 16: torch.int16, 32: torch.int32}[width])
+    assert data.numel() == math.ceil(levels.numel() * width / (8 * data.element_size()))
+    return helper.make_tensor(name, kind, list(levels.shape), data.numpy().tobytes(), raw=True)

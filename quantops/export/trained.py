@@ -1,0 +1,31 @@
+"""What all exports start from: the evaluated network in plain torch, and its weights as integers."""
+
+import importlib
+
+import torch
+
+from quantops.intweight import to_int
+from quantops.methods.truncquant import plain_model
+
+
+def need(module, extra="export"):
+    """The module of an optional library; ImportError naming the extra where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"this export needs {error.name}: pip install 'quantops[{extra}]'") from error
+
+
+@torch.no_grad()
+def trained(model, bits=None):
+    """(plain model without gradients, {parameter name: IntWeight}), at ``bits`` where the model has several widths.
+
+    ValueError for a model in training mode, and as :func:`quantops.plain_model` and :func:`quantops.to_int`.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if model.training:
+        raise ValueError("model: expected a model in evaluation mode, got one in training mode: call model.eval()")
+    plain = plain_model(model, bits).requires_grad_(False)
+    weights = {name: w if bits is None or w.fixed else w.at(bits) for name, w in to_int(model).items()}
+    return plain, weights
