@@ -55,6 +55,10 @@ class Kernel:
         self.stack, self.spills, self.registers, self.shared = stack, spills, registers, shared
         self.ptx, self.code = "", []  # code: (address, instruction)
 
+    def loosely_rounded(self):
+        """Floating-point products and sums in the PTX that do not say how they round: the assembler may join them."""
+        return re.findall(r"\b(?:mad|(?:mul|add|sub|fma)(?!\.rn\b))\.(?:\w+\.)*f(?:32|64)\b", self.ptx)
+
     def loops(self):
         """Bodies of the innermost loops: code between a backward branch and its target."""
         return [[text for at, text in self.code if low <= at <= high] for low, high in self.spans()]

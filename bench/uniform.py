@@ -198,7 +198,7 @@ CASES = [
          op_peers(lambda x, i, bits: x.w[i].flatten(1).abs().amax(1)), cuda="items_kernel<AbsMax<T>, 60>"),
     Case("absmean", Inputs, lambda s: s, lambda s: 0, lambda x: ops.absmean(x.w, False),
          lambda got, x: close(got, torch.stack([reference.absmean(t) for t in x.w])),
-         op_peers(lambda x, i, bits: x.w[i].abs().mean()), cuda="items_kernel<AbsMean<T>, 60>"),
+         op_peers(lambda x, i, bits: x.w[i].abs().mean()), cuda="items_kernel<AbsMean<T>, 60>", longest=False),
     Case("round_clamp", Inputs, lambda s: s, lambda s: s,
          lambda x: foreach.round_clamp(x.w, x.scale, x.bits, out=x.target),
          lambda got, x: equal(got, _each(x, lambda t, s: reference.round_clamp(t, s, BITS))),

@@ -1,7 +1,9 @@
 """The uniform quantizers per element, in Triton: the statement of csrc/quant_math.h under the same names.
 
 Every operation is rounded on its own: the launches set enable_fp_fusion=False, division is IEEE, and NaN goes its way
-through comparisons. All functions take scalars and blocks alike, in float32 or float64.
+through comparisons. A product and a sum are rounded as one where it is written, by product_plus: on the way to a code or
+to q only where the product is exact, which gives the same bits. All functions take scalars and blocks alike, in float32
+or float64.
 """
 
 from typing import NamedTuple
@@ -16,9 +18,11 @@ ROUND_CLAMP, FLOOR, NEAREST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2) 
 
 
 class Quantizer(NamedTuple):
-    """All that one scale and one (bits, k) fix. Values out of range make offset and steps NaN, and so every float."""
+    """All that one scale and one (bits, k) fix. Values out of range make offset, steps and outside NaN and put every
+    weight outside, and so make every float NaN."""
 
-    scale: tl.tensor
+    scale: tl.tensor  # the weights whose codes differ lie in [low, scale]
+    low: tl.tensor
     inv: tl.tensor  # 0.5/s signed, 1/s unsigned; 0 where s = 0 or 1/s overflows
     offset: tl.tensor  # 0.5 signed, 0 unsigned
     mul: tl.tensor  # 2^n
@@ -26,12 +30,13 @@ class Quantizer(NamedTuple):
     mul_lo: tl.tensor  # 2^(n-k)
     top_lo: tl.tensor  # 2^(n-k) - 1
     pow_k: tl.tensor  # 2^k
-    a: tl.tensor  # m = a * c - b
+    a: tl.tensor  # m = a * c + b
     b: tl.tensor
     step: tl.tensor  # q = m * step
     unit_step: tl.tensor  # the step of a scale of one
     code_step: tl.tensor  # the value of one code step, in float64: what |B| is weighed with in the penalty
     inv_scale: tl.tensor  # 1/s; 0 where s = 0 or 1/s overflows
+    outside: tl.tensor  # the gradient of a weight outside the scale: 0
     valid: tl.tensor
 
 
@@ -67,12 +72,27 @@ def divide(x, y):
 
 
 @triton.jit
+def product_plus(a, b, c):
+    """a * b + c, rounded once: the same where a * b is exact; else of sums and their terms alone."""
+    return tl.fma(a, b, c)
+
+
+@triton.jit
 def rint_small(v):
     """rint, half to even, for 0 <= v < 2^22: adding 1.5 * 2^(mantissa bits) leaves no room for a fraction."""
     if v.dtype == tl.float64:
         return (v + 6755399441055744.0) - 6755399441055744.0
     else:
         return (v + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def rint_product(a, b):
+    """The same of a product that is exact."""
+    if b.dtype == tl.float64:
+        return product_plus(a, b, 6755399441055744.0) - 6755399441055744.0
+    else:
+        return product_plus(a, b, 12582912.0) - 12582912.0
 
 
 @triton.jit
@@ -123,9 +143,9 @@ def make_quantizer(s, n, k, FULL: tl.constexpr, SIGNED: tl.constexpr):
     if not SIGNED:
         a, b = zero + 1.0, zero
     elif FULL:
-        a, b = zero + 2.0, top
+        a, b = zero + 2.0, 0.0 - top
     else:
-        a, b = zero + 1.0, tl.where(n == 0, zero, pow2(tl.maximum(n - 1, 0), T))
+        a, b = zero + 1.0, tl.where(n == 0, zero, 0.0 - pow2(tl.maximum(n - 1, 0), T))
     if FULL:
         unit_step = tl.where(n == 0, 0.0, divide(1.0, top))
         step = tl.where(n == 0, 0.0, divide(s, top))
@@ -142,8 +162,11 @@ def make_quantizer(s, n, k, FULL: tl.constexpr, SIGNED: tl.constexpr):
         offset = tl.where(valid, zero, float("nan"))
     unit_step = tl.where(valid, unit_step, float("nan"))
     code_step = step.to(tl.float64) * a.to(tl.float64)
-    return Quantizer(s, inv, offset, mul, top, mul_lo, mul_lo - 1.0, pow2(k, T), a, b, step, unit_step, code_step,
-                     inv_scale, valid)
+    outside = tl.where(valid, zero, float("nan"))
+    scale = tl.where(valid, s, float("nan"))
+    low = 0.0 - scale if SIGNED else outside
+    return Quantizer(scale, low, inv, offset, mul, top, mul_lo, mul_lo - 1.0, pow2(k, T), a, b, step, unit_step,
+                     code_step, inv_scale, outside, valid)
 
 
 @triton.jit
@@ -157,31 +180,38 @@ def unit(w, p):
 
 
 @triton.jit
-def round_clamp_code(u, mul, top):
-    c = rint_small(mul * u)
-    return tl.where(c > top, top, c)
+def round_clamp_unit(w, p):
+    """u for the codes of round_clamp; NaN where w is NaN. It clamps w, not u: see csrc/quant_math.h."""
+    v = tl.maximum(w, p.low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(v, p.scale, propagate_nan=tl.PropagateNan.ALL) * p.inv + p.offset
 
 
 @triton.jit
-def code(u, p, RULE: tl.constexpr):
+def round_clamp_code(u, mul, top):
+    return tl.minimum(rint_product(mul, u), top, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def code(w, p, RULE: tl.constexpr):
+    """The code of a weight, as a float; NaN where w is NaN."""
     if RULE == NEAREST:
-        return rint_small(p.top * u)
+        return rint_small(p.top * unit(w, p))
     elif RULE == FLOOR:
-        c = floor_small(p.mul * u)
+        c = floor_small(p.mul * unit(w, p))
         return tl.where(c > p.top, p.top, c)
     else:
-        return round_clamp_code(u, p.mul, p.top)
+        return round_clamp_code(round_clamp_unit(w, p), p.mul, p.top)
 
 
 @triton.jit
 def level(c, p):
-    return p.a * c - p.b
+    return product_plus(p.a, c, p.b)  # exact: a is 1 or 2
 
 
 @triton.jit
 def lsb_residual(u, c, p):
     """B_k of the weight with unit u and code c, as a float; 0 where it is NaN."""
-    b = c - p.pow_k * round_clamp_code(u, p.mul_lo, p.top_lo)
+    b = product_plus(0.0 - p.pow_k, round_clamp_code(u, p.mul_lo, p.top_lo), c)  # exact: pow_k is a power of two
     return tl.where(b == b, b, 0.0)
 
 
@@ -192,23 +222,36 @@ def sign(v):
 
 @triton.jit
 def inside(w, p, SIGNED: tl.constexpr):
-    ok = tl.abs(w) <= p.scale
-    if not SIGNED:
-        ok = ok & (w >= 0.0)
-    return ok
+    if SIGNED:
+        return tl.abs(w) <= p.scale
+    else:
+        return (w >= p.low) & (w <= p.scale)
 
 
 @triton.jit
 def lsb_sign(w, p):
-    u = unit(w, p)
+    u = round_clamp_unit(w, p)
     return sign(lsb_residual(u, round_clamp_code(u, p.mul, p.top), p))
 
 
 @triton.jit
 def scale_grad_term(w, p, SIGNED: tl.constexpr):
     """dq/ds per element."""
-    ratio = level(round_clamp_code(unit(w, p), p.mul, p.top), p) * p.unit_step
-    return ratio - tl.where(inside(w, p, SIGNED), w * p.inv_scale, 0.0)
+    ratio = level(round_clamp_code(round_clamp_unit(w, p), p.mul, p.top), p) * p.unit_step
+    return product_plus(tl.where(inside(w, p, SIGNED), 0.0 - w, 0.0), p.inv_scale, ratio)
+
+
+@triton.jit
+def grad_weight(w, g, r, p, SIGNED: tl.constexpr):
+    """dL/dw from g = dL/dq and r = dL/dR."""
+    v = product_plus(r, lsb_sign(w, p), g)  # exact: a sign
+    return tl.where(inside(w, p, SIGNED), v, p.outside)
+
+
+@triton.jit
+def add_penalty_slope(w, g, r, p, SIGNED: tl.constexpr):
+    """g + r * sign(B) * inside: dL/dR added to a gradient."""
+    return product_plus(tl.where(inside(w, p, SIGNED), r, p.outside), lsb_sign(w, p), g)  # exact: never -1 outside
 
 
 @triton.jit

@@ -59,23 +59,23 @@ def _element(w, x, r, p, OP: tl.constexpr, RULE: tl.constexpr, SIGNED: tl.conste
              HAS_R: tl.constexpr):
     """The output of an op without sums at one element; w is the code (DECODE), x the gradient."""
     if OP == LSB:
-        u = math.unit(w, p)
+        u = math.round_clamp_unit(w, p)
         return math.to_int(math.lsb_residual(u, math.round_clamp_code(u, p.mul, p.top), p), p.valid)
     elif OP == ENCODE:
-        return math.to_int(math.code(math.unit(w, p), p, RULE), p.valid)
+        return math.to_int(math.code(w, p, RULE), p.valid)
     elif OP == DECODE:
         ok = p.valid & (w >= 0.0) & (w < p.mul)
         return tl.where(ok, math.level(w, p) * p.step, float("nan"))
     elif OP == ADD_LSB_GRAD:
-        total = x + tl.where(math.inside(w, p, SIGNED), r * math.lsb_sign(w, p), 0.0)
-        return tl.where(p.valid, total, float("nan"))
+        return math.add_penalty_slope(w, x, r, p, SIGNED)
     else:  # BACKWARD
         total = tl.zeros_like(w)
         if HAS_X:
             total = x
         if HAS_R:
-            total = total + r * math.lsb_sign(w, p)
-        return tl.where(p.valid, tl.where(math.inside(w, p, SIGNED), total, 0.0), float("nan"))
+            return math.grad_weight(w, total, r, p, SIGNED)
+        else:
+            return tl.where(math.inside(w, p, SIGNED), total, p.outside)
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def _block(w_ptr, x_ptr, out_ptr, i, mask, r, p, A: tl.constexpr, OUT_T: tl.cons
     w = memory.load(w_ptr, i, mask, A)
     b, error = w, w
     if OP == QUANTIZE:
-        u = math.unit(w, p)
+        u = math.round_clamp_unit(w, p)
         c = math.round_clamp_code(u, p.mul, p.top)
         v = math.level(c, p) * p.step
         if STATS:

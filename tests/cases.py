@@ -83,3 +83,27 @@ class Calls(TorchDispatchMode):
             name = func._schema.name.removeprefix("quantops::")
             self.counts[name] = self.counts.get(name, 0) + 1
         return func(*args, **(kwargs or {}))
+
+
+def check_scale_grad(got, grad, w, s, bits, grid, signed, what):
+    """dL/ds against sums in float64 of the same codes: off by no more than 4 roundings of each of the two numbers that a
+    term is the difference of, and of numbers too small to be normal. ``grad``: dL/dq, None for zeros."""
+    from quantops.reference import uniform as ref
+
+    acc = s.dtype
+    g = torch.zeros(w.shape, dtype=torch.float64) if grad is None else grad.to(acc).double()
+    scale = ref.per_row(s, w)
+    ratio = ref.decode(ref.encode(w, s, bits, signed=signed), torch.ones_like(s, dtype=torch.float64), bits, grid=grid,
+                       signed=signed)
+    inner = torch.where(ref._inside(w.to(acc), scale, signed), w.double() * ref._inverse(scale).double(), 0.0)
+    ratio = torch.where(w == w, ratio, torch.nan)
+    finfo = torch.finfo(acc)
+    room = g.abs() * (2 * finfo.eps * (ratio.abs() + inner.abs()) + finfo.tiny * finfo.eps) + finfo.tiny * finfo.eps
+    want, bound = ((v.reshape(s.numel(), -1).sum(1) if v.numel() else v.new_zeros(s.numel()))
+                   for v in (g * (ratio - inner), room))
+    bound = bound + finfo.eps * want.abs()
+    assert got.shape == s.shape and got.dtype == acc, what
+    off = (got.reshape(-1).double() - want).abs()
+    assert torch.equal(got.reshape(-1).isnan(), want.isnan()), f"{what}: {got} {want}"
+    wrong = off > bound
+    assert not wrong.any(), f"{what}: {off[wrong]} off {want[wrong]}, expected at most {bound[wrong]}"

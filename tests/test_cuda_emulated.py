@@ -162,6 +162,7 @@ def encode_and_decode():
 
 @program.check
 def backward():
+    import cases
     import torch
 
     from quantops import reference
@@ -184,17 +185,14 @@ def backward():
             assert len(gs) == (len(w) if scale_grad else 0)
             for i, t in enumerate(w):
                 what = f"{dtype} grad {grad_dtype} r={penalty} full={full} signed={signed} bits={bits[i]} w[{i}]"
-                want_w, want_s = reference.uniform_backward(
+                want_w, _ = reference.uniform_backward(
                     grad[i] if grad else None, r[i] if penalty else None, t, s[i], bits[i], k[i],
                     grid="full" if full else "dyadic", signed=signed)
                 exact(gw[i], want_w, what)
                 laid_out_like(gw[i], t)
                 if scale_grad:
-                    assert gs[i].shape == s[i].shape and gs[i].dtype == s[i].dtype
-                    term = reference.uniform.scale_grad_term(t, s[i], bits[i], "full" if full else "dyadic", signed)
-                    room = (term * (grad[i].to(term.dtype) if grad else 0)).double().abs().sum().nan_to_num(0, 0, 0)
-                    torch.testing.assert_close(gs[i], want_s, rtol=1e-6 if s[i].dtype == torch.float32 else 1e-12,
-                                               atol=float(room) * 1e-14, equal_nan=True, msg=lambda m: f"{what}: {m}")
+                    cases.check_scale_grad(gs[i], grad[i] if grad else None, t, s[i], bits[i],
+                                           "full" if full else "dyadic", signed, what)
 
 
 @program.check
@@ -242,6 +240,7 @@ def unaligned_memory_and_its_neighbours():
 
 @program.check
 def rows_of_every_length():
+    import cases
     import torch
 
     from quantops import reference
@@ -261,7 +260,7 @@ def rows_of_every_length():
             close(sums[2][i], want[3], f"sq_error {t.shape}")
             want = reference.uniform_backward(grad[i], None, t, s[i], bits[i], k[i], grid="full")
             exact(gw[i], want[0], f"grad_w {t.shape}")
-            torch.testing.assert_close(gs[i], want[1], rtol=1e-6, atol=1e-9)
+            cases.check_scale_grad(gs[i], grad[i], t, s[i], bits[i], "full", True, f"grad_scale {t.shape}")
 
 
 @program.check

@@ -150,8 +150,8 @@ struct OpBase {
   static constexpr int kBlocks = 2;          // at least that many on a multiprocessor: 128 registers
   static constexpr bool kRolled = false;     // where true, `apply` is long: its code stands once, in a loop
 
-  template <class State>
-  __device__ __forceinline__ void flush(State&) const {}
+  template <class State, class X, int kCount>
+  __device__ __forceinline__ void flush(State&, const X (&)[kCount]) const {}
   template <class State>
   __device__ __forceinline__ void end(State&, int64_t, int) const {}
 };
@@ -212,7 +212,7 @@ __device__ __forceinline__ Place place_of(const T& table, int64_t item) {
 //   X, G, O                        types of w, of a second tensor read (or None), of the tensor written (or None)
 //   State begin(entry, row, which) what a lane keeps: the quantizer of the scale `row` of tensor `which`, and its sums
 //   O apply(x, g, state)           one element
-//   void flush(state)              after each vector, and each element that is not in one
+//   void flush(state, elements)    after each vector, and each element that is not in one
 //   void end(state, item, lane)    writes the item's sums, if any; all lanes of the warp are there
 template <class Op, int N>
 __global__ void __launch_bounds__(kThreads, Op::kBlocks)
@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, Op::kBlocks)
         else op.apply(xs.v[j], None{}, state);
       }
     }
-    op.flush(state);
+    op.flush(state, xs.v);
     if constexpr (kHasO) store_pack(out + head + v * V, os);
   };
 
@@ -318,10 +318,11 @@ __global__ void __launch_bounds__(kThreads, Op::kBlocks)
   for (int i = lane; i < single; i += kWarp) {
     const int at = i < head ? i : i + whole;
     if constexpr (Op::kIndexed) state.index = begin + at;
-    if constexpr (kHasG && kHasO) out[at] = op.apply(x[at], g ? g[at] : G(), state);
-    else if constexpr (kHasO) out[at] = op.apply(x[at], None{}, state);
-    else op.apply(x[at], None{}, state);
-    op.flush(state);
+    const X one[1] = {x[at]};
+    if constexpr (kHasG && kHasO) out[at] = op.apply(one[0], g ? g[at] : G(), state);
+    else if constexpr (kHasO) out[at] = op.apply(one[0], None{}, state);
+    else op.apply(one[0], None{}, state);
+    op.flush(state, one);
   }
 
   op.end(state, item, lane);

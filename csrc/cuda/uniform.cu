@@ -40,6 +40,10 @@ struct RoundClamp : OpBase {
   }
 };
 
+// The low bits of a number: on kRounding they count integers, at no cost beside a conversion's.
+__device__ __forceinline__ int32_t low_bits(float v) { return static_cast<int32_t>(__float_as_uint(v)); }
+__device__ __forceinline__ int32_t low_bits(double v) { return static_cast<int32_t>(__double_as_longlong(v)); }
+
 // The sums of an item, and of a tensor.
 struct Sums {
   double penalty, sq_error;
@@ -57,28 +61,32 @@ struct Msq : OpBase {
     Quantizer<A> p;
     double sq_error;
     int32_t levels, nonzero;  // sum |B| and the count of B != 0: a lane has < 2^12 elements, |B| <= 2^15
-    A vector_sq_error, vector_levels;  // of the vector at hand, so that it is converted once
+    A vector_sq_error, vector_levels;  // of the vector at hand, so that it is converted once; levels: on kRounding
   };
   Source source;
   Sums* partial;
 
   __device__ __forceinline__ State begin(const Entry& e, int64_t row, int which) const {
-    return {source.get<A>(e, row, which), 0.0, 0, 0, A(0), A(0)};
+    return {source.get<A>(e, row, which), 0.0, 0, 0, A(0), kRounding<A>};
   }
   __device__ __forceinline__ auto apply(X x, None, State& s) const {
-    const A w = widen(x), u = round_clamp_unit(w, s.p), c = round_clamp_code(u, s.p.mul, s.p.top);
-    const A q = level(c, s.p) * s.p.step, b = magnitude(lsb_residual(u, c, s.p));
+    constexpr bool kWrites = !std::is_same_v<O, None>;  // else NaN need not come through q: it does through the error
+    const A w = widen(x), u = kWrites ? round_clamp_unit(w, s.p) : round_clamp_unit_of_number(w, s.p);
+    const A c = round_clamp_code(u, s.p.mul, s.p.top), q = level(c, s.p) * s.p.step;
+    const A b = kWrites ? magnitude(lsb_residual(u, c, s.p)) : fabs(lsb_residual(u, c, s.p));
     const A difference = q - w;
-    s.vector_sq_error += difference * difference;
+    s.vector_sq_error = product_plus(difference, difference, s.vector_sq_error);
     s.vector_levels += b;  // exact: an integer below 2^18
     s.nonzero += b != A(0);
-    if constexpr (std::is_same_v<O, None>) return None{};
-    else return Narrow<O>::from(q);
+    if constexpr (kWrites) return Narrow<O>::from(q);
+    else return None{};
   }
-  __device__ __forceinline__ void flush(State& s) const {
+  template <int kCount>
+  __device__ __forceinline__ void flush(State& s, const X (&)[kCount]) const {
     s.sq_error += static_cast<double>(s.vector_sq_error);
-    s.levels += static_cast<int32_t>(s.vector_levels);
-    s.vector_sq_error = s.vector_levels = A(0);
+    s.levels += low_bits(s.vector_levels) - low_bits(kRounding<A>);
+    s.vector_sq_error = A(0);
+    s.vector_levels = kRounding<A>;
   }
   __device__ __forceinline__ void end(State& s, int64_t item, int lane) const {
     const double code_step = static_cast<double>(s.p.step) * (source.full ? 2.0 : 1.0);
@@ -186,21 +194,27 @@ struct Backward : OpBase {
     Quantizer<A> p;
     A r;
     double scale_grad;
+    A vector_scale_grad;  // of the vector at hand, so that it is converted once
   };
   Source source;
   const A* grad_penalty;  // one per tensor, or null
   double* partial;
 
   __device__ __forceinline__ State begin(const Entry& e, int64_t row, int which) const {
-    return {source.get<A>(e, row, which), grad_penalty ? grad_penalty[which] : A(0), 0.0};
+    return {source.get<A>(e, row, which), grad_penalty ? grad_penalty[which] : A(0), 0.0, A(0)};
   }
   __device__ __forceinline__ O apply(X x, G gx, State& s) const {
     const A w = widen(x), g = static_cast<A>(widen(gx));
-    if constexpr (kScale) s.scale_grad += static_cast<double>(g * scale_grad_term(w, s.p));
-    A v;
-    if (kPenalty && grad_penalty) v = grad_weight(w, g, s.r, s.p);
-    else v = s.p.valid ? (inside(w, s.p) ? g : A(0)) : quiet_nan<A>();
-    return Narrow<O>::from(v);
+    if constexpr (kScale) s.vector_scale_grad = product_plus(g, scale_grad_term(w, s.p), s.vector_scale_grad);
+    if (kPenalty && grad_penalty) return Narrow<O>::from(grad_weight(w, g, s.r, s.p));
+    return Narrow<O>::from(inside(w, s.p) ? g : s.p.outside);
+  }
+  template <int kCount>
+  __device__ __forceinline__ void flush(State& s, const X (&)[kCount]) const {
+    if constexpr (kScale) {
+      s.scale_grad += static_cast<double>(s.vector_scale_grad);
+      s.vector_scale_grad = A(0);
+    }
   }
   __device__ __forceinline__ void end(State& s, int64_t item, int lane) const {
     if constexpr (kScale) {
@@ -227,8 +241,7 @@ struct AddLsbGrad : OpBase {
     return {source.get<A>(e, row, which), *strength};
   }
   __device__ __forceinline__ O apply(X x, G g, const State& s) const {
-    const A w = widen(x), total = widen(g) + (inside(w, s.p) ? s.r * penalty_slope(w, s.p) : A(0));
-    return Narrow<O>::from(s.p.valid ? total : quiet_nan<A>());
+    return Narrow<O>::from(add_penalty_slope(widen(x), widen(g), s.r, s.p));
   }
 };
 
@@ -268,18 +281,32 @@ struct AbsMean : OpBase {
   using X = W;
   using G = None;
   using O = None;
-  using State = double;
+  using A = Acc<W>;
+  struct State {
+    double sum;
+    A vector_sum;  // of the vector at hand, so that it is converted once
+  };
   using Partial = double;
   double* partial;
 
-  __device__ __forceinline__ State begin(const Entry&, int64_t, int) const { return 0.0; }
+  __device__ __forceinline__ State begin(const Entry&, int64_t, int) const { return {0.0, A(0)}; }
   __device__ __forceinline__ None apply(X x, None, State& s) const {
-    const double v = widen(x);
-    s += v < 0.0 ? -v : v;
+    s.vector_sum += fabs(widen(x));
     return {};
   }
+  template <int kCount>
+  __device__ __forceinline__ void flush(State& s, const X (&values)[kCount]) const {
+    double sum = static_cast<double>(s.vector_sum);
+    if (s.vector_sum > std::numeric_limits<A>::max()) {  // perhaps of numbers
+      sum = 0.0;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) sum += fabs(static_cast<double>(widen(values[i])));
+    }
+    s.sum += sum;
+    s.vector_sum = A(0);
+  }
   __device__ __forceinline__ void end(State& s, int64_t item, int lane) const {
-    const double sum = warp_reduce<Add>(s);
+    const double sum = warp_reduce<Add>(s.sum);
     if (lane == 0) partial[item] = sum;
   }
 };
