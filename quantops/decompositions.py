@@ -1,7 +1,7 @@
 """Ops as chains of aten ops, for graphs that run without quantops: their default kernels, which compute the reference.
 
-torch.onnx.export finds these by itself; for exported programs there is :func:`quantops.export.to_aten`. Results are equal
-bit for bit wherever aten's are.
+torch.onnx.export finds these by itself; for exported programs there is :func:`quantops.export.to_aten`. Results are
+equal bit for bit, but for means, which may differ in their last place.
 """
 
 import torch

@@ -1,5 +1,9 @@
 """Bad input: each error names the argument, what was expected and what came, before any work is done."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -211,3 +215,15 @@ def test_integers_of_every_dtype_compiled():
     expected = Q.lsb(W, 1.0, 5, 2)
     for dtype in (torch.uint8, torch.int64, torch.uint32):
         assert torch.equal(compiled(W, torch.tensor(5, dtype=dtype), torch.tensor(2, dtype=dtype)), expected)
+
+
+def test_the_folder_kernels_is_no_package_of_that_name():
+    """Libraries that look for the package `kernels` from the source tree's root find nothing, and no error."""
+    code = ("import kernels\n"
+            "assert getattr(kernels, '__version__', None) is None\n"
+            "for line in ('from kernels import uniform', 'import kernels.uniform', 'kernels.uniform'):\n"
+            "    try: exec(line)\n"
+            "    except ImportError as error: assert 'kernels' in str(error), error\n"
+            "    else: raise AssertionError(line)\n")
+    root = Path(__file__).resolve().parent.parent
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)

@@ -5,6 +5,9 @@ it as it is, and raises before anything is written where a target cannot express
 """
 
 from quantops.export.aten import to_aten
+from quantops.export.compressed_tensors import compressed_tensors
 from quantops.export.onnx import onnx
+from quantops.export.qonnx import qonnx
+from quantops.export.torchao import torchao
 
-__all__ = ["onnx", "to_aten"]
+__all__ = ["compressed_tensors", "onnx", "qonnx", "to_aten", "torchao"]

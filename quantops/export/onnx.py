@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from quantops.export.trained import need, trained
+from quantops.export.trained import level_range, need, trained
 from quantops.files import whole
 
 # (bits of a signed integer, the name of its ONNX type, the first opset whose DequantizeLinear takes it)
@@ -36,10 +36,24 @@ def onnx(model, args, path, *, kwargs=None, bits=None, opset=21, dynamic_shapes=
             ``args`` must then be 2 or more.
         input_names, output_names: as torch.onnx.export has them.
 
-    Returns the onnx.ModelProto. Raises ImportError without onnx and onnxscript (``pip install 'quantops[export]'``), and
-    ValueError for a model that is in training mode or not quantized, for float64 weights and an opset out of range.
+    Returns the onnx.ModelProto. Raises ImportError without onnx and onnxscript (``pip install 'quantops[export]'``),
+    and ValueError for a model that is in training mode or not quantized, for float64 weights and an opset out of range.
     """
-    proto_of, library = need("onnxscript") and torch.onnx.export, need("onnx")
+    if dynamic_shapes is None and not kwargs:
+        dynamic_shapes = tuple({0: torch.export.Dim.DYNAMIC} if isinstance(a, torch.Tensor) and a.dim() else None
+                               for a in (args if isinstance(args, tuple) else (args,)))
+    library, (proto, weights) = need("onnx"), float_graph(
+        model, args, kwargs, bits, opset, dynamic_shapes, input_names, output_names)
+    _put_integers(library, proto, weights, opset)
+    library.checker.check_model(proto)
+    whole(os.fspath(path), lambda beside: library.save(proto, beside))
+    return proto
+
+
+def float_graph(model, args, kwargs, bits, opset, dynamic_shapes, input_names, output_names):
+    """(onnx.ModelProto of the evaluated model with q as float weights, {initializer: IntWeight})."""
+    library = need("onnx")
+    need("onnxscript")
     if isinstance(opset, bool) or not isinstance(opset, int) or not 18 <= opset <= library.defs.onnx_opset_version():
         raise ValueError(f"opset: expected 18..{library.defs.onnx_opset_version()}, got {opset!r}")
     args = args if isinstance(args, tuple) else (args,)
@@ -47,17 +61,22 @@ def onnx(model, args, path, *, kwargs=None, bits=None, opset=21, dynamic_shapes=
     for name, w in weights.items():
         if w.dtype not in FLOATS:
             raise ValueError(f"{name}: expected a weight of float32, float16 or bfloat16, got {w.dtype}")
-    if dynamic_shapes is None and not kwargs:
-        dynamic_shapes = tuple({0: torch.export.Dim.DYNAMIC} if isinstance(a, torch.Tensor) and a.dim() else None
-                               for a in args)
     # Not optimized: folding batch norms into weights would change these, and runtimes do it behind the integers.
-    program = proto_of(plain, args, kwargs=kwargs, dynamo=True, opset_version=opset, dynamic_shapes=dynamic_shapes,
-                       input_names=input_names, output_names=output_names, optimize=False, verbose=False)
+    program = torch.onnx.export(plain, args, kwargs=kwargs, dynamo=True, opset_version=opset, verbose=False,
+                                dynamic_shapes=dynamic_shapes, input_names=input_names, output_names=output_names,
+                                optimize=False)
     proto = program.model_proto
-    _put_integers(library, proto, weights, opset)
-    library.checker.check_model(proto)
-    whole(os.fspath(path), lambda beside: library.save(proto, beside))
-    return proto
+    for name in weights:
+        if all(t.name != name for t in proto.graph.initializer):
+            raise ValueError(f"{name}: the exported graph has no initializer of this name; does the model use it?")
+    return proto, weights
+
+
+def put_first(graph, nodes):
+    """Puts ``nodes`` before those that the graph has."""
+    old = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*nodes, *old])
 
 
 def integer_type(levels, opset):
@@ -69,23 +88,11 @@ def integer_type(levels, opset):
     raise ValueError(f"levels: expected integers of 32 bits, got {lowest}..{highest}")
 
 
-def level_range(w):
-    """(lowest, highest) level that the grid of an IntWeight has."""
-    top = 2**w.bits - 1
-    if not w.bits:
-        return 0, 0
-    if w.grid == "dyadic" and w.signed:
-        return -(2 ** (w.bits - 1)), 2 ** (w.bits - 1) - 1
-    return (-top if w.signed else 0), top
-
-
 def _put_integers(library, proto, weights, opset):
     graph, helper, types = proto.graph, library.helper, library.TensorProto
     old = {t.name: t for t in graph.initializer}
     nodes = []
     for name, w in weights.items():
-        if name not in old:
-            raise ValueError(f"{name}: the exported graph has no initializer of this name; is the layer used?")
         graph.initializer.remove(old[name])
         width, kind = integer_type(level_range(w), opset)
         graph.initializer.append(_tensor(helper, f"{name}.levels", getattr(types, kind), w.levels.cpu(), width))
@@ -99,9 +106,7 @@ def _put_integers(library, proto, weights, opset):
                                       [f"{name}.wide" if cast else name], name=f"{name}.dequantize", **axis))
         if cast:
             nodes.append(helper.make_node("Cast", [f"{name}.wide"], [name], to=getattr(types, FLOATS[w.dtype])))
-    old_nodes = list(graph.node)
-    del graph.node[:]
-    graph.node.extend([*nodes, *old_nodes])
+    put_first(graph, nodes)
 
 
 def _tensor(helper, name, kind, levels, width):

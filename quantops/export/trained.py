@@ -29,3 +29,26 @@ def trained(model, bits=None):
     plain = plain_model(model, bits).requires_grad_(False)
     weights = {name: w if bits is None or w.fixed else w.at(bits) for name, w in to_int(model).items()}
     return plain, weights
+
+
+def level_range(w):
+    """(lowest, highest) level m that the grid of an IntWeight has."""
+    top = 2**w.bits - 1
+    if not w.bits:
+        return 0, 0
+    if w.grid == "dyadic" and w.signed:
+        return -(2 ** (w.bits - 1)), 2 ** (w.bits - 1) - 1
+    return (-top if w.signed else 0), top
+
+
+def signed_bits(w):
+    """The least bits of a two's complement integer that holds every level."""
+    lowest, highest = level_range(w)
+    return 1 + max((-lowest - 1).bit_length() if lowest < 0 else 0, highest.bit_length())
+
+
+def check_fits(target, name, w, most):
+    """ValueError where the levels take more than ``most`` bits, saying which grid can."""
+    if signed_bits(w) > most:
+        raise ValueError(f"{name}: {target} has integers of at most {most} bits, which hold the dyadic grid of {most} "
+                         f"bits and other grids of {most - 1}; got the {w.grid} grid of {w.bits} bits")

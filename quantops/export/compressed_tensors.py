@@ -1,0 +1,62 @@
+"""compressed-tensors: the checkpoint format that vLLM and transformers load."""
+
+import json
+import os
+
+import torch
+
+from quantops.export.trained import check_fits, need, signed_bits, trained
+from quantops.files import whole
+
+
+def compressed_tensors(model, folder, bits=None):
+    """Writes ``folder``/model.safetensors and config.json in the format "pack-quantized".
+
+    Weights of linear layers are levels of as many bits as they need, packed into int32, with the step as scale (per
+    tensor or per output channel), symmetric; every other tensor of the plain model is written as it is (quantized
+    convolutions and embeddings as q). config.json is the model's own (transformers), with a quantization_config.
+    ``AutoModel.from_pretrained(folder)`` and vLLM read it. ``bits``: of TruncQuant, the width.
+
+    Raises ImportError without compressed-tensors (``pip install 'quantops[export]'``), and ValueError for a model
+    without quantized linear layers, for levels of more than 8 bits, and for weights that are not float32: the format's scales
+    have the weight's dtype, and a rounded step gives another weight.
+    """
+    need("compressed_tensors")
+    from compressed_tensors.compressors.pack_quantized import pack_to_int32
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+    from safetensors.torch import save_file
+
+    plain, weights = trained(model, bits)
+    linear = {name: m for name, m in plain.named_modules() if type(m) is torch.nn.Linear}
+    layers = {name: weights[f"{name}.weight"] for name in linear if f"{name}.weight" in weights}
+    if not layers:
+        raise ValueError("model: expected quantized nn.Linear layers, which alone this format packs")
+    state, groups = dict(plain.state_dict()), {}
+    for name, w in layers.items():
+        check_fits("compressed-tensors", f"{name}.weight", w, 8)
+        if w.dtype != torch.float32:
+            raise ValueError(f"{name}.weight: expected float32, got {w.dtype}: call model.float() first")
+        count, rows = max(signed_bits(w), 1), w.step.numel() > 1
+        del state[f"{name}.weight"]
+        state[f"{name}.weight_packed"] = pack_to_int32(w.levels.to(torch.int8).cpu(), count)
+        state[f"{name}.weight_scale"] = w.step.reshape((-1, 1) if rows else (1,))
+        state[f"{name}.weight_shape"] = torch.tensor(w.shape)
+        groups.setdefault((count, "channel" if rows else "tensor"), []).append(name)
+    schemes = {
+        f"group_{i}": QuantizationScheme(targets=names, weights=QuantizationArgs(
+            num_bits=count, symmetric=True, strategy=strategy), format="pack-quantized")
+        for i, ((count, strategy), names) in enumerate(groups.items())}
+    quantization = QuantizationConfig(config_groups=schemes, format="pack-quantized", quantization_status="compressed",
+                                      ignore=[name for name in linear if name not in layers])
+    config = plain.config.to_dict() if hasattr(plain, "config") and hasattr(plain.config, "to_dict") else {}
+    config["quantization_config"] = quantization.model_dump(mode="json")
+    text = json.dumps(config, indent=2, default=str)
+    tensors = {key: t.detach().cpu().contiguous().clone() for key, t in state.items()}
+    os.makedirs(folder, exist_ok=True)
+    whole(os.path.join(folder, "model.safetensors"), lambda beside: save_file(tensors, beside, {"format": "pt"}))
+
+    def write(beside):
+        with open(beside, "w") as file:
+            file.write(text)
+
+    whole(os.path.join(folder, "config.json"), write)

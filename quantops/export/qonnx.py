@@ -1,0 +1,49 @@
+"""QONNX (arXiv 2206.07527): float weights behind Quant and BipolarQuant nodes of any bits, for FINN and hls4ml."""
+
+import os
+
+from quantops.export.onnx import float_graph, put_first
+from quantops.export.trained import need, signed_bits
+from quantops.files import whole
+
+DOMAIN, OPSET = "qonnx.custom_op.general", 18
+
+
+def qonnx(model, args, path, *, kwargs=None, bits=None, dynamic_shapes=None, input_names=None, output_names=None):
+    """Writes the evaluated model as QONNX: each quantized weight is q behind a node that gives q again, bit for bit.
+
+        grid                   node
+        dyadic, n bits         Quant, scale = step, n bits, signed
+        full, 1 bit            BipolarQuant, scale = step
+        other symmetric grids  Quant, scale = step, n + 1 bits, signed, narrow: the full grid has its odd levels
+
+    Arguments, result and errors are those of :func:`quantops.export.onnx`, but that shapes are those of ``args`` unless
+    ``dynamic_shapes`` says otherwise, as tools for hardware want them. Needs the package qonnx, whose
+    ``ModelWrapper(path)`` reads the file.
+    """
+    library = need("onnx")
+    need("qonnx.core.modelwrapper")
+    proto, weights = float_graph(model, args, kwargs, bits, OPSET, dynamic_shapes, input_names, output_names)
+    graph, helper, nodes = proto.graph, library.helper, []
+    for t in graph.initializer:
+        if t.name in weights:
+            w, name = weights[t.name], t.name
+            t.name = f"{name}.float"
+            step = w.step.cpu().float().reshape(-1, *[1] * (len(w.shape) - 1)) if w.step.numel() > 1 else w.step.cpu()
+            scale = step.float() if w.bits else step.float() + 1.0  # of a pruned weight any scale gives 0
+            inputs = [t.name, f"{name}.scale"]
+            constants = {f"{name}.scale": scale}
+            if w.grid == "full" and w.bits == 1:
+                kind, settings = "BipolarQuant", {}
+            else:
+                kind = "Quant"
+                settings = {"signed": 1, "narrow": int(w.grid != "dyadic"), "rounding_mode": "ROUND"}
+                constants[f"{name}.zero"] = scale.new_zeros(())
+                constants[f"{name}.bits"] = scale.new_full((), max(signed_bits(w), 2))  # qonnx takes 1 bit for bipolar
+                inputs += [f"{name}.zero", f"{name}.bits"]
+            nodes += [helper.make_node(kind, inputs, [name], domain=DOMAIN, name=f"{name}.quant", **settings)]
+            graph.initializer.extend(library.numpy_helper.from_array(v.numpy(), key) for key, v in constants.items())
+    put_first(graph, nodes)
+    proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+    whole(os.fspath(path), lambda beside: library.save(proto, beside))
+    return proto
