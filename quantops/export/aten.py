@@ -7,8 +7,8 @@ def to_aten(program):
     """A torch.export.ExportedProgram whose graph has aten ops alone in the place of quantops' ops.
 
     Such a graph runs where this library is not installed. It is equal bit for bit, but for scales that are means
-    (``scale=2.8``, ``out_scale="absmean"``), which may differ in their last place. Raises ValueError for what has no such
-    chain, classes that gates weigh or that are drawn (training with DropBits or ``mode="sample"``): export the
+    (``scale=2.8``, ``out_scale="absmean"``), which may differ in their last place. Raises ValueError for what has no
+    such chain, classes that gates weigh or that are drawn (training with DropBits or ``mode="sample"``): export the
     evaluated model.
     """
     return program.run_decompositions(decompositions.table())

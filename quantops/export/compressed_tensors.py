@@ -15,11 +15,11 @@ def compressed_tensors(model, folder, bits=None):
     Weights of linear layers are levels of as many bits as they need, packed into int32, with the step as scale (per
     tensor or per output channel), symmetric; every other tensor of the plain model is written as it is (quantized
     convolutions and embeddings as q). config.json is the model's own (transformers), with a quantization_config.
-    ``AutoModel.from_pretrained(folder)`` and vLLM read it. ``bits``: of TruncQuant, the width.
+    ``AutoModel.from_pretrained(folder)`` reads it, and vLLM takes this format. ``bits``: of TruncQuant, the width.
 
     Raises ImportError without compressed-tensors (``pip install 'quantops[export]'``), and ValueError for a model
-    without quantized linear layers, for levels of more than 8 bits, and for weights that are not float32: the format's scales
-    have the weight's dtype, and a rounded step gives another weight.
+    without quantized linear layers, for levels of more than 8 bits, and for weights that are not float32: the format's
+    scales have the weight's dtype, and a rounded step gives another weight.
     """
     need("compressed_tensors")
     from compressed_tensors.compressors.pack_quantized import pack_to_int32
