@@ -224,7 +224,7 @@ inline void check_scales(const Tensors& scale, const Tensors& w, ScalarType dtyp
     QUANTOPS_CHECK(device_of(s) == device, name(), ": expected device ", device_name(w[0]),
                    ", where the weights are, got ", device_name(s));
     int64_t rows = w[i].dim() ? w[i].size(0) : 1;
-    QUANTOPS_CHECK(s.numel() == 1 || s.numel() == rows, name(), ": expected one element or one per row (", rows,
+    QUANTOPS_CHECK(s.numel() == 1 || (s.numel() == rows && s.size(0) == rows), name(), ": expected one element or one per row (", rows,
                    ") of a weight of shape ", numbers(w[i].sizes()), ", got shape ", numbers(s.sizes()));
     QUANTOPS_CHECK(s.is_contiguous(), name(), ": expected a contiguous tensor, got strides ", numbers(s.strides()));
   }

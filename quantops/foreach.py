@@ -27,7 +27,7 @@ class MSQ(NamedTuple):
 
 
 def _reduce(op, w, per_row):
-    w = checks.tensors("w", w)
+    w = checks.listed("w", w)
     if not per_row:
         return list(op(w, False).unbind())
     for i, t in enumerate(w):
@@ -61,7 +61,7 @@ def _written(tensors):
 
 def round_clamp(w, scale, bits, *, signed=True, grid=None, out_dtype=None, out=None):
     """Quantized weights, see :func:`quantops.round_clamp`."""
-    w = checks.tensors("w", w)
+    w = checks.listed("w", w)
     n, full = checks.bits(bits, w), checks.full_grid(grid)
     checks.choice("signed", signed, (True, False))
     scale, covered = _scales(w, scale)
@@ -76,7 +76,7 @@ def round_clamp(w, scale, bits, *, signed=True, grid=None, out_dtype=None, out=N
 
 def msq(w, scale, bits, k=1, *, grid=None, out_dtype=None, out=None):
     """Quantized weights and their LSB sums, see :func:`quantops.msq`."""
-    w = checks.tensors("w", w)
+    w = checks.listed("w", w)
     (n, k), full = checks.bits_and_k(bits, k, w), checks.full_grid(grid)
     scale, covered = _scales(w, scale)
     if out is not None:
@@ -91,14 +91,14 @@ def msq(w, scale, bits, k=1, *, grid=None, out_dtype=None, out=None):
 
 def lsb(w, scale, bits, k=1):
     """LSB residuals, see :func:`quantops.lsb`."""
-    w = checks.tensors("w", w)
+    w = checks.listed("w", w)
     n, k = checks.bits_and_k(bits, k, w)
     return ops.lsb(w, _scales(w, scale)[0], n, k)
 
 
 def lsb_stats(w, scale, bits, k=1, *, grid=None):
     """(penalty, nonzero, sq_error) of :func:`msq` without writing q: one read of the weights."""
-    w = checks.tensors("w", w)
+    w = checks.listed("w", w)
     n, k = checks.bits_and_k(bits, k, w)
     scale, covered = _scales(w, scale)
     return call(ops.lsb_stats, w, scale, n, k, checks.full_grid(grid), covered)
@@ -114,7 +114,7 @@ def add_lsb_grad_(grad, w, scale, bits, k, strength):
 
     ``grad``: list of tensors in the shapes and dtype of ``w``. ``strength``: a number or a one-element tensor.
     """
-    w = checks.tensors("w", w)
+    w = checks.listed("w", w)
     n, k = checks.bits_and_k(bits, k, w)
     checks.gradients(grad, w)
     scale, _ = _scales(w, scale)
@@ -134,7 +134,7 @@ def add_lsb_grad_(grad, w, scale, bits, k, strength):
 
 def encode(w, scale, bits, *, rule="round_clamp", signed=True):
     """Integer codes, see :func:`quantops.encode`."""
-    w = checks.tensors("w", w)
+    w = checks.listed("w", w)
     n = checks.bits(bits, w)
     return ops.encode(w, _scales(w, scale)[0], n, checks.rule_index(rule), signed)
 
@@ -156,7 +156,7 @@ def truncate(w, scale, bits, *, base_bits=8, rule="floor", companding=None, out_
     per weight, is one width and gives a list of q. A list or tuple of these, or an integer tensor (widths, weights),
     gives a tuple of such lists, one per width.
     """
-    w = checks.tensors("w", w)
+    w = checks.listed("w", w)
     n, base, one = checks.widths(bits, base_bits, w)
     rule, tanh = checks.rule_index(rule), checks.tanh(companding)
     scale, covered = _scales(w, scale)
@@ -172,7 +172,7 @@ def categorical(x, alpha, sigma, bits, *, gates=None, signed=True, mode="hard", 
     ``gates``: None, or a list with a tensor per entry of ``x``. One seed serves the list: its elements are counted
     through, so that element i of entry k has the counter numel(x[0]) + ... + numel(x[k-1]) + i.
     """
-    x = checks.tensors("x", x)
+    x = checks.listed("x", x)
     options = checks.categorical_mode(mode, grad)
     checks.choice("signed", signed, (True, False))
     n = checks.categorical_bits(bits, x, mode, grad)

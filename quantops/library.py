@@ -18,7 +18,7 @@ backends.py) take over theirs. What autograd does is in autograd/<family>.py.
 import torch
 
 from quantops import autograd, checks, default
-from quantops.autograd.common import below_autograd
+from quantops.autograd.common import below_autograd, functions, refuse_unsupported
 from quantops.layout import empty_like
 from quantops.reference.categorical_activation import QUARTER_BITS
 from quantops.reference.packing import LAYOUTS, data_shape, split_shapes
@@ -120,6 +120,7 @@ def _with_autograd(op, fn):
     """``fn(keyset, op, args)`` where an argument wants a gradient, else the op itself."""
 
     def kernel(keyset, *args):
+        refuse_unsupported(op, args)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return below_autograd(keyset, op, args)
         return fn(keyset, op, args)
@@ -133,8 +134,9 @@ for _family, _schemas in OPS.items():
         _kernel = checked(_name, getattr(getattr(default, _family), _name))
         _lib.impl(_name, _kernel, "CompositeExplicitAutograd")
         if _name in AUTOGRAD:
-            _kernel = _with_autograd(getattr(ops, _name).default, AUTOGRAD[_name])
-            _lib.impl(_name, _kernel, "Autograd", with_keyset=True)
+            _op = getattr(ops, _name)
+            functions[_op] = functions[_op.default] = AUTOGRAD[_name]
+            _lib.impl(_name, _with_autograd(_op.default, AUTOGRAD[_name]), "Autograd", with_keyset=True)
         else:
             _lib.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 

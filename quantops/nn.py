@@ -138,7 +138,8 @@ class WeightQuantizer(torch.nn.Module):
 
 def trackable(w):
     """True for plain tensors with a version counter."""
-    return type(w) in (torch.nn.Parameter, torch.Tensor) and not w.is_inference()
+    return (type(w) in (torch.nn.Parameter, torch.Tensor) and not w.is_inference()
+            and not torch._C._functorch.is_functorch_wrapped_tensor(w))
 
 
 def _mark(quantizer, w):
@@ -235,7 +236,7 @@ class WeightGroup:
         return done.value.q[0]
 
     def _compute(self, quantizers, w):
-        if not self.cache or quantizers[0].draws:
+        if not self.cache or quantizers[0].draws or torch._C._are_functorch_transforms_active():
             return Pass(quantizers, w, quantizers[0].launch(quantizers, w))
         key = tuple(id(p) for p in quantizers)
         kept = self.kept.get(key)

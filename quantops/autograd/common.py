@@ -1,20 +1,43 @@
 """What the families' autograd kernels share."""
 
 import torch
+from torch.autograd import forward_ad
+
+functions = {}  # {op: its (keyset, op, args) of this folder}, filled by quantops/library.py
 
 
 def call(op, *args):
-    """``op(*args)``, past autograd's Python kernel (8 us) where no argument wants a gradient."""
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+    """``op(*args)``, in eager mode without the autograd kernel of the op, of which each list costs two more conversions
+    between Python and C++ each way, and 8 us."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return op(*args)
+    if torch.jit.is_tracing():
+        raise NotImplementedError(f"{op}: torch.jit.trace cannot record it: use torch.export or torch.compile")
+    if torch.is_grad_enabled() and op in functions and torch._C._any_requires_grad(*args):
+        return functions[op](None, op, args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+def refuse_unsupported(op, args):
+    """NotImplementedError for derivatives that would be zeros, or that torch.autograd.Function does not have."""
+    in_func, forward_mode = torch._C._are_functorch_transforms_active(), forward_ad._current_level >= 0
+    if not in_func and not forward_mode:
+        return
+    given = (t for v in args for t in (v if isinstance(v, (list, tuple)) else [v]))
+    tensors = [t for t in given if isinstance(t, torch.Tensor)]
+    if forward_mode and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(f"{op.overloadpacket}: forward-mode derivatives (torch.func.jvp, jacfwd, linearize, "
+                                  "torch.autograd.forward_ad) are not implemented: use reverse mode")
+    if in_func and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        raise NotImplementedError(f"{op.overloadpacket}: torch.func transforms of what it quantizes (grad, vjp, jacrev) are not "
+                                  "implemented: use torch.autograd.grad")
 
 
 def below_autograd(keyset, op, args):
-    """The op's result by the kernels below autograd."""
+    """The op's result by the kernels below autograd. ``keyset``: of the dispatcher's call, None in one from Python."""
     with torch._C._AutoDispatchBelowAutograd():
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        return op(*args) if keyset is None else op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
 def any_given(grads):

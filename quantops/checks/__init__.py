@@ -8,7 +8,7 @@ within them. The functions of ``foreach`` have checked more than this by then; t
 """
 
 from quantops.checks import categorical, categorical_activation, packing, truncate, uniform
-from quantops.checks.arguments import FLOATS, all_or_none_on_meta, choice, dtype_of, tensors
+from quantops.checks.arguments import FLOATS, all_or_none_on_meta, choice, dtype_of, listed, tensors
 from quantops.checks.categorical import alpha_and_sigma, categorical_bits, categorical_mode, gates, seed
 from quantops.checks.integral import bits, codes
 from quantops.checks.packing import bits_of_stored, packed_data, stored_bits
@@ -18,8 +18,8 @@ from quantops.checks.uniform import bits_and_k, decode_scales, full_grid, rule_i
 from quantops.checks.written import gradients, outputs
 
 __all__ = [
-    "FLOATS", "all_or_none_on_meta", "alpha_and_sigma", "bits", "bits_and_k", "bits_of_stored",
-    "categorical", "categorical_activation", "categorical_bits", "categorical_mode", "choice", "codes", "decode_scales", "dtype_of", "full_grid",
-    "gates", "gradients", "out_scales", "outputs", "packed_data", "packing", "rule_index", "scales", "seed",
-    "stored_bits", "strength", "tanh", "tensors", "truncate", "uniform", "widths",
+    "FLOATS", "all_or_none_on_meta", "alpha_and_sigma", "bits", "bits_and_k", "bits_of_stored", "categorical",
+    "categorical_activation", "categorical_bits", "categorical_mode", "choice", "codes", "decode_scales", "dtype_of",
+    "full_grid", "gates", "gradients", "listed", "out_scales", "outputs", "packed_data", "packing", "rule_index",
+    "scales", "seed", "stored_bits", "strength", "tanh", "tensors", "truncate", "uniform", "widths",
 ]

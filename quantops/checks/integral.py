@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from quantops.checks.arguments import kind, tensors
+from quantops.checks.arguments import kind, listed
 from quantops.reference.uniform import MAX_BITS
 
 INTS = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64, torch.int64)
@@ -17,7 +17,8 @@ def as_int32(t):
     if t.element_size() < 4:
         return t.to(torch.int32)
     ends = torch.iinfo(torch.int32)
-    return t.to(torch.int64).clamp(ends.min, ends.max).to(torch.int32)  # uint64 beyond int64 turns negative: out of range
+    # uint64 beyond int64 turns negative, which is out of range too.
+    return t.to(torch.int64).clamp(ends.min, ends.max).to(torch.int32)
 
 
 def integers(name, value, w, low, high):
@@ -76,4 +77,4 @@ def filled(value, count, dtype, device):
 
 def codes(value):
     """Integer codes as a list of int32 tensors."""
-    return [as_int32(c) for c in tensors("codes", value, INTS)]
+    return [as_int32(c) for c in listed("codes", value, INTS)]

@@ -1,21 +1,30 @@
 """Family ``uniform``: what its ops need besides what is common to all."""
 
+import functools
+
 import torch
 
 from quantops.checks.arguments import choice, dtype_of, kind, tensors
-from quantops.checks.integral import INTS, bits, integers, repeated
+from quantops.checks.integral import INTS, bits, integers, may_keep, repeated
 from quantops.checks.scaling import ready_scales, scales
 from quantops.reference.uniform import GRIDS, MAX_BITS, RULES, acc_dtype
 
 
 def bits_and_k(bits_value, k_value, w):
     """Bit-widths and the number of LSBs looked at, 1 <= k < bits; k = 0: none, for weights with no bit to give."""
+    if type(bits_value) is int and type(k_value) is int and may_keep(w[0].device):
+        return _constant_bits_and_k(bits_value, k_value, len(w), w[0].device)
     n, k = bits(bits_value, w), integers("k", k_value, w, 0, MAX_BITS - 1)
     if not isinstance(bits_value, torch.Tensor) and not isinstance(k_value, torch.Tensor):
         for b, v in zip(repeated(bits_value, w), repeated(k_value, w)):
             if v >= b and v != 0:
                 raise ValueError(f"k: expected 1 <= k < bits = {b} (or 0 for no LSBs), got {v}")
     return n, k
+
+
+@functools.lru_cache(maxsize=1024)
+def _constant_bits_and_k(bits_value, k_value, count, device):
+    return bits_and_k([bits_value], [k_value], [torch.empty(0, device=device)] * count)  # lists are not looked up here
 
 
 def full_grid(grid):

@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from quantops import checks
-from quantops.autograd.common import each, materialize, of_used
+from quantops.autograd.common import call, each, materialize, of_used
 from quantops.categorical_activation import CategoricalActivation, replace_relus
 from quantops.convert import QuantConfig, check_choice, check_int
 from quantops.intweight import IntWeight
@@ -190,8 +190,8 @@ class CPQWeight(WeightQuantizer):
         bits = torch.stack([v.bits if v.training else v.bits_that_stay() for v in quantizers])
         if mode == "sample":
             seed = torch.randint(2**62, (), dtype=torch.int64, device=w[0].device)
-        q = ops.categorical(w, alpha, sigma, bits, gates, seed, MODES.index(mode), GRADS.index(grad), True,
-                            checks.dtype_of(None, w))
+        q = call(ops.categorical, w, alpha, sigma, bits, gates, seed, MODES.index(mode), GRADS.index(grad), True,
+                 checks.dtype_of(None, w))
         return Quantized(q, alpha, sigma, bits)
 
     @staticmethod
@@ -205,7 +205,7 @@ class CPQWeight(WeightQuantizer):
     def measure(quantizers, w):
         alpha, sigma = _scales(quantizers, w)
         bits = torch.stack([p.bits_that_stay() for p in quantizers])
-        q = ops.categorical(w, alpha, sigma, bits, [], None, 0, 0, True, alpha[0].dtype)
+        q = call(ops.categorical, w, alpha, sigma, bits, [], None, 0, 0, True, alpha[0].dtype)
         top = [float(a.max()) if a.numel() else 0.0 for a in alpha]
         return [(n, 0, 0.0, float((v.double() - t.double()).square().sum()), s * 2 ** (n - 1))
                 for v, t, s, n in zip(q, w, top, bits.tolist())]
@@ -215,7 +215,7 @@ class CPQWeight(WeightQuantizer):
         alpha, sigma = _scales([self], [w])
         bits = self.bits_that_stay().reshape(1)
         n, alpha = int(bits), alpha[0]
-        q = ops.categorical([w], [alpha], sigma, bits, [], None, 0, 0, True, alpha.dtype)[0]
+        q = call(ops.categorical, [w], [alpha], sigma, bits, [], None, 0, 0, True, alpha.dtype)[0]
         step = alpha.reshape(-1, *[1] * (w.dim() - 1)) if self.per_row else alpha
         codes = (q / step).round().to(torch.int32) + 2 ** (n - 1)
         return IntWeight.from_codes(codes, alpha * 2 ** (n - 1), n, dtype=w.dtype)
@@ -261,8 +261,9 @@ class _Revive(torch.autograd.Function):
         w, alpha, sigma = tensors[:n], tensors[n: 2 * n], tensors[2 * n:]
         if all(g is None for g in grads):
             return None, None, *[None] * (3 * n)
-        of_each = ops.categorical_backward(
-            materialize(grads, w, ctx.dtype), w, alpha, sigma, bits, [], None, *ctx.options, True, True, False)
+        of_each = call(
+            ops.categorical_backward, materialize(grads, w, ctx.dtype), w, alpha, sigma, bits, [], None, *ctx.options,
+            True, True, False)
         return None, None, *(t for listed in of_each[:3] for t in of_used(grads, listed))
 
 

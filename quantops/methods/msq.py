@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from quantops import checks, foreach
-from quantops.autograd.common import materialize, of_used
+from quantops.autograd.common import call, materialize, of_used
 from quantops.convert import QuantConfig, check_choice, check_int
 from quantops.hessian import hessian_trace
 from quantops.intweight import IntWeight
@@ -107,8 +107,9 @@ class MSQWeight(WeightQuantizer):
         scale, bits, k = _arguments(quantizers, w)
         p, dtype = quantizers[0], checks.dtype_of(None, w)
         if p.decoupled:
-            return Quantized(ops.round_clamp(w, scale, bits, p.full, True, p.covered, dtype), None, scale, bits, k)
-        q, penalty, _, _ = ops.msq(w, scale, bits, k, p.full, p.covered, dtype)
+            q = call(ops.round_clamp, w, scale, bits, p.full, True, p.covered, dtype)
+            return Quantized(q, None, scale, bits, k)
+        q, penalty, _, _ = call(ops.msq, w, scale, bits, k, p.full, p.covered, dtype)
         return Quantized(q, penalty, scale, bits, k)
 
     @staticmethod
@@ -119,7 +120,7 @@ class MSQWeight(WeightQuantizer):
     @staticmethod
     def measure(quantizers, w):
         scale, bits, k = _arguments(quantizers, w)
-        _, nonzero, sq_error = ops.lsb_stats(w, scale, bits, k, quantizers[0].full, quantizers[0].covered)
+        _, nonzero, sq_error = call(ops.lsb_stats, w, scale, bits, k, quantizers[0].full, quantizers[0].covered)
         top = [float(s.max()) if s.numel() else 0.0 for s in scale]
         rows = zip(w, bits.tolist(), k.tolist(), nonzero.tolist(), sq_error.tolist(), top)
         # A negative count is what a GPU says of weights that have a NaN or an infinity.
@@ -163,8 +164,8 @@ class _Revive(torch.autograd.Function):
             return None, None, *(None if g is None else g.to(ctx.dtype) for g in grad_q)
         *tensors, bits, k = ctx.saved_tensors
         w, scale = tensors[:ctx.size], tensors[ctx.size:]
-        grad_w, _ = ops.uniform_backward(
-            materialize(grad_q, w, ctx.q_dtype), r, w, scale, bits, k, ctx.full, True, False)
+        grad_w, _ = call(
+            ops.uniform_backward, materialize(grad_q, w, ctx.q_dtype), r, w, scale, bits, k, ctx.full, True, False)
         return None, None, *(grad_w if r is not None else of_used(grad_q, grad_w))
 
 
@@ -245,7 +246,7 @@ def _traced_penalties(layers):
 def _stats(quantizers, w):
     """(penalty, nonzero, sq_error), an entry per weight."""
     scale, bits, k = _arguments(quantizers, w)
-    return ops.lsb_stats(w, scale, bits, k, quantizers[0].full, quantizers[0].covered)
+    return call(ops.lsb_stats, w, scale, bits, k, quantizers[0].full, quantizers[0].covered)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from quantops import checks
-from quantops.autograd.common import materialize, of_used
+from quantops.autograd.common import call, materialize, of_used
 from quantops.convert import QuantConfig, check_choice, check_int, remove_quantizers
 from quantops.intweight import IntWeight
 from quantops.library import ops
@@ -165,8 +165,8 @@ class TruncQuantWeight(WeightQuantizer):
         n, (scale, out_scale) = self.widths[0], _scales([self], [w])
         # With a step of 1 the values are the odd levels 2c - (2^n - 1), by the very kernel of the forward pass.
         units = [torch.full_like(scale[0], 2**n - 1)]
-        level = ops.truncate([w], scale, units, self.all_bits[:1].reshape(1, 1), self.base.reshape(1), self.rule,
-                             self.tanh, self.covered, scale[0].dtype)[0]
+        level = call(ops.truncate, [w], scale, units, self.all_bits[:1].reshape(1, 1), self.base.reshape(1), self.rule,
+                     self.tanh, self.covered, scale[0].dtype)[0]
         codes = ((level + (2**n - 1)) / 2).to(torch.int32)
         return IntWeight.from_codes(codes, (out_scale or scale)[0], n, grid="full", dtype=w.dtype, fixed=self.fixed)
 
@@ -184,7 +184,7 @@ class TruncQuantWeight(WeightQuantizer):
 def _truncate(quantizers, w, bits):
     p, (scale, out_scale) = quantizers[0], _scales(quantizers, w)
     base = torch.stack([p.base for p in quantizers])
-    q = ops.truncate(w, scale, out_scale, bits, base, p.rule, p.tanh, p.covered, checks.dtype_of(None, w))
+    q = call(ops.truncate, w, scale, out_scale, bits, base, p.rule, p.tanh, p.covered, checks.dtype_of(None, w))
     return Truncated(q, scale, out_scale, bits, base)
 
 
@@ -219,8 +219,8 @@ class _Revive(torch.autograd.Function):
             return None, None, *(None if g is None else g.to(ctx.dtype) for g in grads)
         *tensors, bits, base = ctx.saved_tensors
         w, scale, out_scale = tensors[:n], tensors[n: 2 * n], tensors[2 * n:]
-        grad_w = ops.truncate_backward(materialize(grads, w, ctx.q_dtype), w, scale, out_scale, bits, base, rule, tanh,
-                                       False, False)[0]
+        grad_w = call(ops.truncate_backward, materialize(grads, w, ctx.q_dtype), w, scale, out_scale, bits, base, rule,
+                      tanh, False, False)[0]
         return None, None, *of_used(grads, grad_w)
 
 
