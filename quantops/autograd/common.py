@@ -30,8 +30,8 @@ def refuse_unsupported(op, args):
         raise NotImplementedError(f"{op.overloadpacket}: forward-mode derivatives (torch.func.jvp, jacfwd, linearize, "
                                   "torch.autograd.forward_ad) are not implemented: use reverse mode")
     if in_func and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-        raise NotImplementedError(f"{op.overloadpacket}: torch.func transforms of what it quantizes (grad, vjp, jacrev) are not "
-                                  "implemented: use torch.autograd.grad")
+        raise NotImplementedError(f"{op.overloadpacket}: torch.func transforms of what it quantizes (grad, vjp, "
+                                  "jacrev) are not implemented: use torch.autograd.grad")
 
 
 def below_autograd(keyset, op, args):
