@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from bench import compare, costs, headline, report, run, small, static, steps, tables, train
+from bench import compare, costs, headline, report, run, small, static, steps, tables, train, variants
 
 
 def main(argv=None):
@@ -11,7 +11,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for module in (run, steps, static, small, report, compare, train, costs, tables, headline):
+    for module in (run, steps, static, small, report, compare, train, costs, tables, headline, variants):
         name = module.__name__.rpartition(".")[2]
         module.add_arguments(commands.add_parser(name, help=getattr(module, name).__doc__))
     args = parser.parse_args(argv)

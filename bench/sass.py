@@ -11,6 +11,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+# Those of setup.py.
+FLAGS = ["-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-DUSE_CUDA",
+         "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 
 def nvcc():
@@ -167,8 +170,7 @@ def cuda_kernels(archs, folder, sources=None, timeout=900):
         for arch in archs:
             made = Path(folder) / f"{source.stem}_{arch}.o"
             jobs.append((arch, made, subprocess.Popen([
-                nvcc(), "-c", str(source), "-o", str(made), "-std=c++17", "-O3", "-fmad=false",
-                "--expt-relaxed-constexpr", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+                nvcc(), "-c", str(source), "-o", str(made), *FLAGS,
                 f"-gencode=arch=compute_{arch},code=[sm_{arch},compute_{arch}]", "-Xptxas", "-v", "-Xcompiler", "-fPIC",
                 *(f"-I{p}" for p in include_paths())], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)))
     for arch, made, job in jobs:

@@ -1,9 +1,9 @@
 """The uniform quantizers per element, in Triton: the statement of csrc/quant_math.h under the same names.
 
 Every operation is rounded on its own: the launches set enable_fp_fusion=False, division is IEEE, and NaN goes its way
-through comparisons. A product and a sum are rounded as one where it is written, by product_plus: on the way to a code or
-to q only where the product is exact, which gives the same bits. All functions take scalars and blocks alike, in float32
-or float64.
+through comparisons. A product and a sum are rounded as one where it is written, by product_plus: on the way to a code
+or to q only where the product is exact, which gives the same bits. All functions take scalars and blocks alike, in
+float32 or float64.
 """
 
 from typing import NamedTuple

@@ -86,8 +86,8 @@ class Calls(TorchDispatchMode):
 
 
 def check_scale_grad(got, grad, w, s, bits, grid, signed, what):
-    """dL/ds against sums in float64 of the same codes: off by no more than 4 roundings of each of the two numbers that a
-    term is the difference of, and of numbers too small to be normal. ``grad``: dL/dq, None for zeros."""
+    """dL/ds against sums in float64 of the same codes: off by no more than 4 roundings of each of the two numbers that
+    a term is the difference of, and of numbers too small to be normal. ``grad``: dL/dq, None for zeros."""
     from quantops.reference import uniform as ref
 
     acc = s.dtype

@@ -295,8 +295,7 @@ void for_tables(const Tensor& like, const std::vector<PackedEntry>& entries, con
   OnDevice on(like);
   int64_t elements = 0;
   for (const PackedEntry& e : entries) elements += e.numel;
-  const int64_t segment = segment_rule(elements);
-  static_assert(kTile == 1024, "the smallest segment");
+  const int64_t segment = std::max<int64_t>(segment_rule(elements), kTile);
   if (entries.size() <= kSmallTable<PackedEntry>)
     for_tables<kSmallTable<PackedEntry>>(on, entries, segment, launch_table);
   else

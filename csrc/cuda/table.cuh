@@ -19,6 +19,7 @@
 
 #include "../quant_math.h"
 #include "launch.cuh"
+#include "switches.cuh"
 
 namespace quantops::cuda {
 
@@ -97,7 +98,7 @@ struct alignas(kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) Pack {
 template <int kCount>
 struct Pack<None, kCount> {};
 
-// Moved as words, and stored by the intrinsic of a plain store: else the compiler may make one store per element.
+// Moved as words, and stored by what is one instruction: else the compiler may make one store per element.
 template <class P>
 using Word = std::conditional_t<sizeof(P) % 16 == 0, uint4, std::conditional_t<sizeof(P) == 8, uint2, unsigned>>;
 
@@ -113,13 +114,28 @@ __device__ __forceinline__ P load_pack(const void* from) {
   return pack;
 }
 
+template <class T>
+__device__ __forceinline__ void store_word(T* to, const T& v) {
+#if QUANTOPS_STORES == 2
+  __stcs(to, v);
+#elif QUANTOPS_STORES == 1 && defined(__CUDA_ARCH__)
+  const auto at = __cvta_generic_to_global(to);
+  if constexpr (sizeof(T) == 16)
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" : : "l"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w));
+  else if constexpr (sizeof(T) == 8) asm volatile("st.global.v2.b32 [%0], {%1, %2};" : : "l"(at), "r"(v.x), "r"(v.y));
+  else asm volatile("st.global.b32 [%0], %1;" : : "l"(at), "r"(v));
+#else
+  __stwb(to, v);
+#endif
+}
+
 template <class P>
 __device__ __forceinline__ void store_pack(void* to, const P& pack) {
   constexpr int kWords = sizeof(P) / sizeof(Word<P>);
   Word<P> words[kWords];
   memcpy(words, &pack, sizeof(P));
 #pragma unroll
-  for (int i = 0; i < kWords; ++i) __stwb(static_cast<Word<P>*>(to) + i, words[i]);
+  for (int i = 0; i < kWords; ++i) store_word(static_cast<Word<P>*>(to) + i, words[i]);
 }
 
 template <class T>
@@ -134,12 +150,12 @@ constexpr int vector_elements() {
   return std::min(16 / smallest, 32 / largest);
 }
 
-// Vectors that a lane loads before it needs the first of them: 64 bytes, or 16 elements, for the sake of registers.
+// Vectors that a lane loads before it needs the first of them: 64 bytes, and no more elements than registers allow.
 template <class Op>
 constexpr int loads_in_flight() {
   constexpr int elements = vector_elements<typename Op::X, typename Op::G, typename Op::O>();
   constexpr int bytes = elements * (size_of<typename Op::X> + size_of<typename Op::G>);
-  return std::max(1, std::min(Op::kBytesInFlight / bytes, 16 / elements));
+  return std::max(1, std::min(Op::kBytesInFlight / bytes, kElementsInFlight / elements));
 }
 
 // What every Op has.
@@ -248,8 +264,7 @@ __global__ void __launch_bounds__(kThreads, Op::kBlocks)
     if ((bits & 15) == 0) vectors = (n - head) / V;
   }
 
-  typename Op::State state = op.begin(entry, place.row, table.base + place.which);
-
+  typename Op::State state;
   auto load_x = [&](int v) { return load_pack<Pack<X, V>>(x + head + v * V); };
   auto load_g = [&](int v) {
     Pack<G, V> p{};
@@ -296,16 +311,24 @@ __global__ void __launch_bounds__(kThreads, Op::kBlocks)
   };
 
   int v = lane;
-  for (; v + (U - 1) * kWarp < vectors; v += U * kWarp) {
-    Pack<X, V> xs[U];
-    Pack<G, V> gs[U];
+  Pack<X, V> xs[U];
+  Pack<G, V> gs[U];
+  auto load = [&] {  // the next U vectors; whether there are so many
+    if (v + (U - 1) * kWarp >= vectors) return false;
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       xs[u] = load_x(v + u * kWarp);
       gs[u] = load_g(v + u * kWarp);
     }
+    return true;
+  };
+  bool more = kEarlyLoads && load();
+  state = op.begin(entry, place.row, table.base + place.which);
+  if constexpr (!kEarlyLoads) more = load();
+  for (; more; more = load()) {
 #pragma unroll
     for (int u = 0; u < U; ++u) apply_pack(v + u * kWarp, xs[u], gs[u]);
+    v += U * kWarp;
   }
   if constexpr (U > 1) {
 #pragma unroll 1
@@ -378,11 +401,10 @@ __global__ void __launch_bounds__(512)
 
 // ------------------------------------------------------------------------------------------------------------ host
 
-// Elements per item. By size alone, so that sums have the same shape on every GPU: about 8192 items for a large list,
-// which is a few dozen per multiprocessor, and short ones for a small list, which would else leave most of them idle.
+// Elements per item, see switches.cuh. By size alone, so that sums have the same shape on every GPU.
 inline int64_t segment_rule(int64_t elements) {
-  int64_t segment = 1024;
-  while (segment < 65536 && segment * 8192 < elements) segment *= 2;
+  int64_t segment = kLeastSegment;
+  while (segment < kLargestSegment && segment * kWantedItems < elements) segment *= 2;
   return segment;
 }
 

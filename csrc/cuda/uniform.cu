@@ -297,10 +297,11 @@ struct AbsMean : OpBase {
   template <int kCount>
   __device__ __forceinline__ void flush(State& s, const X (&values)[kCount]) const {
     double sum = static_cast<double>(s.vector_sum);
-    if (s.vector_sum > std::numeric_limits<A>::max()) {  // perhaps of numbers
-      sum = 0.0;
+    if (s.vector_sum > std::numeric_limits<A>::max()) {  // perhaps of numbers, whose parts do not overflow
+      A part = A(0);
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) sum += fabs(static_cast<double>(widen(values[i])));
+      for (int i = 0; i < kCount; ++i) part = fused(fabs(widen(values[i])), A(1) / A(kCount), part);
+      sum = static_cast<double>(part) * kCount;
     }
     s.sum += sum;
     s.vector_sum = A(0);

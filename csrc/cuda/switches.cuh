@@ -1,0 +1,48 @@
+// Choices that only a GPU can decide between, each with a default by reasoning. A build with, say, -DQUANTOPS_STORES=2
+// has another one of them: bench/variants.py lists those that are worth a comparison and builds them.
+#pragma once
+#include <cstdint>
+
+// How results are stored: 0 as __stwb does (STG.STRONG.SM), 1 plainly, 2 as what is not read again soon (evict first).
+// Plainly: q is read next, by the layer, from L2 where it fits.
+#ifndef QUANTOPS_STORES
+#define QUANTOPS_STORES 1
+#endif
+
+// Elements per item, the run of one warp: between these, a power of two. The least lets the weights of a ResNet-20 fill
+// an H100; with the largest, what a warp does before its first element is 4 % of what it does, and resident warps read
+// memory that lies together.
+#ifndef QUANTOPS_LEAST_SEGMENT
+#define QUANTOPS_LEAST_SEGMENT 256
+#endif
+#ifndef QUANTOPS_LARGEST_SEGMENT
+#define QUANTOPS_LARGEST_SEGMENT 8192
+#endif
+// About as many items are made of a list where that is between the two: four times the warps that an H100 holds.
+#ifndef QUANTOPS_ITEMS
+#define QUANTOPS_ITEMS 16384
+#endif
+
+// Whether a warp's first elements are asked for before its quantizer is made, which takes three divisions.
+#ifndef QUANTOPS_EARLY_LOADS
+#define QUANTOPS_EARLY_LOADS 1
+#endif
+
+// Elements that a lane asks for at a time, where they are no more than 64 bytes: 16 are 32 bytes of bfloat16.
+#ifndef QUANTOPS_ELEMENTS_IN_FLIGHT
+#define QUANTOPS_ELEMENTS_IN_FLIGHT 32
+#endif
+
+// Items up to which the last block of a launch adds up what all have left, in place of a second launch: 0 never.
+#ifndef QUANTOPS_LAST_BLOCK_ITEMS
+#define QUANTOPS_LAST_BLOCK_ITEMS 4096
+#endif
+
+namespace quantops::cuda {
+
+constexpr int64_t kLeastSegment = QUANTOPS_LEAST_SEGMENT, kLargestSegment = QUANTOPS_LARGEST_SEGMENT;
+constexpr int64_t kWantedItems = QUANTOPS_ITEMS, kLastBlockItems = QUANTOPS_LAST_BLOCK_ITEMS;
+constexpr int kElementsInFlight = QUANTOPS_ELEMENTS_IN_FLIGHT;
+constexpr bool kEarlyLoads = QUANTOPS_EARLY_LOADS;
+
+}  // namespace quantops::cuda
