@@ -20,7 +20,8 @@ from quantops.functional import (
     unpack,
 )
 from quantops.hessian import hessian_trace
-from quantops.intweight import IntWeight, load_int, save_int, to_int
+from quantops.intfile import load_int, save_int
+from quantops.intweight import IntWeight, to_int
 from quantops.methods.cpq import CPQConfig, finish_dropbits
 from quantops.methods.msq import MSQConfig, MSQController, add_penalty_grad_
 from quantops.methods.multibn import MultiBatchNorm

@@ -1,22 +1,16 @@
-"""Integer weights: what training ends with, and the file they are kept in."""
+"""Integer weights: what training ends with."""
 
 import dataclasses
-import json
 import math
-import os
-import uuid
-import zlib
 
 import torch
 
 from quantops import checks, foreach
 from quantops.nn import check_only, quantized
 from quantops.packed import Packed
-from quantops.reference.packing import plane_bytes
-from quantops.reference.uniform import GRIDS, MAX_BITS
+from quantops.reference.uniform import GRIDS
 
-FORMAT, VERSION = "quantops-int", 2
-_DTYPES = {str(d).removeprefix("torch."): d for d in checks.FLOATS}
+MOST = 2**40  # elements of a weight, and of each of its dims: a file of no bits at all may claim any number
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,169 +108,26 @@ def to_int(model):
     weights = {}
     for name, owner, quantizer in layers:
         check_only(name, owner)
+        if owner.original.is_meta:
+            raise ValueError(f"{name or 'model'}: expected a weight with values, got one on the meta device")
         if not bool(torch.isfinite(owner.original).all()):
             raise ValueError(f"{name or 'model'}: the weight has NaN or inf values, which no code stands for")
         weights[f"{name}.weight".removeprefix(".")] = quantizer.to_int(owner.original)
     return weights
 
 
-def _safetensors():
-    try:
-        import safetensors.torch
-    except ImportError as e:
-        raise ImportError("save_int and load_int need safetensors: pip install 'quantops[io]'") from e
-    return safetensors
-
-
-def save_int(weights, path):
-    """Writes integer weights to a safetensors file: n/8 bytes per weight of n bits, the scales and a header.
-
-    Tensors: ``<name>.planes``, uint8 of shape (n, ceil(numel / 8)), the bit planes of :class:`quantops.Packed` without
-    their padding, most significant first; and ``<name>.scale``. The rest is metadata, with a checksum of each plane.
-
-    ``weights``: what :func:`to_int` returns, or a model for it. The file appears whole or not at all: it is written
-    beside ``path`` under another name and then renamed. Needs safetensors (``pip install 'quantops[io]'``).
-
-    Raises TypeError or ValueError for anything else, naming it, and OSError where the file cannot be written.
-    """
-    safetensors = _safetensors()
-    if isinstance(weights, torch.nn.Module):
-        weights = to_int(weights)
-    if not isinstance(weights, dict) or not weights:
-        raise TypeError(f"weights: expected a model or a non-empty dict of IntWeight, got {type(weights).__name__}")
-    tensors, about = {}, {}
-    for name, v in weights.items():
-        if not isinstance(name, str) or not isinstance(v, IntWeight):
-            raise TypeError(f"weights[{name!r}]: expected an IntWeight under a string, got {type(v).__name__}")
-        _check(name, v)
-        # Copies of their own: safetensors refuses tensors that share memory.
-        planes = v.packed.data[:, :_file_bytes(v.shape)].detach().cpu().contiguous().clone()
-        scale = v.scale.detach().cpu().contiguous().clone()
-        tensors[f"{name}.planes"], tensors[f"{name}.scale"] = planes, scale
-        entry = {"bits": v.bits, "grid": v.grid, "signed": v.signed, "shape": list(v.shape),
-                 "fixed": v.fixed, "dtype": str(v.dtype).removeprefix("torch.")}
-        about[name] = {**entry, "crc32": [_crc32(scale, entry), *(_crc32(t) for t in planes)]}
-    metadata = {"format": FORMAT, "version": str(VERSION), "weights": json.dumps(about)}
-    path = os.fspath(path)
-    beside = f"{path}.{uuid.uuid4().hex}.tmp"
-    try:
-        safetensors.torch.save_file(tensors, beside, metadata)
-        os.replace(beside, path)
-    except safetensors.SafetensorError as e:
-        raise OSError(f"{path}: {e}") from e
-    finally:
-        if os.path.exists(beside):
-            os.unlink(beside)
-
-
-def load_int(path, model=None, bits=None):
-    """Reads a file of :func:`save_int`: {parameter name: IntWeight}, on the CPU.
-
-    ``bits``: an integer m; weights stored with more are opened at m bits, but for those that are ``fixed``, and of
-    their planes only the first m are read and checked. With ``model``, a plain model that is not quantized, every
-    weight in the file is also copied, dequantized, into the parameter of its name. All names and shapes are compared
-    first; what the file does not have (biases, norms) is left as it is.
-
-    Raises ValueError naming ``path`` and what is wrong for a file that is truncated, corrupt or not of this format, for
-    more ``bits`` than any weight in it has, and for a model that does not fit; the model is then untouched.
-    FileNotFoundError where there is no file.
-    """
-    safetensors = _safetensors()
-    path = os.fspath(path)
-    if bits is not None and (type(bits) is not int or not 0 <= bits <= MAX_BITS):
-        raise ValueError(f"bits: expected an integer 0..{MAX_BITS} or None, got {bits!r}")
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        file = safetensors.safe_open(path, framework="pt")
-    except Exception as e:  # safetensors raises errors of several kinds
-        raise ValueError(f"{path}: not a whole safetensors file: {e}") from e
-    try:
-        with file as f:
-            weights = _read(f, bits)
-        if model is not None:
-            targets = _targets(model, weights)
-    except (ValueError, safetensors.SafetensorError) as e:
-        raise ValueError(f"{path}: {e}") from e
-    if model is not None:
-        values = {name: v.dequantize() for name, v in weights.items()}
-        with torch.no_grad():
-            for name, value in values.items():
-                targets[name].copy_(value)
-    return weights
-
-
-def _read(f, bits):
-    """The weights of an open file."""
-    about, keys = _about(f.metadata() or {}), set(f.keys())
-    expected = {f"{name}.{part}" for name in about for part in ("planes", "scale")}
-    if expected != keys:
-        raise ValueError(f"tensors and metadata differ in {sorted(expected ^ keys)[:4]}")
-    weights = {}
-    for name, entry in about.items():
-        try:
-            sums = [int(v) for v in entry.pop("crc32")]
-            stored, shape, dtype = entry["bits"], torch.Size(entry["shape"]), _DTYPES[entry["dtype"]]
-            settings = {"grid": entry["grid"], "signed": entry["signed"], "dtype": dtype,
-                        "fixed": entry["fixed"]}
-        except (AttributeError, KeyError, TypeError, ValueError) as e:
-            raise ValueError(f"{name}: bad metadata {entry!r}") from e
-        if type(stored) is not int or not 0 <= stored <= MAX_BITS:
-            raise ValueError(f"{name}: expected bits 0..{MAX_BITS}, got {stored!r}")
-        planes, used = f.get_slice(f"{name}.planes"), _file_bytes(shape)
-        if planes.get_shape() != [stored, used] or planes.get_dtype() != "U8" or len(sums) != 1 + stored:
-            raise ValueError(f"{name}: expected planes of shape {[stored, used]} for {stored} bits and shape "
-                             f"{list(shape)}, got {planes.get_dtype()} of shape {planes.get_shape()}")
-        m = stored if bits is None or settings["fixed"] else min(bits, stored)
-        data, scale = torch.zeros(m, plane_bytes(math.prod(shape)), dtype=torch.uint8), f.get_tensor(f"{name}.scale")
-        data[:, :used] = planes[:m]
-        weights[name] = IntWeight(Packed(data, shape, m), scale.clone(), **settings)
-        _check(name, weights[name])
-        found = _crc32(scale, entry), *(_crc32(t) for t in data[:, :used])
-        for j, (a, b) in enumerate(zip(found, sums)):
-            if a != b:
-                part = f"plane {j - 1}" if j else "scale and metadata"
-                raise ValueError(f"{name}: the checksum of {part} does not match, the file is damaged")
-    most = max(entry["bits"] for entry in about.values())
-    if bits is not None and bits > most:
-        raise ValueError(f"bits: expected at most {most}, the most that a weight of the file has, got {bits}")
-    return weights
-
-
-def _about(metadata):
-    """What the metadata say of each weight: {name: dict}."""
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"expected the format {FORMAT!r} of quantops.save_int, got {metadata.get('format')!r}")
-    if metadata.get("version") != str(VERSION):
-        raise ValueError(f"expected version {VERSION} of the format, got {metadata.get('version')!r}")
-    try:
-        about = json.loads(metadata.get("weights", ""))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"metadata is not JSON: {e}") from e
-    if not isinstance(about, dict) or not about:
-        raise ValueError("metadata lists no weights")
-    return about
-
-
-def _file_bytes(shape):
-    """Bytes of a plane in the file: without the padding that it has in memory."""
-    return -(-math.prod(shape) // 8)
-
-
-def _crc32(t, entry=None):
-    """Checksum of a contiguous CPU tensor, little-endian as safetensors has it, and of metadata, if any."""
-    return zlib.crc32(t.numpy(), zlib.crc32(json.dumps(entry, sort_keys=True).encode()) if entry else 0)
-
-
-def _check(name, v):
+def check(name, v):
     """Raises ValueError where an IntWeight contradicts itself."""
     rows = v.shape[0] if v.shape else 1
     acc = torch.float64 if v.dtype == torch.float64 else torch.float32
     for wrong, text in (
+        (len(v.shape) > 64 or max((math.prod(v.shape), *v.shape)) > MOST,
+         f"expected a shape of at most 64 dims and 2^40 elements, got {tuple(v.shape)}"),
+        (v.packed.device.type == "meta", "expected codes with values, got some on the meta device"),
         (v.grid not in GRIDS, f"expected a grid of {GRIDS}, got {v.grid!r}"),
         (type(v.fixed) is not bool, f"expected fixed true or false, got {v.fixed!r}"),
         (type(v.signed) is not bool, f"expected signed true or false, got {v.signed!r}"),
-        (v.dtype not in checks.FLOATS, f"expected a dtype of {list(_DTYPES)}, got {v.dtype}"),
+        (v.dtype not in checks.FLOATS, f"expected a dtype of {[str(d) for d in checks.FLOATS]}, got {v.dtype}"),
         (v.scale.dtype != acc, f"expected a scale of {acc}, got {v.scale.dtype}"),
         (v.scale.shape not in ((), (1,), (rows,)), f"expected one scale or one per row ({rows}), got shape "
                                                    f"{tuple(v.scale.shape)}"),
@@ -289,19 +140,3 @@ def _check(name, v):
         checks.packed_data([v.packed.data], [v.shape], [v.bits], v.packed.layout)
     except (TypeError, ValueError) as e:
         raise ValueError(f"{name}: {e}") from e
-
-
-def _targets(model, weights):
-    params = dict(model.named_parameters(remove_duplicate=False))
-    if quantized(model):
-        raise ValueError("model: expected a plain model, got one that quantops.quantize_ changed")
-    for name, v in weights.items():
-        if name not in params:
-            raise ValueError(f"{name}: the model has no parameter of this name")
-        tied = [n for n, p in params.items() if p is params[name] and n not in weights]
-        if tied:
-            raise ValueError(f"{name}: the model has one parameter for it and {', '.join(tied)}, which the file does "
-                             "not have and was not quantized; expected a model with a parameter for each")
-        if params[name].shape != v.shape:
-            raise ValueError(f"{name}: the file has shape {tuple(v.shape)}, the model {tuple(params[name].shape)}")
-    return params

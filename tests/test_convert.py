@@ -16,7 +16,8 @@ from torch.nn.utils import parametrize
 
 import quantops
 from quantops.convert import is_linear_or_conv, quantize_, unquantize_
-from quantops.intweight import IntWeight, load_int, save_int, to_int
+from quantops.intfile import load_int, save_int
+from quantops.intweight import IntWeight, to_int
 from quantops.methods.cpq import CPQConfig
 from quantops.methods.msq import MSQConfig
 from quantops.methods.truncquant import TruncQuantConfig
@@ -488,7 +489,7 @@ def _rewrite(path, change):
     (lambda t, m, a: a["5.weight"].update(crc32=["x"]), "5.weight: bad metadata"),
     (lambda t, m, a: a.update({"5.weight": []}), "5.weight: bad metadata"),
     (lambda t, m, a: a["5.weight"].update(shape=[8, 95]), "5.weight: expected planes of shape"),
-    (lambda t, m, a: a["5.weight"].update(shape=[10**30]), "5.weight: expected planes of shape"),
+    (lambda t, m, a: a["5.weight"].update(shape=[10**30]), "5.weight: expected a shape of at most"),
     (lambda t, m, a: a["5.weight"].update(shape=[-8, -96]), "5.weight: "),
     (lambda t, m, a: t.update({"5.weight.planes": torch.ones(4, 96)}), "5.weight: expected planes .*got F32"),
     (lambda t, m, a: a["5.weight"].update(grid="full"), "5.weight: the checksum of scale and metadata does not match"),

@@ -6,7 +6,7 @@ import os
 import torch
 
 from quantops.export.trained import check_fits, need, signed_bits, trained
-from quantops.files import whole
+from quantops.files import write_whole
 
 
 def compressed_tensors(model, folder, bits=None):
@@ -22,9 +22,9 @@ def compressed_tensors(model, folder, bits=None):
     scales have the weight's dtype, and a rounded step gives another weight.
     """
     need("compressed_tensors")
+    import safetensors.torch
     from compressed_tensors.compressors.pack_quantized import pack_to_int32
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
-    from safetensors.torch import save_file
 
     plain, weights = trained(model, bits)
     linear = {name: m for name, m in plain.named_modules() if type(m) is torch.nn.Linear}
@@ -53,10 +53,6 @@ def compressed_tensors(model, folder, bits=None):
     text = json.dumps(config, indent=2, default=str)
     tensors = {key: t.detach().cpu().contiguous().clone() for key, t in state.items()}
     os.makedirs(folder, exist_ok=True)
-    whole(os.path.join(folder, "model.safetensors"), lambda beside: save_file(tensors, beside, {"format": "pt"}))
-
-    def write(beside):
-        with open(beside, "w") as file:
-            file.write(text)
-
-    whole(os.path.join(folder, "config.json"), write)
+    weights_file = safetensors.torch.save(tensors, {"format": "pt"})
+    write_whole(os.path.join(folder, "model.safetensors"), lambda file: file.write(weights_file))
+    write_whole(os.path.join(folder, "config.json"), lambda file: file.write(text.encode()))

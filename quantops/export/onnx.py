@@ -1,12 +1,11 @@
 """ONNX: weights as integers of their bits, each behind a DequantizeLinear."""
 
 import math
-import os
 
 import torch
 
 from quantops.export.trained import level_range, need, trained
-from quantops.files import whole
+from quantops.files import write_whole
 
 # (bits of a signed integer, the name of its ONNX type, the first opset whose DequantizeLinear takes it)
 _INTEGERS = ((2, "INT2", 25), (4, "INT4", 21), (8, "INT8", 13), (16, "INT16", 21), (32, "INT32", 13))
@@ -46,7 +45,7 @@ def onnx(model, args, path, *, kwargs=None, bits=None, opset=21, dynamic_shapes=
         model, args, kwargs, bits, opset, dynamic_shapes, input_names, output_names)
     _put_integers(library, proto, weights, opset)
     library.checker.check_model(proto)
-    whole(os.fspath(path), lambda beside: library.save(proto, beside))
+    write_whole(path, lambda file: library.save(proto, file))
     return proto
 
 

@@ -1,10 +1,9 @@
 """QONNX (arXiv 2206.07527): float weights behind Quant and BipolarQuant nodes of any bits, for FINN and hls4ml."""
 
-import os
 
 from quantops.export.onnx import float_graph, put_first
 from quantops.export.trained import need, signed_bits
-from quantops.files import whole
+from quantops.files import write_whole
 
 DOMAIN, OPSET = "qonnx.custom_op.general", 18
 
@@ -45,5 +44,5 @@ def qonnx(model, args, path, *, kwargs=None, bits=None, dynamic_shapes=None, inp
             graph.initializer.extend(library.numpy_helper.from_array(v.numpy(), key) for key, v in constants.items())
     put_first(graph, nodes)
     proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
-    whole(os.fspath(path), lambda beside: library.save(proto, beside))
+    write_whole(path, lambda file: library.save(proto, file))
     return proto

@@ -1,0 +1,251 @@
+"""The file that integer weights are kept in: safetensors, with planes that are read one by one."""
+
+import contextlib
+import json
+import math
+import os
+import zlib
+
+import torch
+
+from quantops import checks
+from quantops.files import write_whole
+from quantops.intweight import MOST, IntWeight, check, to_int
+from quantops.nn import quantized
+from quantops.packed import Packed
+from quantops.reference.packing import plane_bytes
+from quantops.reference.uniform import MAX_BITS
+
+FORMAT, VERSION = "quantops-int", 2
+_DTYPES = {str(d).removeprefix("torch."): d for d in checks.FLOATS}
+_SCALES = {"F32": torch.float32, "F64": torch.float64}
+_ENTRY = {"bits", "grid", "signed", "shape", "fixed", "dtype", "crc32"}
+
+
+def _safetensors():
+    try:
+        import safetensors.torch
+    except ImportError as e:
+        raise ImportError("files of weights need safetensors: pip install 'quantops[io]'") from e
+    return safetensors
+
+
+def save_int(weights, path):
+    """Writes integer weights to a safetensors file: n/8 bytes per weight of n bits, the scales and a header.
+
+    Tensors: ``<name>.planes``, uint8 of shape (n, ceil(numel / 8)), the bit planes of :class:`quantops.Packed` without
+    their padding, most significant first; and ``<name>.scale``. The rest is metadata, with a checksum of each plane.
+
+    ``weights``: what :func:`to_int` returns, or a model for it. The file appears whole or not at all, flushed to the
+    disk, with the mode of a file that it replaces, or that of the umask; a symbolic link's target is what is replaced.
+    Needs safetensors (``pip install 'quantops[io]'``).
+
+    Raises TypeError or ValueError for anything else, naming it, and OSError where the file cannot be written.
+    """
+    _safetensors()
+    if isinstance(weights, torch.nn.Module):
+        weights = to_int(weights)
+    if not isinstance(weights, dict) or not weights:
+        raise TypeError(f"weights: expected a model or a non-empty dict of IntWeight, got {type(weights).__name__}")
+    tensors, about = parts_of(weights)
+    write(path, tensors, {"format": FORMAT, "version": str(VERSION), "weights": json.dumps(about)})
+
+
+def load_int(path, model=None, bits=None):
+    """Reads a file of :func:`save_int`: {parameter name: IntWeight}, on the CPU.
+
+    ``bits``: an integer m; weights stored with more are opened at m bits, but for those that are ``fixed``, and of
+    their planes only the first m are read and checked. With ``model``, a plain model that is not quantized, every
+    weight in the file is also copied, dequantized, into the parameter of its name. All names and shapes are compared
+    first; what the file does not have (biases, norms) is left as it is.
+
+    Raises ValueError naming ``path`` and what is wrong for a file that is truncated, corrupt or not of this format, for
+    more ``bits`` than any weight in it has, and for a model that does not fit, or has no memory (on the meta device);
+    the model is then untouched. FileNotFoundError where there is no file.
+    """
+    check_bits(bits)
+    with opened(path) as f:
+        weights = weights_of(f, metadata_of(f, FORMAT, VERSION), bits)
+        keys = {f"{name}.{part}" for name in weights for part in ("planes", "scale")} ^ set(f.keys())
+        if keys:
+            raise ValueError(f"tensors and metadata differ in {sorted(keys)[:4]}")
+        if model is not None:
+            if quantized(model):
+                raise ValueError("model: expected a plain model, got one that quantops.quantize_ changed")
+            targets = targets_of(model, weights)
+    if model is not None:
+        fill(targets, {name: v.dequantize() for name, v in weights.items()})
+    return weights
+
+
+# What files of integer weights and of whole models share.
+
+
+def parts_of(weights):
+    """(tensors, {name: what the metadata say of it}) of {name: IntWeight}."""
+    tensors, about = {}, {}
+    for name, v in weights.items():
+        if not isinstance(name, str) or not isinstance(v, IntWeight):
+            raise TypeError(f"weights[{name!r}]: expected an IntWeight under a string, got {type(v).__name__}")
+        check(name, v)
+        # Copies of their own: safetensors refuses tensors that share memory.
+        planes = v.packed.data[:, :_file_bytes(v.shape)].detach().cpu().contiguous().clone()
+        scale = v.scale.detach().cpu().contiguous().clone()
+        tensors[f"{name}.planes"], tensors[f"{name}.scale"] = planes, scale
+        entry = {"bits": v.bits, "grid": v.grid, "signed": v.signed, "shape": list(v.shape),
+                 "fixed": v.fixed, "dtype": str(v.dtype).removeprefix("torch.")}
+        about[name] = {**entry, "crc32": [crc32(scale, entry), *(crc32(t) for t in planes)]}
+    return tensors, about
+
+
+def write(path, tensors, metadata):
+    """Writes a safetensors file, whole or not at all."""
+    data = _safetensors().torch.save(tensors, metadata)
+    write_whole(path, lambda file: file.write(data))
+
+
+@contextlib.contextmanager
+def opened(path):
+    """An open safetensors file. What is wrong with it, or raised as ValueError inside, is a ValueError that names it."""
+    safetensors, path = _safetensors(), os.fspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        file = safetensors.safe_open(path, framework="pt")
+    except Exception as e:  # safetensors raises errors of several kinds
+        raise ValueError(f"{path}: not a whole safetensors file: {e}") from e
+    try:
+        with file as f:
+            yield f
+    except (ValueError, safetensors.SafetensorError) as e:
+        raise ValueError(f"{path}: {e}") from e
+
+
+def check_bits(bits):
+    """ValueError for what no file can be opened at."""
+    if bits is not None and (type(bits) is not int or not 0 <= bits <= MAX_BITS):
+        raise ValueError(f"bits: expected an integer 0..{MAX_BITS} or None, got {bits!r}")
+
+
+def metadata_of(f, kind, version):
+    """The metadata of an open file of format ``kind``; ValueError for another."""
+    metadata = f.metadata() or {}
+    if metadata.get("format") != kind:
+        raise ValueError(f"expected the format {kind!r} of quantops, got {metadata.get('format')!r}")
+    if metadata.get("version") != str(version):
+        raise ValueError(f"expected version {version} of the format, got {metadata.get('version')!r}")
+    return metadata
+
+
+def parsed(metadata, key):
+    """The non-empty dict under ``key``, from JSON."""
+    try:
+        found = json.loads(metadata.get(key, ""))
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"metadata is not JSON: {e}") from None
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"metadata lists no {key}")
+    return found
+
+
+def weights_of(f, metadata, bits):
+    """{name: IntWeight} of an open file, at no more than ``bits`` bits where they are not fixed."""
+    about = parsed(metadata, "weights")
+    weights = {name: _weight(f, name, entry, bits) for name, entry in about.items()}
+    most = max(entry["bits"] for entry in about.values())
+    if bits is not None and bits > most:
+        raise ValueError(f"bits: expected at most {most}, the most that a weight of the file has, got {bits}")
+    return weights
+
+
+def _weight(f, name, entry, bits):
+    stored, shape, sums = _sizes(name, entry)
+    settings = {"grid": entry["grid"], "signed": entry["signed"], "dtype": _DTYPES[entry["dtype"]],
+                "fixed": entry["fixed"]}
+    planes, used = slice_of(f, f"{name}.planes"), _file_bytes(shape)
+    if planes.get_shape() != [stored, used] or planes.get_dtype() != "U8" or len(sums) != 1 + stored:
+        raise ValueError(f"{name}: expected planes of shape {[stored, used]} for {stored} bits and shape "
+                         f"{list(shape)}, got {planes.get_dtype()} of shape {planes.get_shape()}")
+    kind = slice_of(f, f"{name}.scale").get_dtype()
+    if kind not in _SCALES:
+        raise ValueError(f"{name}: expected a scale of float32 or float64, got {kind}")
+    m = stored if bits is None or settings["fixed"] is True else min(bits, stored)
+    data, scale = torch.zeros(m, plane_bytes(math.prod(shape)), dtype=torch.uint8), f.get_tensor(f"{name}.scale")
+    data[:, :used] = planes[:m]
+    weight = IntWeight(Packed(data, shape, m), scale.clone(), **settings)
+    check(name, weight)
+    told = {key: value for key, value in entry.items() if key != "crc32"}
+    found = crc32(scale, told), *(crc32(t) for t in data[:, :used])
+    for j, (a, b) in enumerate(zip(found, sums)):
+        if a != b:
+            part = f"plane {j - 1}" if j else "scale and metadata"
+            raise ValueError(f"{name}: the checksum of {part} does not match, the file is damaged")
+    return weight
+
+
+def _sizes(name, entry):
+    """(bits, shape, checksums) of what the metadata say of a weight; ValueError where they say anything else."""
+    if (not isinstance(entry, dict) or entry.keys() != _ENTRY or not isinstance(entry["dtype"], str)
+            or entry["dtype"] not in _DTYPES or not isinstance(entry["grid"], str)
+            or not all(isinstance(v, list) and all(type(i) is int for i in v) for v in (entry["shape"], entry["crc32"]))):
+        raise ValueError(f"{name}: bad metadata {shown(entry)}")
+    bits, shape = entry["bits"], entry["shape"]
+    if type(bits) is not int or not 0 <= bits <= MAX_BITS:
+        raise ValueError(f"{name}: expected bits 0..{MAX_BITS}, got {shown(bits)}")
+    if len(shape) > 64 or not all(0 <= n <= MOST for n in (*shape, math.prod(shape))):
+        raise ValueError(f"{name}: expected a shape of at most 64 dims and 2^40 elements, got {shown(shape)}")
+    return bits, torch.Size(shape), entry["crc32"]
+
+
+def slice_of(f, key):
+    """The tensor of an open file under ``key``, to read parts of."""
+    if key not in f.keys():
+        raise ValueError(f"tensors and metadata differ in {[key]}")
+    return f.get_slice(key)
+
+
+def shown(value):
+    """Something of a file, in an error: it may be long."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = "something nested too deep"
+    return text if len(text) <= 300 else text[:300] + "..."
+
+
+def _file_bytes(shape):
+    """Bytes of a plane in the file: without the padding that it has in memory."""
+    return -(-math.prod(shape) // 8)
+
+
+def crc32(t, entry=None):
+    """Checksum of a contiguous CPU tensor, little-endian as safetensors has it, and of metadata, if any."""
+    return zlib.crc32(t.numpy(), zlib.crc32(json.dumps(entry, sort_keys=True).encode()) if entry else 0)
+
+
+def targets_of(model, weights):
+    """The parameters of ``model`` for {name: IntWeight}; ValueError where it has none that fit."""
+    params = dict(model.named_parameters(remove_duplicate=False))
+    for name, v in weights.items():
+        if name not in params:
+            raise ValueError(f"{name}: the model has no parameter of this name")
+        p = params[name]
+        tied = [n for n, other in params.items() if other is p and n not in weights]
+        if tied:
+            raise ValueError(f"{name}: the model has one parameter for it and {', '.join(tied)}, which the file does "
+                             "not have and was not quantized; expected a model with a parameter for each")
+        if p.is_meta or isinstance(p, torch.nn.parameter.UninitializedParameter):
+            raise ValueError(f"{name}: expected a parameter with memory, got one that is not initialized or on the meta "
+                             "device: model.to_empty(device=...) gives it some")
+        if p.shape != v.shape:
+            raise ValueError(f"{name}: the file has shape {tuple(v.shape)}, the model {tuple(p.shape)}")
+        if not p.is_floating_point():
+            raise ValueError(f"{name}: expected a floating-point parameter, got {p.dtype}")
+    return {name: params[name] for name in weights}
+
+
+@torch.no_grad()
+def fill(targets, values):
+    """Copies values into the tensors of their names."""
+    for name, value in values.items():
+        targets[name].copy_(value)
