@@ -20,4 +20,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was measured is kept, and --resume goes on from there")
+        raise SystemExit(130) from None

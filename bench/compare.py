@@ -1,9 +1,9 @@
 """What moved between two results of one kind."""
 
-import json
 from pathlib import Path
 
 from bench.registry import OURS
+from bench.store import read_json
 
 
 def figures(result):
@@ -23,7 +23,7 @@ def figures(result):
 
 def compare(args):
     """Prints what moved between two results; exits 1 where anything became slower by more than --ratio."""
-    results = [json.loads(path.read_text()) for path in (args.old, args.new)]
+    results = [read_json(path) for path in (args.old, args.new)]
     old, new = map(figures, results)
     both = [key for key in old if key in new]
     if not both:

@@ -10,6 +10,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from bench.store import read_states
+from quantops.files import write_whole
+
 ARRAYS = tuple(f"{part}_{kind}" for part in ("train", "test") for kind in ("jpeg", "offsets", "labels"))
 SUFFIXES = (".jpg", ".jpeg", ".png")
 HELD_OUT = 10  # of a folder without train and test parts every tenth image of a class is for testing
@@ -64,11 +67,11 @@ def load(path, size=32, cache=None):
         key = f"{path.resolve()} {path.stat().st_mtime_ns} {path.stat().st_size} {size}"
         kept = Path(cache) / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
         if kept.exists():
-            return _data(*(Images(*part) for part in torch.load(kept, weights_only=True)))
+            return _data(*(Images(*part) for part in read_states("cache", kept)))
     train, test = _folder(path, size) if path.is_dir() else _npz(path, size)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        torch.save([tuple(train), tuple(test)], kept)
+        write_whole(kept, lambda file: torch.save([tuple(train), tuple(test)], file))
     return _data(train, test)
 
 

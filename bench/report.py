@@ -1,6 +1,5 @@
 """Tables and plots from the results; nothing in them is typed by hand."""
 
-import json
 from pathlib import Path
 
 from bench import static, steps, targets
@@ -8,6 +7,7 @@ from bench.registry import OURS
 from bench.run import noisy
 from bench.shapes import CALL
 from bench.state import RESULTS, ROOT
+from bench.store import read_json
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 STEP = "msq step"  # the row that stands for training
@@ -20,7 +20,7 @@ class Device:
 
     def __init__(self, folder):
         self.folder = folder
-        self.ops, self.steps = ({name: json.loads(path.read_text()) for name in IMPLEMENTATIONS
+        self.ops, self.steps = ({name: read_json(path) for name in IMPLEMENTATIONS
                                  if (path := folder / f"{kind}-{name}.json").exists()} for kind in ("ops", "steps"))
 
     @property

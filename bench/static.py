@@ -16,6 +16,7 @@ import torch
 
 from bench import machine, measure, sass, state
 from bench.registry import cases
+from bench.store import write_json
 from quantops.library import OPS
 
 ARCH = 90
@@ -252,8 +253,7 @@ def static(args):
         raise SystemExit("bench: cuobjdump was not found: install the CUDA toolkit's, or triton, which has one")
     result = {"machine": {"device": f"NVIDIA H100, sm_{ARCH}, counted", "nvcc": release, **versions}, "rows": rows()}
     path = args.out or PATH
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(path, result)
     path.with_suffix(".md").write_text(page(result))
     print(f"{page(result)}\nwrote {path}")
     return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from bench import machine, state
+from quantops.files import write_whole
 
 UNFINISHED = 3  # exit status: the time was up, the same command with --resume goes on
 
@@ -19,7 +20,7 @@ class Result:
         self.path = args.out or state.folder(head["device"]) / f"{kind}-{head['implementation']}.json"
         self.data = {"machine": head, "rows": []}
         if args.resume and self.path.exists():
-            found = json.loads(self.path.read_text())
+            found = read_json(self.path)
             if all(found["machine"].get(k) == head[k] for k in ("device", "sources", "torch", "implementation")):
                 self.data = found
         self.end = time.monotonic() + args.seconds
@@ -42,8 +43,34 @@ class Result:
 
     def write(self):
         """Writes the file."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.data, indent=1) + "\n")
+        write_json(self.path, self.data)
+
+
+def write_json(path, data):
+    """What is at ``path`` is whole at any time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(data, indent=1) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path):
+    """The dict of a result; SystemExit naming the file where it is damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise SystemExit(f"bench: {path} is damaged, {error}: remove it, or put a whole one there") from None
+    if not isinstance(found, dict):
+        raise SystemExit(f"bench: {path} holds no result but a {type(found).__name__}: remove it")
+    return found
+
+
+def read_states(name, path):
+    """What torch.save wrote; ValueError naming the file where it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, zipfile and pickle raise errors of many kinds
+        raise ValueError(f"{name}: {path} is damaged or was not written by torch.save ({type(error).__name__}): remove "
+                         "it, or put a whole one there") from None
 
 
 def prepare(args):

@@ -1,6 +1,5 @@
 """The tables of training, from the JSON of ``bench costs`` and ``bench train``; nothing in them is typed by hand."""
 
-import json
 import statistics
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from bench.costs import BASE, state_bytes
 from bench.recipes import EVERYWHERE, RECIPES, SEPARATE, WIDTHS
 from bench.report import IMPLEMENTATIONS, insert, markdown
 from bench.state import RESULTS
+from bench.store import read_json
 
 BEGIN, END = "<!-- train: begin -->", "<!-- train: end -->"
 OURS = "quantops MSQ"
@@ -18,10 +18,10 @@ class Folder:
     """The results of a device: ``costs``, [(implementation, result)], and ``runs``, {label: results of its seeds}."""
 
     def __init__(self, path):
-        self.costs = [(name, json.loads(file.read_text())) for name in IMPLEMENTATIONS
+        self.costs = [(name, read_json(file)) for name in IMPLEMENTATIONS
                       if (file := path / f"costs-{name}.json").exists()]
         self.runs = {}
-        found = [json.loads(file.read_text()) for file in sorted((path / "train").glob("*.json"))]
+        found = [read_json(file) for file in sorted((path / "train").glob("*.json"))]
         for name in RECIPES:
             for result in found:
                 if result["configuration"]["method"] == name:

@@ -13,10 +13,13 @@ import torch
 
 from bench import data, machine, models, state
 from bench.recipes import COMMON, EVERYWHERE, RECIPES
-from bench.store import UNFINISHED
+from bench.store import UNFINISHED, read_json, read_states, write_json
+from quantops.files import write_whole
 
 COLD = 10  # steps of a process that are not timed
 TEST_BATCH = 1000
+STATES = {"configuration", "model", "method", "optimizer", "epochs", "bytes", "step_seconds", "peak", "start_accuracy",
+          "random", "cuda"}  # of a run, after every epoch
 
 
 class Forward:
@@ -69,9 +72,8 @@ def initialised(classes, seed, path):
     model = models.ResNet20(classes)
     if path is not None:
         try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-            model.load_state_dict(renamed(weights))
-        except (OSError, RuntimeError, AttributeError) as error:
+            model.load_state_dict(renamed(read_states("init", path)))
+        except (RuntimeError, AttributeError, TypeError) as error:
             raise ValueError(f"init: {path} is no state dict of this ResNet-20: {error}") from None
     return model
 
@@ -203,7 +205,7 @@ class Run:
             "step_seconds": statistics.median(self.step_seconds) if self.step_seconds else None,
             "seconds_to_the_final_network": sum(e["seconds"] for e in self.epochs),
             "epochs": self.epochs, "log": self.method.log}
-        _replace(self.path(), lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+        write_json(self.path(), result)
         return result
 
     def save(self):
@@ -213,14 +215,18 @@ class Run:
                   "bytes": self.bytes, "step_seconds": self.step_seconds, "peak": self.peak,
                   "start_accuracy": self.start_accuracy, "random": torch.get_rng_state(),
                   "cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None}
-        _replace(self.path().with_suffix(".pt"), lambda path: torch.save(states, path))
+        path = self.path().with_suffix(".pt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda file: torch.save(states, file))
 
     def resume(self):
         """Takes up what was saved, if it was saved by the same run."""
         path = self.path().with_suffix(".pt")
         if not path.exists():
             return
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = read_states("resume", path)
+        if not isinstance(saved, dict) or not STATES <= saved.keys():
+            raise ValueError(f"resume: {path} holds no state of a run: remove it")
         if saved["configuration"] != json.dumps(self.configuration()):
             raise ValueError(f"resume: {path} was written by a run with other options; remove it, or give a --label")
         self.method.load(saved["method"])
@@ -237,8 +243,8 @@ class Run:
         """The result on disk, if it is of this very run."""
         if not self.path().exists():
             return None
-        found = json.loads(self.path().read_text())
-        return found if found["configuration"] == json.loads(json.dumps(self.configuration())) else None
+        found = read_json(self.path())
+        return found if found.get("configuration") == json.loads(json.dumps(self.configuration())) else None
 
     def go(self, end, bar):
         """Trains to the end or until ``end`` on the monotonic clock; the result, or None where the time was up."""
@@ -262,14 +268,6 @@ class Run:
             torch.save(self.model.state_dict(), self.args.save / self.path().with_suffix(".pt").name)
         self.path().with_suffix(".pt").unlink()
         return result
-
-
-def _replace(path, write):
-    """What is at ``path`` is whole at any time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    write(part)
-    part.replace(path)
 
 
 def _settings(texts, names):

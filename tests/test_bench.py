@@ -176,6 +176,38 @@ def test_a_run_is_taken_up_where_it_stopped(tmp_path, monkeypatch):
     assert [r["case"] for r in json.loads(path.read_text())["rows"]] == ["absmax"]
 
 
+def test_a_damaged_result_is_named_and_a_result_is_whole_at_any_time(tmp_path, monkeypatch):
+    path = tmp_path / "r.json"
+    for damaged in ('{"machine": {}, "ro', "[" * 100_000, "[1]", "\xff"):
+        path.write_text(damaged, "latin-1")
+        with pytest.raises(SystemExit, match=r"bench: .*r.json (is damaged|holds no result)"):
+            store.read_json(path)
+    store.write_json(path, {"rows": [1]})
+    monkeypatch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        store.write_json(path, {"rows": [1, 2]})
+    assert store.read_json(path) == {"rows": [1]} and list(tmp_path.iterdir()) == [path]
+
+
+@needs_library
+def test_resuming_from_a_cut_result_names_it(tmp_path):
+    path = tmp_path / "r.json"
+    path.write_text('{"machine": {"de')
+    with pytest.raises(SystemExit, match=r"r.json is damaged"):
+        main(["run", *QUICK, "--no-peers", "--cases", "absmax", "--out", str(path), "--resume"])
+
+
+@pytest.mark.parametrize("module, command", [("quantops", "demo"), ("bench", "small")])
+def test_an_interrupt_shows_no_traceback(module, command):
+    program = (f"import sys, runpy, quantops.demo, bench.small; sys.argv = ['x', '{command}']\n"
+               "def stop(*a): raise KeyboardInterrupt\n"
+               f"quantops.demo.run = bench.small.small = stop\n"
+               f"runpy.run_module('{module}', run_name='__main__', alter_sys=True)")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])})
+    assert done.returncode == 130 and "interrupted" in done.stdout and "Traceback" not in done.stderr, done.stderr
+
+
 @needs_library
 def test_what_memory_does_not_hold_is_left_out_by_name(tmp_path, monkeypatch, capsys):
     """A peer beside a case that fits, then the case; none of them is made in full."""

@@ -263,6 +263,24 @@ def test_a_checkpoint_of_other_options_is_refused(file, tmp_path, monkeypatch):
         run(file, tmp_path, "--method", "float", "--epochs", "1", "--resume", "--lr", "0.5")
 
 
+def test_a_damaged_checkpoint_is_named(file, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.Run, "write", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    options = ["--method", "float", "--epochs", "1"]
+    assert run(file, tmp_path, *options) == 130
+    path, = tmp_path.glob("*.pt")
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:100], whole[:-50], whole[:200] + b"\xff" * 900 + whole[1100:]):
+        path.write_bytes(damaged)
+        with pytest.raises(SystemExit, match=r"bench: resume: .*\.pt (is damaged|holds no state)"):
+            run(file, tmp_path, *options, "--resume")
+    torch.save({"configuration": ""}, path)
+    with pytest.raises(SystemExit, match=r"bench: resume: .*\.pt holds no state of a run"):
+        run(file, tmp_path, *options, "--resume")
+    with pytest.raises(SystemExit, match=r"bench: init: .*\.pt is damaged"):
+        path.write_bytes(whole[:100])
+        run(file, tmp_path, *options, "--init", str(path))
+
+
 @pytest.mark.parametrize("more, words", [
     (["--method", "nothing"], "method: expected some of float, msq"),
     (["--method", "float", "--epochs", "0"], "epochs: expected at least 1"),
