@@ -13,9 +13,9 @@ def write_whole(path, write):
     """Puts what ``write(binary file)`` writes at ``path``, in the place of a file that is there.
 
     It is written in the same folder, to a file without a name where the file system has those (so that a killed process
-    leaves nothing), flushed to the disk, given a name and renamed; then the folder is flushed. The new file has the mode
-    and, where permitted, the owner of the old one, or what the umask says. A symbolic link stays, and its target is
-    replaced.
+    leaves nothing), flushed to the disk, given a name and renamed; then the folder is flushed. The new file has the
+    mode and, where permitted, the owner of the old one, or what the umask says. A symbolic link stays, and its target
+    is replaced.
 
     Raises OSError, with the old file as it was, where that cannot be done or ``path`` is a folder or a device.
     """

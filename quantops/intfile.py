@@ -106,7 +106,7 @@ def write(path, tensors, metadata):
 
 @contextlib.contextmanager
 def opened(path):
-    """An open safetensors file. What is wrong with it, or raised as ValueError inside, is a ValueError that names it."""
+    """An open safetensors file. What is wrong with it, or a ValueError raised inside, is a ValueError that names it."""
     safetensors, path = _safetensors(), os.fspath(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
@@ -185,9 +185,9 @@ def _weight(f, name, entry, bits):
 
 def _sizes(name, entry):
     """(bits, shape, checksums) of what the metadata say of a weight; ValueError where they say anything else."""
-    if (not isinstance(entry, dict) or entry.keys() != _ENTRY or not isinstance(entry["dtype"], str)
-            or entry["dtype"] not in _DTYPES or not isinstance(entry["grid"], str)
-            or not all(isinstance(v, list) and all(type(i) is int for i in v) for v in (entry["shape"], entry["crc32"]))):
+    if (not isinstance(entry, dict) or entry.keys() != _ENTRY or not isinstance(entry["grid"], str)
+            or not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES
+            or not _integers(entry["shape"]) or not _integers(entry["crc32"])):
         raise ValueError(f"{name}: bad metadata {shown(entry)}")
     bits, shape = entry["bits"], entry["shape"]
     if type(bits) is not int or not 0 <= bits <= MAX_BITS:
@@ -197,9 +197,13 @@ def _sizes(name, entry):
     return bits, torch.Size(shape), entry["crc32"]
 
 
+def _integers(value):
+    return isinstance(value, list) and all(type(i) is int for i in value)
+
+
 def slice_of(f, key):
     """The tensor of an open file under ``key``, to read parts of."""
-    if key not in f.keys():
+    if key not in f.keys():  # noqa: SIM118  not a dict
         raise ValueError(f"tensors and metadata differ in {[key]}")
     return f.get_slice(key)
 
@@ -235,8 +239,8 @@ def targets_of(model, weights):
             raise ValueError(f"{name}: the model has one parameter for it and {', '.join(tied)}, which the file does "
                              "not have and was not quantized; expected a model with a parameter for each")
         if p.is_meta or isinstance(p, torch.nn.parameter.UninitializedParameter):
-            raise ValueError(f"{name}: expected a parameter with memory, got one that is not initialized or on the meta "
-                             "device: model.to_empty(device=...) gives it some")
+            raise ValueError(f"{name}: expected a parameter with memory, got one that is not initialized or on the "
+                             "meta device: model.to_empty(device=...) gives it some")
         if p.shape != v.shape:
             raise ValueError(f"{name}: the file has shape {tuple(v.shape)}, the model {tuple(p.shape)}")
         if not p.is_floating_point():

@@ -463,7 +463,7 @@ def _rewrite(path, change):
     from safetensors.torch import save_file
 
     with safe_open(path, framework="pt") as f:
-        tensors, metadata = {k: f.get_tensor(k).clone() for k in f.keys()}, dict(f.metadata())
+        tensors, metadata = {k: f.get_tensor(k).clone() for k in f.keys()}, dict(f.metadata())  # noqa: SIM118
     about = json.loads(metadata["weights"])
     change(tensors, metadata, about)
     if metadata.get("weights") not in (None, "{"):

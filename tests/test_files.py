@@ -1,4 +1,4 @@
-"""Files: whole or not at all, with the rights and the place of those they replace; and no error but ValueError for bad ones."""
+"""Files: whole or not at all, with the rights and the place of those they replace; bad ones are a ValueError."""
 
 import json
 import os
@@ -115,7 +115,7 @@ def rewritten(path, change):
     from safetensors.torch import save_file
 
     with safe_open(path, framework="pt") as f:
-        tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata())
+        tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata())  # noqa: SIM118
     metadata["weights"] = change(metadata["weights"])
     save_file(tensors, path, metadata)
 
@@ -169,7 +169,7 @@ def test_a_scale_of_a_strange_dtype(tmp_path):
     path = tmp_path / "x.safetensors"
     save_int(WEIGHTS, path)
     with safe_open(path, framework="pt") as f:
-        tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata())
+        tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata())  # noqa: SIM118
     for dtype in (torch.int64, torch.bool, torch.bfloat16, torch.float8_e4m3fn):
         save_file({**tensors, "w.scale": torch.ones(()).to(dtype)}, path, metadata)
         with pytest.raises(ValueError, match="x.safetensors: w: expected a scale of float32 or float64"):

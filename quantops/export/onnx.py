@@ -45,7 +45,7 @@ def onnx(model, args, path, *, kwargs=None, bits=None, opset=21, dynamic_shapes=
         model, args, kwargs, bits, opset, dynamic_shapes, input_names, output_names)
     _put_integers(library, proto, weights, opset)
     library.checker.check_model(proto)
-    write_whole(path, lambda file: library.save(proto, file))
+    write_whole(path, lambda file: file.write(proto.SerializeToString()))
     return proto
 
 

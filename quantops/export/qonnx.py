@@ -1,6 +1,5 @@
 """QONNX (arXiv 2206.07527): float weights behind Quant and BipolarQuant nodes of any bits, for FINN and hls4ml."""
 
-
 from quantops.export.onnx import float_graph, put_first
 from quantops.export.trained import need, signed_bits
 from quantops.files import write_whole
@@ -44,5 +43,5 @@ def qonnx(model, args, path, *, kwargs=None, bits=None, dynamic_shapes=None, inp
             graph.initializer.extend(library.numpy_helper.from_array(v.numpy(), key) for key, v in constants.items())
     put_first(graph, nodes)
     proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
-    write_whole(path, lambda file: library.save(proto, file))
+    write_whole(path, lambda file: file.write(proto.SerializeToString()))
     return proto
