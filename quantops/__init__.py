@@ -15,6 +15,7 @@ from quantops.functional import (
     lsb_penalty,
     msq,
     pack,
+    quantize_activation,
     round_clamp,
     truncate,
     unpack,
@@ -37,6 +38,7 @@ __all__ = [
     "CPQConfig", "CategoricalActivation", "IntWeight", "MSQ", "MSQConfig", "MSQController", "MultiBatchNorm", "Packed",
     "TruncQuantConfig", "absmax", "absmean", "add_penalty_grad_", "backends", "bit_report", "categorical", "decode",
     "encode", "finish_dropbits", "foreach", "hessian_trace", "info", "is_linear_or_conv", "joint_loss", "joint_step",
-    "layout", "load_int", "lsb", "lsb_penalty", "msq", "pack", "penalty", "plain_model", "quantize_", "reference",
-    "round_clamp", "save_int", "set_bits", "to_int", "truncate", "unpack", "unquantize_", "__version__",
+    "layout", "load_int", "lsb", "lsb_penalty", "msq", "pack", "penalty", "plain_model", "quantize_",
+    "quantize_activation", "reference", "round_clamp", "save_int",
+    "set_bits", "to_int", "truncate", "unpack", "unquantize_", "__version__",
 ]

@@ -18,8 +18,10 @@ devices they are not read back and give NaN (integers: -2^31). Strided weights a
 (contiguous, channels_last). Gradients: straight-through, ``inside`` meaning |w| <= s (unsigned 0 <= w <= s).
 """
 
-from quantops import foreach
+from quantops import checks, foreach
+from quantops.autograd.common import call
 from quantops.foreach import MSQ
+from quantops.library import ops
 
 
 def _one(scale):
@@ -218,3 +220,53 @@ def categorical(x, alpha, sigma, bits, *, gates=None, signed=True, mode="hard", 
     """
     return foreach.categorical([x], [alpha], [sigma], bits, gates=None if gates is None else [gates], signed=signed,
                                mode=mode, grad=grad, seed=seed, out_dtype=out_dtype)[0]
+
+
+def quantize_activation(x, scale, bits, *, offset=None, rule="round_clamp", signed=False, front=None, keep=None,
+                        learn=None, out_dtype=None):
+    """Activations by the uniform code rules, with as little kept for the backward pass as it needs.
+
+        v = x - offset,  c = the code of v by ``rule``,  q = m * step + offset        the equations above
+
+    on the dyadic grid by round_clamp (step = scale 2^-bits unsigned, scale 2^(1-bits) signed: the levels of LSQ), on
+    the full grid by floor and nearest (step = scale / (2^bits - 1), the levels of PACT and DoReFa). With floor codes m
+    bits are the codes of n > m bits shifted by n - m (TruncQuant, arXiv 2506.11431).
+
+    Args:
+        x: float32, bfloat16, float16 or float64, any shape.
+        scale: the end of the range, > 0 (2^-100..2^100): a number, or a tensor with one element or one per channel
+            (dim 1).
+        bits: 0..16, an int or an integer tensor with one element.
+        offset: None, or values like ``scale``: LSQ+ (arXiv 2004.09576).
+        rule: "round_clamp", "floor" or "nearest". signed: |v| <= scale is inside, else 0 <= v <= scale.
+        front: "relu": the ReLU in front, in the same pass; unsigned, without an offset. q is the same without it, and
+            the gradient at x = 0 is that of the ReLU.
+        keep: what autograd keeps of each element: "bits", whether it is inside, 1 bit, and q, which the next layer
+            keeps too, where learn="clip"; "residual", 8 bits, in which (q - x) / step is known to 1/252; "input", x
+            itself, 0 bits where somebody keeps it anyway. Default: "residual" with learn="step", else "bits".
+        learn: what gradient scale and offset get, if they require one. With "inside" as above:
+
+            None     none
+            "clip"   PACT (arXiv 1805.06085): dL/dscale = sum of g * (the last value / scale) where v > scale (on the
+                     full grid: of g), less that below -scale where signed
+            "step"   LSQ (arXiv 1902.08153): to this the sum of g * (q - v)/scale inside is added, and all is divided by
+                     sqrt(elements of the scale * last level)
+
+            and dL/doffset = sum of g outside, divided likewise. NaN counts as below.
+        out_dtype: dtype of q; default x's own, under autocast the autocast dtype.
+
+    dL/dx = g * inside, straight-through, of which second derivatives are there; those of the other two raise
+    NotImplementedError. Sums are deterministic. NaN in x gives NaN there. Strided x are copied unless they are dense.
+
+    Returns q in x's shape. Raises ValueError or TypeError naming the argument, what was expected and what came; values
+    on other devices than the CPU are not read back and give NaN where out of range.
+    """
+    x, = checks.tensors("x", [x])
+    keep = ("residual" if learn == "step" else "bits") if keep is None else keep
+    options = checks.activation.choices(rule, signed, front, keep, learn, offset)
+    scale = checks.activation.channel_values("scale", scale, x)
+    if offset is not None:
+        offset = checks.activation.channel_values("offset", offset, x)
+        scale, offset = (v.expand(max(scale.numel(), offset.numel())).contiguous() for v in (scale, offset))
+    bits = checks.bits(bits, [x]).reshape(1)
+    return call(ops.activation, x, scale, offset, bits, *options, checks.dtype_of(out_dtype, [x]))[0]

@@ -46,6 +46,13 @@ def in_memory(t):
     return t.as_strided((t.numel(),), (1,))
 
 
+def relaid(t, strides):
+    """``t`` itself where it has these strides, which are dense, else a copy that has."""
+    if t.stride() == strides:
+        return t
+    return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
+
+
 def in_layout_of(t, like):
     """``t`` itself where it has the strides of ``like``, which is dense, else a copy that has."""
     return t if t.stride() == like.stride() else empty_like(like, t.dtype).copy_(t)

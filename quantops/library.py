@@ -20,6 +20,7 @@ import torch
 from quantops import autograd, checks, default
 from quantops.autograd.common import below_autograd, functions, refuse_unsupported
 from quantops.layout import empty_like
+from quantops.reference.activation import KEEPS
 from quantops.reference.categorical_activation import QUARTER_BITS
 from quantops.reference.packing import LAYOUTS, data_shape, split_shapes
 from quantops.reference.uniform import acc_dtype
@@ -75,6 +76,17 @@ OPS = {
         "Tensor[] gates, Tensor? seed, int mode, int grad_of, bool signed, bool scale_grad, bool gate_grad) -> "
         "(Tensor[] grad_x, Tensor[] grad_alpha, Tensor[] grad_sigma, Tensor[] grad_gates)",
     },
+    # One tensor at a time. scale, offset: one element, or one per channel (dim 1). rule, front, keep and learn count in
+    # RULES and in FRONTS, KEEPS and LEARNS of the reference. `kept` is uint8, in the order of q's memory, which is
+    # dense: a bit (eight to a byte) or a number per element, or nothing; `sums` is [] or [grad_scale, grad_offset]; `dtype` is
+    # that of q, in the backward that of x. grad, and x or q where they are needed, are laid out as q was.
+    "activation": {
+        "activation": "(Tensor x, Tensor scale, Tensor? offset, Tensor bits, int rule, bool signed, int front, "
+        "int keep, int learn, ScalarType dtype) -> (Tensor q, Tensor kept)",
+        "activation_backward": "(Tensor grad, Tensor? x, Tensor? q, Tensor kept, Tensor scale, Tensor? offset, "
+        "Tensor bits, int rule, bool signed, int front, int keep, int learn, ScalarType dtype) -> "
+        "(Tensor grad_x, Tensor[] sums)",
+    },
     # One tensor at a time, with one alpha and one sigma. `quarters` is uint8, 2 bits per element in the order of q's
     # memory, which is dense; `sums` is [] or [grad_alpha, grad_sigma]; `dtype` is that of q, in the backward that of x.
     "categorical_activation": {
@@ -95,6 +107,8 @@ AUTOGRAD = {
     "truncate_backward": autograd.truncate.truncate_backward,
     "categorical": autograd.categorical.categorical,
     "categorical_backward": autograd.categorical.categorical_backward,
+    "activation": autograd.activation.activation,
+    "activation_backward": autograd.activation.activation_backward,
     "categorical_activation": autograd.categorical_activation.categorical_activation,
     "categorical_activation_backward": autograd.categorical_activation.categorical_activation_backward,
 }
@@ -262,6 +276,17 @@ def _fake_categorical_backward(grad, x, alpha, sigma, bits, gates, seed, mode, g
     alphas, sigmas = ([torch.empty_like(v) for v in values] if scale_grad else [] for values in (alpha, sigma))
     return ([empty_like(t, t.dtype) for t in x], alphas, sigmas,
             [g.new_empty(g.numel()) for g in gates] if gate_grad else [])
+
+
+@_fake
+def _fake_activation(x, scale, offset, bits, rule, signed, front, keep, learn, dtype):
+    size = {"input": 0, "bits": -(-x.numel() // 8), "residual": x.numel()}[KEEPS[keep]]
+    return empty_like(x, dtype), x.new_empty(size, dtype=torch.uint8)
+
+
+@_fake
+def _fake_activation_backward(grad, x, q, kept, scale, offset, bits, rule, signed, front, keep, learn, dtype):
+    return empty_like(grad, dtype), [torch.empty_like(scale) for _ in range(2)] if learn else []
 
 
 @_fake

@@ -3,6 +3,7 @@ before any work is done. On other devices they are not read back and give NaN.""
 
 import torch
 
+from quantops.reference.activation import LEAST_SCALE, MOST_SCALE
 from quantops.reference.categorical import GRADS, MAX_SOFT_BITS, MODES
 from quantops.reference.uniform import MAX_BITS
 
@@ -81,6 +82,18 @@ def check_categorical(alpha, sigma, bits, gates, seed, mode, grad_of):
             if not bool(((v > 0) & (v < torch.inf) & ((1 / v < torch.inf) | (name == "sigma"))).all()):
                 inverse = " whose inverse is finite" if name == "alpha" else ""
                 raise ValueError(f"{name}[{i}]: expected finite values > 0{inverse}, got {v.reshape(-1)[:8].tolist()}")
+
+
+def check_activation(scale, offset, bits):
+    """One bit-width, positive scales, finite offsets."""
+    if bits.device.type != "cpu":
+        return
+    if not 0 <= int(bits) <= MAX_BITS:
+        raise ValueError(f"bits: expected 0..{MAX_BITS}, got {int(bits)}")
+    if not bool(((scale >= LEAST_SCALE) & (scale <= MOST_SCALE)).all()):
+        raise ValueError(f"scale: expected values in 2^-100..2^100, got {scale.reshape(-1)[:8].tolist()}")
+    if offset is not None and not bool(offset.isfinite().all()):
+        raise ValueError(f"offset: expected finite values, got {offset.reshape(-1)[:8].tolist()}")
 
 
 def check_categorical_activation(alpha, sigma, bits):

@@ -34,6 +34,11 @@ CALLS = {
     "categorical_backward": lambda w, s, n, k: (
         [torch.randn_like(t) for t in w], _detached(w), _detached(s), _detached(s), n, _detached(_gates(n)), None, 0, 0, True,
         True, True),  # second derivatives raise
+    "activation": lambda w, s, n, k: (
+        w[0], s[0].reshape(1), torch.zeros(1, requires_grad=True), n[:1], 0, True, 0, 1, 1, torch.bfloat16),
+    "activation_backward": lambda w, s, n, k: (
+        torch.randn(w[1].shape).requires_grad_(), None, None, torch.full((7,), 77, dtype=torch.uint8),
+        s[1].detach()[:1], None, n[:1], 0, True, 0, 1, 0, torch.float32),
     "categorical_activation": lambda w, s, n, k: (w[0], s[0], _detached(s)[0] / 2, n[:1], 1, torch.bfloat16),
     "categorical_activation_backward": lambda w, s, n, k: (
         torch.randn(w[1].shape), w[1].abs(), torch.zeros(14, dtype=torch.uint8), s[0].detach(), s[0].detach() / 2,

@@ -7,7 +7,7 @@ family, named as everywhere: what its ops alone take, and ``structure``. Nothing
 within them. The functions of ``foreach`` have checked more than this by then; the ops can also be called directly.
 """
 
-from quantops.checks import categorical, categorical_activation, packing, truncate, uniform
+from quantops.checks import activation, categorical, categorical_activation, packing, truncate, uniform
 from quantops.checks.arguments import FLOATS, all_or_none_on_meta, choice, dtype_of, listed, tensors
 from quantops.checks.categorical import alpha_and_sigma, categorical_bits, categorical_mode, gates, seed
 from quantops.checks.integral import bits, codes
@@ -18,8 +18,8 @@ from quantops.checks.uniform import bits_and_k, decode_scales, full_grid, rule_i
 from quantops.checks.written import gradients, outputs
 
 __all__ = [
-    "FLOATS", "all_or_none_on_meta", "alpha_and_sigma", "bits", "bits_and_k", "bits_of_stored", "categorical",
-    "categorical_activation", "categorical_bits", "categorical_mode", "choice", "codes", "decode_scales", "dtype_of",
-    "full_grid", "gates", "gradients", "listed", "out_scales", "outputs", "packed_data", "packing", "rule_index",
-    "scales", "seed", "stored_bits", "strength", "tanh", "tensors", "truncate", "uniform", "widths",
+    "FLOATS", "activation", "all_or_none_on_meta", "alpha_and_sigma", "bits", "bits_and_k", "bits_of_stored",
+    "categorical", "categorical_activation", "categorical_bits", "categorical_mode", "choice", "codes", "decode_scales",
+    "dtype_of", "full_grid", "gates", "gradients", "listed", "out_scales", "outputs", "packed_data", "packing",
+    "rule_index", "scales", "seed", "stored_bits", "strength", "tanh", "tensors", "truncate", "uniform", "widths",
 ]

@@ -1,5 +1,6 @@
 """The specification: every op in plain PyTorch, any dtype, any device. The only oracle of tests and benches."""
 
+from quantops.reference.activation import activation, activation_backward
 from quantops.reference.categorical import categorical, categorical_backward
 from quantops.reference.categorical_activation import categorical_activation, categorical_activation_backward
 from quantops.reference.packing import pack, unpack
@@ -22,6 +23,8 @@ __all__ = [
     "absmean",
     "categorical_activation",
     "categorical_activation_backward",
+    "activation",
+    "activation_backward",
     "add_lsb_grad",
     "categorical",
     "categorical_backward",
