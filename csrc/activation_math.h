@@ -91,7 +91,7 @@ template <bool kPlain, class A>
 QUANTOPS_INLINE A grid_level(A v, const Grid<A>& p) {
   const A y = kPlain ? v * p.mul + p.shift : (v * p.mul + p.shift) * p.times, r = rint_code(y);
   const A c = at_most(at_least(kPlain ? r : r - (r > y ? p.down : A(0)), p.zero), p.top);
-  return (kPlain ? c : p.a * c) + p.b;
+  return kPlain ? c + p.b : product_plus(p.a, c, p.b);  // exact: a is 1 or 2
 }
 
 template <class A>

@@ -78,8 +78,8 @@ OPS = {
     },
     # One tensor at a time. scale, offset: one element, or one per channel (dim 1). rule, front, keep and learn count in
     # RULES and in FRONTS, KEEPS and LEARNS of the reference. `kept` is uint8, in the order of q's memory, which is
-    # dense: a bit (eight to a byte) or a number per element, or nothing; `sums` is [] or [grad_scale, grad_offset]; `dtype` is
-    # that of q, in the backward that of x. grad, and x or q where they are needed, are laid out as q was.
+    # dense: a bit (eight to a byte) or a number per element, or nothing; `sums` is [] or [grad_scale, grad_offset];
+    # `dtype` is that of q, in the backward that of x. grad, and x or q where they are needed, are laid out as q was.
     "activation": {
         "activation": "(Tensor x, Tensor scale, Tensor? offset, Tensor bits, int rule, bool signed, int front, "
         "int keep, int learn, ScalarType dtype) -> (Tensor q, Tensor kept)",

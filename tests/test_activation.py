@@ -312,7 +312,7 @@ def test_checkpointing(reentrant):
     x, scale = torch.randn(6, 10, requires_grad=True), torch.ones(1, requires_grad=True)
     for learn in ("clip", "step"):
         g = torch.randn(6, 10)
-        q = checkpoint(lambda a, b: Q.quantize_activation(a, b, 4, learn=learn), x, scale,  # noqa: B023
+        q = checkpoint(lambda a, b: Q.quantize_activation(a, b, 4, learn=learn), x, scale,
                        use_reentrant=reentrant)
         x.grad = scale.grad = None
         q.backward(g)

@@ -13,9 +13,9 @@ as ReLU has it. Otherwise v is above (v > s) or below (NaN too). What is kept of
 
     input     nothing: the backward pass reads x
     bits      1 inside, else 0. Where sums are wanted the side follows from q
-    residual  inside 128 + rint(126 clamp(rho, -1, 1)), rho = (m * step - v) / (value of a code step); below 0, above 255
+    residual  inside 128 + rint(126 clamp(rho, -1, 1)), below 0, above 255
 
-so that rho is known to 1/252. Gradients, with g = dL/dq:
+with rho = (m * step - v) / (value of a code step), which so is known to 1/252. Gradients, with g = dL/dq:
 
     dL/dx = g * inside
     dL/ds = (step of a scale of one) * (level of the last code * sum of g above + that of the first * sum of g below
