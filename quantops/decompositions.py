@@ -7,15 +7,16 @@ equal bit for bit, but for means, which may differ in their last place.
 import torch
 from torch._decomp import decomposition_table
 
-from quantops import default
+from quantops import default, reference
 from quantops.library import OPS, ops
+from quantops.reference.activation import FRONTS, KEEPS
 from quantops.reference.categorical import MODES
 from quantops.reference.categorical_activation import QUARTER_BITS
 from quantops.reference.packing import pack
-from quantops.reference.uniform import acc_dtype, per_row
+from quantops.reference.uniform import RULES, acc_dtype, per_row
 
-# Their results depend on bits in a way that no chain of fixed length has: the levels of the classes.
-_LEVELS = ("categorical_backward", "categorical_activation_backward")
+# What no exported program has: the backward passes of activations, and of classes, whose number no chain depends on.
+_LEFT_OUT = ("activation_backward", "categorical_backward", "categorical_activation_backward")
 
 
 def table():
@@ -24,9 +25,10 @@ def table():
     for family, schemas in OPS.items():
         for name in schemas:
             op = getattr(ops, name).default
-            if not op._schema.is_mutable and name not in _LEVELS:
+            if not op._schema.is_mutable and name not in _LEFT_OUT:
                 found[op] = getattr(getattr(default, family), name)
     found[ops.categorical.default] = _categorical
+    found[ops.activation.default] = _activation
     found[ops.categorical_activation.default] = _categorical_activation
     return found
 
@@ -34,6 +36,15 @@ def table():
 def register():
     """Makes the table known to torch, beside its own decompositions."""
     decomposition_table.update(table())
+
+
+def _activation(x, scale, offset, bits, rule, signed, front, keep, learn, dtype):
+    """q, and what is kept as it is of a contiguous x."""
+    q, kept = reference.activation(x, scale, bits, offset=offset, rule=RULES[rule], signed=signed, front=FRONTS[front],
+                                   keep=KEEPS[keep], out_dtype=dtype)
+    if kept is None:
+        return q, x.new_empty(0, dtype=torch.uint8)
+    return q, pack(kept.to(torch.int32), 1, layout="dense") if KEEPS[keep] == "bits" else kept.reshape(-1)
 
 
 def _categorical(x, alpha, sigma, bits, gates, seed, mode, grad_of, signed, dtype):

@@ -202,6 +202,7 @@ def test_decompositions_of_every_op_that_they_have():
         "unpack": (packed, [4, 6, 5], [2, 1], [4, 2], n, 0),
         "decode_packed": (packed, [4, 6, 5], [2, 1], [4, 2], s, n, 0, False, True, f32),
         "categorical": (w, s, s, n, [], None, 0, 0, True, f32),
+        "activation": (w[0], s[0], None, n[:1], 0, True, 0, 1, 0, f32),
         "categorical_activation": (w[0], s[0], s[0], n[:1], 1, f32),
     }
     found = decompositions.table()
