@@ -166,7 +166,7 @@ def call_overhead(device):
         "torch.clone": lambda: w.clone(),
         "ops.absmax": lambda: ops.absmax(x.w, False),
         "ops.round_clamp_out": lambda: ops.round_clamp_out(x.w, x.scale, x.bits, False, True, x.target),
-        "ops.encode": lambda: ops.encode(x.w, x.scale, x.bits, 0, True),
+        "ops.encode": lambda: ops.encode(x.w, x.scale, x.bits, 0, 0, True),
         "quantops.round_clamp": lambda: quantops.round_clamp(w, scale, x.bits),
         "quantops.msq": lambda: quantops.msq(w, scale, x.bits, x.k),
         "quantops.msq, w requires grad": lambda: quantops.msq(leaf, scale, x.bits, x.k),

@@ -149,7 +149,7 @@ def _round_clamp_rows(x):
     """As MSQConfig(per_row=True) calls it: every weight is inside its scale."""
     def forward():
         scale = foreach.absmax(x.leaves, per_row=True)
-        return ops.round_clamp(x.leaves, scale, x.bits, False, True, True, x.w[0].dtype)
+        return ops.round_clamp(x.leaves, scale, x.bits, 0, True, True, x.w[0].dtype)
 
     return forward
 
@@ -219,10 +219,10 @@ CASES = [
          op_peers(lambda x, i, bits: reference.msq(x.w[i], x.scale[i], bits, K)[1:]),
          cuda="items_kernel<Msq<T, None>, 60>"),
     Case("msq backward", Inputs, lambda s: 2 * s, lambda s: s,
-         lambda x: ops.uniform_backward(x.grad, x.r, x.w, x.scale, x.bits, x.k, False, True, False)[0],
+         lambda x: ops.uniform_backward(x.grad, x.r, x.w, x.scale, x.bits, x.k, 0, True, False)[0],
          _penalty_backward, BACKWARD_PEERS, cuda="items_kernel<Backward<T, T, true, false>, 60>"),
     Case("scale backward", Inputs, lambda s: 2 * s, lambda s: s,
-         lambda x: ops.uniform_backward(x.grad, None, x.w, x.scale, x.bits, x.no_k, False, True, True),
+         lambda x: ops.uniform_backward(x.grad, None, x.w, x.scale, x.bits, x.no_k, 0, True, True),
          lambda got, x: _scale_backward(*got, x, x.scale),
          op_peers(lambda x, i, bits: reference.uniform_backward(x.grad[i], None, x.w[i], x.scale[i], bits)),
          cuda="items_kernel<Backward<T, T, true, true>, 60>"),

@@ -53,11 +53,11 @@ QUANTOPS_INLINE double fused(double a, double b, double c) {
 template <class A>
 QUANTOPS_INLINE A product_plus(A a, A b, A c) { return fused(a, b, c); }
 
-// Adding this to 0 <= v < 2^22 leaves no room for a fraction: it rounds to an integer, half to even.
+// Adding this to |v| < 2^22 leaves no room for a fraction: it rounds to an integer, half to even.
 template <class A>
 constexpr A kRounding = sizeof(A) == 4 ? A(12582912.) : A(6755399441055744.);  // 1.5 * 2^(mantissa bits)
 
-// rint, half to even, for 0 <= v < 2^22; and of a product that is exact.
+// rint, half to even, for |v| < 2^22; and of a product that is exact.
 template <class A>
 QUANTOPS_INLINE A rint_small(A v) { return (v + kRounding<A>) - kRounding<A>; }
 template <class A>
@@ -106,15 +106,21 @@ QUANTOPS_INLINE A quiet_nan() {
   return std::numeric_limits<A>::quiet_NaN();
 }
 
+// Where values lie; the order of GRIDS in the reference. On the sign grid a code has a sign in what follows.
+enum Grid : int64_t { kDyadic = 0, kFull = 1, kSign = 2 };
+
 // All that one scale and one (bits, k) fix. Out-of-range values make `offset`, the steps and `outside` NaN and put every
 // weight outside, so every float that is computed from them is NaN too; integer results ask `valid`.
 template <class A>
 struct Quantizer {
   A scale, low;   // the weights whose codes differ lie in [low, scale]
-  A inv;          // 0.5/s signed, 1/s unsigned; 0 where s = 0 or 1/s overflows
-  A offset;       // 0.5 signed, 0 unsigned
+  A silent;       // a weight whose B is 0
+  A inv;          // 0.5/s signed, 1/s unsigned and on the sign grid; 0 where s = 0 or 1/s overflows
+  A offset;       // 0.5 signed, 0 unsigned and on the sign grid
   A mul, top;     // 2^n, 2^n - 1
-  A mul_lo, top_lo, pow_k;  // 2^(n-k), 2^(n-k) - 1, 2^k
+  A bottom;       // the lowest code: 0, on the sign grid -top
+  A mul_lo, top_lo, bottom_lo, pow_k;  // the same of n - k bits; 2^k
+  A count;        // of the codes that are stored: 2^n, on the sign grid twice that
   A a, b;         // m = a * c + b
   A step;         // q = m * step
   A unit_step;    // the step of a scale of one
@@ -123,8 +129,14 @@ struct Quantizer {
   bool is_signed, valid;
 };
 
-QUANTOPS_INLINE bool valid_bits(int64_t n, int64_t k) {
-  return n >= 0 && n <= kMaxBits && (k == 0 || (k >= 1 && k < n));
+// A sign is a bit of the code besides.
+QUANTOPS_INLINE int64_t most_bits(Grid grid) { return grid == kSign ? kMaxBits - 1 : kMaxBits; }
+
+// Bits of a code that is stored, of n bits.
+QUANTOPS_INLINE int64_t code_bits(int64_t n, Grid grid) { return n + (grid == kSign && n > 0); }
+
+QUANTOPS_INLINE bool valid_bits(int64_t n, int64_t k, Grid grid) {
+  return n >= 0 && n <= most_bits(grid) && (k == 0 || (k >= 1 && k < n));
 }
 
 template <class A>
@@ -133,47 +145,52 @@ QUANTOPS_INLINE bool valid_scale(A s) {
 }
 
 template <class A>
-QUANTOPS_INLINE Quantizer<A> make_quantizer(A s, int64_t n, int64_t k, bool full, bool is_signed) {
+QUANTOPS_INLINE Quantizer<A> make_quantizer(A s, int64_t n, int64_t k, Grid grid, bool is_signed) {
   Quantizer<A> p;
+  const bool full = grid == kFull, centred = is_signed && grid != kSign;  // centred: w = 0 has u = 0.5
   s = s + A(0);  // -0 is 0
-  p.valid = valid_bits(n, k) && valid_scale(s);
+  p.valid = valid_bits(n, k, grid) && valid_scale(s);
   p.is_signed = is_signed;
   p.scale = s;
   p.low = is_signed ? -s : A(0);
+  p.silent = grid == kSign ? A(0) : p.low;
   if (!p.valid) n = k = 0;
   A inv_scale = A(1) / s;
   bool degenerate = !(inv_scale <= std::numeric_limits<A>::max());
   p.inv_scale = degenerate ? A(0) : inv_scale;
-  p.inv = degenerate ? A(0) : (is_signed ? A(0.5) : A(1)) / s;
+  p.inv = degenerate ? A(0) : (centred ? A(0.5) : A(1)) / s;
   p.mul = A(int64_t(1) << n);
   p.top = p.mul - A(1);
   p.mul_lo = A(int64_t(1) << (n - k));
   p.top_lo = p.mul_lo - A(1);
   p.pow_k = A(int64_t(1) << k);
+  p.bottom = grid == kSign ? -p.top : A(0);
+  p.bottom_lo = grid == kSign ? -p.top_lo : A(0);
+  p.count = A(int64_t(1) << code_bits(n, grid));
   p.a = (is_signed && full) ? A(2) : A(1);
-  p.b = !is_signed || n == 0 ? A(0) : (full ? -p.top : -A(int64_t(1) << (n - 1)));
+  p.b = !centred || n == 0 ? A(0) : (full ? -p.top : -A(int64_t(1) << (n - 1)));
   if (full) {
     p.unit_step = n == 0 ? A(0) : A(1) / p.top;
     p.step = n == 0 ? A(0) : s / p.top;
   } else {
-    p.unit_step = n == 0 ? A(0) : (is_signed ? A(2) : A(1)) / p.mul;
+    p.unit_step = n == 0 ? A(0) : (centred ? A(2) : A(1)) / p.mul;
     p.step = n == 0 ? A(0) : s * p.unit_step;
   }
-  p.offset = is_signed ? A(0.5) : A(0);
+  p.offset = centred ? A(0.5) : A(0);
   p.outside = A(0);
   if (!p.valid) p.scale = p.low = p.offset = p.step = p.unit_step = p.outside = quiet_nan<A>();
   return p;
 }
 
 // u for the codes of round_clamp; NaN where w is NaN. It clamps w, not u: that takes infinities out before they meet
-// an inverse of 0, and leaves u at most a rounding error outside [0, 1], which rint and the clamp of the code remove.
+// an inverse of 0, and leaves u at most a rounding error outside its range, which rint and the clamp of the code remove.
 template <class A>
 QUANTOPS_INLINE A round_clamp_unit(A w, const Quantizer<A>& p) {
   A v = at_most(at_least(w, p.low), p.scale);
   return v * p.inv + p.offset;
 }
 
-// u in [0, 1] as any code rule takes it; NaN where w is NaN.
+// u in [0, 1] as the other code rules take it; NaN where w is NaN.
 template <class A>
 QUANTOPS_INLINE A unit(A w, const Quantizer<A>& p) {
   A t = w * p.inv;
@@ -183,17 +200,38 @@ QUANTOPS_INLINE A unit(A w, const Quantizer<A>& p) {
   return u > A(1) ? A(1) : u;
 }
 
+// It may be -0, which `level` makes 0.
 template <class A>
-QUANTOPS_INLINE A round_clamp_code(A u, A mul, A top) {
-  return at_most(rint_product(mul, u), top);
+QUANTOPS_INLINE A round_clamp_code(A u, const Quantizer<A>& p) {
+  return at_least(at_most(rint_product(p.mul, u), p.top), p.bottom);
 }
 
 template <class A>
-QUANTOPS_INLINE A code(A u, Rule rule, const Quantizer<A>& p) {
+QUANTOPS_INLINE A code(A w, Rule rule, const Quantizer<A>& p) {
+  if (rule == kRoundClamp) return round_clamp_code(round_clamp_unit(w, p), p);
+  const A u = unit(w, p);
   if (rule == kNearest) return rint_small(p.top * u);
-  if (rule == kRoundClamp) return round_clamp_code(u, p.mul, p.top);
   A c = floor_small(p.mul * u);
   return c > p.top ? p.top : c;
+}
+
+// An integer result: 0 for NaN.
+template <class A>
+QUANTOPS_INLINE int32_t to_int(A c, bool valid) {
+  A v = c == c ? c : A(0);
+  return valid ? static_cast<int32_t>(v) : kInvalid;
+}
+
+// A code as it is stored, with a sign in the bit above its magnitude; 0 for NaN. And back: neither has an effect on
+// other grids.
+template <class A>
+QUANTOPS_INLINE int32_t stored_code(A c, const Quantizer<A>& p) {
+  return to_int(c < A(0) ? p.mul - c : c, p.valid);
+}
+
+template <class A>
+QUANTOPS_INLINE A code_of_stored(A c, const Quantizer<A>& p) {
+  return c < p.mul ? c : p.mul - c;
 }
 
 template <class A>
@@ -204,7 +242,8 @@ QUANTOPS_INLINE A level(A c, const Quantizer<A>& p) {
 // B_k of the weight with unit u and code c, as a float; NaN where w is, which magnitude and to_int take for 0.
 template <class A>
 QUANTOPS_INLINE A lsb_residual(A u, A c, const Quantizer<A>& p) {
-  return product_plus(-p.pow_k, round_clamp_code(u, p.mul_lo, p.top_lo), c);  // exact: pow_k is a power of two
+  const A low = at_least(at_most(rint_product(p.mul_lo, u), p.top_lo), p.bottom_lo);
+  return product_plus(-p.pow_k, low, c);  // exact: pow_k is a power of two
 }
 
 // |b|, 0 for NaN. As a sum of two maxima, since compilers make branches of the shorter forms and do not vectorize them.
@@ -227,24 +266,30 @@ QUANTOPS_INLINE bool inside(A w, const Quantizer<A>& p) {
   return (w >= p.low) & (w <= p.scale);
 }
 
-// As round_clamp_unit, but NaN counts as the lowest weight, whose B is 0.
+// The weight, or for NaN one whose B is 0.
+template <class A>
+QUANTOPS_INLINE A number_of(A w, const Quantizer<A>& p) {
+  return w == w ? w : p.silent;
+}
+
+// As round_clamp_unit, but NaN counts as the lowest weight.
 template <class A>
 QUANTOPS_INLINE A round_clamp_unit_of_number(A w, const Quantizer<A>& p) {
   A v = w > p.low ? w : p.low;
   return at_most(v, p.scale) * p.inv + p.offset;
 }
 
-// The sign of B; 0 for NaN.
+// The sign of B; that of the lowest weight for NaN, which is not inside.
 template <class A>
 QUANTOPS_INLINE A lsb_sign(A w, const Quantizer<A>& p) {
   A u = round_clamp_unit_of_number(w, p);
-  return sign(lsb_residual(u, round_clamp_code(u, p.mul, p.top), p));
+  return sign(lsb_residual(u, round_clamp_code(u, p), p));
 }
 
 // g + r * sign(B) * inside: dL/dR added to a gradient.
 template <class A>
 QUANTOPS_INLINE A add_penalty_slope(A w, A g, A r, const Quantizer<A>& p) {
-  return product_plus(inside(w, p) ? r : p.outside, lsb_sign(w, p), g);  // exact: a sign, never -1 outside
+  return product_plus(inside(w, p) ? r : p.outside, lsb_sign(w, p), g);  // exact: a sign
 }
 
 // dL/dw from g = dL/dq and r = dL/dR.
@@ -257,15 +302,8 @@ QUANTOPS_INLINE A grad_weight(A w, A g, A r, const Quantizer<A>& p) {
 // dq/ds per element.
 template <class A>
 QUANTOPS_INLINE A scale_grad_term(A w, const Quantizer<A>& p) {
-  const A ratio = level(round_clamp_code(round_clamp_unit(w, p), p.mul, p.top), p) * p.unit_step;
+  const A ratio = level(round_clamp_code(round_clamp_unit(w, p), p), p) * p.unit_step;
   return product_plus(inside(w, p) ? -w : A(0), p.inv_scale, ratio);
-}
-
-// An integer result: 0 for NaN.
-template <class A>
-QUANTOPS_INLINE int32_t to_int(A c, bool valid) {
-  A v = c == c ? c : A(0);
-  return valid ? static_cast<int32_t>(v) : kInvalid;
 }
 
 }  // namespace quantops

@@ -74,9 +74,9 @@ QUANTOPS_INLINE A tanh_slope(A t) {
 // for |w| <= s either way. inv_scale becomes the factor of dq/ds, see the reference.
 template <class A>
 QUANTOPS_INLINE Quantizer<A> make_base_quantizer(A s, int64_t base, bool tanh) {
-  if (!tanh) return make_quantizer<A>(s, base, 0, true, true);
+  if (!tanh) return make_quantizer<A>(s, base, 0, kFull, true);
   const A v = tanh_of(s + A(0));
-  Quantizer<A> p = make_quantizer<A>(v, base, 0, true, true);
+  Quantizer<A> p = make_quantizer<A>(v, base, 0, kFull, true);
   p.valid = p.valid && valid_scale(s);
   if (!p.valid) p.offset = quiet_nan<A>();
   p.inv_scale = p.inv_scale * tanh_slope(v);

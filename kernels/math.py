@@ -15,6 +15,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 MAX_BITS = tl.constexpr(16)
 INVALID = tl.constexpr(-(2**31))  # integer results of a tensor whose bits, k or scale are out of range
 ROUND_CLAMP, FLOOR, NEAREST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # the order of RULES in the reference
+DYADIC, FULL, SIGN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # the order of GRIDS; with SIGN codes are signed
 
 
 class Quantizer(NamedTuple):
@@ -23,12 +24,15 @@ class Quantizer(NamedTuple):
 
     scale: tl.tensor  # the weights whose codes differ lie in [low, scale]
     low: tl.tensor
-    inv: tl.tensor  # 0.5/s signed, 1/s unsigned; 0 where s = 0 or 1/s overflows
-    offset: tl.tensor  # 0.5 signed, 0 unsigned
+    inv: tl.tensor  # 0.5/s signed, 1/s unsigned and on the sign grid; 0 where s = 0 or 1/s overflows
+    offset: tl.tensor  # 0.5 signed, 0 unsigned and on the sign grid
     mul: tl.tensor  # 2^n
     top: tl.tensor  # 2^n - 1
-    mul_lo: tl.tensor  # 2^(n-k)
-    top_lo: tl.tensor  # 2^(n-k) - 1
+    bottom: tl.tensor  # the lowest code: 0, on the sign grid -top
+    mul_lo: tl.tensor  # the same of n - k bits
+    top_lo: tl.tensor
+    bottom_lo: tl.tensor
+    count: tl.tensor  # of the codes that are stored: 2^n, on the sign grid twice that
     pow_k: tl.tensor  # 2^k
     a: tl.tensor  # m = a * c + b
     b: tl.tensor
@@ -79,7 +83,7 @@ def product_plus(a, b, c):
 
 @triton.jit
 def rint_small(v):
-    """rint, half to even, for 0 <= v < 2^22: adding 1.5 * 2^(mantissa bits) leaves no room for a fraction."""
+    """rint, half to even, for |v| < 2^22: adding 1.5 * 2^(mantissa bits) leaves no room for a fraction."""
     if v.dtype == tl.float64:
         return (v + 6755399441055744.0) - 6755399441055744.0
     else:
@@ -107,8 +111,17 @@ def pow2(n, T: tl.constexpr):
 
 
 @triton.jit
-def valid_bits(n, k):
-    return (n >= 0) & (n <= MAX_BITS) & ((k == 0) | ((k >= 1) & (k < n)))
+def code_bits(n, GRID: tl.constexpr):
+    """Bits of a code that is stored, of n bits."""
+    if GRID == SIGN:
+        n = n + (n > 0).to(tl.int32)
+    return n
+
+
+@triton.jit
+def valid_bits(n, k, GRID: tl.constexpr):
+    most: tl.constexpr = MAX_BITS - 1 if GRID == SIGN else MAX_BITS
+    return (n >= 0) & (n <= most) & ((k == 0) | ((k >= 1) & (k < n)))
 
 
 @triton.jit
@@ -117,16 +130,17 @@ def valid_scale(s):
 
 
 @triton.jit
-def make_quantizer(s, n, k, FULL: tl.constexpr, SIGNED: tl.constexpr):
+def make_quantizer(s, n, k, GRID: tl.constexpr, SIGNED: tl.constexpr):
     T: tl.constexpr = s.dtype
+    CENTRED: tl.constexpr = SIGNED and GRID != SIGN  # w = 0 has u = 0.5
     s = s + 0.0  # -0 is 0
-    in_range = valid_bits(n, k)
+    in_range = valid_bits(n, k, GRID)
     n = tl.where(in_range, n, 0)
     k = tl.where(in_range, k, 0)
     valid = in_range & valid_scale(s)
     zero = tl.zeros([], T)
     # 1/s overflows exactly where 0.5/s reaches 2^127 (2^1023): halving is exact there, and saves a second division.
-    if SIGNED:
+    if CENTRED:
         inv = divide(0.5, s)
         if T == tl.float64:
             degenerate = inv >= 8.98846567431158e307
@@ -140,23 +154,28 @@ def make_quantizer(s, n, k, FULL: tl.constexpr, SIGNED: tl.constexpr):
     mul = pow2(n, T)
     top = mul - 1.0
     mul_lo = pow2(n - k, T)
-    if not SIGNED:
+    top_lo = mul_lo - 1.0
+    if GRID == SIGN:
+        bottom, bottom_lo = 0.0 - top, 0.0 - top_lo
+    else:
+        bottom, bottom_lo = zero, zero
+    if not CENTRED:
         a, b = zero + 1.0, zero
-    elif FULL:
+    elif GRID == FULL:
         a, b = zero + 2.0, 0.0 - top
     else:
         a, b = zero + 1.0, tl.where(n == 0, zero, 0.0 - pow2(tl.maximum(n - 1, 0), T))
-    if FULL:
+    if GRID == FULL:
         unit_step = tl.where(n == 0, 0.0, divide(1.0, top))
         step = tl.where(n == 0, 0.0, divide(s, top))
     else:
-        if SIGNED:
+        if CENTRED:
             unit_step = tl.where(n == 0, 0.0, divide(2.0, mul))
         else:
             unit_step = tl.where(n == 0, 0.0, divide(1.0, mul))
         step = s * unit_step
     step = tl.where(valid, step, float("nan"))
-    if SIGNED:
+    if CENTRED:
         offset = tl.where(valid, zero + 0.5, float("nan"))
     else:
         offset = tl.where(valid, zero, float("nan"))
@@ -165,8 +184,8 @@ def make_quantizer(s, n, k, FULL: tl.constexpr, SIGNED: tl.constexpr):
     outside = tl.where(valid, zero, float("nan"))
     scale = tl.where(valid, s, float("nan"))
     low = 0.0 - scale if SIGNED else outside
-    return Quantizer(scale, low, inv, offset, mul, top, mul_lo, mul_lo - 1.0, pow2(k, T), a, b, step, unit_step,
-                     code_step, inv_scale, outside, valid)
+    return Quantizer(scale, low, inv, offset, mul, top, bottom, mul_lo, top_lo, bottom_lo, pow2(code_bits(n, GRID), T),
+                     pow2(k, T), a, b, step, unit_step, code_step, inv_scale, outside, valid)
 
 
 @triton.jit
@@ -187,8 +206,14 @@ def round_clamp_unit(w, p):
 
 
 @triton.jit
-def round_clamp_code(u, mul, top):
-    return tl.minimum(rint_product(mul, u), top, propagate_nan=tl.PropagateNan.ALL)
+def _clamped(c, bottom, top):
+    c = tl.minimum(c, top, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(c, bottom, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def round_clamp_code(u, p):
+    return _clamped(rint_product(p.mul, u), p.bottom, p.top)
 
 
 @triton.jit
@@ -200,7 +225,24 @@ def code(w, p, RULE: tl.constexpr):
         c = floor_small(p.mul * unit(w, p))
         return tl.where(c > p.top, p.top, c)
     else:
-        return round_clamp_code(round_clamp_unit(w, p), p.mul, p.top)
+        return round_clamp_code(round_clamp_unit(w, p), p)
+
+
+@triton.jit
+def to_int(c, valid):
+    """An integer result: 0 for NaN."""
+    return tl.where(valid, tl.where(c == c, c, 0.0).to(tl.int32), INVALID)
+
+
+@triton.jit
+def stored_code(c, p):
+    """A code as it is stored, with a sign in the bit above its magnitude; 0 for NaN. No other grid has one."""
+    return to_int(tl.where(c < 0.0, p.mul - c, c), p.valid)
+
+
+@triton.jit
+def code_of_stored(c, p):
+    return tl.where(c < p.mul, c, p.mul - c)
 
 
 @triton.jit
@@ -211,7 +253,8 @@ def level(c, p):
 @triton.jit
 def lsb_residual(u, c, p):
     """B_k of the weight with unit u and code c, as a float; 0 where it is NaN."""
-    b = product_plus(0.0 - p.pow_k, round_clamp_code(u, p.mul_lo, p.top_lo), c)  # exact: pow_k is a power of two
+    low = _clamped(rint_product(p.mul_lo, u), p.bottom_lo, p.top_lo)
+    b = product_plus(0.0 - p.pow_k, low, c)  # exact: pow_k is a power of two
     return tl.where(b == b, b, 0.0)
 
 
@@ -231,13 +274,13 @@ def inside(w, p, SIGNED: tl.constexpr):
 @triton.jit
 def lsb_sign(w, p):
     u = round_clamp_unit(w, p)
-    return sign(lsb_residual(u, round_clamp_code(u, p.mul, p.top), p))
+    return sign(lsb_residual(u, round_clamp_code(u, p), p))
 
 
 @triton.jit
 def scale_grad_term(w, p, SIGNED: tl.constexpr):
     """dq/ds per element."""
-    ratio = level(round_clamp_code(round_clamp_unit(w, p), p.mul, p.top), p) * p.unit_step
+    ratio = level(round_clamp_code(round_clamp_unit(w, p), p), p) * p.unit_step
     return product_plus(tl.where(inside(w, p, SIGNED), 0.0 - w, 0.0), p.inv_scale, ratio)
 
 
@@ -251,10 +294,4 @@ def grad_weight(w, g, r, p, SIGNED: tl.constexpr):
 @triton.jit
 def add_penalty_slope(w, g, r, p, SIGNED: tl.constexpr):
     """g + r * sign(B) * inside: dL/dR added to a gradient."""
-    return product_plus(tl.where(inside(w, p, SIGNED), r, p.outside), lsb_sign(w, p), g)  # exact: never -1 outside
-
-
-@triton.jit
-def to_int(c, valid):
-    """An integer result: 0 for NaN."""
-    return tl.where(valid, tl.where(c == c, c, 0.0).to(tl.int32), INVALID)
+    return product_plus(tl.where(inside(w, p, SIGNED), r, p.outside), lsb_sign(w, p), g)  # exact: a sign

@@ -14,6 +14,7 @@ from quantops.kernels import math, memory
 from quantops.kernels.launch import TYPES, all_aligned, block_of, ints, launch, on_device_of, owners, starts
 from quantops.kernels.table import on_device
 from quantops.reference.packing import LAYOUTS, data_shape, plane_bytes, split_shapes
+from quantops.reference.uniform import GRIDS, code_bits
 from quantops.values import check_codes, check_stored, check_values
 
 # Columns of the table: one row of int64 per tensor.
@@ -130,19 +131,22 @@ def _unpack_dense(data, n, m, left, OCTETS: tl.constexpr):
 
 
 @triton.jit
-def _result(codes, s, m, A: tl.constexpr, OUT_T: tl.constexpr, VALUES: tl.constexpr, FULL: tl.constexpr,
+def _result(codes, s, m, A: tl.constexpr, OUT_T: tl.constexpr, VALUES: tl.constexpr, GRID: tl.constexpr,
             SIGNED: tl.constexpr):
     """What is written for codes; m is -1 where the bits that were asked for are out of range."""
     if VALUES:
-        p = math.make_quantizer(s, m, m * 0, FULL, SIGNED)
-        return math.narrow(math.level(codes.to(A), p) * p.step, OUT_T)
+        n = m
+        if GRID == math.SIGN:
+            n = m - (m > 0).to(tl.int32)  # the first bit is the sign
+        p = math.make_quantizer(s, n, m * 0, GRID, SIGNED)
+        return math.narrow(math.level(math.code_of_stored(codes.to(A), p), p) * p.step, OUT_T)
     else:
         return tl.where(m >= 0, codes.to(tl.int32, bitcast=True), math.INVALID)
 
 
 @triton.jit
 def unpack_codes(table, chunks, bits, A: tl.constexpr, OUT_T: tl.constexpr, DENSE: tl.constexpr, VALUES: tl.constexpr,
-                 FULL: tl.constexpr, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
+                 GRID: tl.constexpr, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
     """One program per run of BLOCK codes of one tensor; VALUES: writes the weights that they stand for."""
     pid = tl.program_id(0)
     t = tl.load(chunks + pid)
@@ -151,7 +155,7 @@ def unpack_codes(table, chunks, bits, A: tl.constexpr, OUT_T: tl.constexpr, DENS
     stride = tl.multiple_of(tl.load(entry + STRIDE), 16)
     start = (pid - tl.load(entry + FIRST)) * BLOCK
     n = tl.load(entry + STORED).to(tl.int32)
-    asked = tl.load(bits + t)
+    asked = math.code_bits(tl.load(bits + t), GRID)
     valid = (asked >= 0) & (asked <= n)
     m = tl.where(valid, asked, 0)
     data = tl.load(entry + DATA).to(tl.pointer_type(tl.uint8))
@@ -169,7 +173,7 @@ def unpack_codes(table, chunks, bits, A: tl.constexpr, OUT_T: tl.constexpr, DENS
         if VALUES:
             s = tl.load(s_ptr)
         i = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
-        value = _result(codes, s, tl.where(valid, m, -1), A, OUT_T, VALUES, FULL, SIGNED)
+        value = _result(codes, s, tl.where(valid, m, -1), A, OUT_T, VALUES, GRID, SIGNED)
         tl.store(tl.multiple_of(out + start, 16) + i, value)
     else:  # a tail, an odd address, or several rows: a scale per element
         for j in range(0, tl.minimum(numel - start, BLOCK).to(tl.int32), SUB):
@@ -183,7 +187,7 @@ def unpack_codes(table, chunks, bits, A: tl.constexpr, OUT_T: tl.constexpr, DENS
             s = tl.zeros([], A)
             if VALUES:
                 s = tl.load(s_ptr + memory.rows_from(i, inner, left, BLOCK), mask=mask, other=1.0)
-            value = _result(codes, s, tl.where(valid, m, -1), A, OUT_T, VALUES, FULL, SIGNED)
+            value = _result(codes, s, tl.where(valid, m, -1), A, OUT_T, VALUES, GRID, SIGNED)
             tl.store(out + start + i, value, mask=mask)
 
 
@@ -221,8 +225,8 @@ def pack(codes, bits, layout):
     return data
 
 
-def _unpack(data, sizes, dims, stored, bits, layout, dtype, scale=None, full=False, signed=True):
-    check_stored(bits, stored)
+def _unpack(data, sizes, dims, stored, bits, layout, dtype, scale=None, grid=0, signed=True):
+    check_stored(code_bits(bits, GRIDS[grid]), stored)
     acc = scale[0].dtype if scale else torch.float32
     out = [d.new_empty(shape, dtype=dtype) for d, shape in zip(data, split_shapes(sizes, dims))]
     block = block_of(acc, 1)
@@ -230,7 +234,7 @@ def _unpack(data, sizes, dims, stored, bits, layout, dtype, scale=None, full=Fal
     with on_device_of(data):
         device = data[0].device
         launch(unpack_codes, int(programs.sum()), on_device(table, device), owners(programs, device), ints(bits),
-               A=TYPES[acc], OUT_T=TYPES[dtype], DENSE=LAYOUTS[layout] == "dense", VALUES=scale is not None, FULL=full,
+               A=TYPES[acc], OUT_T=TYPES[dtype], DENSE=LAYOUTS[layout] == "dense", VALUES=scale is not None, GRID=grid,
                SIGNED=signed, BLOCK=block)
     return out
 
@@ -239,6 +243,6 @@ def unpack(data, sizes, dims, stored, bits, layout):
     return _unpack(data, sizes, dims, stored, bits, layout, torch.int32)
 
 
-def decode_packed(data, sizes, dims, stored, scale, bits, layout, full, signed, dtype):
-    check_values(scale, bits)
-    return _unpack(data, sizes, dims, stored, bits, layout, dtype, scale, full, signed)
+def decode_packed(data, sizes, dims, stored, scale, bits, layout, grid, signed, dtype):
+    check_values(scale, bits, grid=grid)
+    return _unpack(data, sizes, dims, stored, bits, layout, dtype, scale, grid, signed)

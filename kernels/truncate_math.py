@@ -82,7 +82,7 @@ class Base(NamedTuple):
 
 @triton.jit
 def make_base(s, n, TANH: tl.constexpr):
-    p = math.make_quantizer(companded(s + 0.0, TANH), n, 0, True, True)
+    p = math.make_quantizer(companded(s + 0.0, TANH), n, 0, math.FULL, True)
     valid = p.valid & math.valid_scale(s)
     factor = p.inv_scale
     if TANH:

@@ -28,7 +28,7 @@ from quantops.kernels.launch import (
 )
 from quantops.kernels.table import on_device
 from quantops.layout import dense, empty_like
-from quantops.reference.uniform import acc_dtype
+from quantops.reference.uniform import GRIDS, acc_dtype, code_bits
 from quantops.values import check_codes, check_values
 
 # Columns of the table: one row of int64 per tensor.
@@ -60,12 +60,12 @@ def _element(w, x, r, p, OP: tl.constexpr, RULE: tl.constexpr, SIGNED: tl.conste
     """The output of an op without sums at one element; w is the code (DECODE), x the gradient."""
     if OP == LSB:
         u = math.round_clamp_unit(w, p)
-        return math.to_int(math.lsb_residual(u, math.round_clamp_code(u, p.mul, p.top), p), p.valid)
+        return math.to_int(math.lsb_residual(u, math.round_clamp_code(u, p), p), p.valid)
     elif OP == ENCODE:
-        return math.to_int(math.code(w, p, RULE), p.valid)
+        return math.stored_code(math.code(w, p, RULE), p)
     elif OP == DECODE:
-        ok = p.valid & (w >= 0.0) & (w < p.mul)
-        return tl.where(ok, math.level(w, p) * p.step, float("nan"))
+        ok = p.valid & (w >= 0.0) & (w < p.count)
+        return tl.where(ok, math.level(math.code_of_stored(w, p), p) * p.step, float("nan"))
     elif OP == ADD_LSB_GRAD:
         return math.add_penalty_slope(w, x, r, p, SIGNED)
     else:  # BACKWARD
@@ -87,7 +87,7 @@ def _block(w_ptr, x_ptr, out_ptr, i, mask, r, p, A: tl.constexpr, OUT_T: tl.cons
     b, error = w, w
     if OP == QUANTIZE:
         u = math.round_clamp_unit(w, p)
-        c = math.round_clamp_code(u, p.mul, p.top)
+        c = math.round_clamp_code(u, p)
         v = math.level(c, p) * p.step
         if STATS:
             b = tl.abs(math.lsb_residual(u, c, p))
@@ -107,7 +107,7 @@ def _block(w_ptr, x_ptr, out_ptr, i, mask, r, p, A: tl.constexpr, OUT_T: tl.cons
 
 @triton.jit
 def flat(table, chunks, bits, k, r, penalty, nonzero, sq_error, A: tl.constexpr, W_T: tl.constexpr,
-         X_T: tl.constexpr, OUT_T: tl.constexpr, OP: tl.constexpr, RULE: tl.constexpr, FULL: tl.constexpr,
+         X_T: tl.constexpr, OUT_T: tl.constexpr, OP: tl.constexpr, RULE: tl.constexpr, GRID: tl.constexpr,
          SIGNED: tl.constexpr, HAS_X: tl.constexpr, HAS_R: tl.constexpr, HAS_OUT: tl.constexpr, STATS: tl.constexpr,
          WIDEST: tl.constexpr, BLOCK: tl.constexpr):
     """One program per run of BLOCK elements of one tensor."""
@@ -136,7 +136,7 @@ def flat(table, chunks, bits, k, r, penalty, nonzero, sq_error, A: tl.constexpr,
     squares = tl.zeros([], A)
     if whole & (left >= BLOCK):  # the main path: one scale, nothing masked, 128 bits at a time
         i = tl.arange(0, BLOCK)
-        p = math.make_quantizer(tl.load(s_ptr), n, kk, FULL, SIGNED)
+        p = math.make_quantizer(tl.load(s_ptr), n, kk, GRID, SIGNED)
         # Promised per type: 128 bits of the widest, as many elements of others, so that all accesses share a layout.
         # The promise sticks to the sum it is made on: this path has sums of its own, and none comes out of a call.
         w_vec = tl.multiple_of(w_at.to(tl.pointer_type(W_T)) + start, 16 * W_T.primitive_bitwidth // WIDEST)
@@ -158,7 +158,7 @@ def flat(table, chunks, bits, k, r, penalty, nonzero, sq_error, A: tl.constexpr,
             i = j + tl.arange(0, SUB)
             mask = i < numel - start
             s = tl.load(s_ptr + memory.rows_from(i, inner, left, BLOCK), mask=mask, other=1.0)
-            p = math.make_quantizer(s, n, kk, FULL, SIGNED)
+            p = math.make_quantizer(s, n, kk, GRID, SIGNED)
             b, error = _block(w_ptr, x_ptr, out_ptr, i, mask, rr, p, A, OUT_T, OP, RULE, SIGNED, HAS_X, HAS_R, HAS_OUT,
                               STATS)
             if STATS:
@@ -177,7 +177,7 @@ def flat(table, chunks, bits, k, r, penalty, nonzero, sq_error, A: tl.constexpr,
 
 @triton.jit
 def finish_stats(table, bits, k, part_penalty, part_nonzero, part_sq_error, penalty, nonzero, sq_error,
-                 A: tl.constexpr, BLOCK: tl.constexpr):
+                 A: tl.constexpr, GRID: tl.constexpr, BLOCK: tl.constexpr):
     """Second stage of the sums: one program per tensor."""
     t = tl.program_id(0)
     entry = table + t.to(tl.int64) * FIELDS
@@ -188,7 +188,7 @@ def finish_stats(table, bits, k, part_penalty, part_nonzero, part_sq_error, pena
     for j in range(0, rows, BLOCK):
         s = tl.load(s_ptr + j + lanes, mask=j + lanes < rows, other=1.0)
         bad |= tl.where(math.valid_scale(s), 0, 1)
-    valid = math.valid_bits(tl.load(bits + t), tl.load(k + t)) & (tl.max(bad) == 0)
+    valid = math.valid_bits(tl.load(bits + t), tl.load(k + t), GRID) & (tl.max(bad) == 0)
     weighed = tl.zeros([BLOCK], tl.float64)
     count = tl.zeros([BLOCK], tl.int64)
     squares = tl.zeros([BLOCK], tl.float64)
@@ -273,20 +273,20 @@ def _row_block(w_ptr, x_ptr, out_ptr, i, mask, r, p, A: tl.constexpr, OUT_T: tl.
 
 
 @triton.jit
-def _row_quantizer(s_ptr, i, mask, n, k, FULL: tl.constexpr, SIGNED: tl.constexpr, OP: tl.constexpr):
+def _row_quantizer(s_ptr, i, mask, n, k, GRID: tl.constexpr, SIGNED: tl.constexpr, OP: tl.constexpr):
     if OP == SCALE_GRAD:
         if mask is None:
             s = tl.load(s_ptr + i)
         else:
             s = tl.load(s_ptr + i, mask=mask, other=1.0)
-        return math.make_quantizer(s, n, k, FULL, SIGNED)
+        return math.make_quantizer(s, n, k, GRID, SIGNED)
     else:
         return n
 
 
 @triton.jit
 def by_row(table, chunks, bits, k, r, partials, A: tl.constexpr, W_T: tl.constexpr, X_T: tl.constexpr,
-           OUT_T: tl.constexpr, OP: tl.constexpr, FULL: tl.constexpr, SIGNED: tl.constexpr, HAS_X: tl.constexpr,
+           OUT_T: tl.constexpr, OP: tl.constexpr, GRID: tl.constexpr, SIGNED: tl.constexpr, HAS_X: tl.constexpr,
            HAS_R: tl.constexpr, WIDEST: tl.constexpr, BLOCK: tl.constexpr):
     """One program per piece of a long row, or per TILE_ROWS short rows."""
     pid = tl.program_id(0)
@@ -312,7 +312,7 @@ def by_row(table, chunks, bits, k, r, partials, A: tl.constexpr, W_T: tl.constex
         w_all = memory.pointer(w_at, 0, W_T)
         x_all = memory.pointer(x_at, 0, X_T)
         out_all = memory.pointer(out_at, 0, OUT_T)
-        q = _row_quantizer(s_ptr, lines[:, None], here, n, kk, FULL, SIGNED, OP)
+        q = _row_quantizer(s_ptr, lines[:, None], here, n, kk, GRID, SIGNED, OP)
         tile = _zeros([TILE_ROWS, COLUMNS], A, OP)
         for j in range(0, inner.to(tl.int32), COLUMNS):
             column = j + tl.arange(0, COLUMNS)[None, :]
@@ -324,7 +324,7 @@ def by_row(table, chunks, bits, k, r, partials, A: tl.constexpr, W_T: tl.constex
         row = local // pieces
         start = (local - row * pieces) * BLOCK
         at = row * inner + start
-        p = _row_quantizer(s_ptr, row, None, n, kk, FULL, SIGNED, OP)
+        p = _row_quantizer(s_ptr, row, None, n, kk, GRID, SIGNED, OP)
         if (tl.load(entry + ALIGNED) != 0) & (inner - start >= BLOCK):  # promises as in flat
             w_vec = tl.multiple_of(w_at.to(tl.pointer_type(W_T)) + at, 16 * W_T.primitive_bitwidth // WIDEST)
             x_vec = tl.multiple_of(x_at.to(tl.pointer_type(X_T)) + at, 16 * X_T.primitive_bitwidth // WIDEST)
@@ -373,7 +373,7 @@ def finish_rows(table, chunks, partials, A: tl.constexpr, OP: tl.constexpr, BLOC
 # Host side.
 
 
-def _flat(op, w, scale, bits, k=None, *, acc, x=None, out=None, r=None, rule=0, full=False, signed=True, stats=None):
+def _flat(op, w, scale, bits, k=None, *, acc, x=None, out=None, r=None, rule=0, grid=0, signed=True, stats=None):
     """Launches :func:`flat`; ``stats`` = (penalty, nonzero, sq_error) to fill, if any."""
     count, device, block = len(w), w[0].device, block_of(acc, 1 if x is None else 2)
     bits, k = ints(bits), None if k is None else ints(k)
@@ -394,13 +394,14 @@ def _flat(op, w, scale, bits, k=None, *, acc, x=None, out=None, r=None, rule=0, 
             partials = [torch.empty(total, dtype=d, device=device) for d in (torch.float64, torch.int32, acc)]
         launch(flat, total, rows_of, owners(programs, device), bits, k, r, *partials,
                A=TYPES[acc], W_T=TYPES[w[0].dtype], X_T=TYPES[(x or w)[0].dtype], OUT_T=TYPES[(out or w)[0].dtype],
-               OP=op.value, RULE=rule, FULL=full, SIGNED=signed, HAS_X=x is not None, HAS_R=r is not None,
+               OP=op.value, RULE=rule, GRID=grid, SIGNED=signed, HAS_X=x is not None, HAS_R=r is not None,
                HAS_OUT=out is not None, STATS=stats is not None, WIDEST=widest(w, x, out), BLOCK=block)
         if stats:
-            launch(finish_stats, count, rows_of, bits, k, *partials, *stats, A=TYPES[acc], BLOCK=1024)
+            launch(finish_stats, count, rows_of, bits, k, *partials, *stats, A=TYPES[acc], GRID=grid,
+                   BLOCK=1024)
 
 
-def _by_row(op, w, result, rows, *, acc, scale=None, bits=None, k=None, x=None, out=None, r=None, full=False,
+def _by_row(op, w, result, rows, *, acc, scale=None, bits=None, k=None, x=None, out=None, r=None, grid=0,
             signed=True):
     """Launches :func:`by_row`: ``rows`` numbers for each tensor, at the addresses ``result``."""
     count, device, block = len(w), w[0].device, block_of(acc, 1 if x is None else 2)
@@ -425,7 +426,7 @@ def _by_row(op, w, result, rows, *, acc, scale=None, bits=None, k=None, x=None, 
         partials = torch.empty(int((programs * (pieces > 1)).sum()), dtype=acc, device=device)
         launch(by_row, int(programs.sum()), rows_of, owners(programs, device), bits, k, r, partials,
                A=TYPES[acc], W_T=TYPES[w[0].dtype], X_T=TYPES[(x or w)[0].dtype], OUT_T=TYPES[(out or w)[0].dtype],
-               OP=op.value, FULL=full, SIGNED=signed, HAS_X=x is not None, HAS_R=r is not None,
+               OP=op.value, GRID=grid, SIGNED=signed, HAS_X=x is not None, HAS_R=r is not None,
                WIDEST=widest(w, x, out), BLOCK=block)
         if second.any():
             launch(finish_rows, int(second.sum()), rows_of, owners(second, device), partials, A=TYPES[acc],
@@ -457,9 +458,9 @@ def _elementwise(op, w, dtype, scale, bits, k=None, **options):
     return out
 
 
-def round_clamp(w, scale, bits, full, signed, covered, dtype):
-    check_values(scale, bits)
-    return _elementwise(QUANTIZE, w, dtype, scale, bits, full=full, signed=signed)
+def round_clamp(w, scale, bits, grid, signed, covered, dtype):
+    check_values(scale, bits, grid=grid)
+    return _elementwise(QUANTIZE, w, dtype, scale, bits, grid=grid, signed=signed)
 
 
 def _write_back(q, out):
@@ -473,11 +474,11 @@ def _targets(q, w):
     return [o if o.stride() == t.stride() else empty_like(t, o.dtype) for o, t in zip(q, w)]
 
 
-def round_clamp_out(w, scale, bits, full, signed, q):
-    check_values(scale, bits)
+def round_clamp_out(w, scale, bits, grid, signed, q):
+    check_values(scale, bits, grid=grid)
     w = [dense(t) for t in w]
     out = _targets(q, w)
-    _flat(QUANTIZE, w, scale, bits, acc=acc_dtype(w[0].dtype), out=out, full=full, signed=signed)
+    _flat(QUANTIZE, w, scale, bits, acc=acc_dtype(w[0].dtype), out=out, grid=grid, signed=signed)
     _write_back(q, out)
 
 
@@ -485,44 +486,44 @@ def _sums(w, acc):
     return [torch.empty(len(w), dtype=d, device=w[0].device) for d in (acc, torch.int64, acc)]
 
 
-def _msq(w, scale, bits, k, full, out):
+def _msq(w, scale, bits, k, grid, out):
     """Quantizes into ``out`` (None: nowhere), gives the sums."""
-    check_values(scale, bits, k)
+    check_values(scale, bits, k, grid)
     acc = acc_dtype(w[0].dtype)
     stats = _sums(w, acc)
-    _flat(QUANTIZE, w, scale, bits, k, acc=acc, out=out, full=full, stats=stats)
+    _flat(QUANTIZE, w, scale, bits, k, acc=acc, out=out, grid=grid, stats=stats)
     return stats
 
 
-def msq(w, scale, bits, k, full, covered, dtype):
+def msq(w, scale, bits, k, grid, covered, dtype):
     w = [dense(t) for t in w]
     q = [empty_like(t, dtype) for t in w]
-    return q, *_msq(w, scale, bits, k, full, q)
+    return q, *_msq(w, scale, bits, k, grid, q)
 
 
-def msq_out(w, scale, bits, k, full, q, penalty, nonzero, sq_error):
+def msq_out(w, scale, bits, k, grid, q, penalty, nonzero, sq_error):
     w = [dense(t) for t in w]
     out = _targets(q, w)
-    sums = _msq(w, scale, bits, k, full, out)
+    sums = _msq(w, scale, bits, k, grid, out)
     _write_back([*q, penalty, nonzero, sq_error], [*out, *sums])
 
 
-def lsb(w, scale, bits, k):
-    check_values(scale, bits, k)
-    return _elementwise(LSB, w, torch.int32, scale, bits, k)
+def lsb(w, scale, bits, k, grid):
+    check_values(scale, bits, k, grid)
+    return _elementwise(LSB, w, torch.int32, scale, bits, k, grid=grid)
 
 
-def lsb_stats(w, scale, bits, k, full, covered):
-    return tuple(_msq([dense(t) for t in w], scale, bits, k, full, None))
+def lsb_stats(w, scale, bits, k, grid, covered):
+    return tuple(_msq([dense(t) for t in w], scale, bits, k, grid, None))
 
 
-def uniform_backward(grad, grad_penalty, w, scale, bits, k, full, signed, scale_grad):
-    check_values(scale, bits, k)
+def uniform_backward(grad, grad_penalty, w, scale, bits, k, grid, signed, scale_grad):
+    check_values(scale, bits, k, grid)
     w, acc = [dense(t) for t in w], acc_dtype(w[0].dtype)
     grad = in_layouts_of(w, grad) if grad else None
     r = None if grad_penalty is None else grad_penalty.to(acc).contiguous()
     grad_w = [empty_like(t, t.dtype) for t in w]
-    options = dict(acc=acc, x=grad, out=grad_w, r=r, full=full, signed=signed)
+    options = dict(acc=acc, x=grad, out=grad_w, r=r, grid=grid, signed=signed)
     if not scale_grad:
         _flat(BACKWARD, w, scale, bits, k, **options)
         return grad_w, []
@@ -532,20 +533,20 @@ def uniform_backward(grad, grad_penalty, w, scale, bits, k, full, signed, scale_
     return grad_w, grad_scale
 
 
-def add_lsb_grad_(grad, w, scale, bits, k, strength):
-    check_values(scale, bits, k)
+def add_lsb_grad_(grad, w, scale, bits, k, grid, strength):
+    check_values(scale, bits, k, grid)
     w, acc = [dense(t) for t in w], acc_dtype(w[0].dtype)
     same = in_layouts_of(w, grad)
-    _flat(ADD_LSB_GRAD, w, scale, bits, k, acc=acc, x=same, out=same, r=strength.to(acc))
+    _flat(ADD_LSB_GRAD, w, scale, bits, k, acc=acc, x=same, out=same, r=strength.to(acc), grid=grid)
     _write_back(grad, same)
 
 
-def encode(w, scale, bits, rule, signed):
-    check_values(scale, bits)
-    return _elementwise(ENCODE, w, torch.int32, scale, bits, rule=rule, signed=signed)
+def encode(w, scale, bits, rule, grid, signed):
+    check_values(scale, bits, grid=grid)
+    return _elementwise(ENCODE, w, torch.int32, scale, bits, rule=rule, grid=grid, signed=signed)
 
 
-def decode(codes, scale, bits, full, signed, dtype):
-    check_values(scale, bits)
-    check_codes(codes, bits.reshape(-1))
-    return _elementwise(DECODE, codes, dtype, scale, bits, acc=acc_dtype(scale[0].dtype), full=full, signed=signed)
+def decode(codes, scale, bits, grid, signed, dtype):
+    check_values(scale, bits, grid=grid)
+    check_codes(codes, code_bits(bits.reshape(-1), GRIDS[grid]))
+    return _elementwise(DECODE, codes, dtype, scale, bits, acc=acc_dtype(scale[0].dtype), grid=grid, signed=signed)

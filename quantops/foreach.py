@@ -62,60 +62,61 @@ def _written(tensors):
 def round_clamp(w, scale, bits, *, signed=True, grid=None, out_dtype=None, out=None):
     """Quantized weights, see :func:`quantops.round_clamp`."""
     w = checks.listed("w", w)
-    n, full = checks.bits(bits, w), checks.full_grid(grid)
-    checks.choice("signed", signed, (True, False))
+    grid = checks.grid_index(grid, signed)
+    n = checks.bits(bits, w, grid)
     scale, covered = _scales(w, scale)
     covered = covered and signed
     if out is not None:
         out = checks.outputs(out, w, out_dtype)
-        ops.round_clamp_out(w, scale, n, full, signed, out)
+        ops.round_clamp_out(w, scale, n, grid, signed, out)
         _written(out)
         return out
-    return call(ops.round_clamp, w, scale, n, full, signed, covered, checks.dtype_of(out_dtype, w))
+    return call(ops.round_clamp, w, scale, n, grid, signed, covered, checks.dtype_of(out_dtype, w))
 
 
 def msq(w, scale, bits, k=1, *, grid=None, out_dtype=None, out=None):
     """Quantized weights and their LSB sums, see :func:`quantops.msq`."""
     w = checks.listed("w", w)
-    (n, k), full = checks.bits_and_k(bits, k, w), checks.full_grid(grid)
+    grid = checks.grid_index(grid)
+    n, k = checks.bits_and_k(bits, k, w, grid)
     scale, covered = _scales(w, scale)
     if out is not None:
         out = checks.outputs(out, w, out_dtype)
         sums = [torch.empty(len(w), dtype=t, device=w[0].device)
                 for t in (scale[0].dtype, torch.int64, scale[0].dtype)]
-        ops.msq_out(w, scale, n, k, full, out, *sums)
+        ops.msq_out(w, scale, n, k, grid, out, *sums)
         _written(out)
         return MSQ(out, *sums)
-    return MSQ(*call(ops.msq, w, scale, n, k, full, covered, checks.dtype_of(out_dtype, w)))
+    return MSQ(*call(ops.msq, w, scale, n, k, grid, covered, checks.dtype_of(out_dtype, w)))
 
 
-def lsb(w, scale, bits, k=1):
+def lsb(w, scale, bits, k=1, *, grid=None):
     """LSB residuals, see :func:`quantops.lsb`."""
-    w = checks.listed("w", w)
-    n, k = checks.bits_and_k(bits, k, w)
-    return ops.lsb(w, _scales(w, scale)[0], n, k)
+    w, grid = checks.listed("w", w), checks.grid_index(grid)
+    n, k = checks.bits_and_k(bits, k, w, grid)
+    return ops.lsb(w, _scales(w, scale)[0], n, k, grid)
 
 
 def lsb_stats(w, scale, bits, k=1, *, grid=None):
     """(penalty, nonzero, sq_error) of :func:`msq` without writing q: one read of the weights."""
-    w = checks.listed("w", w)
-    n, k = checks.bits_and_k(bits, k, w)
+    w, grid = checks.listed("w", w), checks.grid_index(grid)
+    n, k = checks.bits_and_k(bits, k, w, grid)
     scale, covered = _scales(w, scale)
-    return call(ops.lsb_stats, w, scale, n, k, checks.full_grid(grid), covered)
+    return call(ops.lsb_stats, w, scale, n, k, grid, covered)
 
 
-def lsb_penalty(w, scale, bits, k=1):
+def lsb_penalty(w, scale, bits, k=1, *, grid=None):
     """LSB penalties R, one tensor with an entry per weight, see :func:`quantops.lsb_penalty`."""
-    return lsb_stats(w, scale, bits, k)[0]
+    return lsb_stats(w, scale, bits, k, grid=grid)[0]
 
 
-def add_lsb_grad_(grad, w, scale, bits, k, strength):
+def add_lsb_grad_(grad, w, scale, bits, k, strength, *, grid=None):
     """grad += strength * sign(B_k) * inside, in place: the gradient of strength * R, without a graph.
 
     ``grad``: list of tensors in the shapes and dtype of ``w``. ``strength``: a number or a one-element tensor.
     """
-    w = checks.listed("w", w)
-    n, k = checks.bits_and_k(bits, k, w)
+    w, grid = checks.listed("w", w), checks.grid_index(grid)
+    n, k = checks.bits_and_k(bits, k, w, grid)
     checks.gradients(grad, w)
     scale, _ = _scales(w, scale)
     if not isinstance(strength, torch.Tensor):
@@ -124,7 +125,7 @@ def add_lsb_grad_(grad, w, scale, bits, k, strength):
     # Autograd may have laid a gradient out in another way than its weight; the kernel walks both alike.
     same = [g if g.stride() == t.stride() and dense_rows(t) else empty_like(t, g.dtype).copy_(g)
             for g, t in zip(grad, w)]
-    ops.add_lsb_grad_(same, w, scale, n, k, strength.to(scale[0].dtype))
+    ops.add_lsb_grad_(same, w, scale, n, k, grid, strength.to(scale[0].dtype))
     for g, s in zip(grad, same):
         if g is not s:
             g.copy_(s)
@@ -132,21 +133,22 @@ def add_lsb_grad_(grad, w, scale, bits, k, strength):
     return grad
 
 
-def encode(w, scale, bits, *, rule="round_clamp", signed=True):
+def encode(w, scale, bits, *, rule="round_clamp", grid=None, signed=True):
     """Integer codes, see :func:`quantops.encode`."""
-    w = checks.listed("w", w)
-    n = checks.bits(bits, w)
-    return ops.encode(w, _scales(w, scale)[0], n, checks.rule_index(rule), signed)
+    w, rule_index = checks.listed("w", w), checks.rule_index(rule)
+    grid = checks.grid_index(grid, signed, rule)
+    n = checks.bits(bits, w, grid)
+    return ops.encode(w, _scales(w, scale)[0], n, rule_index, grid, signed)
 
 
 def decode(codes, scale, bits=None, *, grid=None, signed=True, out_dtype=None):
     """Weights of codes or of packed codes, see :func:`quantops.decode`."""
     if isinstance(codes, (list, tuple)) and codes and isinstance(codes[0], Packed):
         return packed.decode(codes, scale, bits, grid=grid, signed=signed, out_dtype=out_dtype)
-    codes = checks.codes(codes)
-    n = checks.bits(bits, codes)
+    codes, grid = checks.codes(codes), checks.grid_index(grid, signed)
+    n = checks.bits(bits, codes, grid)
     scale, dtype = checks.decode_scales(scale, codes, out_dtype)
-    return ops.decode(codes, scale, n, checks.full_grid(grid), signed, dtype)
+    return ops.decode(codes, scale, n, grid, signed, dtype)
 
 
 def truncate(w, scale, bits, *, base_bits=8, rule="floor", companding=None, out_scale=None, out_dtype=None):

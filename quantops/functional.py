@@ -13,6 +13,12 @@ own, ``rint`` half to even. Codes and values are equal, bit for bit, on every ba
         dyadic grid     m = c - 2^(n-1), step = s 2^(1-n) signed       m = c, step = s 2^-n unsigned
         full grid       m = 2c - (2^n - 1), step = s / (2^n - 1) signed        m = c unsigned
 
+The sign grid (signed, round_clamp; n up to 15) counts bits as BSQ does, n of magnitude beside a sign. It is symmetric
+with an exact zero, nests as the others, and has three values at n = 1:
+
+    u = min(|w| * (1/s), 1)   c = min(rint(2^n u), 2^n - 1)   m = sign(w) c   step = s 2^-n
+    B_k = sign(w) (c_n - 2^k c_(n-k))
+
 NaN in w gives NaN in q there (code 0), +-inf clamps. On CPU, values of bits, k or scale out of range raise; on other
 devices they are not read back and give NaN (integers: -2^31). Strided weights are copied unless their rows are dense
 (contiguous, channels_last). Gradients: straight-through, ``inside`` meaning |w| <= s (unsigned 0 <= w <= s).
@@ -54,7 +60,7 @@ def round_clamp(w, scale, bits, *, signed=True, grid=None, out_dtype=None, out=N
     Scaling by 2^n, not 2^n - 1, nests the bins: those of n - k bits are unions of those of n bits.
 
     Args:
-        grid: "dyadic" (default: exact zero, two's complement, dropping a zero LSB changes no value) or "full".
+        grid: "dyadic" (default: exact zero, two's complement, dropping a zero LSB changes no value), "full" or "sign".
         out_dtype: dtype of q; default w's own, under autocast the autocast dtype.
         out: memory for q, with w's shape and strides; then no gradient flows.
 
@@ -65,21 +71,22 @@ def round_clamp(w, scale, bits, *, signed=True, grid=None, out_dtype=None, out=N
                                out=_outs(out))[0]
 
 
-def lsb(w, scale, bits, k=1):
+def lsb(w, scale, bits, k=1, *, grid=None):
     """The LSB residual B_k = c_n - 2^k c_(n-k) (int32, w's shape), 1 <= k < n; arXiv 2507.22349.
 
-    0 means: representable with n - k bits. sign(B) points away from the nearest value whose k LSBs are zero.
+    ``grid`` matters where it is "sign". 0 means: representable with n - k bits. sign(B) points away from the nearest value whose k LSBs are zero.
     ``k = 0`` gives zeros. No gradient.
     """
-    return foreach.lsb([w], _one(scale), bits, k)[0]
+    return foreach.lsb([w], _one(scale), bits, k, grid=grid)[0]
 
 
-def lsb_penalty(w, scale, bits, k=1):
-    """R = sum |B_k| * s 2^(1-n) (0-dim), the L1 penalty on the k LSBs; arXiv 2507.22349.
+def lsb_penalty(w, scale, bits, k=1, *, grid=None):
+    """R = sum |B_k| * (value of one code step) (0-dim), the L1 penalty on the k LSBs; arXiv 2507.22349.
 
-    dR/dw = sign(B_k) * inside; the step and the scale are constants in R. Double backward works.
+    A code step is s 2^(1-n) on the dyadic grid, 2s / (2^n - 1) on the full one and s 2^-n on the sign grid. dR/dw =
+    sign(B_k) * inside; the step and the scale are constants in R. Double backward works.
     """
-    return foreach.lsb_penalty([w], _one(scale), bits, k)[0]
+    return foreach.lsb_penalty([w], _one(scale), bits, k, grid=grid)[0]
 
 
 def msq(w, scale, bits, k=1, *, grid=None, out_dtype=None, out=None):
@@ -92,13 +99,14 @@ def msq(w, scale, bits, k=1, *, grid=None, out_dtype=None, out=None):
     return MSQ(q[0], *(v[0] for v in sums))
 
 
-def encode(w, scale, bits, *, rule="round_clamp", signed=True):
+def encode(w, scale, bits, *, rule="round_clamp", grid=None, signed=True):
     """Integer codes c in 0..2^n - 1 (int32, w's shape).
 
     ``rule``: "round_clamp" min(rint(2^n u), 2^n - 1), "floor" min(floor(2^n u), 2^n - 1) of TruncQuant
-    (arXiv 2506.11431), "nearest" rint((2^n - 1) u) of DoReFa. NaN gives code 0. No gradient.
+    (arXiv 2506.11431), "nearest" rint((2^n - 1) u) of DoReFa. ``grid`` matters where it is "sign": codes of n + 1 bits,
+    bit n the sign and those below it the magnitude, c + 2^n [w < 0 and c > 0]. NaN gives code 0. No gradient.
     """
-    return foreach.encode([w], _one(scale), bits, rule=rule, signed=signed)[0]
+    return foreach.encode([w], _one(scale), bits, rule=rule, grid=grid, signed=signed)[0]
 
 
 def decode(codes, scale, bits=None, *, grid=None, signed=True, out_dtype=None):
@@ -106,8 +114,10 @@ def decode(codes, scale, bits=None, *, grid=None, signed=True, out_dtype=None):
 
     ``codes``: any integer dtype; others than int32 are converted first. Or a :class:`quantops.Packed`: then ``bits`` m,
     up to those that are stored (default all), says how many are read, and q is that of the codes c >> (n-m) of m bits,
-    computed without ever writing codes. With planes, m/8 bytes per weight are read. ``out_dtype``: default float32
-    (float64 where the scale is). A code outside 0..2^n - 1 raises on CPU and gives NaN elsewhere. No gradient.
+    computed without ever writing codes. With planes, m/8 bytes per weight are read. ``bits`` does not count the sign of
+    the sign grid, whose codes (of a Packed, ``packed.bits``) have one bit more. ``out_dtype``: default float32 (float64
+    where the scale is). A code outside 0..2^n - 1 (sign grid: 2^(n+1) - 1) raises on CPU and gives NaN elsewhere. No
+    gradient.
     """
     return foreach.decode([codes], [scale], bits, grid=grid, signed=signed, out_dtype=out_dtype)[0]
 

@@ -14,7 +14,7 @@ from quantops.intweight import MOST, IntWeight, check, to_int
 from quantops.nn import quantized
 from quantops.packed import Packed
 from quantops.reference.packing import plane_bytes
-from quantops.reference.uniform import MAX_BITS
+from quantops.reference.uniform import MAX_BITS, code_bits
 
 FORMAT, VERSION = "quantops-int", 2
 _DTYPES = {str(d).removeprefix("torch."): d for d in checks.FLOATS}
@@ -34,7 +34,8 @@ def save_int(weights, path):
     """Writes integer weights to a safetensors file: n/8 bytes per weight of n bits, the scales and a header.
 
     Tensors: ``<name>.planes``, uint8 of shape (n, ceil(numel / 8)), the bit planes of :class:`quantops.Packed` without
-    their padding, most significant first; and ``<name>.scale``. The rest is metadata, with a checksum of each plane.
+    their padding, most significant first, on the sign grid behind that of the signs; and ``<name>.scale``. The rest is
+    metadata, with a checksum of each plane.
 
     ``weights``: what :func:`to_int` returns, or a model for it. The file appears whole or not at all, flushed to the
     disk, with the mode of a file that it replaces, or that of the umask; a symbolic link's target is what is replaced.
@@ -162,14 +163,15 @@ def _weight(f, name, entry, bits):
     stored, shape, sums = _sizes(name, entry)
     settings = {"grid": entry["grid"], "signed": entry["signed"], "dtype": _DTYPES[entry["dtype"]],
                 "fixed": entry["fixed"]}
-    planes, used = slice_of(f, f"{name}.planes"), _file_bytes(shape)
-    if planes.get_shape() != [stored, used] or planes.get_dtype() != "U8" or len(sums) != 1 + stored:
-        raise ValueError(f"{name}: expected planes of shape {[stored, used]} for {stored} bits and shape "
+    planes, used, rows = slice_of(f, f"{name}.planes"), _file_bytes(shape), code_bits(stored, settings["grid"])
+    if planes.get_shape() != [rows, used] or planes.get_dtype() != "U8" or len(sums) != 1 + rows:
+        raise ValueError(f"{name}: expected planes of shape {[rows, used]} for {stored} bits and shape "
                          f"{list(shape)}, got {planes.get_dtype()} of shape {planes.get_shape()}")
     kind = slice_of(f, f"{name}.scale").get_dtype()
     if kind not in _SCALES:
         raise ValueError(f"{name}: expected a scale of float32 or float64, got {kind}")
     m = stored if bits is None or settings["fixed"] is True else min(bits, stored)
+    m = code_bits(m, settings["grid"])
     data, scale = torch.zeros(m, plane_bytes(math.prod(shape)), dtype=torch.uint8), f.get_tensor(f"{name}.scale")
     data[:, :used] = planes[:m]
     weight = IntWeight(Packed(data, shape, m), scale.clone(), **settings)

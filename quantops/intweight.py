@@ -8,7 +8,7 @@ import torch
 from quantops import checks, foreach
 from quantops.nn import check_only, quantized
 from quantops.packed import Packed
-from quantops.reference.uniform import GRIDS
+from quantops.reference.uniform import GRIDS, code_bits
 
 MOST = 2**40  # elements of a weight, and of each of its dims: a file of no bits at all may claim any number
 
@@ -23,8 +23,9 @@ class IntWeight:
 
     At m < n bits the codes are c >> (n-m) and the step is that of m bits. On the full grid and with floor codes
     (TruncQuant, arXiv 2506.11431) that is the weight that was trained at m bits, ``quantops.truncate``, bit for bit. On
-    the dyadic grid (MSQ, arXiv 2507.22349) it rounds down to a multiple of 2^(n-m) steps, and changes nothing where
-    the bits that are cut off are zero, as its penalty makes them.
+    the dyadic grid (MSQ, arXiv 2507.22349) it rounds down to a multiple of 2^(n-m) steps, on the sign grid towards 0, and
+    changes nothing where the bits that are cut off are zero, as its penalty makes them. On the sign grid n does not
+    count the sign: the first plane has the signs, and the n below it the magnitude.
     """
 
     packed: Packed
@@ -42,16 +43,17 @@ class IntWeight:
     @classmethod
     def from_codes(cls, codes, scale, bits, **settings):
         """The weight of integer codes of ``bits`` bits. ValueError for codes out of range, on every device."""
+        stored = code_bits(bits, settings.get("grid", GRIDS[0]))
         if codes.device.type != "cpu" and codes.numel():
             low, high = codes.aminmax()
-            if not 0 <= int(low) <= int(high) < 2 ** bits:
-                raise ValueError(f"codes: expected values in 0..2^{bits} - 1, got {int(low)}..{int(high)}")
-        return cls(foreach.pack([codes], bits)[0], scale, **settings)
+            if not 0 <= int(low) <= int(high) < 2 ** stored:
+                raise ValueError(f"codes: expected values in 0..2^{stored} - 1, got {int(low)}..{int(high)}")
+        return cls(foreach.pack([codes], stored)[0], scale, **settings)
 
     @property
     def bits(self):
-        """n, the bits of each code."""
-        return self.packed.bits
+        """n, the bits of each code, a sign aside."""
+        return self.packed.bits - 1 if self.grid == "sign" and self.packed.bits else self.packed.bits
 
     @property
     def shape(self):
@@ -60,9 +62,9 @@ class IntWeight:
 
     @property
     def codes(self):
-        """The codes: uint8 up to 8 bits, int32 above, in the weight's shape."""
+        """The codes: uint8 up to 8 bits (with a sign), int32 above, in the weight's shape."""
         codes = foreach.unpack([self.packed])[0]
-        return codes.to(torch.uint8) if self.bits <= 8 else codes
+        return codes.to(torch.uint8) if self.packed.bits <= 8 else codes
 
     @property
     def unit(self):
@@ -83,7 +85,7 @@ class IntWeight:
 
     def at(self, bits):
         """The same weight at ``bits`` <= n bits, from the same memory."""
-        return dataclasses.replace(self, packed=self.packed.truncate(bits))
+        return dataclasses.replace(self, packed=self.packed.truncate(code_bits(bits, self.grid)))
 
     def dequantize(self, bits=None):
         """The weights, at n bits as the training forward had them, bit for bit. ``bits``: fewer of them, see above."""
@@ -137,6 +139,6 @@ def check(name, v):
     if not bool(((v.scale >= 0) & (v.scale < torch.inf)).all()):
         raise ValueError(f"{name}: expected finite scales >= 0")
     try:
-        checks.packed_data([v.packed.data], [v.shape], [v.bits], v.packed.layout)
+        checks.packed_data([v.packed.data], [v.shape], [v.packed.bits], v.packed.layout)
     except (TypeError, ValueError) as e:
         raise ValueError(f"{name}: {e}") from e

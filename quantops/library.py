@@ -3,8 +3,8 @@
 Every op takes a list of weights; a single weight is a list of one. In all schemas: the weights of a list share dtype
 and device; ``scale`` holds one contiguous tensor per weight, with one element or one per row (dim 0), of the
 arithmetic dtype (float64 for float64 weights, else float32); ``bits`` and ``k`` are int32 tensors on the weights'
-device with one element per weight; per-weight sums come back as one tensor with an element per weight. ``full``
-chooses the full grid over the dyadic one. ``covered`` promises that every weight is inside its scale (the scale is
+device with one element per weight; per-weight sums come back as one tensor with an element per weight. ``grid``
+and ``rule`` count in GRIDS and RULES of the reference. ``covered`` promises that every weight is inside its scale (the scale is
 max|w|): the backward is then the identity but for the penalty.
 
 Of the categorical ops: ``alpha`` and ``sigma`` are like ``scale``, with equally many elements; ``gates`` holds a tensor
@@ -33,22 +33,22 @@ OPS = {
     "uniform": {
         "absmax": "(Tensor[] w, bool per_row) -> Tensor",
         "absmean": "(Tensor[] w, bool per_row) -> Tensor",
-        "round_clamp": "(Tensor[] w, Tensor[] scale, Tensor bits, bool full, bool signed, bool covered, "
+        "round_clamp": "(Tensor[] w, Tensor[] scale, Tensor bits, int grid, bool signed, bool covered, "
         "ScalarType dtype) -> Tensor[]",
-        "round_clamp_out": "(Tensor[] w, Tensor[] scale, Tensor bits, bool full, bool signed, Tensor(a!)[] q) -> ()",
-        "msq": "(Tensor[] w, Tensor[] scale, Tensor bits, Tensor k, bool full, bool covered, ScalarType dtype) -> "
+        "round_clamp_out": "(Tensor[] w, Tensor[] scale, Tensor bits, int grid, bool signed, Tensor(a!)[] q) -> ()",
+        "msq": "(Tensor[] w, Tensor[] scale, Tensor bits, Tensor k, int grid, bool covered, ScalarType dtype) -> "
         "(Tensor[] q, Tensor penalty, Tensor nonzero, Tensor sq_error)",
-        "msq_out": "(Tensor[] w, Tensor[] scale, Tensor bits, Tensor k, bool full, Tensor(a!)[] q, "
+        "msq_out": "(Tensor[] w, Tensor[] scale, Tensor bits, Tensor k, int grid, Tensor(a!)[] q, "
         "Tensor(b!) penalty, Tensor(c!) nonzero, Tensor(d!) sq_error) -> ()",
-        "lsb": "(Tensor[] w, Tensor[] scale, Tensor bits, Tensor k) -> Tensor[]",
-        "lsb_stats": "(Tensor[] w, Tensor[] scale, Tensor bits, Tensor k, bool full, bool covered) -> "
+        "lsb": "(Tensor[] w, Tensor[] scale, Tensor bits, Tensor k, int grid) -> Tensor[]",
+        "lsb_stats": "(Tensor[] w, Tensor[] scale, Tensor bits, Tensor k, int grid, bool covered) -> "
         "(Tensor penalty, Tensor nonzero, Tensor sq_error)",
         "uniform_backward": "(Tensor[] grad, Tensor? grad_penalty, Tensor[] w, Tensor[] scale, Tensor bits, Tensor k, "
-        "bool full, bool signed, bool scale_grad) -> (Tensor[] grad_w, Tensor[] grad_scale)",
-        "add_lsb_grad_": "(Tensor(a!)[] grad, Tensor[] w, Tensor[] scale, Tensor bits, Tensor k, Tensor strength) "
-        "-> ()",
-        "encode": "(Tensor[] w, Tensor[] scale, Tensor bits, int rule, bool signed) -> Tensor[]",
-        "decode": "(Tensor[] codes, Tensor[] scale, Tensor bits, bool full, bool signed, ScalarType dtype) -> "
+        "int grid, bool signed, bool scale_grad) -> (Tensor[] grad_w, Tensor[] grad_scale)",
+        "add_lsb_grad_": "(Tensor(a!)[] grad, Tensor[] w, Tensor[] scale, Tensor bits, Tensor k, int grid, "
+        "Tensor strength) -> ()",
+        "encode": "(Tensor[] w, Tensor[] scale, Tensor bits, int rule, int grid, bool signed) -> Tensor[]",
+        "decode": "(Tensor[] codes, Tensor[] scale, Tensor bits, int grid, bool signed, ScalarType dtype) -> "
         "Tensor[]",
     },
     # bits: (widths, weights). Lists of q and of their gradients run width by width: that of width j of weight i is
@@ -67,7 +67,7 @@ OPS = {
         "pack": "(Tensor[] codes, int[] bits, int layout) -> Tensor[]",
         "unpack": "(Tensor[] data, SymInt[] sizes, int[] dims, int[] stored, Tensor bits, int layout) -> Tensor[]",
         "decode_packed": "(Tensor[] data, SymInt[] sizes, int[] dims, int[] stored, Tensor[] scale, Tensor bits, "
-        "int layout, bool full, bool signed, ScalarType dtype) -> Tensor[]",
+        "int layout, int grid, bool signed, ScalarType dtype) -> Tensor[]",
     },
     "categorical": {
         "categorical": "(Tensor[] x, Tensor[] alpha, Tensor[] sigma, Tensor bits, Tensor[] gates, Tensor? seed, "
@@ -191,52 +191,52 @@ def _fake_absmean(w, per_row):
 
 
 @_fake
-def _fake_round_clamp(w, scale, bits, full, signed, covered, dtype):
+def _fake_round_clamp(w, scale, bits, grid, signed, covered, dtype):
     return [empty_like(t, dtype) for t in w]
 
 
 @_fake
-def _fake_round_clamp_out(w, scale, bits, full, signed, q):
+def _fake_round_clamp_out(w, scale, bits, grid, signed, q):
     return None
 
 
 @_fake
-def _fake_msq(w, scale, bits, k, full, covered, dtype):
+def _fake_msq(w, scale, bits, k, grid, covered, dtype):
     return [empty_like(t, dtype) for t in w], *_sums(w)
 
 
 @_fake
-def _fake_msq_out(w, scale, bits, k, full, q, penalty, nonzero, sq_error):
+def _fake_msq_out(w, scale, bits, k, grid, q, penalty, nonzero, sq_error):
     return None
 
 
 @_fake
-def _fake_lsb(w, scale, bits, k):
+def _fake_lsb(w, scale, bits, k, grid):
     return [empty_like(t, torch.int32) for t in w]
 
 
 @_fake
-def _fake_lsb_stats(w, scale, bits, k, full, covered):
+def _fake_lsb_stats(w, scale, bits, k, grid, covered):
     return _sums(w)
 
 
 @_fake
-def _fake_uniform_backward(grad, grad_penalty, w, scale, bits, k, full, signed, scale_grad):
+def _fake_uniform_backward(grad, grad_penalty, w, scale, bits, k, grid, signed, scale_grad):
     return [empty_like(t, t.dtype) for t in w], [torch.empty_like(s) for s in scale] if scale_grad else []
 
 
 @_fake
-def _fake_add_lsb_grad_(grad, w, scale, bits, k, strength):
+def _fake_add_lsb_grad_(grad, w, scale, bits, k, grid, strength):
     return None
 
 
 @_fake
-def _fake_encode(w, scale, bits, rule, signed):
+def _fake_encode(w, scale, bits, rule, grid, signed):
     return [empty_like(t, torch.int32) for t in w]
 
 
 @_fake
-def _fake_decode(codes, scale, bits, full, signed, dtype):
+def _fake_decode(codes, scale, bits, grid, signed, dtype):
     return [empty_like(c, dtype) for c in codes]
 
 
@@ -262,7 +262,7 @@ def _fake_unpack(data, sizes, dims, stored, bits, layout):
 
 
 @_fake
-def _fake_decode_packed(data, sizes, dims, stored, scale, bits, layout, full, signed, dtype):
+def _fake_decode_packed(data, sizes, dims, stored, scale, bits, layout, grid, signed, dtype):
     return [d.new_empty(shape, dtype=dtype) for d, shape in zip(data, split_shapes(sizes, dims))]
 
 

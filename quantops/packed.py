@@ -88,6 +88,7 @@ def unpack(packed, bits=None):
 def decode(packed, scale, bits=None, *, grid=None, signed=True, out_dtype=None):
     """Weights of each packed tensor, see :func:`quantops.decode`."""
     shared, layout = _arguments(packed)
-    m = checks.bits_of_stored(bits, shared[-1], shared[0])
+    grid = checks.grid_index(grid, signed)
+    m = checks.bits_of_stored(bits, shared[-1], shared[0], grid)
     scale, dtype = checks.decode_scales(scale, packed, out_dtype)
-    return ops.decode_packed(*shared, scale, m, layout, checks.full_grid(grid), signed, dtype)
+    return ops.decode_packed(*shared, scale, m, layout, grid, signed, dtype)

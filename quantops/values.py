@@ -5,9 +5,10 @@ import torch
 
 from quantops.reference.activation import LEAST_SCALE, MOST_SCALE
 from quantops.reference.categorical import GRADS, MAX_SOFT_BITS, MODES
-from quantops.reference.uniform import MAX_BITS
+from quantops.reference.uniform import GRIDS, MAX_BITS, most_bits
 
 
+<<<<<<< HEAD
 def _readable(t):
     """Whether reading costs nothing: a tensor with values, on the CPU, and not one that is being traced."""
     return t.device.type == "cpu" and type(t) in (torch.Tensor, torch.nn.Parameter)
@@ -16,11 +17,17 @@ def _readable(t):
 def check_values(scale, bits, k=None):
     """Bit-widths, numbers of LSBs and scales."""
     if not _readable(bits):
+=======
+def check_values(scale, bits, k=None, grid=0):
+    """Bit-widths, numbers of LSBs and scales."""
+    most = most_bits(GRIDS[grid])
+    if bits.device.type != "cpu":
+>>>>>>> 361de1a (Add the sign grid to family uniform; ops take a grid, not a flag)
         return
     n = bits.reshape(-1).tolist()
     for i, v in enumerate(n):
-        if not 0 <= v <= MAX_BITS:
-            raise ValueError(f"bits[{i}]: expected 0..{MAX_BITS}, got {v}")
+        if not 0 <= v <= most:
+            raise ValueError(f"bits[{i}]: expected 0..{most}, got {v}")
     for i, v in enumerate([] if k is None else k.reshape(-1).tolist()):
         if v and not 1 <= v < n[i]:
             raise ValueError(f"k[{i}]: expected 1 <= k < bits = {n[i]} (or 0 for no LSBs), got {v}")

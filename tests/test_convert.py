@@ -131,7 +131,7 @@ def test_twice_and_compiled_and_wrong_config_are_errors():
 @pytest.mark.parametrize("options, text", [
     ({"bits": 17}, "bits: expected an integer 0..16, got 17"), ({"bits": -1}, "bits: .*got -1"),
     ({"bits": 8.0}, "bits: .*got 8.0"), ({"bits": True}, "bits: .*got True"), ({"bits": 2, "k": 2}, "k < bits = 2"),
-    ({"k": -1}, "k: .*got -1"), ({"grid": "even"}, "grid: expected one of 'dyadic', 'full', got 'even'"),
+    ({"k": -1}, "k: .*got -1"), ({"grid": "even"}, "grid: expected one of 'dyadic', 'full', 'sign', got 'even'"),
     ({"scale": "max"}, "scale: expected 'absmax' or a positive number .*'max'"), ({"scale": 0}, "scale: .*got 0"),
     ({"scale": True}, "scale: .*True"), ({"per_row": 1}, "per_row: "),
     ({"penalty": "l2"}, "penalty: expected one of 'loss', 'decoupled'"),
@@ -264,17 +264,19 @@ def test_pickling_is_refused_by_torch_but_the_group_pickles():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("grid", ["dyadic", "full"])
+@pytest.mark.parametrize("grid", ["dyadic", "full", "sign"])
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("scale", ["absmax", 1.5])
 def test_dequantize_is_the_training_forward_bit_for_bit(dtype, grid, per_row, scale):
-    for bits in (0, 1, 2, 5, 8, 9, 16):
+    for bits in (0, 1, 2, 5, 7, 8, 9, 15 if grid == "sign" else 16):
         model = quantize_(net(dtype), MSQConfig(bits=bits, k=0, grid=grid, per_row=per_row, scale=scale))
         weights = to_int(model)
         assert list(weights) == ["0.weight", "3.weight", "5.weight", "6.weight"]
         for name, v in weights.items():
             q = model[int(name[0])].weight
-            assert v.codes.dtype == (torch.uint8 if bits <= 8 else torch.int32) and v.dtype == dtype
+            stored = bits + (grid == "sign" and bits > 0)
+            assert v.codes.dtype == (torch.uint8 if stored <= 8 else torch.int32) and v.dtype == dtype
+            assert (v.bits, v.packed.bits) == (bits, stored)
             assert v.scale.shape == ((q.shape[0],) if per_row else ())
             assert torch.equal(v.dequantize(), q) and v.dequantize().dtype == q.dtype
 
@@ -330,11 +332,11 @@ def test_a_file_costs_its_bits_and_a_header(tmp_path):
 
 
 @needs_safetensors
-@pytest.mark.parametrize("rule, grid", [("round_clamp", "dyadic"), ("floor", "full")])
+@pytest.mark.parametrize("rule, grid", [("round_clamp", "dyadic"), ("floor", "full"), ("round_clamp", "sign")])
 def test_a_file_opens_at_any_lower_precision(tmp_path, rule, grid):
     w, path = torch.randn(24, 50), tmp_path / "w.safetensors"
     scale = quantops.absmax(w)
-    codes = {name: quantops.encode(w, scale, n, rule=rule) for name, n in (("a", 8), ("b", 3), ("c", 0))}
+    codes = {name: quantops.encode(w, scale, n, rule=rule, grid=grid) for name, n in (("a", 8), ("b", 3), ("c", 0))}
     weights = {name: IntWeight.from_codes(c, scale, n, grid=grid) for (name, c), n in zip(codes.items(), (8, 3, 0))}
     save_int(weights, path)
     for m in range(9):
@@ -342,8 +344,9 @@ def test_a_file_opens_at_any_lower_precision(tmp_path, rule, grid):
         for name, v in opened.items():
             n = weights[name].bits
             least = min(m, n)
-            want = quantops.reference.decode(codes[name] >> (n - least), scale, least, grid=grid)
-            assert v.bits == least and torch.equal(v.codes.int(), codes[name] >> (n - least))
+            cut = codes[name] >> (n - least) if least else torch.zeros_like(codes[name])
+            want = quantops.reference.decode(cut, scale, least, grid=grid)
+            assert v.bits == least and torch.equal(v.codes.int(), cut)
             for q in (v.dequantize(), weights[name].at(least).dequantize(), weights[name].dequantize(least)):
                 assert torch.equal(q, want)
     if rule == "floor":  # the codes of a narrower weight are those of the wider one, cut

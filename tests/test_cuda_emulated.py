@@ -10,6 +10,7 @@ import pytest
 from emulation import DTYPES, Program, close, exact, laid_out_like, raises
 
 program = Program(__file__, "uniform", "truncate")
+GRIDS = ("dyadic", "full", "sign")
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +21,11 @@ def results(tmp_path_factory):
 # ------------------------------------------------------------------------------ what runs in the process of its own
 
 
-def _bits(count, shift, low=0):
+def _bits(count, shift, grid="full"):
     """(bits, k) that take all values in turn: every width with every k."""
     import torch
 
-    pairs = [(n, k) for n in range(low, 17) for k in ([0] if n < 2 else range(1, n))]
+    pairs = [(n, k) for n in range(16 if grid == "sign" else 17) for k in ([0] if n < 2 else range(1, n))]
     chosen = [pairs[(shift * 7 + i * 11) % len(pairs)] for i in range(count)]
     return [torch.tensor(v, dtype=torch.int32) for v in zip(*chosen)]
 
@@ -61,17 +62,18 @@ def round_clamp():
     import torch
 
     from quantops import reference
-    for case, (dtype, per_row, full, signed) in enumerate(itertools.product(
-            DTYPES, (False, True), (False, True), (False, True))):
+    for case, (dtype, per_row, grid, signed) in enumerate(itertools.product(
+            DTYPES, (False, True), GRIDS, (False, True))):
+        if grid == "sign" and not signed:
+            continue
         w, s = _weights(dtype, per_row)
-        bits, _ = _bits(len(w), case)
+        bits, _ = _bits(len(w), case, grid)
         for out in DTYPES:
             out = getattr(torch, out)
-            q = torch.ops.quantops.round_clamp(w, s, bits, full, signed, False, out)
+            q = torch.ops.quantops.round_clamp(w, s, bits, GRIDS.index(grid), signed, False, out)
             for i, t in enumerate(w):
-                want = reference.round_clamp(t, s[i], bits[i], signed=signed, grid="full" if full else "dyadic",
-                                             out_dtype=out)
-                exact(q[i], want, f"{dtype} to {out} full={full} signed={signed} bits={bits[i]} w[{i}]")
+                want = reference.round_clamp(t, s[i], bits[i], signed=signed, grid=grid, out_dtype=out)
+                exact(q[i], want, f"{dtype} to {out} {grid} signed={signed} bits={bits[i]} w[{i}]")
                 laid_out_like(q[i], t)
 
 
@@ -81,23 +83,23 @@ def msq_and_its_sums():
 
     from quantops import reference
     ops = torch.ops.quantops
-    for case, (dtype, per_row, full) in enumerate(itertools.product(DTYPES, (False, True), (False, True))):
+    for case, (dtype, per_row, grid) in enumerate(itertools.product(DTYPES, (False, True), GRIDS)):
         w, s = _weights(dtype, per_row)
-        bits, k = _bits(len(w), case)
-        want = [reference.msq(*a, grid="full" if full else "dyadic") for a in zip(w, s, bits, k)]
+        bits, k = _bits(len(w), case, grid)
+        want = [reference.msq(*a, grid=grid) for a in zip(w, s, bits, k)]
         for out in DTYPES:
             out = getattr(torch, out)
-            q, *sums = ops.msq(w, s, bits, k, full, False, out)
+            q, *sums = ops.msq(w, s, bits, k, GRIDS.index(grid), False, out)
             for i, t in enumerate(w):
-                what = f"{dtype} to {out} full={full} bits={bits[i]} k={k[i]} w[{i}]"
+                what = f"{dtype} to {out} {grid} bits={bits[i]} k={k[i]} w[{i}]"
                 value = want[i][0] if out == t.dtype else reference.round_clamp(
-                    t, s[i], bits[i], grid="full" if full else "dyadic", out_dtype=out)
+                    t, s[i], bits[i], grid=grid, out_dtype=out)
                 exact(q[i], value, what)
                 laid_out_like(q[i], t)
                 close(sums[0][i], want[i][1], f"penalty {what}")
                 exact(sums[1][i], want[i][2], f"nonzero {what}")
                 close(sums[2][i], want[i][3], f"sq_error {what}")
-        for again, first in zip(ops.lsb_stats(w, s, bits, k, full, False), sums):
+        for again, first in zip(ops.lsb_stats(w, s, bits, k, GRIDS.index(grid), False), sums):
             close(again, first, "lsb_stats")
 
 
@@ -107,19 +109,27 @@ def every_width_and_k():
 
     from quantops import reference
     pairs = [(n, k) for n in range(17) for k in range(max(n, 1))]
+    for grid in GRIDS:
+        _every_width_and_k([p for p in pairs if p[0] <= reference.uniform.most_bits(grid)], grid)
+
+
+def _every_width_and_k(pairs, grid):
+    import torch
+
+    from quantops import reference
     bits, k = (torch.tensor(v, dtype=torch.int32) for v in zip(*pairs))
     edges = torch.arange(-512, 513).div(512)  # every bin edge of every narrow width
-    w = [torch.cat([edges, torch.randn(41) * 0.4]) for _ in pairs]
+    w = [torch.cat([edges, torch.randn(41) * 0.4, torch.tensor([0.0, -0.0, torch.nan])]) for _ in pairs]
     s = [torch.tensor(1.0)] * len(w)
-    b = torch.ops.quantops.lsb(w, s, bits, k)
-    q, penalty, nonzero, sq_error = torch.ops.quantops.msq(w, s, bits, k, False, False, torch.float32)
+    b = torch.ops.quantops.lsb(w, s, bits, k, GRIDS.index(grid))
+    q, penalty, nonzero, sq_error = torch.ops.quantops.msq(w, s, bits, k, GRIDS.index(grid), False, torch.float32)
     for i in range(len(w)):
-        exact(b[i], reference.lsb(w[i], s[i], bits[i], k[i]), f"lsb {pairs[i]}")
-        want = reference.msq(w[i], s[i], bits[i], k[i])
-        exact(q[i], want[0], f"q {pairs[i]}")
-        close(penalty[i], want[1], f"penalty {pairs[i]}")
-        exact(nonzero[i], want[2], f"nonzero {pairs[i]}")
-        close(sq_error[i], want[3], f"sq_error {pairs[i]}")
+        exact(b[i], reference.lsb(w[i], s[i], bits[i], k[i], grid=grid), f"lsb {grid} {pairs[i]}")
+        want = reference.msq(w[i], s[i], bits[i], k[i], grid=grid)
+        exact(q[i], want[0], f"q {grid} {pairs[i]}")
+        close(penalty[i], want[1], f"penalty {grid} {pairs[i]}")
+        exact(nonzero[i], want[2], f"nonzero {grid} {pairs[i]}")
+        close(sq_error[i], want[3], f"sq_error {grid} {pairs[i]}")
 
 
 @program.check
@@ -127,11 +137,12 @@ def lsb():
     import torch
 
     from quantops import reference
-    for case, (dtype, per_row) in enumerate(itertools.product(DTYPES, (False, True))):
+    for case, (dtype, per_row, grid) in enumerate(itertools.product(DTYPES, (False, True), ("dyadic", "sign"))):
         w, s = _weights(dtype, per_row)
-        bits, k = _bits(len(w), case)
-        for i, b in enumerate(torch.ops.quantops.lsb(w, s, bits, k)):
-            exact(b, reference.lsb(w[i], s[i], bits[i], k[i]), f"{dtype} bits={bits[i]} k={k[i]} w[{i}]")
+        bits, k = _bits(len(w), case, grid)
+        for i, b in enumerate(torch.ops.quantops.lsb(w, s, bits, k, GRIDS.index(grid))):
+            want = reference.lsb(w[i], s[i], bits[i], k[i], grid=grid)
+            exact(b, want, f"{dtype} {grid} bits={bits[i]} k={k[i]} w[{i}]")
             laid_out_like(b, w[i])
 
 
@@ -140,23 +151,23 @@ def encode_and_decode():
     import torch
 
     from quantops import reference
-    for case, (dtype, per_row, signed, rule) in enumerate(itertools.product(
-            DTYPES, (False, True), (False, True), range(3))):
+    kinds = [(signed, rule, None) for signed in (False, True) for rule in range(3)] + [(True, 0, "sign")]
+    for case, (dtype, per_row, (signed, rule, sign)) in enumerate(itertools.product(DTYPES, (False, True), kinds)):
         w, s = _weights(dtype, per_row)
-        bits, _ = _bits(len(w), case)
-        codes = torch.ops.quantops.encode(w, s, bits, rule, signed)
+        bits, _ = _bits(len(w), case, sign)
+        codes = torch.ops.quantops.encode(w, s, bits, rule, GRIDS.index(sign or "full"), signed)
         for i, c in enumerate(codes):
-            want = reference.encode(w[i], s[i], bits[i], rule=reference.uniform.RULES[rule], signed=signed)
-            exact(c, want, f"encode {dtype} rule={rule} signed={signed} bits={bits[i]} w[{i}]")
+            want = reference.encode(w[i], s[i], bits[i], rule=reference.uniform.RULES[rule], grid=sign, signed=signed)
+            exact(c, want, f"encode {dtype} rule={rule} {sign} signed={signed} bits={bits[i]} w[{i}]")
             laid_out_like(c, w[i])
             if c.numel() > 2:
                 c.view(-1).select(0, 0).fill_([-1, 2**16, 2**31 - 1, -(2**31)][i % 4]) if c.is_contiguous() else None
         for j, out in enumerate(DTYPES):
-            out, full = getattr(torch, out), (case + case // 2 + j) % 2 == 0
-            q = torch.ops.quantops.decode(codes, s, bits, full, signed, out)
+            out, grid = getattr(torch, out), sign or GRIDS[(case + case // 2 + j) % 2]
+            q = torch.ops.quantops.decode(codes, s, bits, GRIDS.index(grid), signed, out)
             for i, c in enumerate(codes):
-                want = reference.decode(c, s[i], bits[i], grid="full" if full else "dyadic", signed=signed, dtype=out)
-                exact(q[i], want, f"decode {dtype} to {out} full={full} signed={signed} bits={bits[i]} codes[{i}]")
+                want = reference.decode(c, s[i], bits[i], grid=grid, signed=signed, dtype=out)
+                exact(q[i], want, f"decode {dtype} to {out} {grid} signed={signed} bits={bits[i]} codes[{i}]")
                 laid_out_like(q[i], c)
 
 
@@ -173,26 +184,26 @@ def backward():
         for grad_dtype, penalty, scale_grad in (*itertools.product(DTYPES, (False, True), (False, True)),
                                                 (None, True, False), (None, True, True)):
             case += 1
-            full, signed = case % 2 == 0, penalty or case % 3 > 0  # LSBs are those of signed weights
-            bits, k = _bits(len(w), case)
+            grid = GRIDS[case % 3]
+            signed = penalty or grid == "sign" or case % 4 > 0  # LSBs are those of signed weights
+            bits, k = _bits(len(w), case, grid)
             grad = []
             if grad_dtype:
                 grad = [torch.randn(t.shape).to(getattr(torch, grad_dtype)) for t in w]
                 grad[0] = torch.randn(()).to(grad[0].dtype).expand(w[0].shape)  # the gradient of a sum
                 grad[-1].view(-1)[::5] = torch.tensor(float("nan"))
             gw, gs = torch.ops.quantops.uniform_backward(
-                grad, r if penalty else None, w, s, bits, k, full, signed, scale_grad)
+                grad, r if penalty else None, w, s, bits, k, GRIDS.index(grid), signed, scale_grad)
             assert len(gs) == (len(w) if scale_grad else 0)
             for i, t in enumerate(w):
-                what = f"{dtype} grad {grad_dtype} r={penalty} full={full} signed={signed} bits={bits[i]} w[{i}]"
+                what = f"{dtype} grad {grad_dtype} r={penalty} {grid} signed={signed} bits={bits[i]} w[{i}]"
                 want_w, _ = reference.uniform_backward(
                     grad[i] if grad else None, r[i] if penalty else None, t, s[i], bits[i], k[i],
-                    grid="full" if full else "dyadic", signed=signed)
+                    grid=grid, signed=signed)
                 exact(gw[i], want_w, what)
                 laid_out_like(gw[i], t)
                 if scale_grad:
-                    cases.check_scale_grad(gs[i], grad[i] if grad else None, t, s[i], bits[i],
-                                           "full" if full else "dyadic", signed, what)
+                    cases.check_scale_grad(gs[i], grad[i] if grad else None, t, s[i], bits[i], grid, signed, what)
 
 
 @program.check
@@ -200,17 +211,17 @@ def add_lsb_grad():
     import torch
 
     from quantops import reference
-    for case, (dtype, per_row) in enumerate(itertools.product(DTYPES, (False, True))):
+    for case, (dtype, per_row, grid) in enumerate(itertools.product(DTYPES, (False, True), ("dyadic", "sign"))):
         w, s = _weights(dtype, per_row)
         w = [t.contiguous() if not t.is_contiguous() and t.dim() == 2 else t for t in w]
-        bits, k = _bits(len(w), case)
+        bits, k = _bits(len(w), case, grid)
         for strength in (0.0, 0.37, -1e30, float("inf")):
             strength = torch.tensor(strength, dtype=s[0].dtype)
             grad = [torch.empty_like(t).copy_(torch.randn(t.shape)) for t in w]
-            want = [reference.add_lsb_grad(g, strength, *a) for g, *a in zip(grad, w, s, bits, k)]
-            torch.ops.quantops.add_lsb_grad_(grad, w, s, bits, k, strength)
+            want = [reference.add_lsb_grad(g, strength, *a, grid=grid) for g, *a in zip(grad, w, s, bits, k)]
+            torch.ops.quantops.add_lsb_grad_(grad, w, s, bits, k, GRIDS.index(grid), strength)
             for i, g in enumerate(grad):
-                exact(g, want[i], f"{dtype} strength={strength} bits={bits[i]} k={k[i]} w[{i}]")
+                exact(g, want[i], f"{dtype} {grid} strength={strength} bits={bits[i]} k={k[i]} w[{i}]")
 
 
 @program.check
@@ -226,8 +237,8 @@ def unaligned_memory_and_its_neighbours():
             q, s, bits = memory[at_q:at_q + size], torch.ones((), dtype=torch.promote_types(w_dtype, torch.float32)), 5
             bits = torch.tensor([bits], dtype=torch.int32)
             sums = [torch.empty(1, dtype=t) for t in (s.dtype, torch.int64, s.dtype)]
-            for run in (lambda: torch.ops.quantops.round_clamp_out([w], [s], bits, False, True, [q]),
-                        lambda: torch.ops.quantops.msq_out([w], [s], bits, bits // 2, False, [q], *sums)):
+            for run in (lambda: torch.ops.quantops.round_clamp_out([w], [s], bits, 0, True, [q]),
+                        lambda: torch.ops.quantops.msq_out([w], [s], bits, bits // 2, 0, [q], *sums)):
                 q.fill_(float("nan"))
                 run()
                 what = f"{w_dtype} at {at_w} to {q_dtype} at {at_q}, {size}"
@@ -249,9 +260,9 @@ def rows_of_every_length():
             (1, 2, 37), (1, 3, 8, 27, 32, 147, 1023, 1024, 1025, 3000))]
         s = [t.float().abs().amax(1) * 0.8 for t in w]
         bits, k = _bits(len(w), 3)
-        q, *sums = torch.ops.quantops.msq(w, s, bits, k, True, False, dtype)
+        q, *sums = torch.ops.quantops.msq(w, s, bits, k, 1, False, dtype)
         grad = [torch.randn(t.shape).to(dtype) for t in w]
-        gw, gs = torch.ops.quantops.uniform_backward(grad, None, w, s, bits, k, True, True, True)
+        gw, gs = torch.ops.quantops.uniform_backward(grad, None, w, s, bits, k, 1, True, True)
         for i, t in enumerate(w):
             want = reference.msq(t, s[i], bits[i], k[i], grid="full")
             exact(q[i], want[0], f"q {t.shape}")
@@ -274,7 +285,7 @@ def long_lists():
         s = [t.abs().amax() if t.numel() else torch.tensor(1.0) for t in w]
         absmax = torch.ops.quantops.absmax(w, False)
         bits, k = _bits(count, 1)
-        q, *sums = torch.ops.quantops.msq(w, s, bits, k, False, False, torch.float32)
+        q, *sums = torch.ops.quantops.msq(w, s, bits, k, 0, False, torch.float32)
         for i, t in enumerate(w):
             exact(absmax[i], reference.absmax(t), f"absmax w[{i}] of {count}")
             want = reference.msq(t, s[i], bits[i], k[i])
@@ -293,14 +304,14 @@ def longer_segments():
     w = [torch.randn(size).bfloat16() for size in ((4_500_003,), (3, 70001), (5,))]
     s = list(torch.ops.quantops.absmax(w, False).unbind())
     bits, k = (torch.tensor(v, dtype=torch.int32) for v in ([4, 8, 3], [1, 2, 1]))
-    q, *sums = torch.ops.quantops.msq(w, s, bits, k, False, False, torch.bfloat16)
+    q, *sums = torch.ops.quantops.msq(w, s, bits, k, 0, False, torch.bfloat16)
     for i, t in enumerate(w):
         exact(s[i], reference.absmax(t), "absmax")
         want = reference.msq(t, s[i], bits[i], k[i])
         exact(q[i], want[0], f"q[{i}]")
         for got, value in zip(sums, want[1:]):
             close(got[i], value, f"sums of w[{i}]")
-    for a, b in zip(sums, torch.ops.quantops.lsb_stats(w, s, bits, k, False, False)):
+    for a, b in zip(sums, torch.ops.quantops.lsb_stats(w, s, bits, k, 0, False)):
         exact(a, b, "the same sums again")
 
 
@@ -321,12 +332,12 @@ def values_out_of_range():
             s = [torch.ones(shape[0] if per_row else 1) for _ in bad]
             for t, b in zip(s, bad):
                 t[-1:] = b[2]
-            q, *sums = ops.msq(w, s, bits, k, False, False, torch.float32)
-            b, c = ops.lsb(w, s, bits, k), ops.encode(w, s, bits, 0, True)
-            d = ops.decode([torch.ones_like(t, dtype=torch.int32) for t in w], s, bits, False, True, torch.float32)
+            q, *sums = ops.msq(w, s, bits, k, 0, False, torch.float32)
+            b, c = ops.lsb(w, s, bits, k, 0), ops.encode(w, s, bits, 0, 0, True)
+            d = ops.decode([torch.ones_like(t, dtype=torch.int32) for t in w], s, bits, 0, True, torch.float32)
             grad = [torch.randn(shape) for _ in bad]
-            gw, gs = ops.uniform_backward(grad, torch.ones(len(w)), w, s, bits, k, False, True, True)
-            ops.add_lsb_grad_(added := [g.clone() for g in grad], w, s, bits, k, torch.tensor(0.5))
+            gw, gs = ops.uniform_backward(grad, torch.ones(len(w)), w, s, bits, k, 0, True, True)
+            ops.add_lsb_grad_(added := [g.clone() for g in grad], w, s, bits, k, 0, torch.tensor(0.5))
             for i, (t, what) in enumerate(zip(w, bad)):
                 want = reference.msq(t, s[i], bits[i], k[i])
                 what = f"{what} {shape} per_row={per_row}"
@@ -354,38 +365,41 @@ def errors():
     f32 = torch.float32
 
     def out(q, penalty=torch.empty(1)):
-        return ops.msq_out(w, s, n, n, False, q, penalty, torch.empty(1, dtype=torch.int64), torch.empty(1))
+        return ops.msq_out(w, s, n, n, 0, q, penalty, torch.empty(1, dtype=torch.int64), torch.empty(1))
 
     raises({
         "w: expected dtype float32": lambda: ops.absmax([w[0].int()], False),
         "w: expected one dtype, got float32 in entry 0 and float64": lambda: ops.absmax([w[0], w[0].double()], False),
         "w: expected at least one dimension": lambda: ops.absmax([torch.tensor(1.0)], True),
-        "scale: expected a list with one entry per weight (1), got 2": lambda: ops.lsb(w, s * 2, n, n),
-        "scale: expected dtype float32, got float64": lambda: ops.lsb(w, [s[0].double()], n, n),
-        "scale: expected one element or one per row (4)": lambda: ops.lsb(w, [torch.ones(6)], n, n),
-        "scale: expected a contiguous tensor": lambda: ops.lsb(w, [torch.ones(8)[::2]], n, n),
-        "bits: expected dtype int32, got int64": lambda: ops.encode(w, s, n.long(), 0, True),
-        "bits: expected 1 element, got shape (2,)": lambda: ops.encode(w, s, n.repeat(2), 0, True),
+        "scale: expected a list with one entry per weight (1), got 2": lambda: ops.lsb(w, s * 2, n, n, 0),
+        "scale: expected dtype float32, got float64": lambda: ops.lsb(w, [s[0].double()], n, n, 0),
+        "scale: expected one element or one per row (4)": lambda: ops.lsb(w, [torch.ones(6)], n, n, 0),
+        "scale: expected a contiguous tensor": lambda: ops.lsb(w, [torch.ones(8)[::2]], n, n, 0),
+        "bits: expected dtype int32, got int64": lambda: ops.encode(w, s, n.long(), 0, 0, True),
+        "bits: expected 1 element, got shape (2,)": lambda: ops.encode(w, s, n.repeat(2), 0, 0, True),
         "bits: expected device cpu, where the weights are, got meta":
             lambda: torch.ops.quantops.encode.default.redispatch(
-                torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), w, s, n.to("meta"), 0, True),
-        "k: expected 1 element": lambda: ops.lsb(w, s, n, n.repeat(3)),
-        "rule: expected 0..2, got 3": lambda: ops.encode(w, s, n, 3, True),
-        "dtype: expected float32": lambda: ops.round_clamp(w, s, n, False, True, False, torch.int32),
-        "codes: expected dtype int32, got float32": lambda: ops.decode(w, s, n, False, True, f32),
+                torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), w, s, n.to("meta"), 0, 0, True),
+        "k: expected 1 element": lambda: ops.lsb(w, s, n, n.repeat(3), 0),
+        "rule: expected 0..2, got 3": lambda: ops.encode(w, s, n, 3, 0, True),
+        "grid: expected 0..2, got 3": lambda: ops.lsb(w, s, n, n, 3),
+        "grid: expected 'dyadic' or 'full' for unsigned values": lambda: ops.round_clamp(w, s, n, 2, False, False, f32),
+        "rule: expected 'round_clamp' on the sign grid, got 1": lambda: ops.encode(w, s, n, 1, 2, True),
+        "dtype: expected float32": lambda: ops.round_clamp(w, s, n, 0, True, False, torch.int32),
+        "codes: expected dtype int32, got float32": lambda: ops.decode(w, s, n, 0, True, f32),
         "q: expected a list with one entry per weight (1), got 2": lambda: out(w * 2),
         "q: expected the weight's shape (4, 6), got (6, 4)": lambda: out([torch.empty(6, 4)]),
         "q: expected a dense tensor with strides (6, 1), got (1, 4)": lambda: out([torch.empty(6, 4).t()]),
         "penalty: expected 1 element, got shape (2,)": lambda: out([torch.empty(4, 6)], torch.empty(2)),
         "grad: expected dtype float32, got float64":
-            lambda: ops.add_lsb_grad_([w[0].double()], w, s, n, n, torch.tensor(1.0)),
+            lambda: ops.add_lsb_grad_([w[0].double()], w, s, n, n, 0, torch.tensor(1.0)),
         "grad: expected a dense tensor with strides (6, 1)":
-            lambda: ops.add_lsb_grad_([torch.empty(6, 4).t()], w, s, n, n, torch.tensor(1.0)),
-        "strength: expected 1 element": lambda: ops.add_lsb_grad_([w[0].clone()], w, s, n, n, torch.ones(2)),
+            lambda: ops.add_lsb_grad_([torch.empty(6, 4).t()], w, s, n, n, 0, torch.tensor(1.0)),
+        "strength: expected 1 element": lambda: ops.add_lsb_grad_([w[0].clone()], w, s, n, n, 0, torch.ones(2)),
         "grad: expected the weight's shape (4, 6), got (5,)":
-            lambda: ops.uniform_backward([torch.ones(5)], None, w, s, n, n, False, True, False),
+            lambda: ops.uniform_backward([torch.ones(5)], None, w, s, n, n, 0, True, False),
         "grad_penalty: expected 1 element": lambda: ops.uniform_backward(
-            [], torch.ones(2), w, s, n, n, False, True, False),
+            [], torch.ones(2), w, s, n, n, 0, True, False),
     })
 
 

@@ -8,6 +8,7 @@ import pytest
 from emulation import Program, exact, raises
 
 LAYOUTS = ("planes", "dense")
+GRIDS = ("dyadic", "full", "sign")
 LENGTHS = (0, 1, 7, 8, 9, 63, 64, 65, 127, 128, 129, 1023, 1024, 1025, 2047, 3000, 70_007)
 ROWS = [1, 1, 7, 4, 3, 7, 16, 5, 127, 2, 43, 33, 8, 205, 23, 1000, 511]  # of these lengths, which they divide
 
@@ -54,23 +55,25 @@ def values_of_every_dtype_and_scale():
     import torch
 
     from quantops import reference
-    for case, (n, (which, layout), per_row, full, signed) in enumerate(itertools.product(
-            (0, 1, 3, 4, 8, 11, 16), enumerate(LAYOUTS), (False, True), (False, True), (False, True))):
+    for case, (n, (which, layout), per_row, (grid, signed)) in enumerate(itertools.product(
+            (0, 1, 3, 4, 8, 11, 16), enumerate(LAYOUTS), (False, True),
+            (("dyadic", False), ("dyadic", True), ("full", False), ("full", True), ("sign", True)))):
+        sign = grid == "sign" and n > 0  # the first bit of a code
         codes = _codes(n)
         rows = [r if per_row and len(c) else 1 for c, r in zip(codes, ROWS)]
         codes = [c.view(r, -1) for c, r in zip(codes, rows)]
         data = torch.ops.quantops.pack(codes, [n] * len(codes), which)
         sizes = [size for c in codes for size in c.shape]
-        m = [n if i % 3 == 0 else (i * 5 + case) % (n + 1) for i in range(len(codes))]
+        m = [n - sign if i % 3 == 0 else (i * 5 + case) % (n + 1 - sign) for i in range(len(codes))]
         acc = torch.float64 if case % 4 == 3 else torch.float32
         scale = [torch.rand(r, dtype=acc) * 2 for r in rows]
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             q = torch.ops.quantops.decode_packed(data, sizes, [2] * len(codes), [n] * len(codes), scale, _int32(m),
-                                                 which, full, signed, dtype)
+                                                 which, GRIDS.index(grid), signed, dtype)
             for i, c in enumerate(codes):
-                want = reference.decode(c >> (n - m[i]), scale[i], m[i], grid="full" if full else "dyadic",
-                                        signed=signed, dtype=dtype)
-                exact(q[i], want, f"{layout} n={n} m={m[i]} {dtype} full={full} signed={signed} codes[{i}]")
+                read = reference.uniform.code_bits(m[i], grid)
+                want = reference.decode(c >> (n - read), scale[i], m[i], grid=grid, signed=signed, dtype=dtype)
+                exact(q[i], want, f"{layout} n={n} m={m[i]} {dtype} {grid} signed={signed} codes[{i}]")
 
 
 @program.check
@@ -114,7 +117,7 @@ def reading_m_planes_touches_no_other():
         assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(data.data_ptr() + m * page), (4 - m) * page, 0) == 0
         shared = [data], [8 * page], [1], [4]
         exact(ops.unpack(*shared, _int32([m]), 0)[0], codes >> (4 - m), f"{m} planes")
-        ops.decode_packed(*shared, [torch.ones(())], _int32([m]), 0, True, True, torch.bfloat16)
+        ops.decode_packed(*shared, [torch.ones(())], _int32([m]), 0, 1, True, torch.bfloat16)
 
 
 @program.check
@@ -131,7 +134,7 @@ def values_out_of_range():
         data, m = ops.pack(codes, [n] * 5, which), _int32([n, n + 1, -1, 2**31 - 1, 0])
         u = ops.unpack(data, [1100] * 5, [1] * 5, [n] * 5, m, which)
         scale = [torch.ones(())] * 5
-        q = ops.decode_packed(data, [1100] * 5, [1] * 5, [n] * 5, scale, m, which, True, True, torch.float32)
+        q = ops.decode_packed(data, [1100] * 5, [1] * 5, [n] * 5, scale, m, which, 1, True, torch.float32)
         for i in range(5):
             valid = 0 <= m[i] <= n
             want = codes[i] >> (n - int(m[i])) if valid else torch.full_like(codes[i], reference.uniform.INVALID)
@@ -140,7 +143,7 @@ def values_out_of_range():
     nan = float("nan")
     for s in (nan, -1.0, float("inf")):
         scale = [torch.tensor([1.0, s])]
-        q = ops.decode_packed(ops.pack([_int32([1] * 40)], [2], 0), [2, 20], [2], [2], scale, _int32([2]), 0, False,
+        q = ops.decode_packed(ops.pack([_int32([1] * 40)], [2], 0), [2, 20], [2], [2], scale, _int32([2]), 0, 0,
                               True, torch.float32)[0]
         assert q[1].isnan().all() and not q[0].isnan().any()
 
@@ -154,7 +157,7 @@ def errors():
     d = ops.pack(c, [4], 0)
 
     def decode(d, scale, dtype):
-        return ops.decode_packed(d, [40], [1], [4], [scale], m, 0, False, True, dtype)
+        return ops.decode_packed(d, [40], [1], [4], [scale], m, 0, 0, True, dtype)
 
     raises({
         "codes: expected dtype int32, got int64": lambda: ops.pack([c[0].long()], [4], 0),

@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import quantops as Q
 from cases import same, scales, weights
-from quantops.reference.uniform import INVALID, RULES
+from quantops.reference.uniform import GRIDS, INVALID, RULES, code_bits
 
 BACKENDS = ("cuda", "triton")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -38,22 +38,24 @@ def results(device):
     """{(kind, name): list of tensors on CPU} of every op of the family."""
     ops, out = torch.ops.quantops, {}
     for dtype, per_row, grid in itertools.product(
-            (torch.float32, torch.bfloat16, torch.float16, torch.float64), (False, True), ("dyadic", "full")):
+            (torch.float32, torch.bfloat16, torch.float16, torch.float64), (False, True), GRIDS):
         w, s, g, n, k, r = _arguments(dtype, per_row, device)
+        sign = grid == "sign"
+        n, k = (n.clamp(max=15), k.clamp(max=14)) if sign else (n, k)
         key = f"{dtype} per_row={per_row} {grid}"
         msq = Q.foreach.msq(w, s, n, k, grid=grid)
-        codes = Q.foreach.encode(w, s, n)
-        back = ops.uniform_backward(g, r, w, s, n, k, grid == "full", True, True)
+        codes = Q.foreach.encode(w, s, n, grid=grid)
+        back = ops.uniform_backward(g, r, w, s, n, k, GRIDS.index(grid), True, True)
         found = {
-            "q": msq.q, "nonzero": [msq.nonzero], "B": Q.foreach.lsb(w, s, n, k), "grad_w": back[0],
-            "unsigned": Q.foreach.round_clamp(w, s, n, signed=False, grid=grid), "absmax": Q.foreach.absmax(w),
-            "narrow": Q.foreach.round_clamp(w, s, n, out_dtype=torch.bfloat16),
+            "q": msq.q, "nonzero": [msq.nonzero], "B": Q.foreach.lsb(w, s, n, k, grid=grid), "grad_w": back[0],
+            "unsigned": Q.foreach.round_clamp(w, s, n, signed=False, grid="full" if sign else grid),
+            "absmax": Q.foreach.absmax(w), "narrow": Q.foreach.round_clamp(w, s, n, grid=grid, out_dtype=torch.bfloat16),
             "decoded": Q.foreach.decode(codes, s, n, grid=grid, out_dtype=dtype),
-            "added": Q.foreach.add_lsb_grad_([t.clone() for t in g], w, s, n, k, 0.25),
+            "added": Q.foreach.add_lsb_grad_([t.clone() for t in g], w, s, n, k, 0.25, grid=grid),
             **{rule: Q.foreach.encode(w, s, n, rule=rule) for rule in RULES},
         }
         for layout in ("planes", "dense"):
-            packed = Q.foreach.pack(codes, n.tolist(), layout=layout)
+            packed = Q.foreach.pack(codes, [code_bits(v, grid) for v in n.tolist()], layout=layout)
             found[f"packed {layout}"] = [p.data for p in packed]
             found[f"unpacked {layout}"] = Q.foreach.unpack(packed, n - k)
             found[f"decoded {layout}"] = Q.foreach.decode(packed, s, n - k, grid=grid, out_dtype=dtype)

@@ -42,7 +42,7 @@ BAD = {
     "scale integers": (lambda: Q.round_clamp(W, torch.ones((), dtype=torch.int32), 4), TypeError, r"scale: .*int32"),
     "scale count": (lambda: Q.foreach.round_clamp([W, W], [torch.ones(())], 4), ValueError, r"scale: .*\(2\), got 1"),
     "scale is a tensor for a list": (lambda: Q.foreach.msq([W, W], torch.ones(2), 4), ValueError, r"scale: .*list"),
-    "grid": (lambda: Q.round_clamp(W, 1.0, 4, grid="half"), ValueError, r"grid: expected one of 'dyadic', 'full'"),
+    "grid": (lambda: Q.round_clamp(W, 1.0, 4, grid="half"), ValueError, r"grid: expected one of 'dyadic', 'full', 'sign'"),
     "rule": (lambda: Q.encode(W, 1.0, 4, rule="ceil"), ValueError, r"rule: expected one of .*'ceil'"),
     "out_dtype": (lambda: Q.round_clamp(W, 1.0, 4, out_dtype=torch.int8), TypeError, r"out_dtype: .*int8"),
     "out requires grad": (lambda: Q.round_clamp(W, 1.0, 4, out=torch.empty(4, 6, requires_grad=True)), ValueError,
@@ -65,6 +65,11 @@ BAD = {
     "sparse weight": (lambda: Q.round_clamp(W.to_sparse(), 1.0, 4), TypeError, r"w: .*sparse"),
     "signed": (lambda: Q.round_clamp(W, 1.0, 4, signed=None), ValueError, r"signed: "),
     "empty grid": (lambda: Q.round_clamp(W, 1.0, 4, grid=""), ValueError, r"grid: "),
+    "sign bits": (lambda: Q.round_clamp(W, 1.0, 16, grid="sign"), ValueError, r"bits: expected 0..15, got 16"),
+    "sign unsigned": (lambda: Q.round_clamp(W, 1.0, 4, grid="sign", signed=False), ValueError,
+                      r"grid: expected 'dyadic' or 'full' for unsigned values"),
+    "sign rule": (lambda: Q.encode(W, 1.0, 4, grid="sign", rule="floor"), ValueError,
+                  r"rule: expected 'round_clamp' on the sign grid, got 'floor'"),
     "strength": (lambda: Q.foreach.add_lsb_grad_([W.clone()], [W], None, 4, 1, "x"), TypeError, r"strength: .*str"),
     "strength negative": (lambda: Q.foreach.add_lsb_grad_([W.clone()], [W], None, 4, 1, -1.0), ValueError, r"strength: "),
     "codes float": (lambda: Q.decode(W, 1.0, 4), TypeError, r"codes: .*float32"),
@@ -147,7 +152,7 @@ def test_failed_calls_leave_out_untouched():
 def test_the_ops_themselves_read_nothing_out_of_bounds(args):
     """Called past the Python checks, a compiled op checks shapes and dtypes on its own."""
     with pytest.raises((ValueError, RuntimeError, TypeError)):
-        torch.ops.quantops.round_clamp(*args, False, True, False, torch.float32)
+        torch.ops.quantops.round_clamp(*args, 0, True, False, torch.float32)
         raise AssertionError("the op took arguments that do not fit")
 
 

@@ -128,15 +128,18 @@ def test_decode_is_decode_of_unpack(bits, layout):
     packed = Q.foreach.pack(codes, bits, layout=layout)
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     for m, per_row, grid, signed, (dtype, acc) in itertools.product(
-            sorted({0, min(1, bits), bits // 2, bits}), (False, True), ("dyadic", "full"), (True, False),
+            sorted({0, min(1, bits), bits // 2, bits}), (False, True), ref.uniform.GRIDS, (True, False),
             [(d, torch.float32) for d in (dtypes if EXHAUSTIVE else dtypes[1:2])] + [(torch.float64, torch.float64)]):
-        if not EXHAUSTIVE and signed == (grid == "dyadic"):
+        if (not EXHAUSTIVE and signed == (grid == "dyadic")) or (grid == "sign" and not signed):
             continue
+        read, m = m, m - (grid == "sign" and m > 0)  # a sign is the first of the bits that are read
+        if read == 1 and grid == "sign":
+            continue  # a sign alone is no weight
         scale = [torch.rand(rows_of(s, per_row), generator=generator, dtype=acc) for s in shapes]
         got = Q.foreach.decode(packed, scale, m, grid=grid, signed=signed, out_dtype=dtype)
         for c, s, q in zip(codes, scale, got):
             wide = acc if dtype != torch.float64 else torch.float64
-            want = ref.decode(c >> (bits - m), s.to(wide), m, grid=grid, signed=signed, dtype=dtype)
+            want = ref.decode(c >> (bits - read), s.to(wide), m, grid=grid, signed=signed, dtype=dtype)
             assert same(q, want), (m, per_row, grid, signed, dtype, tuple(c.shape))
     assert equal(Q.foreach.decode(packed, [0.7] * len(codes)), Q.foreach.decode(codes, [0.7] * len(codes), bits))
 
@@ -178,6 +181,25 @@ def test_msq_codes_keep_their_values_where_the_dropped_bits_are_zero():
         q, less = Q.decode(packed, scale), Q.decode(packed, scale, m)
         assert 0 < zero.sum() and torch.equal(less[zero], q[zero])
         assert (less <= q).all()  # two's complement: cutting bits off rounds down
+
+
+@pytest.mark.parametrize("bits", range(1, 16) if EXHAUSTIVE else (1, 4, 15))
+def test_fewer_planes_cut_the_magnitude_of_sign_magnitude_codes(bits):
+    """The first plane has the signs; with it and m more, q is that of the magnitude's first m bits."""
+    w, scale = torch.randn(37, 53, generator=torch.Generator().manual_seed(bits)), torch.tensor(2.5)
+    codes, q = Q.encode(w, scale, bits, grid="sign"), Q.round_clamp(w, scale, bits, grid="sign")
+    for layout in LAYOUTS:
+        packed = Q.pack(codes, bits + 1, layout=layout)
+        assert same(Q.decode(packed, scale, grid="sign"), q) and torch.equal(Q.unpack(packed), codes)
+        for m in range(bits + 1):
+            cut = (q.abs() / (scale * 2.0**-m)).floor() * (scale * 2.0**-m) * q.sign()  # towards zero; exact
+            assert torch.equal(Q.decode(packed, scale, m, grid="sign"), cut)
+            if m:
+                assert torch.equal(Q.decode(packed.truncate(m + 1), scale, grid="sign"), cut)
+    planes = Q.pack(codes, bits + 1).data
+    assert torch.equal(Q.unpack(Packed(planes[:1].contiguous(), w.shape, 1)).bool(), q < 0)
+    with pytest.raises(ValueError, match=f"bits: expected 0..{bits}, "):
+        Q.decode(Q.pack(codes, bits + 1), scale, bits + 1, grid="sign")
 
 
 def test_truncating_planes_copies_nothing():

@@ -248,6 +248,6 @@ def test_checkpoint(reentrant):
 def test_meta_tensors_have_shapes():
     w = torch.empty(4, 3, device="meta")
     q = torch.ops.quantops.round_clamp([w], [torch.empty((), device="meta")],
-                                       torch.empty(1, dtype=torch.int32, device="meta"), False, True, False,
+                                       torch.empty(1, dtype=torch.int32, device="meta"), 0, True, False,
                                        torch.float16)[0]
     assert q.shape == w.shape and q.dtype == torch.float16 and q.device.type == "meta"

@@ -234,10 +234,10 @@ def test_an_activation_on_the_meta_device_gets_its_values_from_a_state_dict():
 def test_tensors_on_the_meta_device_are_not_mixed_with_others():
     w, scale, bits = torch.randn(4), torch.ones(()), torch.tensor([3], dtype=torch.int32)
     with pytest.raises(ValueError, match="bits: expected device cpu, where w is, got meta"):
-        torch.ops.quantops.encode([w], [scale], bits.to("meta"), 0, True)
+        torch.ops.quantops.encode([w], [scale], bits.to("meta"), 0, 0, True)
     with pytest.raises(ValueError, match="scale: expected device meta, where w is, got cpu"):
-        torch.ops.quantops.encode([w.to("meta")], [scale], bits.to("meta"), 0, True)
-    codes = torch.ops.quantops.encode([w.to("meta")], [scale.to("meta")], bits.to("meta"), 0, True)
+        torch.ops.quantops.encode([w.to("meta")], [scale], bits.to("meta"), 0, 0, True)
+    codes = torch.ops.quantops.encode([w.to("meta")], [scale.to("meta")], bits.to("meta"), 0, 0, True)
     assert codes[0].is_meta and codes[0].shape == (4,)
 
 

@@ -38,43 +38,43 @@ def _inputs(dtype):
 
 def _round_clamp(dtype, out):
     w, s, n, *_ = _inputs(dtype)
-    uniform.round_clamp(w, s, n, False, True, False, out)
+    uniform.round_clamp(w, s, n, 0, True, False, out)
 
 
 def _msq(dtype, out):
     w, s, n, k, _ = _inputs(dtype)
-    uniform.msq(w, s, n, k, False, False, out)
+    uniform.msq(w, s, n, k, 0, False, out)
 
 
-def _lsb_stats(dtype, full):
+def _lsb_stats(dtype, grid):
     w, s, n, k, _ = _inputs(dtype)
-    uniform.lsb_stats(w, s, n, k, full, False)
+    uniform.lsb_stats(w, s, n, k, grid, False)
 
 
 def _lsb(dtype):
     w, s, n, k, _ = _inputs(dtype)
-    uniform.lsb(w, s, n, k)
+    uniform.lsb(w, s, n, k, 0)
 
 
 def _backward(dtype, grad_dtype, penalty, scale_grad):
     w, s, n, k, r = _inputs(dtype)
     grad = [torch.ones_like(t, dtype=grad_dtype) for t in w]
-    uniform.uniform_backward(grad, r if penalty else None, w, s, n, k, True, True, scale_grad)
+    uniform.uniform_backward(grad, r if penalty else None, w, s, n, k, 1, True, scale_grad)
 
 
 def _add_lsb_grad(dtype):
     w, s, n, k, r = _inputs(dtype)
-    uniform.add_lsb_grad_([torch.ones_like(t) for t in w], w, s, n, k, r[0])
+    uniform.add_lsb_grad_([torch.ones_like(t) for t in w], w, s, n, k, 0, r[0])
 
 
 def _encode(dtype, rule):
     w, s, n, *_ = _inputs(dtype)
-    uniform.encode(w, s, n, rule, False)
+    uniform.encode(w, s, n, rule, 0, False)
 
 
 def _decode(out):
     w, s, n, *_ = _inputs(out)
-    uniform.decode([t.to(torch.int32) for t in w], s, n, True, True, out)
+    uniform.decode([t.to(torch.int32) for t in w], s, n, 1, True, out)
 
 
 def _absmax(dtype):
@@ -107,7 +107,7 @@ def _packed(bits, layout, dtype=None):
     if dtype == torch.int32:
         return packing.unpack(*shared, n, layout)
     scale = [torch.ones(1, dtype=uniform.acc_dtype(dtype))] * 2
-    return packing.decode_packed(*shared, scale, n, layout, True, True, dtype)
+    return packing.decode_packed(*shared, scale, n, layout, 1, True, dtype)
 
 
 def _categorical_inputs(dtype, gates):
@@ -152,7 +152,7 @@ CALLS = {
     "msq-bf16": ((_msq, BF16, BF16), {128: (4, 4)}),
     "msq-fp16": ((_msq, FP16, FP16), {128: (4, 4)}),
     "msq-fp64": ((_msq, FP64, FP64), {128: (8, 8)}),
-    "lsb_stats-fp32": ((_lsb_stats, FP32, True), {128: (8, 0)}),
+    "lsb_stats-fp32": ((_lsb_stats, FP32, 1), {128: (8, 0)}),
     "lsb-fp32": ((_lsb, FP32), {128: (8, 8)}),
     "backward-fp32": ((_backward, FP32, FP32, True, False), {128: (8, 4)}),
     "backward-bf16": ((_backward, BF16, BF16, True, False), {128: (4, 2)}),

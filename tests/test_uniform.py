@@ -12,7 +12,7 @@ import quantops as Q
 from cases import EXHAUSTIVE, SPECIAL, check_scale_grad, free_gigabytes, same, scales, weights
 from quantops import reference as ref
 
-GRIDS = ("dyadic", "full")
+GRIDS = ref.uniform.GRIDS
 SEEDS = range(3 if EXHAUSTIVE else 1)
 
 
@@ -21,10 +21,16 @@ def expected_layout(w, out):
     return out.stride() == w.stride() if dense else out.is_contiguous()
 
 
-def bits_and_k(w, seed=2):
-    """A width for each weight, 0..16, and a legal k."""
+def signs(grid):
+    """Values that may be quantized on a grid: signed, unsigned."""
+    return (True,) if grid == "sign" else (True, False)
+
+
+def bits_and_k(w, seed=2, grid="full"):
+    """A width for each weight, 0..16 (15 beside a sign), and a legal k."""
     generator = torch.Generator().manual_seed(seed)
-    n = torch.randint(0, 17, (len(w),), generator=generator, dtype=torch.int32)
+    most = ref.uniform.most_bits(grid)
+    n = torch.randint(0, most + 1, (len(w),), generator=generator, dtype=torch.int32)
     k = torch.where(n > 1, 1 + torch.randint(0, 100, (len(w),), generator=generator) % (n - 1).clamp(min=1), 0)
     return n, k.to(torch.int32)
 
@@ -34,14 +40,14 @@ def test_forward_equals_reference(dtype, per_row):
     w = weights(dtype)
     s = scales(w, per_row)
     for grid, seed in itertools.product(GRIDS, SEEDS):
-        n, k = bits_and_k(w, seed)
-        for signed in (True, False):
+        n, k = bits_and_k(w, seed, grid)
+        for signed in signs(grid):
             q = Q.foreach.round_clamp(w, s, n, signed=signed, grid=grid)
             for i, t in enumerate(w):
                 assert same(q[i], ref.round_clamp(t, s[i], n[i], signed=signed, grid=grid)), (i, n[i], signed, grid)
                 assert expected_layout(t, q[i])
-        for i, b in enumerate(Q.foreach.lsb(w, s, n, k)):
-            assert same(b, ref.lsb(w[i], s[i], n[i], k[i])), (i, n[i], k[i])
+        for i, b in enumerate(Q.foreach.lsb(w, s, n, k, grid=grid)):
+            assert same(b, ref.lsb(w[i], s[i], n[i], k[i], grid=grid)), (i, n[i], k[i], grid)
         q = Q.foreach.msq(w, s, n, k, grid=grid).q
         for i, t in enumerate(w):
             assert same(q[i], ref.msq(t, s[i], n[i], k[i], grid=grid)[0])
@@ -56,13 +62,42 @@ def test_codes_equal_reference_and_decode_to_q(bits, dtype):
         for i, t in enumerate(w):
             assert same(codes[i], ref.encode(t, s[i], bits, rule=rule, signed=signed)), (i, rule, signed)
             assert codes[i].numel() == 0 or 0 <= int(codes[i].min()) <= int(codes[i].max()) <= 2**bits - 1
-        for grid in GRIDS if EXHAUSTIVE else GRIDS[:1]:
+        for grid in GRIDS[:2] if EXHAUSTIVE else GRIDS[:1]:
             back = Q.foreach.decode(codes, s, bits, grid=grid, signed=signed, out_dtype=dtype)
             for i, t in enumerate(w):
                 assert same(back[i], ref.decode(codes[i], s[i], bits, grid=grid, signed=signed, dtype=dtype))
             if rule == "round_clamp":
                 for t, q, b in zip(w, Q.foreach.round_clamp(w, s, bits, signed=signed, grid=grid), back):
                     assert same(torch.where(t.isnan(), torch.nan, b), q)
+
+
+@pytest.mark.parametrize("bits", range(16) if EXHAUSTIVE else (1, 8, 15))
+def test_sign_magnitude_codes(bits, dtype):
+    w = weights(dtype)
+    for per_row in (False, True)[: 1 + EXHAUSTIVE]:
+        s = scales(w, per_row)
+        codes = Q.foreach.encode(w, s, bits, grid="sign")
+        back = Q.foreach.decode(codes, s, bits, grid="sign", out_dtype=dtype)
+        for t, v, c, b, q in zip(w, s, codes, back, Q.foreach.round_clamp(w, s, bits, grid="sign")):
+            assert same(c, ref.encode(t, v, bits, grid="sign"))
+            assert same(b, ref.decode(c, v, bits, grid="sign", dtype=dtype))
+            assert same(torch.where(t.isnan(), torch.nan, b), q)
+            assert not torch.signbit(b[b == 0]).any(), "zero has no sign"
+            magnitude, sign = c % 2**bits, c >> bits
+            assert c.numel() == 0 or 0 <= int(c.min()) <= int(c.max()) < 2 ** (bits + (bits > 0))
+            assert torch.equal(sign == 1, (t < 0) & (magnitude > 0))
+    w = torch.linspace(-1.5, 1.5, 4001, dtype=torch.float32).to(dtype)
+    q, c = Q.round_clamp(w, 1.0, bits, grid="sign"), Q.encode(w, 1.0, bits, grid="sign")
+    unit = w.to(s[0].dtype).abs().clamp(max=1)
+    assert torch.equal(c % 2**bits, (unit * 2**bits).round().clamp(max=2**bits - 1).int())
+    assert torch.equal(q, -Q.round_clamp(-w, 1.0, bits, grid="sign")) and (q[w == 0] == 0).all()
+    if bits == 1:
+        assert q.unique().tolist() == [-0.5, 0.0, 0.5]
+
+
+def test_a_sign_code_with_a_cut_magnitude_is_zero():
+    """A negative weight whose magnitude has been shifted away."""
+    assert torch.equal(torch.signbit(Q.decode(torch.tensor([4, 0]), 1.0, 2, grid="sign")), torch.tensor([False] * 2))
 
 
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -92,7 +127,7 @@ def test_sums(dtype, per_row):
     s = scales(w, per_row)
     acc = s[0].dtype
     for grid, seed in itertools.product(GRIDS, SEEDS):
-        n, k = bits_and_k(w, seed)
+        n, k = bits_and_k(w, seed, grid)
         got = Q.foreach.msq(w, s, n, k, grid=grid)
         alone = Q.foreach.lsb_stats(w, s, n, k, grid=grid)
         again = Q.foreach.msq(w, s, n, k, grid=grid)
@@ -142,8 +177,8 @@ def test_absmean_of_nan_is_nan(dtype):
 def test_backward_equals_reference(dtype, per_row):
     w = weights(dtype)
     s = scales(w, per_row)
-    for (grid, seed), signed in itertools.product(zip(GRIDS, range(2)), (True, False)):
-        n, k = bits_and_k(w, seed)
+    for seed, (grid, signed) in enumerate((g, v) for g in GRIDS for v in signs(g)):
+        n, k = bits_and_k(w, seed, grid)
         for g_dtype in {dtype, torch.float32}:
             g = [torch.randn(t.shape, generator=torch.Generator().manual_seed(i)).to(g_dtype)
                  for i, t in enumerate(w)]
@@ -152,7 +187,7 @@ def test_backward_equals_reference(dtype, per_row):
                 if penalty is not None and not signed:
                     continue
                 got_w, got_s = torch.ops.quantops.uniform_backward(
-                    grad, penalty, w, s, n, k, grid == "full", signed, True)
+                    grad, penalty, w, s, n, k, GRIDS.index(grid), signed, True)
                 for i, t in enumerate(w):
                     want_w, _ = ref.uniform_backward(
                         grad[i] if grad else None, None if penalty is None else penalty[i], t, s[i], n[i], k[i],
@@ -160,17 +195,17 @@ def test_backward_equals_reference(dtype, per_row):
                     assert same(got_w[i], want_w), (i, n[i], k[i])
                     check_scale_grad(got_s[i], grad[i] if grad else None, t, s[i], n[i], grid, signed, (i, n[i], k[i]))
                 assert torch.ops.quantops.uniform_backward(
-                    grad, penalty, w, s, n, k, grid == "full", signed, False)[1] == []
+                    grad, penalty, w, s, n, k, GRIDS.index(grid), signed, False)[1] == []
 
 
 def test_add_lsb_grad(dtype):
     w = weights(dtype)
-    for per_row in (False, True):
-        s, (n, k) = scales(w, per_row), bits_and_k(w)
+    for per_row, grid in itertools.product((False, True), ("dyadic", "sign")):
+        s, (n, k) = scales(w, per_row), bits_and_k(w, grid=grid)
         grad = [torch.randn_like(t) for t in w]
-        want = [ref.add_lsb_grad(g, 0.37, t, v, b, kk) for g, t, v, b, kk in zip(grad, w, s, n, k)]
+        want = [ref.add_lsb_grad(g, 0.37, t, v, b, kk, grid=grid) for g, t, v, b, kk in zip(grad, w, s, n, k)]
         version = grad[0]._version
-        Q.foreach.add_lsb_grad_(grad, w, s, n, k, 0.37)
+        Q.foreach.add_lsb_grad_(grad, w, s, n, k, 0.37, grid=grid)
         assert all(same(a, b) for a, b in zip(grad, want))
         assert grad[0]._version > version
 
@@ -187,10 +222,22 @@ def test_nested_bins():
     """The reason for the rule: a weight with B_k = 0 keeps its value when k bits are dropped."""
     w = torch.randn(10000)
     s = Q.absmax(w)
-    for n, k in ((8, 1), (8, 3), (4, 2), (2, 1)):
-        zero = Q.lsb(w, s, n, k) == 0
+    for (n, k), grid in itertools.product(((8, 1), (8, 3), (4, 2), (2, 1)), ("dyadic", "sign")):
+        zero = Q.lsb(w, s, n, k, grid=grid) == 0
         assert 0 < zero.sum() < len(w)
-        assert torch.equal(Q.round_clamp(w, s, n)[zero], Q.round_clamp(w, s, n - k)[zero])
+        assert torch.equal(Q.round_clamp(w, s, n, grid=grid)[zero], Q.round_clamp(w, s, n - k, grid=grid)[zero])
+
+
+def test_the_sign_grid_is_the_unsigned_one_of_magnitudes():
+    w = torch.cat([torch.randn(3000) * 0.4, torch.arange(-64, 65) / 64])
+    for n, k in ((15, 4), (8, 3), (5, 1), (2, 1)):
+        size = w.abs()
+        q = Q.round_clamp(size, 1.0, n, signed=False) * w.sign()
+        assert torch.equal(Q.round_clamp(w, 1.0, n, grid="sign"), q)
+        high, low = (Q.encode(size, 1.0, b, signed=False) for b in (n, n - k))
+        assert torch.equal(Q.lsb(w, 1.0, n, k, grid="sign"), (high - 2**k * low) * w.sign().int())
+        want = (high - 2**k * low).abs().double().sum() * 2.0**-n
+        torch.testing.assert_close(Q.lsb_penalty(w, 1.0, n, k, grid="sign").double(), want)
 
 
 def test_autograd_matches_reference():
@@ -310,13 +357,13 @@ def test_nan_of_any_bits_counts_nothing(dtype):
 
 def test_scale_zero_gives_zero():
     w = torch.tensor([1.0, -2.0, float("inf"), 0.0])
-    for grid, signed in itertools.product(GRIDS, (True, False)):
+    for grid, signed in ((g, v) for g in GRIDS for v in signs(g)):
         assert torch.equal(Q.round_clamp(w, 0.0, 3, grid=grid, signed=signed), torch.zeros(4))
 
 
 def test_zero_bits_prune():
-    assert torch.equal(Q.round_clamp(torch.randn(9), 1.0, 0), torch.zeros(9))
-    assert torch.equal(Q.round_clamp(torch.randn(9), 1.0, 0, grid="full"), torch.zeros(9))
+    for grid in GRIDS:
+        assert torch.equal(Q.round_clamp(torch.randn(9), 1.0, 0, grid=grid), torch.zeros(9))
 
 
 def test_reference_marks_values_out_of_range():

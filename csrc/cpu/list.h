@@ -65,7 +65,8 @@ void check_scale_values(const Tensors& scale, const char* name = "scale") {
 }
 
 // On CPU the values of bits, k and scale are read, and those out of range raise before any work is done.
-inline List make_list(const Tensors& w, const Tensors& scale, const Tensor& bits, const Tensor* k, bool is_double) {
+inline List make_list(const Tensors& w, const Tensors& scale, const Tensor& bits, const Tensor* k, bool is_double,
+                      Grid grid = kDyadic) {
   List list = make_list(w, is_double);
   check_scales(scale, w, acc_type(is_double));
   list.parameters.push_back(check_per_weight("bits", bits, list.size(), ScalarType::Int, w[0]));
@@ -74,9 +75,9 @@ inline List make_list(const Tensors& w, const Tensors& scale, const Tensor& bits
   list.k = k ? static_cast<const int32_t*>(list.parameters[1].data_ptr()) : nullptr;
   for (int64_t i = 0; i < list.size(); i++) {
     int32_t n = list.bits[i];
-    if (n < 0 || n > kMaxBits)
-      fail(entry_name("bits", i, w.size()), ": expected 0..16, got ", n);
-    if (list.k && !valid_bits(n, list.k[i]))
+    if (n < 0 || n > most_bits(grid))
+      fail(entry_name("bits", i, w.size()), ": expected 0..", most_bits(grid), ", got ", n);
+    if (list.k && !valid_bits(n, list.k[i], grid))
       fail(entry_name("k", i, w.size()), ": expected 1 <= k < bits = ", n, " (or 0 for no LSBs), got ", list.k[i]);
     list.rows.push_back(rows_of(w[i], scale[i]));
     list.scale.push_back(scale[i].data_ptr());
@@ -87,19 +88,19 @@ inline List make_list(const Tensors& w, const Tensors& scale, const Tensor& bits
 }
 
 template <class A>
-Quantizer<A> quantizer(const List& list, int64_t tensor, int64_t row, bool full, bool is_signed) {
+Quantizer<A> quantizer(const List& list, int64_t tensor, int64_t row, Grid grid, bool is_signed) {
   int64_t k = list.k ? list.k[tensor] : 0;
   return make_quantizer(static_cast<const A*>(list.scale[tensor])[list.rows[tensor].rows == 1 ? 0 : row],
-                        list.bits[tensor], k, full, is_signed);
+                        list.bits[tensor], k, grid, is_signed);
 }
 
 // Calls f(chunk index, tensor, row, begin, end, quantizer) for every block of every row.
 template <class A, class F>
-void for_blocks(const List& list, bool full, bool is_signed, const F& f) {
+void for_blocks(const List& list, Grid grid, bool is_signed, const F& f) {
   for_chunks(list.chunks, [&](int64_t chunk) {
     const Chunk& c = list.chunks[chunk];
     for_rows(c, list.rows[c.tensor], [&](int64_t row, int64_t begin, int64_t end) {
-      const Quantizer<A> p = quantizer<A>(list, c.tensor, row, full, is_signed);
+      const Quantizer<A> p = quantizer<A>(list, c.tensor, row, grid, is_signed);
       for (int64_t i = begin; i < end; i += kBlock) f(chunk, c.tensor, row, i, std::min(i + kBlock, end), p);
     });
     end_streaming();

@@ -1,6 +1,7 @@
 // Family `packing` on CPU: the ops of quantops/library.py over lists of codes.
 #include "cpu/list.h"
 #include "cpu/packing_loops.h"
+#include "grid_argument.h"
 #include "packed_tensor.h"
 
 namespace quantops {
@@ -81,26 +82,30 @@ Tensors pack(Tensors codes, std::vector<int64_t> bits, int64_t layout) {
   return out;
 }
 
-// A list of packed tensors, the widths that are read of them, and the chunks that the work is split into.
+// A list of packed tensors, the bits m of each code that are read of them, and the chunks that the work is split into.
 struct PackedList : PackedShapes {
   std::vector<const uint8_t*> data;
   Tensor bits;
-  const int32_t* m;
+  std::vector<int32_t> m;
   int64_t layout;
   std::vector<Chunk> chunks;
 
   PackedList(const Tensors& packed, const std::vector<int64_t>& sizes, const std::vector<int64_t>& dims,
-             const std::vector<int64_t>& stored_, const Tensor& bits_, int64_t layout_)
+             const std::vector<int64_t>& stored_, const Tensor& bits_, int64_t layout_, Grid grid = kDyadic)
       : PackedShapes(packed, sizes, dims, stored_, layout_), layout(layout_) {
     bits = check_per_weight("bits", bits_, size(), ScalarType::Int, packed[0]);
-    m = static_cast<const int32_t*>(bits.data_ptr());
     for (size_t i = 0; i < packed.size(); i++) {
+      const int64_t n = widths()[i], most = std::max<int64_t>(stored[i] - code_bits(1, grid) + 1, 0);
       data.push_back(static_cast<const uint8_t*>(packed[i].data_ptr()));
-      QUANTOPS_CHECK(m[i] >= 0 && m[i] <= stored[i], entry_name("bits", i, packed.size()), ": expected 0..", stored[i],
-                     ", the bits that are stored, got ", m[i]);
+      QUANTOPS_CHECK(n >= 0 && n <= most, entry_name("bits", i, packed.size()), ": expected 0..", most,
+                     ", the bits that are stored, got ", n);
+      m.push_back(static_cast<int32_t>(code_bits(n, grid)));
     }
     chunks = flat_chunks(numel);
   }
+
+  // The bit-widths that were asked for, which do not count a sign.
+  const int32_t* widths() const { return static_cast<const int32_t*>(bits.data_ptr()); }
 
   // Codes [i, i + n) of tensor t, at most kBlock of them, where i begins an octet.
   void read(int64_t t, int64_t i, int64_t n, int32_t* codes, bool streaming = false) const {
@@ -148,7 +153,7 @@ Tensors unpack(Tensors data, std::vector<int64_t> sizes, std::vector<int64_t> di
 List scale_list(const PackedList& packed, const Tensors& scale, bool is_double) {
   List list;
   list.is_double = is_double;
-  list.bits = packed.m;
+  list.bits = packed.widths();
   list.k = nullptr;
   for (int64_t t = 0; t < packed.size(); t++) {
     const int64_t rows = scale[t].numel();
@@ -159,7 +164,7 @@ List scale_list(const PackedList& packed, const Tensors& scale, bool is_double) 
 }
 
 template <class A>
-void decode_into(const PackedList& packed, const List& list, bool full, bool is_signed, const Targets& q) {
+void decode_into(const PackedList& packed, const List& list, Grid grid, bool is_signed, const Targets& q) {
   for_chunks(packed.chunks, [&](int64_t chunk) {
     const Chunk& c = packed.chunks[chunk];
     alignas(64) int32_t codes[kBlock];
@@ -170,7 +175,7 @@ void decode_into(const PackedList& packed, const List& list, bool full, bool is_
       if (has_bytes) packed.read(c.tensor, i, n, bytes);
       else packed.read(c.tensor, i, n, codes);
       for_rows({c.tensor, i, i + n}, list.rows[c.tensor], [&](int64_t row, int64_t begin, int64_t end) {
-        const Quantizer<A> p = quantizer<A>(list, c.tensor, row, full, is_signed);
+        const Quantizer<A> p = quantizer<A>(list, c.tensor, row, grid, is_signed);
         with_target<A>(q.data[c.tensor], q.type, begin, end - begin, q.streaming, [&](auto* y, bool streaming) {
           if (has_bytes) decode_bytes_loop(bytes + (begin - i), y, streaming, end - begin, p);
           else decode_loop(codes + (begin - i), y, streaming, end - begin, p);
@@ -182,8 +187,9 @@ void decode_into(const PackedList& packed, const List& list, bool full, bool is_
 }
 
 Tensors decode_packed(Tensors data, std::vector<int64_t> sizes, std::vector<int64_t> dims, std::vector<int64_t> stored,
-                      Tensors scale, Tensor bits, int64_t layout, bool full, bool is_signed, ScalarType dtype) {
-  const PackedList packed(data, sizes, dims, stored, bits, layout);
+                      Tensors scale, Tensor bits, int64_t layout, int64_t grid_index, bool is_signed, ScalarType dtype) {
+  const Grid grid = check_grid(grid_index, is_signed);
+  const PackedList packed(data, sizes, dims, stored, bits, layout, grid);
   check_float("dtype", dtype);
   const bool is_double = packed.check_scales(scale, data[0]) == ScalarType::Double;
   is_double ? check_scale_values<double>(scale) : check_scale_values<float>(scale);
@@ -191,8 +197,8 @@ Tensors decode_packed(Tensors data, std::vector<int64_t> sizes, std::vector<int6
   const Tensors q = packed.empty_list(dtype, data[0]);
   Targets to{{}, storage(q[0]), total_bytes(q) > kStreamBytes};
   for (const Tensor& t : q) to.data.push_back(t.data_ptr());
-  is_double ? decode_into<double>(packed, list, full, is_signed, to)
-            : decode_into<float>(packed, list, full, is_signed, to);
+  is_double ? decode_into<double>(packed, list, grid, is_signed, to)
+            : decode_into<float>(packed, list, grid, is_signed, to);
   return q;
 }
 

@@ -1,6 +1,7 @@
 // Family `uniform` on CPU: the ops of quantops/library.py over lists of weights.
 #include "cpu/list.h"
 #include "cpu/uniform_loops.h"
+#include "grid_argument.h"
 
 namespace quantops {
 namespace {
@@ -83,8 +84,8 @@ Tensor absmean(Tensors w, bool per_row) { return reduce_abs(w, per_row, true); }
 // --- forward ---------------------------------------------------------------------------------------------------
 
 template <class A>
-void round_clamp_into(const List& list, bool full, bool is_signed, bool covered, const Targets& q) {
-  for_blocks<A>(list, full, is_signed, [&](int64_t, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
+void round_clamp_into(const List& list, Grid grid, bool is_signed, bool covered, const Targets& q) {
+  for_blocks<A>(list, grid, is_signed, [&](int64_t, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
     with_source<A>(list.data[t], list.type, i, end - i, [&](const auto* w) {
       with_target<A>(q.data[t], q.type, i, end - i, q.streaming,
                      [&](auto* y, bool streaming) { quantize_loop(w, y, streaming, end - i, p, covered); });
@@ -92,31 +93,32 @@ void round_clamp_into(const List& list, bool full, bool is_signed, bool covered,
   });
 }
 
-void round_clamp_out(Tensors w, Tensors scale, Tensor bits, bool full, bool is_signed,
-                     Tensors q) {
+void round_clamp_out(Tensors w, Tensors scale, Tensor bits, int64_t grid_index, bool is_signed, Tensors q) {
   bool is_double = is_double_list(w);
-  List list = make_list(w, scale, bits, nullptr, is_double);
+  const Grid grid = check_grid(grid_index, is_signed);
+  List list = make_list(w, scale, bits, nullptr, is_double, grid);
   check_results("q", q, list.w, kFloats);
-  is_double ? round_clamp_into<double>(list, full, is_signed, false, targets(q, list))
-            : round_clamp_into<float>(list, full, is_signed, false, targets(q, list));
+  is_double ? round_clamp_into<double>(list, grid, is_signed, false, targets(q, list))
+            : round_clamp_into<float>(list, grid, is_signed, false, targets(q, list));
 }
 
-Tensors round_clamp(Tensors w, Tensors scale, Tensor bits, bool full,
-                                bool is_signed, bool covered, ScalarType dtype) {
+Tensors round_clamp(Tensors w, Tensors scale, Tensor bits, int64_t grid_index, bool is_signed, bool covered,
+                    ScalarType dtype) {
   bool is_double = is_double_list(w);
   check_float("dtype", dtype);
-  List list = make_list(w, scale, bits, nullptr, is_double);
+  const Grid grid = check_grid(grid_index, is_signed);
+  List list = make_list(w, scale, bits, nullptr, is_double, grid);
   Tensors q = empty_like(list.w, dtype);
-  is_double ? round_clamp_into<double>(list, full, is_signed, covered, targets(q, list))
-            : round_clamp_into<float>(list, full, is_signed, covered, targets(q, list));
+  is_double ? round_clamp_into<double>(list, grid, is_signed, covered, targets(q, list))
+            : round_clamp_into<float>(list, grid, is_signed, covered, targets(q, list));
   return q;
 }
 
 // q may be null: the sums alone.
 template <class A>
-void msq_into(const List& list, bool full, bool covered, const Targets* q, A* penalty, int64_t* nonzero, A* sq_error) {
+void msq_into(const List& list, Grid grid, bool covered, const Targets* q, A* penalty, int64_t* nonzero, A* sq_error) {
   std::vector<LsbSums> parts(list.chunks.size());
-  for_blocks<A>(list, full, true, [&](int64_t chunk, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
+  for_blocks<A>(list, grid, true, [&](int64_t chunk, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
     with_source<A>(list.data[t], list.type, i, end - i, [&](const auto* w) {
       if (!q) return msq_loop(w, static_cast<Nothing*>(nullptr), false, end - i, p, covered, parts[chunk]);
       with_target<A>(q->data[t], q->type, i, end - i, q->streaming,
@@ -131,22 +133,22 @@ void msq_into(const List& list, bool full, bool covered, const Targets* q, A* pe
     s.sq_error += parts[i].sq_error;
   }
   for (int64_t t = 0; t < list.size(); t++) {
-    penalty[t] = A(sums[t].penalty * (full ? 2 : 1));
+    penalty[t] = A(sums[t].penalty * (grid == kFull ? 2 : 1));
     nonzero[t] = sums[t].nonzero;
     sq_error[t] = A(sums[t].sq_error);
   }
 }
 
-void msq_into(const List& list, bool full, bool covered, const Tensors& q, const Tensor& penalty, const Tensor& nonzero,
+void msq_into(const List& list, Grid grid, bool covered, const Tensors& q, const Tensor& penalty, const Tensor& nonzero,
               const Tensor& sq_error) {
   Targets to;
   if (!q.empty()) to = targets(q, list);
   int64_t* count = static_cast<int64_t*>(nonzero.data_ptr());
   if (list.is_double)
-    msq_into<double>(list, full, covered, q.empty() ? nullptr : &to, static_cast<double*>(penalty.data_ptr()), count,
+    msq_into<double>(list, grid, covered, q.empty() ? nullptr : &to, static_cast<double*>(penalty.data_ptr()), count,
                      static_cast<double*>(sq_error.data_ptr()));
   else
-    msq_into<float>(list, full, covered, q.empty() ? nullptr : &to, static_cast<float*>(penalty.data_ptr()), count,
+    msq_into<float>(list, grid, covered, q.empty() ? nullptr : &to, static_cast<float*>(penalty.data_ptr()), count,
                     static_cast<float*>(sq_error.data_ptr()));
 }
 
@@ -158,34 +160,36 @@ Sums empty_sums(const List& list) {
           empty_vector(list.size(), acc, list.w[0])};
 }
 
-void msq_out(Tensors w, Tensors scale, Tensor bits, Tensor k, bool full, Tensors q,
-             Tensor penalty, Tensor nonzero, Tensor sq_error) {
+void msq_out(Tensors w, Tensors scale, Tensor bits, Tensor k, int64_t grid_index, Tensors q, Tensor penalty,
+             Tensor nonzero, Tensor sq_error) {
   bool is_double = is_double_list(w);
-  List list = make_list(w, scale, bits, &k, is_double);
+  const Grid grid = check_grid(grid_index);
+  List list = make_list(w, scale, bits, &k, is_double, grid);
   check_results("q", q, list.w, kFloats);
   ScalarType acc = acc_type(is_double);
   check_result("penalty", penalty, list.size(), acc, w[0]);
   check_result("nonzero", nonzero, list.size(), ScalarType::Long, w[0]);
   check_result("sq_error", sq_error, list.size(), acc, w[0]);
-  msq_into(list, full, false, q, penalty, nonzero, sq_error);
+  msq_into(list, grid, false, q, penalty, nonzero, sq_error);
 }
 
-std::tuple<Tensors, Tensor, Tensor, Tensor> msq(Tensors w, Tensors scale,
-                                                            Tensor bits, Tensor k, bool full, bool covered,
-                                                            ScalarType dtype) {
+std::tuple<Tensors, Tensor, Tensor, Tensor> msq(Tensors w, Tensors scale, Tensor bits, Tensor k, int64_t grid_index,
+                                                bool covered, ScalarType dtype) {
   bool is_double = is_double_list(w);
   check_float("dtype", dtype);
-  List list = make_list(w, scale, bits, &k, is_double);
+  const Grid grid = check_grid(grid_index);
+  List list = make_list(w, scale, bits, &k, is_double, grid);
   Tensors q = empty_like(list.w, dtype);
   auto [penalty, nonzero, sq_error] = empty_sums(list);
-  msq_into(list, full, covered, q, penalty, nonzero, sq_error);
+  msq_into(list, grid, covered, q, penalty, nonzero, sq_error);
   return {q, penalty, nonzero, sq_error};
 }
 
-Sums lsb_stats(Tensors w, Tensors scale, Tensor bits, Tensor k, bool full, bool covered) {
-  List list = make_list(w, scale, bits, &k, is_double_list(w));
+Sums lsb_stats(Tensors w, Tensors scale, Tensor bits, Tensor k, int64_t grid_index, bool covered) {
+  const Grid grid = check_grid(grid_index);
+  List list = make_list(w, scale, bits, &k, is_double_list(w), grid);
   Sums sums = empty_sums(list);
-  msq_into(list, full, covered, {}, std::get<0>(sums), std::get<1>(sums), std::get<2>(sums));
+  msq_into(list, grid, covered, {}, std::get<0>(sums), std::get<1>(sums), std::get<2>(sums));
   return sums;
 }
 
@@ -193,9 +197,9 @@ Sums lsb_stats(Tensors w, Tensors scale, Tensor bits, Tensor k, bool full, bool 
 
 // f(w block, result block, whether to stream it, n, quantizer)
 template <class A, class F>
-void integers_into(const List& list, bool is_signed, const Tensors& out, const F& f) {
+void integers_into(const List& list, Grid grid, bool is_signed, const Tensors& out, const F& f) {
   const Targets to = targets(out, list);
-  for_blocks<A>(list, false, is_signed, [&](int64_t, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
+  for_blocks<A>(list, grid, is_signed, [&](int64_t, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
     int32_t* result = static_cast<int32_t*>(to.data[t]) + i;
     const bool streaming = to.streaming && reinterpret_cast<intptr_t>(result) % 16 == 0;
     with_source<A>(list.data[t], list.type, i, end - i, [&](const auto* w) { f(w, result, streaming, end - i, p); });
@@ -208,23 +212,25 @@ void with_arithmetic(bool is_double, const F& f) {
   is_double ? f(0.0) : f(0.0f);
 }
 
-Tensors lsb(Tensors w, Tensors scale, Tensor bits, Tensor k) {
+Tensors lsb(Tensors w, Tensors scale, Tensor bits, Tensor k, int64_t grid_index) {
   bool is_double = is_double_list(w);
-  List list = make_list(w, scale, bits, &k, is_double);
+  const Grid grid = check_grid(grid_index);
+  List list = make_list(w, scale, bits, &k, is_double, grid);
   Tensors out = empty_like(list.w, ScalarType::Int);
   with_arithmetic(is_double, [&](auto zero) {
-    integers_into<decltype(zero)>(list, true, out, [](const auto&... args) { lsb_loop(args...); });
+    integers_into<decltype(zero)>(list, grid, true, out, [](const auto&... args) { lsb_loop(args...); });
   });
   return out;
 }
 
-Tensors encode(Tensors w, Tensors scale, Tensor bits, int64_t rule, bool is_signed) {
+Tensors encode(Tensors w, Tensors scale, Tensor bits, int64_t rule, int64_t grid_index, bool is_signed) {
   bool is_double = is_double_list(w);
   QUANTOPS_CHECK(rule >= kRoundClamp && rule <= kNearest, "rule: expected 0, 1 or 2, got ", rule);
-  List list = make_list(w, scale, bits, nullptr, is_double);
+  const Grid grid = check_grid(grid_index, is_signed, rule);
+  List list = make_list(w, scale, bits, nullptr, is_double, grid);
   Tensors out = empty_like(list.w, ScalarType::Int);
   with_arithmetic(is_double, [&](auto zero) {
-    integers_into<decltype(zero)>(list, is_signed, out, [&](const auto&... args) {
+    integers_into<decltype(zero)>(list, grid, is_signed, out, [&](const auto&... args) {
       if (rule == kRoundClamp) encode_loop<kRoundClamp>(args...);
       else if (rule == kFloor) encode_loop<kFloor>(args...);
       else encode_loop<kNearest>(args...);
@@ -234,11 +240,11 @@ Tensors encode(Tensors w, Tensors scale, Tensor bits, int64_t rule, bool is_sign
 }
 
 template <class A>
-void decode_into(const List& list, bool full, bool is_signed, const Targets& q) {
+void decode_into(const List& list, Grid grid, bool is_signed, const Targets& q) {
   std::vector<char> outside(list.chunks.size(), false);
-  for_blocks<A>(list, full, is_signed, [&](int64_t chunk, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
+  for_blocks<A>(list, grid, is_signed, [&](int64_t chunk, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
     const int32_t* codes = static_cast<const int32_t*>(list.data[t]) + i;
-    outside[chunk] |= union_loop(codes, end - i) > static_cast<uint32_t>(p.top);
+    outside[chunk] |= union_loop(codes, end - i) >= static_cast<uint32_t>(p.count);
     with_target<A>(q.data[t], q.type, i, end - i, q.streaming,
                    [&](auto* y, bool streaming) { decode_loop(codes, y, streaming, end - i, p); });
   });
@@ -246,29 +252,29 @@ void decode_into(const List& list, bool full, bool is_signed, const Targets& q) 
     if (!outside[i]) continue;
     const Chunk& at = list.chunks[i];
     const int32_t* codes = static_cast<const int32_t*>(list.data[at.tensor]);
-    const int32_t n = list.bits[at.tensor];
+    const int64_t n = code_bits(list.bits[at.tensor], grid);
     const int32_t* bad = std::find_if(codes + at.begin, codes + at.end, [n](int32_t c) { return c < 0 || c >> n; });
     fail(entry_name("codes", at.tensor, list.size()), ": expected values in 0..2^", n, " - 1, got ", *bad);
   }
 }
 
-Tensors decode(Tensors codes, Tensors scale, Tensor bits, bool full,
-                           bool is_signed, ScalarType dtype) {
+Tensors decode(Tensors codes, Tensors scale, Tensor bits, int64_t grid_index, bool is_signed, ScalarType dtype) {
   check_list("codes", codes, {ScalarType::Int});
   check_list("scale", scale, {ScalarType::Float, ScalarType::Double});
   check_float("dtype", dtype);
   bool is_double = scale[0].scalar_type() == ScalarType::Double;
-  List list = make_list(codes, scale, bits, nullptr, is_double);
+  const Grid grid = check_grid(grid_index, is_signed);
+  List list = make_list(codes, scale, bits, nullptr, is_double, grid);
   Tensors q = empty_like(list.w, dtype);
-  is_double ? decode_into<double>(list, full, is_signed, targets(q, list))
-            : decode_into<float>(list, full, is_signed, targets(q, list));
+  is_double ? decode_into<double>(list, grid, is_signed, targets(q, list))
+            : decode_into<float>(list, grid, is_signed, targets(q, list));
   return q;
 }
 
 // --- backward --------------------------------------------------------------------------------------------------
 
 template <class A>
-void backward_into(const List& list, const Tensors& grad, const A* penalty, bool full, bool is_signed,
+void backward_into(const List& list, const Tensors& grad, const A* penalty, Grid grid, bool is_signed,
                    const Targets& out, const std::vector<A*>& grad_scale) {
   std::vector<const void*> g_data;
   for (const Tensor& g : grad) g_data.push_back(g.data_ptr());
@@ -279,7 +285,7 @@ void backward_into(const List& list, const Tensors& grad, const A* penalty, bool
     const int64_t t = c.tensor;
     const A zeros[kBlock] = {};
     for_rows(c, list.rows[t], [&](int64_t row, int64_t begin, int64_t end) {
-      const Quantizer<A> p = quantizer<A>(list, t, row, full, is_signed);
+      const Quantizer<A> p = quantizer<A>(list, t, row, grid, is_signed);
       double sum = 0;
       for (int64_t i = begin; i < end; i += kBlock) {
         int64_t n = std::min(kBlock, end - i);
@@ -311,9 +317,10 @@ void backward_into(const List& list, const Tensors& grad, const A* penalty, bool
 
 std::tuple<Tensors, Tensors> uniform_backward(
     Tensors grad, std::optional<Tensor> grad_penalty, Tensors w, Tensors scale,
-    Tensor bits, Tensor k, bool full, bool is_signed, bool scale_grad) {
+    Tensor bits, Tensor k, int64_t grid_index, bool is_signed, bool scale_grad) {
   bool is_double = is_double_list(w);
-  List list = make_list(w, scale, bits, &k, is_double);
+  const Grid grid = check_grid(grid_index, is_signed);
+  List list = make_list(w, scale, bits, &k, is_double, grid);
   Tensors g;
   if (!grad.empty()) check_like("grad", grad, w, kFloats);
   for (size_t i = 0; i < grad.size(); i++) g.push_back(in_layout_of(grad[i], list.w[i]));
@@ -330,37 +337,38 @@ std::tuple<Tensors, Tensors> uniform_backward(
       s.push_back(static_cast<A*>(out_scale[i].data_ptr()));
       std::fill(s[i], s[i] + out_scale[i].numel(), A(0));
     }
-    backward_into<A>(list, g, grad_penalty ? static_cast<const A*>(penalty.data_ptr()) : nullptr, full, is_signed,
+    backward_into<A>(list, g, grad_penalty ? static_cast<const A*>(penalty.data_ptr()) : nullptr, grid, is_signed,
                      targets(out, list), s);
   });
   return {out, out_scale};
 }
 
 template <class A>
-void add_lsb_grad_into(const List& list, const Targets& grad, A strength) {
-  for_blocks<A>(list, false, true, [&](int64_t, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
+void add_lsb_grad_into(const List& list, Grid grid, const Targets& to, A strength) {
+  for_blocks<A>(list, grid, true, [&](int64_t, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
     with_source<A>(list.data[t], list.type, i, end - i, [&](const auto* w) {
-      if (grad.type == native<A>()) return add_lsb_grad_loop(w, static_cast<A*>(grad.data[t]) + i, end - i, p, strength);
+      if (to.type == native<A>()) return add_lsb_grad_loop(w, static_cast<A*>(to.data[t]) + i, end - i, p, strength);
       if constexpr (sizeof(A) == 4) {
-        if (grad.type == Storage::bf16)
-          return add_lsb_grad_loop(w, static_cast<BFloat16*>(grad.data[t]) + i, end - i, p, strength);
+        if (to.type == Storage::bf16)
+          return add_lsb_grad_loop(w, static_cast<BFloat16*>(to.data[t]) + i, end - i, p, strength);
       }
       A g[kBlock];
-      load_block<A>(grad.data[t], grad.type, i, end - i, g);
+      load_block<A>(to.data[t], to.type, i, end - i, g);
       add_lsb_grad_loop(w, g, end - i, p, strength);
-      store_block<A>(grad.data[t], grad.type, i, end - i, false, g);
+      store_block<A>(to.data[t], to.type, i, end - i, false, g);
     });
   });
 }
 
-void add_lsb_grad_(Tensors grad, Tensors w, Tensors scale, Tensor bits, Tensor k,
+void add_lsb_grad_(Tensors grad, Tensors w, Tensors scale, Tensor bits, Tensor k, int64_t grid_index,
                    Tensor strength) {
   bool is_double = is_double_list(w);
-  List list = make_list(w, scale, bits, &k, is_double);
+  const Grid grid = check_grid(grid_index);
+  List list = make_list(w, scale, bits, &k, is_double, grid);
   check_results("grad", grad, list.w, kFloats);
   check_result("strength", strength, 1, acc_type(is_double), w[0]);
-  if (is_double) add_lsb_grad_into(list, targets(grad, list), *static_cast<const double*>(strength.data_ptr()));
-  else add_lsb_grad_into(list, targets(grad, list), *static_cast<const float*>(strength.data_ptr()));
+  if (is_double) add_lsb_grad_into(list, grid, targets(grad, list), *static_cast<const double*>(strength.data_ptr()));
+  else add_lsb_grad_into(list, grid, targets(grad, list), *static_cast<const float*>(strength.data_ptr()));
 }
 
 }  // namespace

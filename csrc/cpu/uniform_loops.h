@@ -20,10 +20,10 @@ struct LsbSums {
 enum Form {
   kGeneral,      // of any quantizer: the functions of quant_math.h
   kShort,        // of one that has_short_form
-  kShortInside,  // the same, of weights that are all inside the scale: none of them NaN, nothing to clamp from below
+  kShortInside,  // the same, of weights that are all inside the scale: none of them NaN, no code below 0
 };
 
-// All but tiny scales on the dyadic grid have one.
+// All but tiny scales on the dyadic and the sign grid have one.
 QUANTOPS_INLINE bool has_short_form(const Quantizer<float>& p) {
   return p.a == 1 && p.inv > 0 && p.mul * p.inv <= std::numeric_limits<float>::max();
 }
@@ -34,7 +34,7 @@ template <class A, class F>
 void with_form(const Quantizer<A>& p, bool wanted, bool covered, const F& f) {
   if constexpr (sizeof(A) == 4) {
     if (wanted && has_short_form(p)) {
-      if (covered) return f(std::integral_constant<Form, kShortInside>());
+      if (covered && p.bottom == 0) return f(std::integral_constant<Form, kShortInside>());
       return f(std::integral_constant<Form, kShort>());
     }
   }
@@ -62,12 +62,13 @@ QUANTOPS_INLINE float scaled_unit(float w, const Quantizer<float>& p) {
   return w * (p.mul * p.inv) + p.mul * p.offset;
 }
 
-// kZeroBits and the nearest integer to v, between 0 and top; either for NaN. Every step is monotone, so that clamping
-// here does for clamping the weight, and integers are compared at twice the rate of floats.
+// kZeroBits and the nearest integer to v, between bottom and top; either for NaN. Every step is monotone, so that
+// clamping here does for clamping the weight, and integers are compared at twice the rate of floats.
 template <Form form>
-QUANTOPS_INLINE int32_t code_bits(float v, float top) {
+QUANTOPS_INLINE int32_t code_bits(float v, float bottom, float top) {
   const int32_t bits = bits_of(v + kIntegers);
-  return at_most(form == kShort ? at_least(bits, kZeroBits) : bits, kZeroBits + static_cast<int32_t>(top));
+  return at_most(form == kShort ? at_least(bits, kZeroBits + static_cast<int32_t>(bottom)) : bits,
+                 kZeroBits + static_cast<int32_t>(top));
 }
 
 // m of the code with such bits.
@@ -81,11 +82,12 @@ QUANTOPS_INLINE float level_of_bits(int32_t bits, const Quantizer<float>& p) {
 template <Form form, class A>
 QUANTOPS_INLINE A level_element(A w, const Quantizer<A>& p) {
   if constexpr (form == kGeneral) {
-    return level(round_clamp_code(round_clamp_unit(w, p), p.mul, p.top), p);
+    return level(round_clamp_code(round_clamp_unit(w, p), p), p);
   } else if constexpr (form == kShort) {
-    return at_most(at_least(scaled_unit(w, p) + kIntegers, kIntegers), kIntegers + p.top) - (kIntegers - p.b);
+    return at_most(at_least(scaled_unit(w, p) + kIntegers, kIntegers + p.bottom), kIntegers + p.top) -
+           (kIntegers - p.b);
   } else {
-    return level_of_bits(code_bits<form>(scaled_unit(w, p), p.top), p);
+    return level_of_bits(code_bits<form>(scaled_unit(w, p), p.bottom, p.top), p);
   }
 }
 
@@ -106,11 +108,11 @@ void quantize_loop(const In* w, Out* q, bool streaming, int64_t n, const Quantiz
 template <Form form, bool kOne, class A>
 QUANTOPS_INLINE void msq_element(A x, const Quantizer<A>& p, A& q, int32_t& size, A& error) {
   if constexpr (form == kGeneral) {
-    A u = round_clamp_unit_of_number(x, p), c = round_clamp_code(u, p.mul, p.top), y = level(c, p) * p.step;
+    A u = round_clamp_unit(number_of(x, p), p), c = round_clamp_code(u, p), y = level(c, p) * p.step;
     size = kOne ? static_cast<int32_t>(c) & 1 : std::abs(static_cast<int32_t>(lsb_residual(u, c, p)));
     q = x == x ? y : x;
   } else {
-    const int32_t c = code_bits<form>(scaled_unit(x, p), p.top);
+    const int32_t c = code_bits<form>(scaled_unit(x, p), p.bottom, p.top);
     size = c & 1;
     q = level_of_bits(c, p) * p.step;
   }
@@ -183,29 +185,23 @@ void msq_loop(const In* w, Out* q, bool streaming, int64_t n, const Quantizer<A>
   sums.sq_error += part.sq_error;
 }
 
-template <Rule rule, class A>
-QUANTOPS_INLINE int32_t encode_element(A w, const Quantizer<A>& p) {
-  if constexpr (rule == kRoundClamp) return to_int(round_clamp_code(round_clamp_unit(w, p), p.mul, p.top), p.valid);
-  else return to_int(code(unit(w, p), rule, p), p.valid);
-}
-
 template <Rule rule, class In, class A>
 QUANTOPS_SIMD void encode_loop(const In* __restrict w, int32_t* __restrict codes, bool streaming, int64_t n,
                                const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
-  map_lanes<In>(codes, streaming, n, [&](A x) QUANTOPS_LANES { return encode_element<rule>(x, p); }, w);
+  map_lanes<In>(codes, streaming, n, [&](A x) QUANTOPS_LANES { return stored_code(code(x, rule, p), p); }, w);
 }
 
-// B_k; 0 for NaN, as for the lowest weight.
+// B_k; 0 for NaN.
 template <Form form, class A>
 QUANTOPS_INLINE int32_t lsb_element(A w, const Quantizer<A>& p) {
   if constexpr (form == kGeneral) {
     const A u = round_clamp_unit(w, p);
-    return to_int(lsb_residual(u, round_clamp_code(u, p.mul, p.top), p), p.valid);
+    return to_int(lsb_residual(u, round_clamp_code(u, p), p), p.valid);
   } else {
-    const A t = scaled_unit(w > p.low ? w : p.low, p);
-    const A high = float_of(code_bits<kShortInside>(t * (p.mul_lo / p.mul), p.top_lo)) - kIntegers;
-    return code_bits<kShortInside>(t, p.top) - kZeroBits - static_cast<int32_t>(p.pow_k * high);
+    const A t = scaled_unit(number_of(w, p), p);
+    const A high = float_of(code_bits<kShort>(t * (p.mul_lo / p.mul), p.bottom_lo, p.top_lo)) - kIntegers;
+    return code_bits<kShort>(t, p.bottom, p.top) - kZeroBits - static_cast<int32_t>(p.pow_k * high);
   }
 }
 
@@ -227,10 +223,11 @@ QUANTOPS_SIMD void decode_loop(const Code* __restrict codes, Out* __restrict q, 
                                const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
   map_lanes<Out>(
-      q, streaming, n, [&](int32_t c) QUANTOPS_LANES { return level(static_cast<A>(c), p) * p.step; }, codes);
+      q, streaming, n, [&](int32_t c) QUANTOPS_LANES { return level(code_of_stored(static_cast<A>(c), p), p) * p.step; },
+      codes);
 }
 
-// The union of the bits of codes: within 2^n - 1 if all of them are.
+// The union of the bits of codes: below a power of two if all of them are.
 QUANTOPS_SIMD inline uint32_t union_loop(const int32_t* __restrict codes, int64_t n) {
   uint32_t seen = 0;
   for (int64_t i = 0; i < n; i++) seen |= static_cast<uint32_t>(codes[i]);
@@ -256,8 +253,8 @@ QUANTOPS_INLINE A slope_element(A w, const Quantizer<A>& p) {
     return lsb_sign(w, p);
   } else {  // B_1 itself
     const A t = scaled_unit(w, p);
-    const A c = float_of(code_bits<kShortInside>(t, p.top));
-    const A half = float_of(code_bits<kShortInside>(t * A(0.5), p.top_lo));
+    const A c = float_of(code_bits<kShort>(t, p.bottom, p.top));
+    const A half = float_of(code_bits<kShort>(t * A(0.5), p.bottom_lo, p.top_lo));
     return (c - (half + half)) + kIntegers;
   }
 }

@@ -6,6 +6,7 @@
 // bytes too, through shared memory, where a lane finds the bytes of its octet. A lane has four codes of a group of 128,
 // half an octet: so neighbours take two groups together and exchange halves, and the even lane has an octet of the
 // first group, the odd lane one of the second.
+#include "../grid_argument.h"
 #include "../packed_tensor.h"
 #include "table.cuh"
 
@@ -137,6 +138,7 @@ __global__ void __launch_bounds__(kThreads, 2) pack_kernel(const __grid_constant
 //   O apply(code, state)
 
 struct Codes {
+  static constexpr Grid grid = kDyadic;
   using O = int32_t;
   struct State {
     bool valid;
@@ -155,10 +157,12 @@ struct Values {
     Quantizer<A> p;
     int64_t end;  // of the elements that have its scale
   };
-  bool full, is_signed;
+  Grid grid;
+  bool is_signed;
 
   __device__ __forceinline__ Quantizer<A> quantizer(const PackedEntry& e, int64_t row, int m) const {
-    return make_quantizer<A>(static_cast<const A*>(e.scale)[row], m, 0, full, is_signed);
+    const int n = grid == kSign && m > 0 ? m - 1 : m;  // the first bit is the sign
+    return make_quantizer<A>(static_cast<const A*>(e.scale)[row], n, 0, grid, is_signed);
   }
   __device__ __forceinline__ State begin(const PackedEntry& e, int m) const { return {quantizer(e, 0, m), e.inner}; }
   __device__ __forceinline__ void seek(int64_t i, const PackedEntry& e, int m, State& s) const {
@@ -167,7 +171,7 @@ struct Values {
     s = {quantizer(e, row, m), (row + 1) * e.inner};
   }
   __device__ __forceinline__ O apply(uint32_t code, const State& s) const {
-    return Narrow<O>::from(level(static_cast<A>(code), s.p) * s.p.step);
+    return Narrow<O>::from(level(code_of_stored(static_cast<A>(code), s.p), s.p) * s.p.step);
   }
 };
 
@@ -201,7 +205,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (item.begin >= item.end) return;  // whole warps
   const PackedEntry& entry = table.entry[item.which];
   const uint8_t* in = static_cast<const uint8_t*>(entry.from);
-  const int n = entry.stored, lane = item.lane, asked = bits[table.base + item.which];
+  const int n = entry.stored, lane = item.lane;
+  const int asked = static_cast<int>(code_bits(bits[table.base + item.which], op.grid));
   const bool odd = lane & 1, valid = asked >= 0 && asked <= n;
   const int m = valid ? asked : 0, rows = kDenseLayout ? n : m;
   const int64_t stride = plane_bytes(entry.numel), total = (entry.numel * n + 7) / 8;
@@ -355,7 +360,8 @@ Tensors unpack(Tensors data, std::vector<int64_t> sizes, std::vector<int64_t> di
 }
 
 Tensors decode_packed(Tensors data, std::vector<int64_t> sizes, std::vector<int64_t> dims, std::vector<int64_t> stored,
-                      Tensors scale, Tensor bits, int64_t layout, bool full, bool is_signed, ScalarType dtype) {
+                      Tensors scale, Tensor bits, int64_t layout, int64_t grid_index, bool is_signed, ScalarType dtype) {
+  const Grid grid = check_grid(grid_index, is_signed);
   const PackedShapes list(data, sizes, dims, stored, layout);
   check_float("dtype", dtype);
   const Tensor m = check_per_weight("bits", bits, list.size(), ScalarType::Int, data[0]);
@@ -368,8 +374,8 @@ Tensors decode_packed(Tensors data, std::vector<int64_t> sizes, std::vector<int6
   }
   with_float(dtype, [&](auto element) {
     using O = decltype(element);
-    if (is_double) unpack_into(data[0], entries, m, layout, Values<double, O>{full, is_signed});
-    else unpack_into(data[0], entries, m, layout, Values<float, O>{full, is_signed});
+    if (is_double) unpack_into(data[0], entries, m, layout, Values<double, O>{grid, is_signed});
+    else unpack_into(data[0], entries, m, layout, Values<float, O>{grid, is_signed});
   });
   return out;
 }

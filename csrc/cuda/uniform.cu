@@ -4,6 +4,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../grid_argument.h"
 #include "table.cuh"
 
 namespace quantops::cuda {
@@ -15,11 +16,12 @@ namespace {
 struct Source {
   const int32_t* bits;
   const int32_t* k;  // null: no LSBs
-  bool full, is_signed;
+  Grid grid;
+  bool is_signed;
 
   template <class A>
   __device__ __forceinline__ Quantizer<A> get(const Entry& e, int64_t row, int which) const {
-    return make_quantizer<A>(static_cast<const A*>(e.scale)[row], bits[which], k ? k[which] : 0, full, is_signed);
+    return make_quantizer<A>(static_cast<const A*>(e.scale)[row], bits[which], k ? k[which] : 0, grid, is_signed);
   }
 };
 
@@ -35,7 +37,7 @@ struct RoundClamp : OpBase {
     return source.get<Acc<W>>(e, row, which);
   }
   __device__ __forceinline__ O apply(X w, None, const State& p) const {
-    auto c = round_clamp_code(round_clamp_unit(widen(w), p), p.mul, p.top);
+    auto c = round_clamp_code(round_clamp_unit(widen(w), p), p);
     return Narrow<O>::from(level(c, p) * p.step);
   }
 };
@@ -70,16 +72,14 @@ struct Msq : OpBase {
     return {source.get<A>(e, row, which), 0.0, 0, 0, A(0), kRounding<A>};
   }
   __device__ __forceinline__ auto apply(X x, None, State& s) const {
-    constexpr bool kWrites = !std::is_same_v<O, None>;  // else NaN need not come through q: it does through the error
-    const A w = widen(x), u = kWrites ? round_clamp_unit(w, s.p) : round_clamp_unit_of_number(w, s.p);
-    const A c = round_clamp_code(u, s.p.mul, s.p.top), q = level(c, s.p) * s.p.step;
-    const A b = kWrites ? magnitude(lsb_residual(u, c, s.p)) : fabs(lsb_residual(u, c, s.p));
+    const A w = widen(x), u = round_clamp_unit(w, s.p), c = round_clamp_code(u, s.p);
+    const A q = level(c, s.p) * s.p.step, b = magnitude(lsb_residual(u, c, s.p));
     const A difference = q - w;
     s.vector_sq_error = product_plus(difference, difference, s.vector_sq_error);
     s.vector_levels += b;  // exact: an integer below 2^18
     s.nonzero += b != A(0);
-    if constexpr (kWrites) return Narrow<O>::from(q);
-    else return None{};
+    if constexpr (std::is_same_v<O, None>) return None{};
+    else return Narrow<O>::from(q);
   }
   template <int kCount>
   __device__ __forceinline__ void flush(State& s, const X (&)[kCount]) const {
@@ -89,7 +89,7 @@ struct Msq : OpBase {
     s.vector_levels = kRounding<A>;
   }
   __device__ __forceinline__ void end(State& s, int64_t item, int lane) const {
-    const double code_step = static_cast<double>(s.p.step) * (source.full ? 2.0 : 1.0);
+    const double code_step = static_cast<double>(s.p.step) * (source.grid == kFull ? 2.0 : 1.0);
     const int64_t levels = warp_reduce<Add>(static_cast<int64_t>(s.levels));
     const double sq_error = warp_reduce<Add>(s.sq_error);
     const int32_t nonzero = warp_reduce<Add>(s.nonzero);
@@ -115,7 +115,7 @@ struct FinishMsq {
       s.sq_error += p.sq_error;
       s.nonzero += p.nonzero;
     }
-    int32_t bad = !valid_bits(source.bits[which], source.k ? source.k[which] : 0);
+    int32_t bad = !valid_bits(source.bits[which], source.k ? source.k[which] : 0, source.grid);
     for (int64_t row = threadIdx.x; row < e.rows; row += blockDim.x)
       bad |= !valid_scale(static_cast<const A*>(e.scale)[row]);
     s.penalty = block_reduce<Add>(s.penalty);
@@ -143,7 +143,7 @@ struct Lsb : OpBase {
   }
   __device__ __forceinline__ O apply(X w, None, const State& p) const {
     auto u = round_clamp_unit(widen(w), p);
-    return to_int(lsb_residual(u, round_clamp_code(u, p.mul, p.top), p), p.valid);
+    return to_int(lsb_residual(u, round_clamp_code(u, p), p), p.valid);
   }
 };
 
@@ -160,7 +160,7 @@ struct Encode : OpBase {
     return source.get<Acc<W>>(e, row, which);
   }
   __device__ __forceinline__ O apply(X w, None, const State& p) const {
-    return to_int(code(unit(widen(w), p), rule, p), p.valid);
+    return stored_code(code(widen(w), rule, p), p);
   }
 };
 
@@ -177,8 +177,8 @@ struct Decode : OpBase {
   }
   __device__ __forceinline__ O apply(X code, None, const State& p) const {
     const A c = static_cast<A>(code);
-    const A q = level(c, p) * p.step;
-    return Narrow<O>::from(c >= A(0) && c < p.mul ? q : quiet_nan<A>());
+    const A q = level(code_of_stored(c, p), p) * p.step;
+    return Narrow<O>::from(c >= A(0) && c < p.count ? q : quiet_nan<A>());
   }
 };
 
@@ -340,16 +340,16 @@ struct List {
   Source source;
   std::vector<Entry> entries;
 
-  List(const Tensors& weights, const Tensors& scale, const Tensor& bits_, const Tensor* k_, bool full, bool is_signed)
+  List(const Tensors& weights, const Tensors& scale, const Tensor& bits_, const Tensor* k_, Grid grid, bool is_signed)
       : dtype(check_list("w", weights, kFloats)), acc(acc_type(dtype)) {
-    fill(weights, scale, bits_, k_, full, is_signed);
+    fill(weights, scale, bits_, k_, grid, is_signed);
   }
 
   // Codes: the arithmetic is that of the scales.
-  List(const Tensors& codes, const Tensors& scale, const Tensor& bits_, bool full, bool is_signed)
+  List(const Tensors& codes, const Tensors& scale, const Tensor& bits_, Grid grid, bool is_signed)
       : dtype(check_list("codes", codes, {ScalarType::Int})), acc(ScalarType::Float) {
     if (!scale.empty() && scale[0].scalar_type() == ScalarType::Double) acc = ScalarType::Double;
-    fill(codes, scale, bits_, nullptr, full, is_signed);
+    fill(codes, scale, bits_, nullptr, grid, is_signed);
   }
 
   const Tensor& first() const { return w[0]; }
@@ -360,14 +360,14 @@ struct List {
   }
 
  private:
-  void fill(const Tensors& weights, const Tensors& scale, const Tensor& bits_, const Tensor* k_, bool full,
+  void fill(const Tensors& weights, const Tensors& scale, const Tensor& bits_, const Tensor* k_, Grid grid,
             bool is_signed) {
     const int64_t count = static_cast<int64_t>(weights.size());
     check_scales(scale, weights, acc);
     bits = check_per_weight("bits", bits_, count, ScalarType::Int, weights[0]);
     if (k_) k = check_per_weight("k", *k_, count, ScalarType::Int, weights[0]);
     source = {static_cast<const int32_t*>(bits.data_ptr()), k_ ? static_cast<const int32_t*>(k.data_ptr()) : nullptr,
-              full, is_signed};
+              grid, is_signed};
     w = dense(weights);
     entries.reserve(weights.size());
     for (size_t i = 0; i < w.size(); ++i) {
@@ -424,17 +424,17 @@ void round_clamp_into(List& list, const Tensors& q, ScalarType q_dtype) {
   });
 }
 
-Tensors round_clamp(Tensors w, Tensors scale, Tensor bits, bool full, bool is_signed, bool /*covered*/,
+Tensors round_clamp(Tensors w, Tensors scale, Tensor bits, int64_t grid, bool is_signed, bool /*covered*/,
                     ScalarType dtype) {
   check_float("dtype", dtype);
-  List list(w, scale, bits, nullptr, full, is_signed);
+  List list(w, scale, bits, nullptr, check_grid(grid, is_signed), is_signed);
   Tensors q = empty_like(list.w, dtype);
   round_clamp_into(list, q, dtype);
   return q;
 }
 
-void round_clamp_out(Tensors w, Tensors scale, Tensor bits, bool full, bool is_signed, Tensors q) {
-  List list(w, scale, bits, nullptr, full, is_signed);
+void round_clamp_out(Tensors w, Tensors scale, Tensor bits, int64_t grid, bool is_signed, Tensors q) {
+  List list(w, scale, bits, nullptr, check_grid(grid, is_signed), is_signed);
   round_clamp_into(list, q, check_results("q", q, list.w, kFloats));
 }
 
@@ -464,19 +464,19 @@ std::tuple<Tensor, Tensor, Tensor> empty_sums(const List& list) {
           empty_vector(list.size(), list.acc, list.first())};
 }
 
-std::tuple<Tensors, Tensor, Tensor, Tensor> msq(Tensors w, Tensors scale, Tensor bits, Tensor k, bool full,
+std::tuple<Tensors, Tensor, Tensor, Tensor> msq(Tensors w, Tensors scale, Tensor bits, Tensor k, int64_t grid,
                                                 bool /*covered*/, ScalarType dtype) {
   check_float("dtype", dtype);
-  List list(w, scale, bits, &k, full, true);
+  List list(w, scale, bits, &k, check_grid(grid), true);
   Tensors q = empty_like(list.w, dtype);
   auto [penalty, nonzero, sq_error] = empty_sums(list);
   msq_into(list, &q, dtype, penalty, nonzero, sq_error);
   return {q, penalty, nonzero, sq_error};
 }
 
-void msq_out(Tensors w, Tensors scale, Tensor bits, Tensor k, bool full, Tensors q, Tensor penalty, Tensor nonzero,
+void msq_out(Tensors w, Tensors scale, Tensor bits, Tensor k, int64_t grid, Tensors q, Tensor penalty, Tensor nonzero,
              Tensor sq_error) {
-  List list(w, scale, bits, &k, full, true);
+  List list(w, scale, bits, &k, check_grid(grid), true);
   const ScalarType q_dtype = check_results("q", q, list.w, kFloats);
   check_result("penalty", penalty, list.size(), list.acc, list.first());
   check_result("nonzero", nonzero, list.size(), ScalarType::Long, list.first());
@@ -484,16 +484,16 @@ void msq_out(Tensors w, Tensors scale, Tensor bits, Tensor k, bool full, Tensors
   msq_into(list, &q, q_dtype, penalty, nonzero, sq_error);
 }
 
-std::tuple<Tensor, Tensor, Tensor> lsb_stats(Tensors w, Tensors scale, Tensor bits, Tensor k, bool full,
+std::tuple<Tensor, Tensor, Tensor> lsb_stats(Tensors w, Tensors scale, Tensor bits, Tensor k, int64_t grid,
                                              bool /*covered*/) {
-  List list(w, scale, bits, &k, full, true);
+  List list(w, scale, bits, &k, check_grid(grid), true);
   auto sums = empty_sums(list);
   msq_into(list, nullptr, list.dtype, std::get<0>(sums), std::get<1>(sums), std::get<2>(sums));
   return sums;
 }
 
-Tensors lsb(Tensors w, Tensors scale, Tensor bits, Tensor k) {
-  List list(w, scale, bits, &k, false, true);
+Tensors lsb(Tensors w, Tensors scale, Tensor bits, Tensor k, int64_t grid) {
+  List list(w, scale, bits, &k, check_grid(grid), true);
   Tensors b = empty_like(list.w, ScalarType::Int);
   list.write_to(b);
   with_float(list.dtype, [&](auto element) {
@@ -502,9 +502,9 @@ Tensors lsb(Tensors w, Tensors scale, Tensor bits, Tensor k) {
   return b;
 }
 
-Tensors encode(Tensors w, Tensors scale, Tensor bits, int64_t rule, bool is_signed) {
+Tensors encode(Tensors w, Tensors scale, Tensor bits, int64_t rule, int64_t grid, bool is_signed) {
   QUANTOPS_CHECK(rule >= kRoundClamp && rule <= kNearest, "rule: expected 0..2, got ", rule);
-  List list(w, scale, bits, nullptr, false, is_signed);
+  List list(w, scale, bits, nullptr, check_grid(grid, is_signed, rule), is_signed);
   Tensors c = empty_like(list.w, ScalarType::Int);
   list.write_to(c);
   with_float(list.dtype, [&](auto element) {
@@ -513,9 +513,9 @@ Tensors encode(Tensors w, Tensors scale, Tensor bits, int64_t rule, bool is_sign
   return c;
 }
 
-Tensors decode(Tensors codes, Tensors scale, Tensor bits, bool full, bool is_signed, ScalarType dtype) {
+Tensors decode(Tensors codes, Tensors scale, Tensor bits, int64_t grid, bool is_signed, ScalarType dtype) {
   check_float("dtype", dtype);
-  List list(codes, scale, bits, full, is_signed);
+  List list(codes, scale, bits, check_grid(grid, is_signed), is_signed);
   Tensors q = empty_like(list.w, dtype);
   list.write_to(q);
   with_float(dtype, [&](auto out) {
@@ -527,9 +527,9 @@ Tensors decode(Tensors codes, Tensors scale, Tensor bits, bool full, bool is_sig
 }
 
 std::tuple<Tensors, Tensors> uniform_backward(Tensors grad, std::optional<Tensor> grad_penalty, Tensors w,
-                                              Tensors scale, Tensor bits, Tensor k, bool full, bool is_signed,
+                                              Tensors scale, Tensor bits, Tensor k, int64_t grid, bool is_signed,
                                               bool scale_grad) {
-  List list(w, scale, bits, &k, full, is_signed);
+  List list(w, scale, bits, &k, check_grid(grid, is_signed), is_signed);
   ScalarType grad_dtype = list.dtype;
   Tensors laid_out;  // the gradients, kept alive
   if (!grad.empty()) {
@@ -578,8 +578,9 @@ std::tuple<Tensors, Tensors> uniform_backward(Tensors grad, std::optional<Tensor
   return {grad_w, grad_scale};
 }
 
-void add_lsb_grad_(Tensors grad, Tensors w, Tensors scale, Tensor bits, Tensor k, Tensor strength) {
-  List list(w, scale, bits, &k, false, true);
+void add_lsb_grad_(Tensors grad, Tensors w, Tensors scale, Tensor bits, Tensor k, int64_t grid,
+                   Tensor strength) {
+  List list(w, scale, bits, &k, check_grid(grid), true);
   check_results("grad", grad, list.w, {list.dtype});
   const Tensor s = check_per_weight("strength", strength, 1, list.acc, list.first());
   list.write_to(grad);

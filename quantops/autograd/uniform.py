@@ -15,7 +15,7 @@ class _Quantizer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, keyset, op, args, full, signed, covered, k, *tensors):
+    def forward(ctx, keyset, op, args, grid, signed, covered, k, *tensors):
         result = below_autograd(keyset, op, args)
         result = tuple(result) if isinstance(result, list) else (*result[0], *result[1:]) if isinstance(
             result[0], list) else result
@@ -23,7 +23,7 @@ class _Quantizer(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t in result[-2:] if k is not None))
         ctx.count, ctx.lists = len(w), len(result) if k is None else len(result) - 3
-        ctx.full, ctx.signed, ctx.covered, ctx.dtype, ctx.q_dtype = full, signed, covered, w[0].dtype, result[0].dtype
+        ctx.grid, ctx.signed, ctx.covered, ctx.dtype, ctx.q_dtype = grid, signed, covered, w[0].dtype, result[0].dtype
         ctx.save_for_backward(*w, *scale, bits, *([] if k is None else [k]))
         return result
 
@@ -42,7 +42,7 @@ class _Quantizer(torch.autograd.Function):
             # The scale is a constant in R.
             scale_grad = any(wanted) and any_given(grad_q)
             grad_w, grad_scale = call(
-                ops.uniform_backward, materialize(grad_q, w, ctx.q_dtype), penalty, w, scale, bits, k, ctx.full,
+                ops.uniform_backward, materialize(grad_q, w, ctx.q_dtype), penalty, w, scale, bits, k, ctx.grid,
                 ctx.signed, scale_grad)
             grad_w = grad_w if penalty is not None else of_used(grad_q, grad_w)
             grad_scale = of_used(grad_q, grad_scale) if scale_grad else none
@@ -54,7 +54,7 @@ class _QuantizerBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, keyset, op, args, *tensors):
-        grad, penalty, w, scale, bits, k, ctx.full, ctx.signed, _ = args
+        grad, penalty, w, scale, bits, k, ctx.grid, ctx.signed, _ = args
         grad_w, grad_scale = below_autograd(keyset, op, args)
         ctx.set_materialize_grads(False)
         ctx.count, ctx.has_penalty, ctx.grad_dtype = len(w), penalty is not None, grad[0].dtype if grad else None
@@ -68,14 +68,14 @@ class _QuantizerBackward(torch.autograd.Function):
         gg_w, gg_scale = materialize(gradients[:n], w, w[0].dtype), gradients[n:]
         grad, penalty = [None] * n, None
         if gg_w:
-            grad, _ = call(ops.uniform_backward, gg_w, None, w, scale, bits, k, ctx.full, ctx.signed, False)
+            grad, _ = call(ops.uniform_backward, gg_w, None, w, scale, bits, k, ctx.grid, ctx.signed, False)
             if ctx.has_penalty:
-                slopes = [b.sign() for b in ops.lsb(w, scale, bits, k)]
+                slopes = [b.sign() for b in ops.lsb(w, scale, bits, k, ctx.grid)]
                 penalty = torch.stack([(g * b).sum(dtype=s.dtype) for g, b, s in zip(grad, slopes, scale)])
         if any_given(gg_scale):
             terms = [
                 torch.zeros_like(t) if g is None else per_row(g, t) *
-                scale_grad_term(t, s, b, GRIDS[ctx.full], ctx.signed)
+                scale_grad_term(t, s, b, GRIDS[ctx.grid], ctx.signed)
                 for g, t, s, b in zip(gg_scale, w, scale, bits.reshape(-1))]
             grad = [t if g is None else g + t for g, t in zip(grad, terms)]
         grad = [None if g is None else g.to(ctx.grad_dtype) for g in grad] if ctx.grad_dtype else []
@@ -88,19 +88,19 @@ def _learned(scale, covered):
 
 
 def round_clamp(keyset, op, args):
-    w, scale, _, full, signed, covered, _ = args
-    return list(_Quantizer.apply(keyset, op, args, full, signed, covered, None, *w, *_learned(scale, covered)))
+    w, scale, _, grid, signed, covered, _ = args
+    return list(_Quantizer.apply(keyset, op, args, grid, signed, covered, None, *w, *_learned(scale, covered)))
 
 
 def msq(keyset, op, args):
-    w, scale, _, k, full, covered, _ = args
-    out = _Quantizer.apply(keyset, op, args, full, True, covered, k, *w, *_learned(scale, covered))
+    w, scale, _, k, grid, covered, _ = args
+    out = _Quantizer.apply(keyset, op, args, grid, True, covered, k, *w, *_learned(scale, covered))
     return list(out[:-3]), *out[-3:]
 
 
 def lsb_stats(keyset, op, args):
-    w, scale, _, k, full, covered = args
-    return _Quantizer.apply(keyset, op, args, full, True, covered, k, *w, *_learned(scale, covered))
+    w, scale, _, k, grid, covered = args
+    return _Quantizer.apply(keyset, op, args, grid, True, covered, k, *w, *_learned(scale, covered))
 
 
 def uniform_backward(keyset, op, args):

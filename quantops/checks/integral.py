@@ -5,7 +5,7 @@ import functools
 import torch
 
 from quantops.checks.arguments import kind, listed
-from quantops.reference.uniform import MAX_BITS
+from quantops.reference.uniform import GRIDS, MAX_BITS, most_bits
 
 INTS = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64, torch.int64)
 
@@ -51,9 +51,9 @@ def repeated(value, w):
     return values * len(w) if len(values) == 1 else values
 
 
-def bits(value, w):
-    """Bit-widths 0..16; 0 means: the whole tensor is pruned."""
-    return integers("bits", value, w, 0, MAX_BITS)
+def bits(value, w, grid=0):
+    """Bit-widths from 0, which means that the whole tensor is pruned, to the most on the grid of this index."""
+    return integers("bits", value, w, 0, most_bits(GRIDS[grid]))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -6,8 +6,9 @@ import torch
 
 from quantops.checks.arguments import entry, kind, tensors
 from quantops.checks.integral import bits, integers, repeated
+from quantops.checks.uniform import grid_structure
 from quantops.reference.packing import LAYOUTS, data_shape, split_shapes
-from quantops.reference.uniform import MAX_BITS
+from quantops.reference.uniform import GRIDS, MAX_BITS, code_bits
 
 
 def stored_bits(value, count):
@@ -36,12 +37,16 @@ def packed_data(data, shapes, stored, layout):
                              f"strides {d.stride()}")
 
 
-def bits_of_stored(value, stored, data):
-    """Bit-widths to read, from 0 to those that are stored (None: all), as :func:`bits` has them."""
-    value = stored if value is None else value
-    read = bits(value, data)
+def bits_of_stored(value, stored, data, grid=0):
+    """Bit-widths to read, from 0 to those that are stored (None: all), as :func:`bits` has them.
+
+    Where codes have a sign bit, it is among those that are stored.
+    """
+    most = [max(n - code_bits(1, GRIDS[grid]) + 1, 0) for n in stored]
+    value = most if value is None else value
+    read = bits(value, data, grid)
     if not isinstance(value, torch.Tensor):
-        for m, n in zip(repeated(value, data), stored):
+        for m, n in zip(repeated(value, data), most):
             if m > n:
                 raise ValueError(f"bits: expected 0..{n}, the bits that are stored, got {m}")
     return read
@@ -54,6 +59,8 @@ def structure(arguments):
     if "codes" in arguments:
         stored_bits(arguments["bits"], len(tensors("codes", arguments["codes"], (torch.int32,))))
         return
+    if "grid" in arguments:
+        grid_structure(arguments)
     data, bits_read = arguments["data"], arguments["bits"]
     shapes = split_shapes(arguments["sizes"], arguments["dims"])
     packed_data(data, shapes, arguments["stored"], LAYOUTS[arguments["layout"]])

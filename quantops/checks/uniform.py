@@ -10,11 +10,11 @@ from quantops.checks.scaling import ready_scales, scales
 from quantops.reference.uniform import GRIDS, MAX_BITS, RULES, acc_dtype
 
 
-def bits_and_k(bits_value, k_value, w):
+def bits_and_k(bits_value, k_value, w, grid=0):
     """Bit-widths and the number of LSBs looked at, 1 <= k < bits; k = 0: none, for weights with no bit to give."""
     if type(bits_value) is int and type(k_value) is int and may_keep(w[0].device):
-        return _constant_bits_and_k(bits_value, k_value, len(w), w[0].device)
-    n, k = bits(bits_value, w), integers("k", k_value, w, 0, MAX_BITS - 1)
+        return _constant_bits_and_k(bits_value, k_value, len(w), w[0].device, grid)
+    n, k = bits(bits_value, w, grid), integers("k", k_value, w, 0, MAX_BITS - 1)
     if not isinstance(bits_value, torch.Tensor) and not isinstance(k_value, torch.Tensor):
         for b, v in zip(repeated(bits_value, w), repeated(k_value, w)):
             if v >= b and v != 0:
@@ -23,13 +23,35 @@ def bits_and_k(bits_value, k_value, w):
 
 
 @functools.lru_cache(maxsize=1024)
-def _constant_bits_and_k(bits_value, k_value, count, device):
-    return bits_and_k([bits_value], [k_value], [torch.empty(0, device=device)] * count)  # lists are not looked up here
+def _constant_bits_and_k(bits_value, k_value, count, device, grid):
+    like = [torch.empty(0, device=device)] * count
+    return bits_and_k([bits_value], [k_value], like, grid)  # lists are not looked up here
 
 
-def full_grid(grid):
-    """True for the full grid, False for the dyadic one, which is the default of round_clamp codes."""
-    return grid is not None and choice("grid", grid, GRIDS) == GRIDS[1]
+def grid_index(grid, signed=True, rule="round_clamp"):
+    """A grid as the ops take it; None is the dyadic one, the default of round_clamp codes."""
+    index = 0 if grid is None else GRIDS.index(choice("grid", grid, GRIDS))
+    choice("signed", signed, (True, False))
+    _sign_grid(index, signed, RULES.index(rule))
+    return index
+
+
+def grid_structure(arguments):
+    """The part of :func:`structure` of ops that take a grid."""
+    grid, rule = arguments["grid"], arguments.get("rule", 0)
+    if not 0 <= grid < len(GRIDS):
+        raise ValueError(f"grid: expected 0..{len(GRIDS) - 1}, got {grid}")
+    if not 0 <= rule < len(RULES):
+        raise ValueError(f"rule: expected 0..{len(RULES) - 1}, got {rule}")
+    _sign_grid(grid, arguments.get("signed", True), rule)
+
+
+def _sign_grid(grid, signed, rule):
+    """ValueError for what the sign grid does not go with; grid and rule are indices."""
+    if GRIDS[grid] == "sign" and not signed:
+        raise ValueError("grid: expected 'dyadic' or 'full' for unsigned values, got 'sign'")
+    if GRIDS[grid] == "sign" and rule:
+        raise ValueError(f"rule: expected 'round_clamp' on the sign grid, got {RULES[rule]!r}")
 
 
 def rule_index(rule):
@@ -55,6 +77,8 @@ def decode_scales(value, codes, out_dtype):
 
 def structure(arguments):
     """See quantops/checks/__init__.py."""
+    if "grid" in arguments:
+        grid_structure(arguments)
     w = tensors("codes", arguments["codes"], INTS) if "codes" in arguments else tensors("w", arguments["w"])
     for name in ("grad", "q"):
         listed = arguments.get(name)

@@ -2,7 +2,7 @@
 
 from quantops import reference
 from quantops.reference.packing import LAYOUTS, split_shapes
-from quantops.reference.uniform import GRIDS
+from quantops.reference.uniform import GRIDS, code_bits
 from quantops.values import check_codes, check_stored, check_values
 
 
@@ -18,7 +18,8 @@ def unpack(data, sizes, dims, stored, bits, layout):
             for d, shape, n, m in zip(data, shapes, stored, bits.reshape(-1))]
 
 
-def decode_packed(data, sizes, dims, stored, scale, bits, layout, full, signed, dtype):
-    check_values(scale, bits)
-    return [reference.decode(c, s, m, grid=GRIDS[full], signed=signed, dtype=dtype)
-            for c, s, m in zip(unpack(data, sizes, dims, stored, bits, layout), scale, bits.reshape(-1))]
+def decode_packed(data, sizes, dims, stored, scale, bits, layout, grid, signed, dtype):
+    check_values(scale, bits, grid=grid)
+    read = code_bits(bits, GRIDS[grid])
+    return [reference.decode(c, s, m, grid=GRIDS[grid], signed=signed, dtype=dtype)
+            for c, s, m in zip(unpack(data, sizes, dims, stored, read, layout), scale, bits.reshape(-1))]

@@ -91,10 +91,10 @@ class MSQWeight(WeightQuantizer):
         super().__init__()
         self.register_buffer("bits", torch.full((), bits, dtype=torch.int32, device=device))
         self.register_buffer("k", torch.full((), k, dtype=torch.int32, device=device))
-        self.full, self.decoupled, self.prune = config.grid == GRIDS[1], config.penalty == "decoupled", prune
+        self.grid, self.decoupled, self.prune = GRIDS.index(config.grid), config.penalty == "decoupled", prune
         self.scale, self.per_row = config.scale, config.per_row
         self.covered = config.scale == ABSMAX
-        self.batch_key = ("msq", self.full, self.scale, self.per_row, self.decoupled)
+        self.batch_key = ("msq", self.grid, self.scale, self.per_row, self.decoupled)
 
     def set_precision(self, bits, k):
         """Sets both in place: nothing recompiles. Raises ValueError out of range."""
@@ -107,20 +107,20 @@ class MSQWeight(WeightQuantizer):
         scale, bits, k = _arguments(quantizers, w)
         p, dtype = quantizers[0], checks.dtype_of(None, w)
         if p.decoupled:
-            q = call(ops.round_clamp, w, scale, bits, p.full, True, p.covered, dtype)
+            q = call(ops.round_clamp, w, scale, bits, p.grid, True, p.covered, dtype)
             return Quantized(q, None, scale, bits, k)
-        q, penalty, _, _ = call(ops.msq, w, scale, bits, k, p.full, p.covered, dtype)
+        q, penalty, _, _ = call(ops.msq, w, scale, bits, k, p.grid, p.covered, dtype)
         return Quantized(q, penalty, scale, bits, k)
 
     @staticmethod
     def revive(quantizers, w, result):
-        out = _Revive.apply(result, (quantizers[0].full, quantizers[0].covered), *w)
+        out = _Revive.apply(result, (quantizers[0].grid, quantizers[0].covered), *w)
         return result._replace(q=list(out[:len(w)]), penalty=None if result.penalty is None else out[-1])
 
     @staticmethod
     def measure(quantizers, w):
         scale, bits, k = _arguments(quantizers, w)
-        _, nonzero, sq_error = call(ops.lsb_stats, w, scale, bits, k, quantizers[0].full, quantizers[0].covered)
+        _, nonzero, sq_error = call(ops.lsb_stats, w, scale, bits, k, quantizers[0].grid, quantizers[0].covered)
         top = [float(s.max()) if s.numel() else 0.0 for s in scale]
         rows = zip(w, bits.tolist(), k.tolist(), nonzero.tolist(), sq_error.tolist(), top)
         # A negative count is what a GPU says of weights that have a NaN or an infinity.
@@ -129,11 +129,11 @@ class MSQWeight(WeightQuantizer):
 
     def to_int(self, w):
         bits, scale = int(self.bits), weight_scales([w], self.scale, self.per_row)[0]
-        codes = foreach.encode([w], [scale], bits)[0]
-        return IntWeight.from_codes(codes, scale, bits, grid=GRIDS[self.full], dtype=w.dtype)
+        codes = foreach.encode([w], [scale], bits, grid=GRIDS[self.grid])[0]
+        return IntWeight.from_codes(codes, scale, bits, grid=GRIDS[self.grid], dtype=w.dtype)
 
     def extra_repr(self):
-        return (f"bits={shown(self.bits)}, k={shown(self.k)}, grid={GRIDS[self.full]!r}, scale={self.scale!r}, "
+        return (f"bits={shown(self.bits)}, k={shown(self.k)}, grid={GRIDS[self.grid]!r}, scale={self.scale!r}, "
                 f"per_row={self.per_row}, prune={self.prune}")
 
 
@@ -149,7 +149,7 @@ class _Revive(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, result, settings, *w):
-        (ctx.full, ctx.covered), ctx.dtype, ctx.q_dtype, ctx.size = settings, w[0].dtype, result.q[0].dtype, len(w)
+        (ctx.grid, ctx.covered), ctx.dtype, ctx.q_dtype, ctx.size = settings, w[0].dtype, result.q[0].dtype, len(w)
         ctx.has_penalty = result.penalty is not None
         ctx.set_materialize_grads(False)
         q = [t.detach() for t in result.q]
@@ -165,7 +165,7 @@ class _Revive(torch.autograd.Function):
         *tensors, bits, k = ctx.saved_tensors
         w, scale = tensors[:ctx.size], tensors[ctx.size:]
         grad_w, _ = call(
-            ops.uniform_backward, materialize(grad_q, w, ctx.q_dtype), r, w, scale, bits, k, ctx.full, True, False)
+            ops.uniform_backward, materialize(grad_q, w, ctx.q_dtype), r, w, scale, bits, k, ctx.grid, True, False)
         return None, None, *(grad_w if r is not None else of_used(grad_q, grad_w))
 
 
@@ -246,7 +246,7 @@ def _traced_penalties(layers):
 def _stats(quantizers, w):
     """(penalty, nonzero, sq_error), an entry per weight."""
     scale, bits, k = _arguments(quantizers, w)
-    return call(ops.lsb_stats, w, scale, bits, k, quantizers[0].full, quantizers[0].covered)
+    return call(ops.lsb_stats, w, scale, bits, k, quantizers[0].grid, quantizers[0].covered)
 
 
 @torch.no_grad()
@@ -269,7 +269,7 @@ def add_penalty_grad_(model, strength):
             if t.grad is None:
                 t.grad = torch.zeros_like(t)
         scale, bits, k = _arguments(quantizers, w)
-        foreach.add_lsb_grad_([t.grad for t in w], w, scale, bits, k, strength)
+        foreach.add_lsb_grad_([t.grad for t in w], w, scale, bits, k, strength, grid=GRIDS[quantizers[0].grid])
 
 
 # The controller.
