@@ -69,7 +69,9 @@ class IntWeight:
     @property
     def unit(self):
         """The scale whose step is 1."""
-        return 2**self.bits - 1 if self.grid == "full" else 2 ** max(self.bits - self.signed, 0)
+        if self.grid == "dyadic":
+            return 2 ** max(self.bits - self.signed, 0)
+        return 2**self.bits if self.grid == "sign" else 2**self.bits - 1
 
     @property
     def levels(self):

@@ -8,21 +8,15 @@ from quantops.reference.categorical import GRADS, MAX_SOFT_BITS, MODES
 from quantops.reference.uniform import GRIDS, MAX_BITS, most_bits
 
 
-<<<<<<< HEAD
 def _readable(t):
     """Whether reading costs nothing: a tensor with values, on the CPU, and not one that is being traced."""
     return t.device.type == "cpu" and type(t) in (torch.Tensor, torch.nn.Parameter)
 
 
-def check_values(scale, bits, k=None):
-    """Bit-widths, numbers of LSBs and scales."""
-    if not _readable(bits):
-=======
 def check_values(scale, bits, k=None, grid=0):
     """Bit-widths, numbers of LSBs and scales."""
     most = most_bits(GRIDS[grid])
-    if bits.device.type != "cpu":
->>>>>>> 361de1a (Add the sign grid to family uniform; ops take a grid, not a flag)
+    if not _readable(bits):
         return
     n = bits.reshape(-1).tolist()
     for i, v in enumerate(n):

@@ -42,6 +42,7 @@ CONFIGS = {
     "msq 2 per row": Q.MSQConfig(bits=2, per_row=True),
     "msq 16": Q.MSQConfig(bits=16), "msq 0": Q.MSQConfig(bits=0, k=0),
     "msq 4 full": Q.MSQConfig(bits=4, grid="full", per_row=True),
+    "msq 3 sign": Q.MSQConfig(bits=3, grid="sign", scale=2.8),
     "truncquant": Q.TruncQuantConfig(bits=(8, 4, 2, 1), scale=2.5, per_row=True),
     "truncquant tanh": Q.TruncQuantConfig(bits=(8, 3), companding="tanh", out_scale="absmean"),
     "truncquant tanh only": Q.TruncQuantConfig(bits=(8, 3), companding="tanh"),

@@ -18,7 +18,7 @@ def onnx(model, args, path, *, kwargs=None, bits=None, opset=21, dynamic_shapes=
 
     A weight becomes an initializer of its integer levels, of the least signed type that holds them, and a
     DequantizeLinear with its step (per row: with axis 0): q = m * step, the training forward bit for bit. The dyadic
-    grid of n bits takes n bits, the full grid, whose levels are the odd ones -(2^n - 1)..2^n - 1, one more.
+    grid of n bits takes n bits, the full and the sign grid, whose levels are among -(2^n - 1)..2^n - 1, one more.
 
         bits of a type    opset from
         2 (onnxruntime's own support aside)    25
