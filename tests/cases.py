@@ -93,8 +93,8 @@ def check_scale_grad(got, grad, w, s, bits, grid, signed, what):
     acc = s.dtype
     g = torch.zeros(w.shape, dtype=torch.float64) if grad is None else grad.to(acc).double()
     scale = ref.per_row(s, w)
-    ratio = ref.decode(ref.encode(w, s, bits, signed=signed), torch.ones_like(s, dtype=torch.float64), bits, grid=grid,
-                       signed=signed)
+    codes = ref.encode(w, s, bits, grid=grid, signed=signed)
+    ratio = ref.decode(codes, torch.ones_like(s, dtype=torch.float64), bits, grid=grid, signed=signed)
     inner = torch.where(ref._inside(w.to(acc), scale, signed), w.double() * ref._inverse(scale).double(), 0.0)
     ratio = torch.where(w == w, ratio, torch.nan)
     finfo = torch.finfo(acc)
