@@ -49,7 +49,7 @@ QUANTOPS_INLINE bool finite_offset(A b) {
 
 template <class A>
 QUANTOPS_INLINE Grid<A> make_grid(A s, A offset, int32_t n, int64_t rule, bool is_signed, int64_t front) {
-  const Quantizer<A> k = make_quantizer(s, n, 0, rule != kRoundClamp, is_signed);
+  const Quantizer<A> k = make_quantizer(s, n, 0, rule == kRoundClamp ? kDyadic : kFull, is_signed);
   const bool valid = k.valid && valid_step_scale(s) && finite_offset(offset);
   Grid<A> p;
   p.offset = offset;

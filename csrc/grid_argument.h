@@ -5,11 +5,11 @@
 
 namespace quantops {
 
-inline Grid check_grid(int64_t grid, bool is_signed = true, int64_t rule = kRoundClamp) {
+inline GridKind check_grid(int64_t grid, bool is_signed = true, int64_t rule = kRoundClamp) {
   QUANTOPS_CHECK(grid >= kDyadic && grid <= kSign, "grid: expected 0..2, got ", grid);
   QUANTOPS_CHECK(grid != kSign || is_signed, "grid: expected 'dyadic' or 'full' for unsigned values, got 'sign'");
   QUANTOPS_CHECK(grid != kSign || rule == kRoundClamp, "rule: expected 'round_clamp' on the sign grid, got ", rule);
-  return static_cast<Grid>(grid);
+  return static_cast<GridKind>(grid);
 }
 
 }  // namespace quantops

@@ -107,7 +107,7 @@ QUANTOPS_INLINE A quiet_nan() {
 }
 
 // Where values lie; the order of GRIDS in the reference. On the sign grid a code has a sign in what follows.
-enum Grid : int64_t { kDyadic = 0, kFull = 1, kSign = 2 };
+enum GridKind : int64_t { kDyadic = 0, kFull = 1, kSign = 2 };
 
 // All that one scale and one (bits, k) fix. Out-of-range values make `offset`, the steps and `outside` NaN and put every
 // weight outside, so every float that is computed from them is NaN too; integer results ask `valid`.
@@ -130,12 +130,12 @@ struct Quantizer {
 };
 
 // A sign is a bit of the code besides.
-QUANTOPS_INLINE int64_t most_bits(Grid grid) { return grid == kSign ? kMaxBits - 1 : kMaxBits; }
+QUANTOPS_INLINE int64_t most_bits(GridKind grid) { return grid == kSign ? kMaxBits - 1 : kMaxBits; }
 
 // Bits of a code that is stored, of n bits.
-QUANTOPS_INLINE int64_t code_bits(int64_t n, Grid grid) { return n + (grid == kSign && n > 0); }
+QUANTOPS_INLINE int64_t code_bits(int64_t n, GridKind grid) { return n + (grid == kSign && n > 0); }
 
-QUANTOPS_INLINE bool valid_bits(int64_t n, int64_t k, Grid grid) {
+QUANTOPS_INLINE bool valid_bits(int64_t n, int64_t k, GridKind grid) {
   return n >= 0 && n <= most_bits(grid) && (k == 0 || (k >= 1 && k < n));
 }
 
@@ -145,7 +145,7 @@ QUANTOPS_INLINE bool valid_scale(A s) {
 }
 
 template <class A>
-QUANTOPS_INLINE Quantizer<A> make_quantizer(A s, int64_t n, int64_t k, Grid grid, bool is_signed) {
+QUANTOPS_INLINE Quantizer<A> make_quantizer(A s, int64_t n, int64_t k, GridKind grid, bool is_signed) {
   Quantizer<A> p;
   const bool full = grid == kFull, centred = is_signed && grid != kSign;  // centred: w = 0 has u = 0.5
   s = s + A(0);  // -0 is 0

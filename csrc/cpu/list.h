@@ -66,7 +66,7 @@ void check_scale_values(const Tensors& scale, const char* name = "scale") {
 
 // On CPU the values of bits, k and scale are read, and those out of range raise before any work is done.
 inline List make_list(const Tensors& w, const Tensors& scale, const Tensor& bits, const Tensor* k, bool is_double,
-                      Grid grid = kDyadic) {
+                      GridKind grid = kDyadic) {
   List list = make_list(w, is_double);
   check_scales(scale, w, acc_type(is_double));
   list.parameters.push_back(check_per_weight("bits", bits, list.size(), ScalarType::Int, w[0]));
@@ -88,7 +88,7 @@ inline List make_list(const Tensors& w, const Tensors& scale, const Tensor& bits
 }
 
 template <class A>
-Quantizer<A> quantizer(const List& list, int64_t tensor, int64_t row, Grid grid, bool is_signed) {
+Quantizer<A> quantizer(const List& list, int64_t tensor, int64_t row, GridKind grid, bool is_signed) {
   int64_t k = list.k ? list.k[tensor] : 0;
   return make_quantizer(static_cast<const A*>(list.scale[tensor])[list.rows[tensor].rows == 1 ? 0 : row],
                         list.bits[tensor], k, grid, is_signed);
@@ -96,7 +96,7 @@ Quantizer<A> quantizer(const List& list, int64_t tensor, int64_t row, Grid grid,
 
 // Calls f(chunk index, tensor, row, begin, end, quantizer) for every block of every row.
 template <class A, class F>
-void for_blocks(const List& list, Grid grid, bool is_signed, const F& f) {
+void for_blocks(const List& list, GridKind grid, bool is_signed, const F& f) {
   for_chunks(list.chunks, [&](int64_t chunk) {
     const Chunk& c = list.chunks[chunk];
     for_rows(c, list.rows[c.tensor], [&](int64_t row, int64_t begin, int64_t end) {

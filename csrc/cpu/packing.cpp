@@ -91,7 +91,7 @@ struct PackedList : PackedShapes {
   std::vector<Chunk> chunks;
 
   PackedList(const Tensors& packed, const std::vector<int64_t>& sizes, const std::vector<int64_t>& dims,
-             const std::vector<int64_t>& stored_, const Tensor& bits_, int64_t layout_, Grid grid = kDyadic)
+             const std::vector<int64_t>& stored_, const Tensor& bits_, int64_t layout_, GridKind grid = kDyadic)
       : PackedShapes(packed, sizes, dims, stored_, layout_), layout(layout_) {
     bits = check_per_weight("bits", bits_, size(), ScalarType::Int, packed[0]);
     for (size_t i = 0; i < packed.size(); i++) {
@@ -164,7 +164,7 @@ List scale_list(const PackedList& packed, const Tensors& scale, bool is_double) 
 }
 
 template <class A>
-void decode_into(const PackedList& packed, const List& list, Grid grid, bool is_signed, const Targets& q) {
+void decode_into(const PackedList& packed, const List& list, GridKind grid, bool is_signed, const Targets& q) {
   for_chunks(packed.chunks, [&](int64_t chunk) {
     const Chunk& c = packed.chunks[chunk];
     alignas(64) int32_t codes[kBlock];
@@ -188,7 +188,7 @@ void decode_into(const PackedList& packed, const List& list, Grid grid, bool is_
 
 Tensors decode_packed(Tensors data, std::vector<int64_t> sizes, std::vector<int64_t> dims, std::vector<int64_t> stored,
                       Tensors scale, Tensor bits, int64_t layout, int64_t grid_index, bool is_signed, ScalarType dtype) {
-  const Grid grid = check_grid(grid_index, is_signed);
+  const GridKind grid = check_grid(grid_index, is_signed);
   const PackedList packed(data, sizes, dims, stored, bits, layout, grid);
   check_float("dtype", dtype);
   const bool is_double = packed.check_scales(scale, data[0]) == ScalarType::Double;

@@ -84,7 +84,7 @@ Tensor absmean(Tensors w, bool per_row) { return reduce_abs(w, per_row, true); }
 // --- forward ---------------------------------------------------------------------------------------------------
 
 template <class A>
-void round_clamp_into(const List& list, Grid grid, bool is_signed, bool covered, const Targets& q) {
+void round_clamp_into(const List& list, GridKind grid, bool is_signed, bool covered, const Targets& q) {
   for_blocks<A>(list, grid, is_signed, [&](int64_t, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
     with_source<A>(list.data[t], list.type, i, end - i, [&](const auto* w) {
       with_target<A>(q.data[t], q.type, i, end - i, q.streaming,
@@ -95,7 +95,7 @@ void round_clamp_into(const List& list, Grid grid, bool is_signed, bool covered,
 
 void round_clamp_out(Tensors w, Tensors scale, Tensor bits, int64_t grid_index, bool is_signed, Tensors q) {
   bool is_double = is_double_list(w);
-  const Grid grid = check_grid(grid_index, is_signed);
+  const GridKind grid = check_grid(grid_index, is_signed);
   List list = make_list(w, scale, bits, nullptr, is_double, grid);
   check_results("q", q, list.w, kFloats);
   is_double ? round_clamp_into<double>(list, grid, is_signed, false, targets(q, list))
@@ -106,7 +106,7 @@ Tensors round_clamp(Tensors w, Tensors scale, Tensor bits, int64_t grid_index, b
                     ScalarType dtype) {
   bool is_double = is_double_list(w);
   check_float("dtype", dtype);
-  const Grid grid = check_grid(grid_index, is_signed);
+  const GridKind grid = check_grid(grid_index, is_signed);
   List list = make_list(w, scale, bits, nullptr, is_double, grid);
   Tensors q = empty_like(list.w, dtype);
   is_double ? round_clamp_into<double>(list, grid, is_signed, covered, targets(q, list))
@@ -116,7 +116,7 @@ Tensors round_clamp(Tensors w, Tensors scale, Tensor bits, int64_t grid_index, b
 
 // q may be null: the sums alone.
 template <class A>
-void msq_into(const List& list, Grid grid, bool covered, const Targets* q, A* penalty, int64_t* nonzero, A* sq_error) {
+void msq_into(const List& list, GridKind grid, bool covered, const Targets* q, A* penalty, int64_t* nonzero, A* sq_error) {
   std::vector<LsbSums> parts(list.chunks.size());
   for_blocks<A>(list, grid, true, [&](int64_t chunk, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
     with_source<A>(list.data[t], list.type, i, end - i, [&](const auto* w) {
@@ -139,7 +139,7 @@ void msq_into(const List& list, Grid grid, bool covered, const Targets* q, A* pe
   }
 }
 
-void msq_into(const List& list, Grid grid, bool covered, const Tensors& q, const Tensor& penalty, const Tensor& nonzero,
+void msq_into(const List& list, GridKind grid, bool covered, const Tensors& q, const Tensor& penalty, const Tensor& nonzero,
               const Tensor& sq_error) {
   Targets to;
   if (!q.empty()) to = targets(q, list);
@@ -163,7 +163,7 @@ Sums empty_sums(const List& list) {
 void msq_out(Tensors w, Tensors scale, Tensor bits, Tensor k, int64_t grid_index, Tensors q, Tensor penalty,
              Tensor nonzero, Tensor sq_error) {
   bool is_double = is_double_list(w);
-  const Grid grid = check_grid(grid_index);
+  const GridKind grid = check_grid(grid_index);
   List list = make_list(w, scale, bits, &k, is_double, grid);
   check_results("q", q, list.w, kFloats);
   ScalarType acc = acc_type(is_double);
@@ -177,7 +177,7 @@ std::tuple<Tensors, Tensor, Tensor, Tensor> msq(Tensors w, Tensors scale, Tensor
                                                 bool covered, ScalarType dtype) {
   bool is_double = is_double_list(w);
   check_float("dtype", dtype);
-  const Grid grid = check_grid(grid_index);
+  const GridKind grid = check_grid(grid_index);
   List list = make_list(w, scale, bits, &k, is_double, grid);
   Tensors q = empty_like(list.w, dtype);
   auto [penalty, nonzero, sq_error] = empty_sums(list);
@@ -186,7 +186,7 @@ std::tuple<Tensors, Tensor, Tensor, Tensor> msq(Tensors w, Tensors scale, Tensor
 }
 
 Sums lsb_stats(Tensors w, Tensors scale, Tensor bits, Tensor k, int64_t grid_index, bool covered) {
-  const Grid grid = check_grid(grid_index);
+  const GridKind grid = check_grid(grid_index);
   List list = make_list(w, scale, bits, &k, is_double_list(w), grid);
   Sums sums = empty_sums(list);
   msq_into(list, grid, covered, {}, std::get<0>(sums), std::get<1>(sums), std::get<2>(sums));
@@ -197,7 +197,7 @@ Sums lsb_stats(Tensors w, Tensors scale, Tensor bits, Tensor k, int64_t grid_ind
 
 // f(w block, result block, whether to stream it, n, quantizer)
 template <class A, class F>
-void integers_into(const List& list, Grid grid, bool is_signed, const Tensors& out, const F& f) {
+void integers_into(const List& list, GridKind grid, bool is_signed, const Tensors& out, const F& f) {
   const Targets to = targets(out, list);
   for_blocks<A>(list, grid, is_signed, [&](int64_t, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
     int32_t* result = static_cast<int32_t*>(to.data[t]) + i;
@@ -214,7 +214,7 @@ void with_arithmetic(bool is_double, const F& f) {
 
 Tensors lsb(Tensors w, Tensors scale, Tensor bits, Tensor k, int64_t grid_index) {
   bool is_double = is_double_list(w);
-  const Grid grid = check_grid(grid_index);
+  const GridKind grid = check_grid(grid_index);
   List list = make_list(w, scale, bits, &k, is_double, grid);
   Tensors out = empty_like(list.w, ScalarType::Int);
   with_arithmetic(is_double, [&](auto zero) {
@@ -226,7 +226,7 @@ Tensors lsb(Tensors w, Tensors scale, Tensor bits, Tensor k, int64_t grid_index)
 Tensors encode(Tensors w, Tensors scale, Tensor bits, int64_t rule, int64_t grid_index, bool is_signed) {
   bool is_double = is_double_list(w);
   QUANTOPS_CHECK(rule >= kRoundClamp && rule <= kNearest, "rule: expected 0, 1 or 2, got ", rule);
-  const Grid grid = check_grid(grid_index, is_signed, rule);
+  const GridKind grid = check_grid(grid_index, is_signed, rule);
   List list = make_list(w, scale, bits, nullptr, is_double, grid);
   Tensors out = empty_like(list.w, ScalarType::Int);
   with_arithmetic(is_double, [&](auto zero) {
@@ -240,7 +240,7 @@ Tensors encode(Tensors w, Tensors scale, Tensor bits, int64_t rule, int64_t grid
 }
 
 template <class A>
-void decode_into(const List& list, Grid grid, bool is_signed, const Targets& q) {
+void decode_into(const List& list, GridKind grid, bool is_signed, const Targets& q) {
   std::vector<char> outside(list.chunks.size(), false);
   for_blocks<A>(list, grid, is_signed, [&](int64_t chunk, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
     const int32_t* codes = static_cast<const int32_t*>(list.data[t]) + i;
@@ -263,7 +263,7 @@ Tensors decode(Tensors codes, Tensors scale, Tensor bits, int64_t grid_index, bo
   check_list("scale", scale, {ScalarType::Float, ScalarType::Double});
   check_float("dtype", dtype);
   bool is_double = scale[0].scalar_type() == ScalarType::Double;
-  const Grid grid = check_grid(grid_index, is_signed);
+  const GridKind grid = check_grid(grid_index, is_signed);
   List list = make_list(codes, scale, bits, nullptr, is_double, grid);
   Tensors q = empty_like(list.w, dtype);
   is_double ? decode_into<double>(list, grid, is_signed, targets(q, list))
@@ -274,7 +274,7 @@ Tensors decode(Tensors codes, Tensors scale, Tensor bits, int64_t grid_index, bo
 // --- backward --------------------------------------------------------------------------------------------------
 
 template <class A>
-void backward_into(const List& list, const Tensors& grad, const A* penalty, Grid grid, bool is_signed,
+void backward_into(const List& list, const Tensors& grad, const A* penalty, GridKind grid, bool is_signed,
                    const Targets& out, const std::vector<A*>& grad_scale) {
   std::vector<const void*> g_data;
   for (const Tensor& g : grad) g_data.push_back(g.data_ptr());
@@ -319,7 +319,7 @@ std::tuple<Tensors, Tensors> uniform_backward(
     Tensors grad, std::optional<Tensor> grad_penalty, Tensors w, Tensors scale,
     Tensor bits, Tensor k, int64_t grid_index, bool is_signed, bool scale_grad) {
   bool is_double = is_double_list(w);
-  const Grid grid = check_grid(grid_index, is_signed);
+  const GridKind grid = check_grid(grid_index, is_signed);
   List list = make_list(w, scale, bits, &k, is_double, grid);
   Tensors g;
   if (!grad.empty()) check_like("grad", grad, w, kFloats);
@@ -344,7 +344,7 @@ std::tuple<Tensors, Tensors> uniform_backward(
 }
 
 template <class A>
-void add_lsb_grad_into(const List& list, Grid grid, const Targets& to, A strength) {
+void add_lsb_grad_into(const List& list, GridKind grid, const Targets& to, A strength) {
   for_blocks<A>(list, grid, true, [&](int64_t, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
     with_source<A>(list.data[t], list.type, i, end - i, [&](const auto* w) {
       if (to.type == native<A>()) return add_lsb_grad_loop(w, static_cast<A*>(to.data[t]) + i, end - i, p, strength);
@@ -363,7 +363,7 @@ void add_lsb_grad_into(const List& list, Grid grid, const Targets& to, A strengt
 void add_lsb_grad_(Tensors grad, Tensors w, Tensors scale, Tensor bits, Tensor k, int64_t grid_index,
                    Tensor strength) {
   bool is_double = is_double_list(w);
-  const Grid grid = check_grid(grid_index);
+  const GridKind grid = check_grid(grid_index);
   List list = make_list(w, scale, bits, &k, is_double, grid);
   check_results("grad", grad, list.w, kFloats);
   check_result("strength", strength, 1, acc_type(is_double), w[0]);

@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 2) pack_kernel(const __grid_constant
 //   O apply(code, state)
 
 struct Codes {
-  static constexpr Grid grid = kDyadic;
+  static constexpr GridKind grid = kDyadic;
   using O = int32_t;
   struct State {
     bool valid;
@@ -157,7 +157,7 @@ struct Values {
     Quantizer<A> p;
     int64_t end;  // of the elements that have its scale
   };
-  Grid grid;
+  GridKind grid;
   bool is_signed;
 
   __device__ __forceinline__ Quantizer<A> quantizer(const PackedEntry& e, int64_t row, int m) const {
@@ -361,7 +361,7 @@ Tensors unpack(Tensors data, std::vector<int64_t> sizes, std::vector<int64_t> di
 
 Tensors decode_packed(Tensors data, std::vector<int64_t> sizes, std::vector<int64_t> dims, std::vector<int64_t> stored,
                       Tensors scale, Tensor bits, int64_t layout, int64_t grid_index, bool is_signed, ScalarType dtype) {
-  const Grid grid = check_grid(grid_index, is_signed);
+  const GridKind grid = check_grid(grid_index, is_signed);
   const PackedShapes list(data, sizes, dims, stored, layout);
   check_float("dtype", dtype);
   const Tensor m = check_per_weight("bits", bits, list.size(), ScalarType::Int, data[0]);

@@ -16,7 +16,7 @@ namespace {
 struct Source {
   const int32_t* bits;
   const int32_t* k;  // null: no LSBs
-  Grid grid;
+  GridKind grid;
   bool is_signed;
 
   template <class A>
@@ -340,13 +340,13 @@ struct List {
   Source source;
   std::vector<Entry> entries;
 
-  List(const Tensors& weights, const Tensors& scale, const Tensor& bits_, const Tensor* k_, Grid grid, bool is_signed)
+  List(const Tensors& weights, const Tensors& scale, const Tensor& bits_, const Tensor* k_, GridKind grid, bool is_signed)
       : dtype(check_list("w", weights, kFloats)), acc(acc_type(dtype)) {
     fill(weights, scale, bits_, k_, grid, is_signed);
   }
 
   // Codes: the arithmetic is that of the scales.
-  List(const Tensors& codes, const Tensors& scale, const Tensor& bits_, Grid grid, bool is_signed)
+  List(const Tensors& codes, const Tensors& scale, const Tensor& bits_, GridKind grid, bool is_signed)
       : dtype(check_list("codes", codes, {ScalarType::Int})), acc(ScalarType::Float) {
     if (!scale.empty() && scale[0].scalar_type() == ScalarType::Double) acc = ScalarType::Double;
     fill(codes, scale, bits_, nullptr, grid, is_signed);
@@ -360,7 +360,7 @@ struct List {
   }
 
  private:
-  void fill(const Tensors& weights, const Tensors& scale, const Tensor& bits_, const Tensor* k_, Grid grid,
+  void fill(const Tensors& weights, const Tensors& scale, const Tensor& bits_, const Tensor* k_, GridKind grid,
             bool is_signed) {
     const int64_t count = static_cast<int64_t>(weights.size());
     check_scales(scale, weights, acc);
