@@ -1,6 +1,7 @@
 """Fused kernels for quantization-aware training with MSQ, TruncQuant and CPQ."""
 
 from quantops import backends, decompositions, foreach, layout, reference
+from quantops.activation import UniformActivation, activation_scales, calibrate
 from quantops.backends import info
 from quantops.categorical_activation import CategoricalActivation
 from quantops.convert import is_linear_or_conv, quantize_, unquantize_
@@ -36,9 +37,9 @@ decompositions.register()
 
 __all__ = [
     "CPQConfig", "CategoricalActivation", "IntWeight", "MSQ", "MSQConfig", "MSQController", "MultiBatchNorm", "Packed",
-    "TruncQuantConfig", "absmax", "absmean", "add_penalty_grad_", "backends", "bit_report", "categorical", "decode",
-    "encode", "finish_dropbits", "foreach", "hessian_trace", "info", "is_linear_or_conv", "joint_loss", "joint_step",
-    "layout", "load_int", "lsb", "lsb_penalty", "msq", "pack", "penalty", "plain_model", "quantize_",
-    "quantize_activation", "reference", "round_clamp", "save_int",
-    "set_bits", "to_int", "truncate", "unpack", "unquantize_", "__version__",
+    "TruncQuantConfig", "UniformActivation", "absmax", "absmean", "activation_scales", "add_penalty_grad_", "backends",
+    "bit_report", "calibrate", "categorical", "decode", "encode", "finish_dropbits", "foreach", "hessian_trace",
+    "info", "is_linear_or_conv", "joint_loss", "joint_step", "layout", "load_int", "lsb", "lsb_penalty", "msq", "pack",
+    "penalty", "plain_model", "quantize_", "quantize_activation", "reference", "round_clamp", "save_int", "set_bits",
+    "to_int", "truncate", "unpack", "unquantize_", "__version__",
 ]

@@ -5,13 +5,11 @@ import torch
 from quantops import checks
 from quantops.convert import check_choice, check_int
 from quantops.library import ops
-from quantops.methods.multibn import replace
 from quantops.positive import positive
 from quantops.reference.categorical import GRADS, MAX_SOFT_BITS, MODES
 from quantops.reference.uniform import acc_dtype
 
 HARD = MODES.index("hard")
-RELUS = (torch.nn.ReLU, torch.nn.ReLU6)
 
 
 class CategoricalActivation(torch.nn.Module):
@@ -86,17 +84,10 @@ class CategoricalActivation(torch.nn.Module):
         if self.bits.is_meta:  # it is not in the state dict, which a model on the meta device gets its values from
             self.bits = torch.full_like(self.bits, self.highest.bit_length(), device=self.alpha_start.device)
 
+    def report(self):
+        """(bits, signed, end of the grid, part below 0), see :class:`quantops.report.ActivationBits`."""
+        end = float(positive(self.alpha_start, self.log_alpha)) * self.highest if self.started else float("nan")
+        return self.highest.bit_length(), False, end, 0.0
+
     def extra_repr(self):
         return f"bits={self.highest.bit_length()}, grad={self.grad!r}"
-
-
-def replace_relus(model, make):
-    """Puts ``make(a parameter of the model)`` in the place of each ReLU and ReLU6, one for all uses of a module."""
-    like = next(model.parameters())
-    if not any(type(m) in RELUS for m in model.modules()):
-        raise ValueError("act_bits: expected modules of nn.ReLU or nn.ReLU6 to quantize, "
-                         f"{type(model).__name__} has none")
-    replace(model, lambda m: make(like) if type(m) in RELUS else None)
-    for m in model.modules():  # nn.TransformerEncoderLayer evaluates a fused ReLU by this number
-        if isinstance(getattr(m, "activation", None), CategoricalActivation) and hasattr(m, "activation_relu_or_gelu"):
-            m.activation_relu_or_gelu = 0

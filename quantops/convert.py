@@ -77,8 +77,9 @@ class QuantConfig:
         """The WeightQuantizer of layer ``name``. Raises ValueError naming what is wrong."""
         raise NotImplementedError
 
-    def prepare(self, model):
-        """Changes what the method needs besides weights. ValueError, with the model untouched, where it cannot."""
+    def prepare(self, model, layers):
+        """Changes what the method needs besides weights; ``layers``: {name: (module, settings)} of those whose weights
+        are quantized. ValueError, with the model untouched, where it cannot."""
 
 
 def is_linear_or_conv(name, module):
@@ -121,7 +122,7 @@ def quantize_(model, config, filter_fn=None):
     settings = _settings(list(modules), config)
     made = [(modules[name], config.quantizer(name or "model", modules[name].weight, values))
             for name, values in settings.items()]
-    config.prepare(model)
+    config.prepare(model, {name: (modules[name], values) for name, values in settings.items()})
 
     layers = []
     for module, quantizer in made:
@@ -144,7 +145,7 @@ def unquantize_(model):
     """Takes the quantizers off again, in place, and returns the model, whose ``layer.weight`` is the float weight then.
 
     It is the same Parameter as before, so optimizers stay valid, and another method can go on at the bits that one has
-    found. CategoricalActivations stay. Call before torch.compile, DDP or FSDP, as :func:`quantize_`.
+    found. Quantized activations stay. Call before torch.compile, DDP or FSDP, as :func:`quantize_`.
 
     Raises ValueError, with the model untouched, for a model without quantizers, compiled, in DDP or with weights
     sharded by FSDP; for a part of the model that was given to ``quantize_`` with fuse = "model", and a copy of such a

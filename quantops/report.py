@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from quantops.activation import activations
 from quantops.nn import batches, quantized
 
 
@@ -21,12 +22,23 @@ class LayerBits(NamedTuple):
     scale: float  # the largest of several; with CPQ the end of the grid, alpha 2^(bits-1)
 
 
+class ActivationBits(NamedTuple):
+    """One quantizer of activations in a :class:`BitReport`."""
+
+    name: str
+    bits: int
+    signed: bool
+    scale: float  # the end of the grid, the largest of several; NaN before there is one
+    negative: float  # part below 0 of the values that its scale started from
+
+
 class BitReport(NamedTuple):
     """Bits per layer; str() is a table."""
 
     rows: tuple
     average_bits: float
     compression: float  # 32 * sum(numel) / sum(numel * bits)
+    activations: tuple = ()
 
     def __str__(self):
         head = ("layer", "shape", "weights", "bits", "k", "beta", "sq_error", "scale")
@@ -36,7 +48,11 @@ class BitReport(NamedTuple):
         lines = ["  ".join(v.ljust(n) if i < 2 else v.rjust(n) for i, (v, n) in enumerate(zip(row, widths)))
                  for row in table]
         lines.insert(1, "-" * len(lines[0]))
-        return "\n".join([*lines, f"average {self.average_bits:.3f} bits, compression {self.compression:.2f}x of 32"])
+        lines.append(f"average {self.average_bits:.3f} bits, compression {self.compression:.2f}x of 32")
+        lines += [f"activations {a.name}: {a.bits} bits, {'signed' if a.signed else 'unsigned'}, up to {a.scale:.4g}"
+                  + (f", {a.negative:.1%} of what comes in is negative" if a.negative and not a.signed else "")
+                  for a in self.activations]
+        return "\n".join(lines)
 
 
 def compression(sizes, bits):
@@ -50,8 +66,9 @@ def bit_report(model):
     """Bits, k, beta, E and scale of each layer from its weights now, the average bits and the compression.
 
     Only weights quantized by quantops count, those with fixed bits among them; with TruncQuant their bits are the width
-    that is selected, with CPQ those that stay in evaluation, and k is 0. One list call; reads the values back. Raises
-    ValueError for a model without quantized weights, and for weights with NaN or inf.
+    that is selected, with CPQ those that stay in evaluation, and k is 0. One list call; reads the values back. The
+    quantizers of activations follow as ``activations``. Raises ValueError for a model without quantized weights, and
+    for weights with NaN or inf.
     """
     layers = quantized(model)
     if not layers:
@@ -61,7 +78,8 @@ def bit_report(model):
             for name, owner, p in layers]
     sizes, bits = [r.numel for r in rows], [r.bits for r in rows]
     average = sum(n * b for n, b in zip(sizes, bits)) / max(sum(sizes), 1)
-    return BitReport(tuple(rows), average, compression(sizes, bits))
+    acts = tuple(ActivationBits(name or "model", *m.report()) for name, m in activations(model))
+    return BitReport(tuple(rows), average, compression(sizes, bits), acts)
 
 
 def measure(pairs):

@@ -7,9 +7,10 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from quantops import checks
+from quantops.activation import ActivationConfig
 from quantops.autograd.common import call, each, materialize, of_used
-from quantops.categorical_activation import CategoricalActivation, replace_relus
-from quantops.convert import QuantConfig, check_choice, check_int
+from quantops.categorical_activation import CategoricalActivation
+from quantops.convert import check_choice, check_int
 from quantops.intweight import IntWeight
 from quantops.library import ops
 from quantops.nn import WeightQuantizer, quantized, shown
@@ -25,7 +26,7 @@ SHIFT = TEMPERATURE * math.log(-GAMMA / ZETA)  # P(z != 0) = S(log_a - SHIFT)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CPQConfig(QuantConfig):
+class CPQConfig(ActivationConfig):
     """Categorically quantized weights with learned alpha and sigma, for :func:`quantops.quantize_`; arXiv 2109.02100.
 
     The weight is ``quantops.categorical(w, alpha, sigma, bits, ...)`` on the grid alpha i, i = -2^(bits-1)..
@@ -50,8 +51,10 @@ class CPQConfig(QuantConfig):
         :func:`quantops.finish_dropbits`. A dropped bit drops those above it. In evaluation no gate is drawn: all bits
         stay with "fixed", those of which P(z != 0) > 1/2, and all bits below them too, with "learned".
     keep: P(z != 0) of each gate, in (0, 1). min_bits: the bits that have no gate, at least 1.
-    act_bits: None, or 1..8: every nn.ReLU and nn.ReLU6 becomes a :class:`quantops.CategoricalActivation` of so many
-        bits. Modules that are called twice have one alpha for both; functional ReLUs are not seen.
+    act_bits: None, or 1..8: with act="relu" every ReLU becomes a :class:`quantops.CategoricalActivation` of so many
+        bits.
+    act, act_scale, act_signed, act_outputs: see :class:`quantops.activation.ActivationConfig`. What act="input" and
+        act_outputs quantize may be signed: there :class:`quantops.UniformActivation` stands, whose grid is the same.
     fuse, cache, first, last, overrides: see QuantConfig. Forwards that draw are not cached. Overrides may set "bits"
         and "dropbits"; layers with fixed bits have no gates.
 
@@ -66,9 +69,8 @@ class CPQConfig(QuantConfig):
     dropbits: str | None = None
     keep: float = 0.9
     min_bits: int = 2
-    act_bits: int | None = None
 
-    settings: ClassVar[tuple[str, ...]] = ("bits", "dropbits")
+    settings: ClassVar[tuple[str, ...]] = ("bits", "dropbits", "act_bits")
 
     def __post_init__(self):
         super().__post_init__()
@@ -83,8 +85,6 @@ class CPQConfig(QuantConfig):
                              f"bits = {self.bits}")
         _check_number("sigma", self.sigma, 2.0**-24, 2.0**24)
         _check_number("keep", self.keep, 0.0, 1.0)
-        if self.act_bits is not None:
-            check_int("act_bits", self.act_bits, 1, MAX_SOFT_BITS)
 
     @property
     def most_bits(self):
@@ -101,10 +101,14 @@ class CPQConfig(QuantConfig):
             raise ValueError(f"{name}: expected finite weights, got NaN or infinity")
         return CPQWeight(self, weight, bits, dropbits if bits > self.min_bits else None)
 
-    def prepare(self, model):
-        if self.act_bits is not None:
-            replace_relus(model, lambda like: CategoricalActivation(self.act_bits, grad=self.grad, device=like.device,
-                                                                    dtype=like.dtype))
+    def check_act_bits(self, name, bits):
+        if bits is not None:
+            check_int(name, bits, 1, MAX_SOFT_BITS)
+
+    def activation(self, like, bits, relu):
+        if not relu:
+            return super().activation(like, bits, relu)
+        return CategoricalActivation(bits, grad=self.grad, device=like.device, dtype=like.dtype)
 
 
 def _check_number(name, value, low, high):

@@ -8,8 +8,9 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from quantops import checks, foreach
+from quantops.activation import ActivationConfig
 from quantops.autograd.common import call, materialize, of_used
-from quantops.convert import QuantConfig, check_choice, check_int
+from quantops.convert import check_choice, check_int
 from quantops.hessian import hessian_trace
 from quantops.intweight import IntWeight
 from quantops.library import ops
@@ -22,7 +23,7 @@ PENALTIES = ("loss", "decoupled")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MSQConfig(QuantConfig):
+class MSQConfig(ActivationConfig):
     """Weights quantized by the round-clamp rule, for :func:`quantops.quantize_`; arXiv 2507.22349.
 
     bits: n at the start, 0..16. k: LSBs under the penalty, 0 <= k < bits; 0: none, the layer keeps its bits.
@@ -34,6 +35,8 @@ class MSQConfig(QuantConfig):
     penalty: "loss", for ``loss + strength * quantops.penalty(model)``, or "decoupled", for
         ``quantops.add_penalty_grad_(model, strength)`` after backward, where the backward pass is the identity (with
         scale="absmax"; otherwise it masks the weights that clamp).
+    act_bits, act, act_scale, act_signed, act_outputs: of activations, see
+        :class:`quantops.activation.ActivationConfig`; by the round-clamp rule.
     fuse, cache, first, last, overrides: see QuantConfig. Overrides may set "bits", "k" and "prune"; "prune": False
         means that MSQControllers leave the bits alone, and k is then 0 unless set.
 
@@ -47,7 +50,7 @@ class MSQConfig(QuantConfig):
     per_row: bool = False
     penalty: str = "loss"
 
-    settings: ClassVar[tuple[str, ...]] = ("bits", "k", "prune")
+    settings: ClassVar[tuple[str, ...]] = ("bits", "k", "prune", "act_bits")
 
     def __post_init__(self):
         super().__post_init__()

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from quantops import checks
+from quantops.activation import ActivationConfig, UniformActivation
 from quantops.autograd.common import call, materialize, of_used
-from quantops.convert import QuantConfig, check_choice, check_int, remove_quantizers
+from quantops.convert import check_choice, check_int, remove_quantizers
 from quantops.intweight import IntWeight
 from quantops.library import ops
 from quantops.methods.multibn import KINDS, MultiBatchNorm, check_norms, refuse_recomputing, replace
@@ -21,7 +22,7 @@ from quantops.scales import ABSMAX, check_scale, split_scales, weight_scales
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TruncQuantConfig(QuantConfig):
+class TruncQuantConfig(ActivationConfig):
     """Weights truncated to any of several widths, for :func:`quantops.quantize_`; arXiv 2506.11431.
 
     The weight is ``quantops.truncate`` of the width m that :func:`quantops.set_bits` selects, the widest at first.
@@ -34,6 +35,10 @@ class TruncQuantConfig(QuantConfig):
     per_row: scales per row (dim 0: output channels of Linear and Conv, input channels of ConvTranspose).
     batch_norm: BatchNorm1d, 2d and 3d become :class:`quantops.MultiBatchNorm`, one for each width. False: they are
         shared by all widths.
+    act_bits, act, act_scale, act_signed, act_outputs: of activations, see
+        :class:`quantops.activation.ActivationConfig`; floor codes, so that m bits are n bits shifted.
+        act_bits="weights": those of the width that is selected, as in the paper. act_shared: one scale for all widths
+        (act_scale other than "step"), else one for each.
     fuse, cache, first, last, overrides: see QuantConfig. Joint steps read each weight once whatever ``fuse`` is, and
     do not use the cache. Overrides may set "bits": the layer then has this one width always.
 
@@ -48,8 +53,11 @@ class TruncQuantConfig(QuantConfig):
     out_scale: str | None = None
     per_row: bool = False
     batch_norm: bool = True
+    act_bits: int | str | None = None
+    act_shared: bool = False
 
-    settings: ClassVar[tuple[str, ...]] = ("bits",)
+    settings: ClassVar[tuple[str, ...]] = ("bits", "act_bits")
+    act_rule: ClassVar[str] = "floor"
 
     def __post_init__(self):
         super().__post_init__()
@@ -68,6 +76,9 @@ class TruncQuantConfig(QuantConfig):
         check_choice("out_scale", self.out_scale, (None, "absmean"))
         check_choice("per_row", self.per_row, (True, False))
         check_choice("batch_norm", self.batch_norm, (True, False))
+        check_choice("act_shared", self.act_shared, (True, False))
+        if self.act_shared and self.act_scale == "step":
+            raise ValueError("act_shared: expected False, or an act_scale other than 'step', which no two widths share")
         check_scale(self.scale)
 
     def fixed(self, bits):
@@ -79,9 +90,22 @@ class TruncQuantConfig(QuantConfig):
             return TruncQuantWeight(self, weight.device, (bits,), bits)
         return TruncQuantWeight(self, weight.device, self.bits, self.base_bits)
 
-    def prepare(self, model):
+    def check_act_bits(self, name, bits):
+        if bits != "weights":
+            super().check_act_bits(name, bits)
+
+    def activation(self, like, bits, relu):
+        if bits != "weights":
+            return super().activation(like, bits, relu)
+        return UniformActivation(rule=self.act_rule, scale=self.act_scale, relu=relu, widths=self.bits,
+                                 signed=None if relu else self.act_signed, shared=self.act_shared, device=like.device,
+                                 dtype=like.dtype)
+
+    def prepare(self, model, layers):
         if self.batch_norm:
             check_norms(model)
+        super().prepare(model, layers)
+        if self.batch_norm:
             replace(model, lambda m: MultiBatchNorm(m, self.bits) if type(m) in KINDS else None)
 
 
@@ -233,15 +257,18 @@ class _Network(NamedTuple):
     widths: tuple
     layers: list  # [(ParametrizationList, TruncQuantWeight)]
     norms: list
+    acts: list  # of activations that have the width of the weights
 
     def select(self, place):
         for _, p in self.layers:
             p.select(place)
         for norm in self.norms:
             norm.index.fill_(place)
+        for act in self.acts:
+            act.select(place)
 
     def note_joint_graph(self, value):
-        for part in (*(p for _, p in self.layers), *self.norms):
+        for part in (*(p for _, p in self.layers), *self.norms, *self.acts):
             part.joint_graph = value
 
     def place(self, bits):
@@ -258,10 +285,11 @@ def _network(model):
     if not layers:
         raise ValueError(f"model: expected weights quantized with TruncQuantConfig, {type(model).__name__} has none")
     norms = [m for m in model.modules() if isinstance(m, MultiBatchNorm)]
-    found = {p.model_widths for _, p in layers} | {norm.widths for norm in norms}
+    acts = [m for m in model.modules() if isinstance(m, UniformActivation) and len(m.widths) > 1]
+    found = {p.model_widths for _, p in layers} | {part.widths for part in (*norms, *acts)}
     if len(found) > 1:
         raise ValueError(f"model: expected one set of widths, got {' and '.join(map(str, sorted(found)))}")
-    return _Network(found.pop(), layers, norms)
+    return _Network(found.pop(), layers, norms, acts)
 
 
 def set_bits(model, bits=None):
@@ -388,6 +416,7 @@ class _Scope:
     def __init__(self, network):
         self.network, self.given, self.roots = network, [], []
         self.before = [p.bits.clone() for _, p in network.layers], [norm.index.clone() for norm in network.norms]
+        self.acts_before = [act.state() for act in network.acts]
 
     def open(self, detached):
         for _, p in self.network.layers:
@@ -421,6 +450,8 @@ class _Scope:
             p.bits.copy_(old)
         for norm, old in zip(self.network.norms, index):
             norm.index.copy_(old)
+        for act, old in zip(self.network.acts, self.acts_before):
+            act.set_state(old)
 
 
 def _each_width(scope, model, loss_fn, inputs, distill, temperature):

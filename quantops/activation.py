@@ -1,0 +1,448 @@
+"""Uniform quantization of activations: the module, where quantize_ puts it, and calibration."""
+
+import dataclasses
+import fnmatch
+from typing import ClassVar
+
+import torch
+
+from quantops import checks
+from quantops.autograd.common import call
+from quantops.categorical_activation import CategoricalActivation
+from quantops.convert import QuantConfig, check_choice, check_int
+from quantops.library import ops
+from quantops.methods.multibn import refuse_recomputing, replace
+from quantops.nn import check_module
+from quantops.reference.activation import KEEPS, LEARNS
+from quantops.reference.uniform import MAX_BITS, RULES, acc_dtype
+
+SCALES = ("step", "clip", "tracked")
+PLACES = ("relu", "input")
+RELUS = (torch.nn.ReLU, torch.nn.ReLU6, torch.nn.Hardtanh)
+SAMPLE = 1 << 16  # elements that a percentile is taken of
+LEAST = 2.0**-10  # of where it started: how small a learned value may become
+
+
+class UniformActivation(torch.nn.Module):
+    """A quantizer of activations, see :func:`quantops.quantize_activation`: q of x at ``bits``, by ``rule``.
+
+    Args:
+        bits: 0..16; kept in an int32 buffer, which may change in place.
+        scale: "step": LSQ (arXiv 1902.08153), the step is a parameter, ``step``. "clip": PACT (1805.06085), the end of
+            the range is a parameter, ``clip``. "tracked": the running maximum of |x|, or its ``percentile``, in
+            training forwards, with ``momentum``; static in evaluation. Or a number, the end of the range, fixed.
+        signed: True, False, or None: signed if the first batch has negative values. Negative values that come to an
+            unsigned quantizer are no error: the report says which part of x they were.
+        relu: the ReLU in front is fused: the module stands in the place of a ReLU. Unsigned.
+        offset: LSQ+ (2004.09576): unsigned codes of x less a parameter, ``offset``, which starts at the minimum.
+        channels: None, or the channels (dim 1 of x), each with values of its own.
+        keep: "bits", "residual" or "input", see :func:`quantops.quantize_activation`; None: its default.
+        percentile, momentum: of "tracked", and of the first batch.
+        widths: None, or the widths of a network that has several (TruncQuant), of which :meth:`select` chooses;
+            ``bits`` is the one chosen. shared: one scale for all widths (not a step, which none of them share), else
+            one for each.
+
+    Values start with the first training batch (a step at 2 mean|x| / sqrt(last level); with an offset, and a clip, so
+    that the range ends at the maximum or the percentile), or with those of :func:`calibrate`.
+    An evaluation before either raises RuntimeError. Before a model is wrapped in DDP, calibrate it or run a forward:
+    each process would start from a batch of its own. A learned value that an optimizer takes below 1/1024 of its start
+    counts as that, with its gradient.
+
+    x: any shape, float32, bfloat16, float16 or float64; q has its dtype, under autocast the autocast dtype.
+    """
+
+    def __init__(self, bits=4, *, rule="round_clamp", scale="step", signed=None, relu=False, offset=False,
+                 channels=None, keep=None, percentile=100.0, momentum=0.1, widths=None, shared=True, device=None,
+                 dtype=torch.float32):
+        super().__init__()
+        check_choice("rule", rule, RULES)
+        check_choice("signed", signed, (None, True, False))
+        for name, value in (("relu", relu), ("offset", offset), ("shared", shared)):
+            check_choice(name, value, (True, False))
+        if widths and shared and scale == "step":
+            raise ValueError("shared: expected False, or another scale, where widths have a step each, got True")
+        number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+        if scale not in SCALES and not (number and 2.0**-100 <= scale <= 2.0**100):
+            raise ValueError(f"scale: expected one of {', '.join(map(repr, SCALES))} or a number > 0, got {scale!r}")
+        if (relu or offset) and (signed or (relu and offset)):
+            raise ValueError("relu, offset: expected one of them alone, and unsigned codes, got "
+                             f"relu={relu}, offset={offset}, signed={signed}")
+        for name, value, low, high in (("percentile", percentile, 0, 100), ("momentum", momentum, 0, 1)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value <= high:
+                raise ValueError(f"{name}: expected a number in ({low}, {high}], got {value!r}")
+        self.learn = "step" if scale == "step" else "clip" if scale == "clip" or offset else None
+        keep = ("residual" if self.learn == "step" else "bits") if keep is None else keep
+        checks.activation.choices(rule, bool(signed), "relu" if relu else None, keep, self.learn, None)
+        self.widths = tuple(check_int("widths", n, 1, MAX_BITS) for n in widths) if widths else (
+            check_int("bits", bits, 0, MAX_BITS),)
+        self.rule, self.relu, self.keep, self.scale, self.per_width = rule, relu, keep, scale, not shared
+        self.percentile, self.momentum, self.joint_graph = percentile, momentum, False
+        rows = len(self.widths) if self.per_width else 1
+        count = 1 if channels is None else check_int("channels", channels, 1, 2**31)
+        made = {"device": device, "dtype": acc_dtype(dtype)}
+        self.register_buffer("bits", torch.full((1,), self.widths[0], dtype=torch.int32, device=device))
+        self.register_buffer("index", torch.zeros(1, dtype=torch.int64, device=device))  # of the row that is used
+        self.register_buffer("start", torch.zeros(rows, count, **made))  # 0 until values are known
+        self.register_buffer("negative", torch.zeros(1, **made))  # part of x below 0, where values came from
+        known = False if relu or offset else signed
+        self.register_buffer("is_signed", torch.full((1,), -1 if known is None else int(known), dtype=torch.int8,
+                                                     device=device))
+        values = torch.zeros(rows, count, **made)
+        if scale in ("step", "clip"):
+            self.register_parameter(scale, torch.nn.Parameter(values))
+        else:
+            self.register_buffer("clip", values)
+        self.offset = torch.nn.Parameter(torch.zeros(rows, count, **made)) if offset else None
+        self.signed, self.started, self.place, self.seen = known, [False] * rows, 0, None
+        if number:
+            self.clip.fill_(float(scale))
+            self.start.fill_(float(scale))
+            self.started = [signed is not None or relu or offset] * rows
+
+    # Values.
+
+    @property
+    def steps_of_a_scale(self):
+        """The end of the range in steps, a tensor of one element."""
+        if self.rule == "round_clamp":
+            return torch.exp2(self.bits - int(bool(self.signed))).to(self.start.dtype)
+        return (torch.exp2(self.bits) - 1).to(self.start.dtype)
+
+    def values(self):
+        """(scale, offset) that are used now, one element or one per channel; offset may be None."""
+        row = self._row(self.step if self.scale == "step" else self.clip)
+        if self.learn == self.scale:
+            least = LEAST * self._row(self.start)
+            row = torch.where(row < least, least + (row - row.detach()), row)
+        if self.scale == "step":
+            row = row * self.steps_of_a_scale
+        return row, None if self.offset is None else self._row(self.offset)
+
+    def _row(self, t):
+        return t[0] if len(t) == 1 else t.index_select(0, self.index).squeeze(0)
+
+    def select(self, place):
+        """Selects the width at ``place`` of ``widths``, in place: nothing recompiles."""
+        self.bits.fill_(self.widths[place if len(self.widths) > 1 else 0])
+        if self.per_width:
+            self.index.fill_(place)
+            self.place = place
+
+    def state(self):
+        """What :meth:`select` changes, for :meth:`set_state`."""
+        return self.bits.clone(), self.index.clone(), self.place
+
+    def set_state(self, state):
+        bits, index, self.place = state
+        self.bits.copy_(bits)
+        self.index.copy_(index)
+
+    def forward(self, x):
+        """q of x."""
+        checks.tensors("x", [x])
+        if len(self.widths) > 1:
+            refuse_recomputing(self)
+        if self.seen is not None:
+            self.seen.append(self._statistics(x))
+            return x.relu() if self.relu else x
+        if not all(self.started) and not self.started[self.place]:
+            if not self.training:
+                raise RuntimeError("UniformActivation: evaluated before it has a scale; expected a training forward, "
+                                   "quantops.calibrate(model, batches) or a state dict first")
+            self._begin([self._statistics(x)])
+        elif self.scale == "tracked" and self.training:
+            self._track(x)
+        acc = acc_dtype(x.dtype)
+        scale, offset = (None if v is None else v.to(acc) for v in self.values())
+        options = (RULES.index(self.rule), bool(self.signed), int(self.relu), KEEPS.index(self.keep),
+                   LEARNS.index(self.learn))
+        return call(ops.activation, x, scale, offset, self.bits, *options, checks.dtype_of(None, [x]))[0]
+
+    # Where values come from.
+
+    @torch.no_grad()
+    def _statistics(self, x):
+        """(mean of |x|, end of the range, minimum and maximum, part below 0) of what is quantized, one or one per
+        channel."""
+        x = x.detach().to(self.start.dtype)
+        x = x.relu() if self.relu else x
+        count = self.start.shape[1]
+        if count > 1 and (x.dim() < 2 or x.shape[1] != count):
+            raise ValueError(f"x: expected {count} channels in dim 1, got shape {tuple(x.shape)}")
+        rows = x.transpose(0, 1).reshape(count, -1) if count > 1 else x.reshape(1, -1)
+        if rows.shape[1] == 0:
+            raise ValueError(f"x: expected values to take a scale from, got shape {tuple(x.shape)}")
+        size = rows.abs()
+        if self.percentile < 100:
+            sample = size[:, ::max(1, size.shape[1] // SAMPLE)]
+            end = sample.quantile(self.percentile / 100, dim=1)
+        else:
+            end = size.amax(1)
+        return size.mean(1), end, rows.amin(1), rows.amax(1), (x < 0).to(self.start.dtype).mean().reshape(1)
+
+    @torch.no_grad()
+    def _begin(self, statistics):
+        """Takes values from [what :meth:`_statistics` gives for a batch]."""
+        mean, end, low, high, negative = (torch.stack(v) for v in zip(*statistics))
+        self.negative.copy_(negative.mean(0))
+        if self.signed is None:
+            self._set_signed(bool(low.min() < 0))
+        end, low, high = end.amax(0) if self.percentile == 100 else end.mean(0), low.amin(0), high.amax(0)
+        if self.offset is not None:
+            self.offset[self.place].copy_(low)
+            end = high - low
+        if self.scale == "step" and self.offset is None:
+            start = 2 * mean.mean(0) / self._last_level() ** 0.5
+        elif self.scale == "step":
+            start = end / self.steps_of_a_scale
+        else:
+            start = end
+        start = torch.where((start > 2.0**-80) & (start < 2.0**80), start, torch.ones_like(start))
+        if isinstance(self.scale, str):
+            # A copy whose buffers are those of a module that has begun (an average of models) keeps what it was given.
+            given = self.start[self.place] > 0
+            self.start[self.place].copy_(torch.where(given, self.start[self.place], start))
+            target = self.step if self.scale == "step" else self.clip
+            target[self.place].copy_(torch.where(given, target[self.place], start))
+        self.started[self.place] = True
+
+    def _last_level(self):
+        last = torch.exp2(self.bits - int(self.signed)) - 1 if self.rule == "round_clamp" else torch.exp2(self.bits) - 1
+        return last.to(self.start.dtype).clamp(min=1)
+
+    def _set_signed(self, value):
+        self.signed = value
+        self.is_signed.fill_(int(value))
+
+    @torch.no_grad()
+    def _track(self, x):
+        end = self._statistics(x)[1]
+        end = torch.where((end > 2.0**-80) & (end < 2.0**80), end, self.clip[self.place])
+        self.clip[self.place].lerp_(end, self.momentum)
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        if not self.start.is_meta:
+            sign = int(self.is_signed)
+            self.signed = None if sign < 0 else bool(sign)
+            self.started = [bool((row > 0).all()) and sign >= 0 for row in self.start]
+            self.place = int(self.index) if self.per_width else 0
+
+    @torch.no_grad()
+    def report(self):
+        """(bits, signed, end of the grid, part below 0), see :class:`quantops.report.ActivationBits`."""
+        end = float(self.values()[0].max()) if self.started[self.place] else float("nan")
+        return int(self.bits), bool(self.signed), end, float(self.negative)
+
+    def extra_repr(self):
+        bits = "?" if self.bits.is_meta else int(self.bits)
+        return (f"bits={bits}{f' of {self.widths}' if len(self.widths) > 1 else ''}, rule={self.rule!r}, "
+                f"scale={self.scale!r}, signed={self.signed}, relu={self.relu}, keep={self.keep!r}")
+
+
+# Where they stand in a network.
+
+INPUT, OUTPUT = "input_quantizer", "output_quantizer"
+
+
+def _quantize_input(layer, args):
+    """Forward pre-hook; looks the module up, so that a copied layer has its own."""
+    return (getattr(layer, INPUT)(args[0]), *args[1:])
+
+
+def _quantize_output(layer, args, output):
+    return getattr(layer, OUTPUT)(output)
+
+
+def check_relus(model):
+    """ValueError for a model without modules that act="relu" replaces."""
+    if not any(_is_relu(m) for m in model.modules()):
+        raise ValueError("act_bits: expected modules of nn.ReLU, nn.ReLU6 or nn.Hardtanh(0, ...) to quantize, "
+                         f"{type(model).__name__} has none; act='input' quantizes what goes into each layer")
+
+
+def _is_relu(m):
+    return type(m) in RELUS and getattr(m, "min_val", 0) == 0
+
+
+def replace_relus(model, make):
+    """Puts ``make(a parameter of the model)`` in the place of each ReLU, ReLU6 and Hardtanh(0, ...), one for all uses
+    of a module."""
+    like = next(model.parameters())
+    check_relus(model)
+    replace(model, lambda m: make(like) if _is_relu(m) else None)
+    for m in model.modules():  # nn.TransformerEncoderLayer evaluates a fused ReLU by this number
+        if isinstance(getattr(m, "activation", None), (UniformActivation, CategoricalActivation)) and hasattr(
+                m, "activation_relu_or_gelu"):
+            m.activation_relu_or_gelu = 0
+
+
+def quantize_inputs(layers, make):
+    """Puts ``make(weight, bits)`` in front of each of [(layer, bits)]; bits None: the layer keeps its float input."""
+    for layer, bits in layers:
+        if bits is not None:
+            layer.add_module(INPUT, make(layer.weight, bits))
+            layer.register_forward_pre_hook(_quantize_input)
+
+
+def outputs_named(model, patterns):
+    """[(name, module)] of modules whose names match ``patterns``. ValueError for a pattern that matches none."""
+    found = {}
+    for pattern in patterns:
+        matched = [(n, m) for n, m in model.named_modules() if n and fnmatch.fnmatchcase(n, pattern)]
+        if not matched:
+            raise ValueError(f"act_outputs: {pattern!r} matches none of the modules of {type(model).__name__}")
+        found |= dict(matched)
+    return list(found.items())
+
+
+def quantize_outputs(modules, make, like):
+    """Puts ``make(like)`` behind each module."""
+    for _, module in modules:
+        module.add_module(OUTPUT, make(like))
+        module.register_forward_hook(_quantize_output)
+
+
+def activations(model):
+    """[(name, module)] of the uniform and categorical quantizers of activations in a model."""
+    check_module(model)
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, (UniformActivation, CategoricalActivation))]
+
+
+@torch.no_grad()
+def calibrate(model, batches, *, steps=None, progress=False):
+    """Takes the scales of a model's :class:`UniformActivation` modules from a few batches, and returns {name: scale}.
+
+    The model runs in evaluation mode, without gradients, its activations float: each module sees what comes in, and
+    then starts as if all batches had been its first one. What has been learned before is set anew. Modules that no
+    batch reaches are left as they are, and are not in the result.
+
+    Args:
+        batches: inputs: tensors; tuples or lists, of which the first entry goes in (as a DataLoader gives x and y); or
+            dicts, as keyword arguments.
+        steps: so many batches at most. progress: show a bar (needs tqdm).
+
+    Raises ValueError for a model without such modules and for no batches at all.
+    """
+    found = [(n, m) for n, m in activations(model) if isinstance(m, UniformActivation)]
+    if not found:
+        raise ValueError(f"model: expected modules of UniformActivation, {type(model).__name__} has none")
+    training, count = {m: m.training for m in model.modules()}, 0
+    if progress:
+        from tqdm import tqdm
+
+        batches = tqdm(batches, desc="calibrate", unit="batch", total=steps)
+    model.eval()
+    try:
+        for _, m in found:
+            m.seen = []
+        for batch in batches:
+            if steps is not None and count >= steps:
+                break
+            if isinstance(batch, dict):
+                model(**batch)
+            else:
+                model(batch[0] if isinstance(batch, (list, tuple)) else batch)
+            count += 1
+        statistics = [m.seen for _, m in found]
+    finally:
+        for _, m in found:
+            m.seen = None
+        for m, mode in training.items():
+            m.training = mode
+    if not count:
+        raise ValueError("batches: expected at least one batch, got none")
+    scales = {}
+    for (name, m), seen in zip(found, statistics):
+        if not seen:
+            continue
+        before = m.state()
+        for row in range(len(m.start)):
+            if len(m.start) > 1:
+                m.select(row)
+            if isinstance(m.scale, str):
+                m.start[m.place].zero_()
+            m._begin(seen)
+        m.set_state(before)
+        scales[name] = m.values()[0].detach().clone()
+    return scales
+
+
+def activation_scales(model):
+    """{name: dict} of what integer arithmetic needs of each started :class:`UniformActivation`: scale, offset, bits,
+    rule, signed. With these, ``encode`` gives the codes of x (less the offset) and ``decode`` what the module gives."""
+    found = {}
+    for name, m in activations(model):
+        if isinstance(m, UniformActivation) and m.started[m.place]:
+            scale, offset = (None if v is None else v.detach().clone() for v in m.values())
+            found[name] = {"scale": scale, "offset": offset, "bits": int(m.bits), "rule": m.rule,
+                           "signed": bool(m.signed)}
+    return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActivationConfig(QuantConfig):
+    """What configs say of activations; by default they stay float.
+
+    act_bits: None, or 1..16. act: "relu", every nn.ReLU, nn.ReLU6 and nn.Hardtanh(0, ...) becomes an unsigned quantizer
+        (modules that are called twice have one scale for both; functional ReLUs are not seen), or "input": a quantizer
+        stands in front of every layer that is quantized, which is the way for GELU, SiLU, LayerNorm and attention.
+    act_scale: "step" (LSQ), "clip" (PACT), "tracked" or a number, see :class:`UniformActivation`.
+    act_signed: with act="input" and act_outputs, whether codes are signed; None: if the first batch has values below 0.
+    act_outputs: patterns of the names of modules whose output is quantized too: those whose results are multiplied with
+        each other, as the projections of queries, keys and values are in attention.
+
+    With act="input" overrides may set "act_bits" of a layer, None for a float input; a layer that "skip" leaves float
+    keeps a float input too. Modules inside nn.MultiheadAttention are not called by it: their inputs stay float.
+    """
+
+    act_bits: int | None = None
+    act: str = "relu"
+    act_scale: str | float = "step"
+    act_signed: bool | None = None
+    act_outputs: tuple[str, ...] = ()
+
+    act_rule: ClassVar[str] = "round_clamp"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice("act", self.act, PLACES)
+        check_choice("act_signed", self.act_signed, (None, True, False))
+        self.check_act_bits("act_bits", self.act_bits)
+        number = isinstance(self.act_scale, (int, float)) and not isinstance(self.act_scale, bool)
+        if self.act_scale not in SCALES and not (number and 2.0**-100 <= self.act_scale <= 2.0**100):
+            raise ValueError(f"act_scale: expected one of {', '.join(map(repr, SCALES))} or a number > 0, got "
+                             f"{self.act_scale!r}")
+        patterns = self.act_outputs
+        if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
+            raise ValueError(f"act_outputs: expected a tuple of patterns of module names, got {patterns!r}")
+        if patterns and self.act_bits is None:
+            raise ValueError("act_outputs: expected act_bits with it, got None")
+
+    def check_act_bits(self, name, bits):
+        """ValueError for what cannot be the bits of activations."""
+        if bits is not None:
+            check_int(name, bits, 1, MAX_BITS)
+
+    def activation(self, like, bits, relu):
+        """The quantizer of ``bits`` for a model of parameters like ``like``."""
+        return UniformActivation(bits, rule=self.act_rule, scale=self.act_scale, relu=relu,
+                                 signed=None if relu else self.act_signed, device=like.device, dtype=like.dtype)
+
+    def prepare(self, model, layers):
+        super().prepare(model, layers)
+        bits = {name: settings.get("act_bits", self.act_bits) for name, (_, settings) in layers.items()}
+        for name, (_, settings) in layers.items():
+            if "act_bits" in settings and (self.act != "input" or self.act_bits is None):
+                raise ValueError(f"{name}: act_bits of a layer: expected act='input' and act_bits, got act="
+                                 f"{self.act!r}, act_bits={self.act_bits}")
+            self.check_act_bits(f"{name}: act_bits", bits[name])
+        if self.act_bits is None:
+            return
+        outputs, like = outputs_named(model, self.act_outputs), next(model.parameters())
+        if self.act == "relu":
+            replace_relus(model, lambda like: self.activation(like, self.act_bits, True))
+        else:
+            quantize_inputs([(module, bits[name]) for name, (module, _) in layers.items()],
+                            lambda like, n: self.activation(like, n, False))
+        quantize_outputs(outputs, lambda like: self.activation(like, self.act_bits, False), like)

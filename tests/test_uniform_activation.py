@@ -1,0 +1,284 @@
+"""UniformActivation, where configs put it, and calibration."""
+
+import copy
+
+import pytest
+import torch
+from networks import same, state
+from torch import nn
+
+import quantops as Q
+from quantops import UniformActivation
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4),
+                         nn.ReLU6(), nn.Flatten(), nn.Linear(16, 5))
+
+
+def data(seed=1):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(16, 3, 6, 6, generator=g), torch.randint(0, 5, (16,), generator=g)
+
+
+def loss_of(model, x, y):
+    return nn.functional.cross_entropy(model(x), y)
+
+
+def train(model, steps=10):
+    x, y = data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        if any(hasattr(m, "base_bits") for m in model.modules()):
+            losses.append(Q.joint_step(model, lambda out: nn.functional.cross_entropy(out, y), x).loss.detach())
+        else:
+            losses.append(loss_of(model, x, y))
+            losses[-1].backward()
+        optimizer.step()
+    return [float(v.detach()) for v in losses]
+
+
+CONFIGS = {
+    "msq": Q.MSQConfig(bits=4, act_bits=4),
+    "msq, input, tracked": Q.MSQConfig(bits=4, act_bits=3, act="input", act_scale="tracked"),
+    "msq, clip": Q.MSQConfig(bits=4, act_bits=4, act_scale="clip"),
+    "msq, fixed": Q.MSQConfig(bits=4, act_bits=4, act_scale=1.0),
+    "msq, overrides": Q.MSQConfig(bits=4, act_bits=4, act="input", act_outputs=("7",), overrides={
+        "0": {"act_bits": None}, "3": {"act_bits": 8}}),
+    "cpq, input": Q.CPQConfig(act_bits=4, act="input"),
+    "truncquant": Q.TruncQuantConfig(act_bits=4),
+    "truncquant, weights": Q.TruncQuantConfig(act_bits="weights", act_shared=True, act_scale="clip"),
+    "truncquant, each": Q.TruncQuantConfig(act_bits="weights"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_networks_train_save_copy_and_become_plain(name):
+    config = CONFIGS[name]
+    model = Q.quantize_(net(), config)
+    losses = train(model)
+    assert losses[-1] < 0.8 * losses[0]
+    model.eval()
+    x, _ = data(2)
+    out = model(x)
+    fresh = Q.quantize_(net(), config).eval()
+    fresh.load_state_dict(model.state_dict())
+    for other in (fresh, copy.deepcopy(model), Q.plain_model(model)):
+        assert torch.equal(other(x), out)
+    report = Q.bit_report(model)
+    assert len(report.activations) == (3 if config.act == "input" else 2) and "activations" in str(report)
+    assert all(a.scale > 0 and a.bits in (3, 4, 8) for a in report.activations)
+
+
+def test_what_is_replaced():
+    model = Q.quantize_(net(), CONFIGS["msq"])
+    assert type(model[2]) is type(model[5]) is UniformActivation and model[2].relu and model[2].signed is False
+    model = Q.quantize_(net(), CONFIGS["msq, overrides"])
+    assert not hasattr(model[0], "input_quantizer") and int(model[3].input_quantizer.bits) == 8
+    train(model, 1)
+    assert model[7].output_quantizer.signed and not model[7].input_quantizer.signed
+    skipped = Q.quantize_(net(), Q.MSQConfig(act_bits=4, act="input", first="skip"))
+    assert not hasattr(skipped[0], "input_quantizer")
+    assert Q.unquantize_(model) is model and hasattr(model[3], "input_quantizer")
+
+
+def test_inputs_are_signed_by_what_comes_in():
+    model = Q.quantize_(net(), Q.MSQConfig(act_bits=4, act="input"))
+    train(model, 1)
+    assert [a.signed for a in Q.bit_report(model).activations] == [True, False, False]
+    forced = Q.quantize_(net(), Q.MSQConfig(act_bits=4, act="input", act_signed=False))
+    train(forced, 1)
+    first = Q.bit_report(forced).activations[0]
+    x, _ = data()
+    assert not first.signed and first.negative == pytest.approx(float((x < 0).float().mean()))
+    assert "of what comes in is negative" in str(Q.bit_report(forced))
+
+
+def test_codes_stand_for_what_comes_out():
+    model = Q.quantize_(net(), Q.MSQConfig(act_bits=4, act="input"))
+    train(model, 2)
+    scales = Q.activation_scales(model)
+    x, _ = data(3)
+    s = scales["0.input_quantizer"]
+    codes = Q.encode(x, s["scale"], s["bits"], rule=s["rule"], signed=s["signed"])
+    assert torch.equal(Q.decode(codes, s["scale"], s["bits"], signed=s["signed"]), model[0].input_quantizer(x))
+
+
+@pytest.mark.parametrize("scale", ["step", "clip", "tracked"])
+def test_where_values_start(scale):
+    x = torch.randn(400)
+    act = UniformActivation(3, scale=scale, relu=True)
+    act(x)
+    end = float(x.max()) if scale != "step" else 2 * float(x.relu().mean()) / 7**0.5 * 8
+    assert float(act.values()[0]) == pytest.approx(end, rel=1e-5)
+    act(3 * x)
+    assert float(act.values()[0]) == pytest.approx(1.2 * end if scale == "tracked" else end, rel=1e-5)
+    act.eval()
+    act(9 * x)  # static
+    assert float(act.values()[0]) == pytest.approx(1.2 * end if scale == "tracked" else end, rel=1e-5)
+    for bad in (-1.0, float("nan")):
+        dead = UniformActivation(2, scale=scale, relu=True)
+        dead(torch.full((3,), bad))
+        assert dead.start == 1
+
+
+def test_a_percentile_leaves_outliers_out():
+    x = torch.cat([torch.rand(9990), torch.full((10,), 100.0)])
+    act = UniformActivation(4, scale="tracked", percentile=99.0)
+    act(x)
+    assert 0.9 < float(act.values()[0]) < 1.01
+
+
+def test_lsq_plus_and_channels():
+    x = torch.randn(8, 3, 5, 5) * torch.tensor([1.0, 2.0, 4.0]).view(1, 3, 1, 1)
+    act = UniformActivation(8, offset=True, channels=3)
+    q = act(x)
+    q.square().sum().backward()
+    low, high = x.amin((0, 2, 3)), x.amax((0, 2, 3))
+    torch.testing.assert_close(act.offset.detach()[0], low)
+    torch.testing.assert_close(act.values()[0].detach(), high - low)
+    assert float((q - x).abs().max()) < float((high - low).max()) / 200 and act.step.grad.shape == (1, 3)
+    assert act.offset.grad.abs().sum() >= 0 and not act.signed
+
+
+def test_learned_values_stay_positive():
+    act = UniformActivation(4, scale="clip", relu=True)
+    x = torch.rand(100)
+    act(x)
+    with torch.no_grad():
+        act.clip.fill_(-5.0)
+    assert float(act.values()[0]) == pytest.approx(float(act.start) / 1024)
+    act(x).sum().backward()
+    assert float(act.clip.grad) > 0
+
+
+def test_calibration():
+    model, x = Q.quantize_(net(), Q.MSQConfig(act_bits=4)), data()[0]
+    before, modes = state(model), [m.training for m in model.modules()]
+    with pytest.raises(RuntimeError, match="evaluated before it has a scale"):
+        model.eval()(x)
+    model.train()
+    scales = Q.calibrate(model, [x, (x, None), data(2)[0]], steps=2)
+    assert list(scales) == ["2", "5"] and [m.training for m in model.modules()] == modes
+    after = state(model)
+    assert all(torch.equal(before[k], after[k]) for k in before if "running" in k or "weight" in k)
+    model.eval()(x)
+    alone = Q.quantize_(net(), Q.MSQConfig(act_bits=4))
+    Q.calibrate(alone, [x])
+    assert same(state(alone), after)  # the same batch twice
+    again = Q.calibrate(model, [3 * x])
+    assert float(again["2"]) > float(scales["2"])
+    wide = Q.quantize_(net(), CONFIGS["truncquant, each"])
+    Q.calibrate(wide, [x])
+    assert all(wide[2].started) and wide[2].place == 0
+    for n in (8, 1):
+        Q.set_bits(wide, n)
+        assert wide.eval()(x).isfinite().all() and int(wide[2].bits) == n
+
+
+def test_truncquant_selects_the_width_of_activations():
+    model = Q.quantize_(net(), CONFIGS["truncquant, weights"])
+    train(model, 1)
+    x = torch.rand(200)
+    for n in (8, 4, 2, 1):
+        Q.set_bits(model, n)
+        assert int(model[2].bits) == n and model[2](x * 100).unique().numel() <= 2**n
+    Q.set_bits(model)
+    assert int(model[2].bits) == 8
+
+
+def test_compile(fresh_compiler):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    backend = CompileCounterWithBackend("aot_eager")
+    model, eager = (Q.quantize_(net(), Q.MSQConfig(act_bits=4)) for _ in range(2))
+    x, y = data()
+    loss_of(model, x, y), loss_of(eager, x, y)
+    step = torch.compile(loss_of, fullgraph=True, backend=backend)
+    for seed in (2, 3):
+        a, b = step(model, *data(seed)), loss_of(eager, *data(seed))
+        a.backward(), b.backward()
+        torch.testing.assert_close(a, b)
+    for p, q in zip(model.parameters(), eager.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+    assert backend.frame_count == 1
+
+
+def test_only_bits_are_kept_beyond_what_the_next_layer_keeps():
+    conv, last = nn.Conv2d(2, 8, 3), nn.Conv2d(8, 2, 3)
+
+    def kept(nonlinear):
+        found = {}
+
+        def pack(t):
+            found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = last(nonlinear(conv(torch.ones(4, 2, 20, 20))))
+        del out
+        return sum(found.values())
+
+    elements, float_one = 4 * 8 * 18 * 18, kept(nn.ReLU())
+    for scale, bits in (("clip", 1), ("tracked", 1), (1.0, 1), ("step", 8)):
+        act = UniformActivation(4, scale=scale, relu=True)
+        act(torch.rand(10))
+        assert elements * bits // 8 <= kept(act) - float_one <= elements * bits // 8 + 64
+
+
+@pytest.mark.parametrize("make, text", [
+    (lambda: UniformActivation(17), r"bits: expected an integer 0\.\.16, got 17"),
+    (lambda: UniformActivation(rule="ceil"), "rule: "),
+    (lambda: UniformActivation(scale="lsq"), "scale: expected one of"),
+    (lambda: UniformActivation(scale=0.0), "scale: .*got 0.0"), (lambda: UniformActivation(scale=True), "scale: "),
+    (lambda: UniformActivation(relu=True, signed=True), "relu, offset: "),
+    (lambda: UniformActivation(relu=True, offset=True), "relu, offset: "),
+    (lambda: UniformActivation(percentile=0), "percentile: "), (lambda: UniformActivation(momentum=2), "momentum: "),
+    (lambda: UniformActivation(keep="bits"), "keep: expected 'input' or 'residual'"),
+    (lambda: UniformActivation(channels=0), "channels: "), (lambda: UniformActivation(widths=(8, 0), shared=False), "widths: "),
+    (lambda: Q.MSQConfig(act_bits=0), "act_bits: "), (lambda: Q.MSQConfig(act_bits=4, act="gelu"), "act: "),
+    (lambda: Q.MSQConfig(act_bits=4, act_scale="max"), "act_scale: "),
+    (lambda: Q.CPQConfig(act_bits=9), "act_bits: .*1..8"),
+    (lambda: Q.MSQConfig(act_bits=4, act_signed=1), "act_signed: "),
+    (lambda: Q.MSQConfig(act_outputs=("a",)), "act_outputs: expected act_bits"),
+    (lambda: Q.MSQConfig(act_bits=4, act_outputs="qkv"), "act_outputs: expected a tuple"),
+    (lambda: Q.TruncQuantConfig(act_bits="all"), "act_bits: "),
+    (lambda: Q.TruncQuantConfig(act_bits=4, act_shared=True), "act_shared: expected False"),
+    (lambda: UniformActivation(widths=(4, 2)), "shared: expected False"),
+    (lambda: Q.MSQConfig(act_bits="weights"), "act_bits: "),
+])
+def test_bad_settings(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()
+
+
+@pytest.mark.parametrize("config, text", [
+    (Q.MSQConfig(act_bits=4), "act_bits: expected modules of nn.ReLU.*Sequential has none"),
+    (Q.MSQConfig(act_bits=4, act="input", act_outputs=("x*",)), r"act_outputs: 'x\*' matches none"),
+    (Q.MSQConfig(act_bits=4, overrides={"0": {"act_bits": 3}}), "0: act_bits of a layer: expected act='input'"),
+    (Q.MSQConfig(act_bits=4, act="input", overrides={"0": {"act_bits": 99}}), "0: act_bits: ")])
+def test_models_that_do_not_fit_are_left_alone(config, text):
+    plain = nn.Sequential(nn.Linear(2, 2))
+    before = list(plain.state_dict())
+    with pytest.raises(ValueError, match=text):
+        Q.quantize_(plain, config)
+    assert list(plain.state_dict()) == before and not plain[0]._forward_pre_hooks
+
+
+def test_errors_of_calls():
+    with pytest.raises(ValueError, match="model: expected modules of UniformActivation"):
+        Q.calibrate(net(), [data()[0]])
+    with pytest.raises(ValueError, match="batches: expected at least one batch"):
+        Q.calibrate(Q.quantize_(net(), Q.MSQConfig(act_bits=4)), [])
+    act = UniformActivation(channels=3)
+    with pytest.raises(ValueError, match=r"x: expected 3 channels in dim 1, got shape \(4, 2\)"):
+        act(torch.rand(4, 2))
+    with pytest.raises(TypeError, match="x: expected one of float32"):
+        act(torch.ones(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"x: expected values to take a scale from, got shape \(0,\)"):
+        UniformActivation()(torch.empty(0))
