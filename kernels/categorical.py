@@ -105,7 +105,7 @@ def prepare(table, scales, bits, records, A: tl.constexpr, OP: tl.constexpr, SIG
             MOST_BITS: tl.constexpr, HAS_GATES: tl.constexpr, BOUNDS: tl.constexpr, SIZE: tl.constexpr):
     """Writes a record. One program per scale."""
     pid = tl.program_id(0)
-    t = tl.load(scales + pid)
+    t = memory.owner(scales, pid)
     entry = table + t.to(tl.int64) * FIELDS
     row = pid - tl.load(entry + RECORD)
     l = _levels(entry, tl.load(bits + t), A, SIGNED, MOST_BITS, HAS_GATES)
@@ -494,7 +494,7 @@ def by_row(table, chunks, bits, seed, records, in_alphas, in_sigmas, in_gates, A
            GATE_GRAD: tl.constexpr, SIZE: tl.constexpr, WIDEST: tl.constexpr, BLOCK: tl.constexpr):
     """One program per piece of a long row, or per TILE_ROWS short rows."""
     pid = tl.program_id(0)
-    t = tl.load(chunks + pid)
+    t = memory.owner(chunks, pid)
     entry = table + t.to(tl.int64) * FIELDS
     rows, inner, pieces = tl.load(entry + ROWS), tl.load(entry + INNER), tl.load(entry + PIECES)
     local = pid - tl.load(entry + FIRST)
@@ -592,7 +592,7 @@ def _write_scales(entry, row, alpha, sigma, mask, A: tl.constexpr):
 def finish_scales(table, chunks, in_alphas, in_sigmas, A: tl.constexpr, BLOCK: tl.constexpr):
     """Second stage of dL/dalpha and dL/dsigma: one program per row that is in several pieces."""
     pid = tl.program_id(0)
-    entry = table + tl.load(chunks + pid).to(tl.int64) * FIELDS
+    entry = table + memory.owner(chunks, pid).to(tl.int64) * FIELDS
     pieces = tl.load(entry + PIECES)
     row = pid - tl.load(entry + SECOND)
     first = tl.load(entry + PARTIAL) + row * pieces
@@ -641,16 +641,17 @@ def _sizes(op, gates):
     return (ONE_SIZE if op == OF_ONE else LEVEL_SIZE).value, levels
 
 
-# What a program reads, as a part of what one that does little with it reads: so that the registers suffice.
-_SHARES = {NEAREST.value: 1, BOUNDED.value: 2, SAMPLE.value: 8, SOFT.value: 8, OF_ONE.value: 4, OF_MANY.value: 8,
-           OF_SOFT.value: 8}
+# Values that the arithmetic of an element holds at once, as far as the registers suffice.
+_VALUES = {NEAREST.value: 1, BOUNDED.value: 4, SAMPLE.value: 16, SOFT.value: 16, OF_ONE.value: 8, OF_MANY.value: 16,
+           OF_SOFT.value: 16}
 
 
 def _run(op, x, alpha, sigma, bits, gates, seed, signed, soft, out, grad=None, drawn=False, in_scales=None,
          in_gates=None):
     """Launches :func:`by_row` and what comes before and after; ``in_scales``: lists of dL/dalpha and dL/dsigma."""
     count, device, acc = len(x), x[0].device, acc_dtype(x[0].dtype)
-    block = block_of(acc, 8 if op == OF_ONE and x[0].dtype == acc else _SHARES[op.value])  # more are spilled on sm_90
+    values = 16 if op == OF_ONE and x[0].dtype == acc else _VALUES[op.value]  # more elements are spilled on sm_90
+    block = block_of(acc, x, values=values)
     size, levels = _sizes(op, gates)
     table = np.zeros((count, FIELDS.value), np.int64)
     for column, tensors in ((X, x), (G, grad), (OUT, out), (ALPHA, alpha), (SIGMA, sigma), (GATES, gates or None),

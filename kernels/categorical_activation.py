@@ -257,7 +257,7 @@ def categorical_activation(x, alpha, sigma, bits, grad_of, dtype):
     x = dense(x)
     q = empty_like(x, dtype)
     quarters = x.new_empty(data_shape(x.numel(), QUARTER_BITS, "dense"), dtype=torch.uint8)
-    block = block_of(alpha.dtype, 2)
+    block = block_of(alpha.dtype, [x], values=4)
     with on_device_of([x]):
         launch(quantize, triton.cdiv(x.numel(), block), x, q, quarters, alpha, sigma, ints(bits), x.numel(),
                Q_T=TYPES[dtype], A=TYPES[alpha.dtype], V=_row(x, q), BLOCK=block)
@@ -269,7 +269,7 @@ def categorical_activation_backward(grad, q, quarters, alpha, sigma, bits, grad_
     grad, = in_layouts_of([q], [grad])
     out, sums = empty_like(q, dtype), [torch.empty_like(v) for v in (alpha, sigma) if scale_grad]
     bits, acc = ints(bits), TYPES[acc_dtype(dtype)]
-    block = block_of(alpha.dtype, 4)
+    block = block_of(alpha.dtype, [grad], [q], values=8)
     programs = triton.cdiv(q.numel(), block)
     with on_device_of([q]):
         table = torch.empty(3 * MOST_PLACES.value, dtype=alpha.dtype, device=q.device)

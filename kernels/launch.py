@@ -4,24 +4,33 @@ import numpy as np
 import torch
 import triton.language as tl
 
-from quantops.kernels.table import on_device
+from quantops.kernels.table import FIRST_CALL, on_device
 
 TYPES = {
     torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16,
     torch.int32: tl.int32,
 }
+_READ, _HELD = 128 * 128, 128 * 256  # bytes of a program's 128 threads
 SHORT_ROW = 256  # rows up to here share a program, in tiles
 
 
-def block_of(acc, inputs):
-    """Elements per program: 128 bytes of registers per thread for what is read, eight 128-bit loads in flight."""
-    return 4096 // inputs // (2 if acc == torch.float64 else 1)
+def block_of(acc, *read, values=1):
+    """Elements per program, a power of two: 128 bytes of the lists ``read`` per thread, eight 128-bit loads in flight,
+    and 256 bytes of the ``values`` that the arithmetic of an element holds at once."""
+    most = min(_READ // sum(t[0].element_size() for t in read), _HELD // (values * acc.itemsize))
+    return 1 << (most.bit_length() - 1)
 
 
 def launch(kernel, programs, *args, **constants):
     # Contraction into fused multiply-adds is off: plain float32 arithmetic is the specification.
-    if programs:
+    if not programs:
+        return
+    try:
         kernel[(programs,)](*args, **constants, num_warps=4, enable_fp_fusion=False)
+    except RuntimeError as error:
+        if "capturing" in str(error):
+            raise RuntimeError(f"quantops: {kernel.__name__}: {FIRST_CALL}") from error
+        raise
 
 
 def on_device_of(tensors):
@@ -47,8 +56,8 @@ def all_aligned(*columns):
 
 
 def owners(counts, device):
-    """The tensor that each program works on."""
-    return on_device(np.repeat(np.arange(len(counts), dtype=np.int32), counts), device)
+    """What :func:`quantops.kernels.memory.owner` reads: the number of tensors, then the first program of each."""
+    return on_device(np.concatenate([[len(counts)], starts(counts)]).astype(np.int32), device)
 
 
 def starts(counts):

@@ -12,6 +12,19 @@ def pointer(address, start, T: tl.constexpr):
 
 
 @triton.jit
+def owner(first, pid):
+    """The tensor that program ``pid`` works on, of :func:`quantops.kernels.launch.owners`; none that is empty."""
+    low = 0
+    high = tl.load(first)
+    while high - low > 1:
+        middle = (low + high) // 2
+        here = tl.load(first + 1 + middle) <= pid
+        low = tl.where(here, middle, low)
+        high = tl.where(here, high, middle)
+    return low
+
+
+@triton.jit
 def load(ptr, i, mask, T: tl.constexpr):
     """Elements in the dtype of the arithmetic."""
     if mask is None:

@@ -76,7 +76,7 @@ def _pack_dense(codes, data, n, left, OCTETS: tl.constexpr):
 def pack_codes(table, chunks, DENSE: tl.constexpr, BLOCK: tl.constexpr):
     """One program per run of BLOCK codes of one tensor."""
     pid = tl.program_id(0)
-    entry = table + tl.load(chunks + pid).to(tl.int64) * FIELDS
+    entry = table + memory.owner(chunks, pid).to(tl.int64) * FIELDS
     start = (pid - tl.load(entry + FIRST)) * BLOCK
     left = tl.load(entry + NUMEL) - start
     n = tl.load(entry + STORED).to(tl.int32)
@@ -149,7 +149,7 @@ def unpack_codes(table, chunks, bits, A: tl.constexpr, OUT_T: tl.constexpr, DENS
                  GRID: tl.constexpr, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
     """One program per run of BLOCK codes of one tensor; VALUES: writes the weights that they stand for."""
     pid = tl.program_id(0)
-    t = tl.load(chunks + pid)
+    t = memory.owner(chunks, pid)
     entry = table + t.to(tl.int64) * FIELDS
     numel, inner = tl.load(entry + NUMEL), tl.load(entry + INNER)
     stride = tl.multiple_of(tl.load(entry + STRIDE), 16)
@@ -216,7 +216,7 @@ def pack(codes, bits, layout):
     check_codes(codes, bits)
     codes = [c.contiguous() for c in codes]
     data = [c.new_empty(data_shape(c.numel(), n, LAYOUTS[layout]), dtype=torch.uint8) for c, n in zip(codes, bits)]
-    block = block_of(torch.float32, 1)
+    block = block_of(torch.float32, codes)
     table, programs = _table(codes, data, bits, block)
     with on_device_of(codes):
         device = codes[0].device
@@ -229,7 +229,7 @@ def _unpack(data, sizes, dims, stored, bits, layout, dtype, scale=None, grid=0, 
     check_stored(code_bits(bits, GRIDS[grid]), stored)
     acc = scale[0].dtype if scale else torch.float32
     out = [d.new_empty(shape, dtype=dtype) for d, shape in zip(data, split_shapes(sizes, dims))]
-    block = block_of(acc, 1)
+    block = block_of(acc, out)
     table, programs = _table(out, data, stored, block, scale)
     with on_device_of(data):
         device = data[0].device

@@ -10,6 +10,8 @@ import threading
 import numpy as np
 import torch
 
+FIRST_CALL = ("while a CUDA graph is captured, Triton's kernels can neither be loaded nor pin host memory: call the "
+              "same ops once before the capture, as torch.cuda.graph asks")
 _ARENA_BYTES = 16 << 20
 
 _lock = threading.Lock()  # autograd runs backward passes in threads of its own
@@ -46,6 +48,8 @@ def _reserve():
 def _captured_host(array):
     global _arena_used
     size = -(-array.nbytes // 16) * 16
+    if not _arenas:
+        raise RuntimeError(f"quantops: {FIRST_CALL}")
     if _arena_used + size > _ARENA_BYTES:
         _arenas.insert(0, torch.empty(array.nbytes, dtype=torch.uint8, pin_memory=True))
         return _arenas[0]

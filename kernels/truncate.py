@@ -77,7 +77,7 @@ class Run(NamedTuple):
 @triton.jit
 def _run(table, chunks, bits, base_bits, widths, A: tl.constexpr, BLOCK: tl.constexpr):
     pid = tl.program_id(0)
-    t = tl.load(chunks + pid)
+    t = memory.owner(chunks, pid)
     entry = _entry(table, t, widths)
     numel, inner = tl.load(entry + NUMEL), tl.load(entry + INNER)
     start = (pid - tl.load(entry + FIRST)) * BLOCK
@@ -218,7 +218,7 @@ def add_up_rows(table, chunks, bits, base_bits, weights, widths, levels, inners,
                 X_T: tl.constexpr, RULE: tl.constexpr, TANH: tl.constexpr, WIDEST: tl.constexpr, BLOCK: tl.constexpr):
     """dL/dw and the gradients of scales, one program per piece of a long row, or per TILE_ROWS short rows."""
     pid = tl.program_id(0)
-    t = tl.load(chunks + pid)
+    t = memory.owner(chunks, pid)
     entry = _entry(table, t, widths)
     rows, inner, pieces = tl.load(entry + ROWS), tl.load(entry + INNER), tl.load(entry + PIECES)
     local = pid - tl.load(entry + FIRST)
@@ -271,7 +271,7 @@ def add_up_rows(table, chunks, bits, base_bits, weights, widths, levels, inners,
 def finish_scales(table, chunks, widths, levels, inners, A: tl.constexpr, BLOCK: tl.constexpr):
     """Second stage of the gradients of scales: one program per row that is in several pieces."""
     pid = tl.program_id(0)
-    entry = _entry(table, tl.load(chunks + pid), widths)
+    entry = _entry(table, memory.owner(chunks, pid), widths)
     pieces = tl.load(entry + PIECES)
     row = pid - tl.load(entry + SECOND)
     first = tl.load(entry + PARTIAL) + row * pieces
@@ -313,7 +313,7 @@ def _by_run(table, block):
 def truncate(w, scale, out_scale, bits, base_bits, rule, tanh, covered, dtype):
     check_truncation(scale, out_scale, bits, base_bits)
     w, acc, device = [dense(t) for t in w], acc_dtype(w[0].dtype), w[0].device
-    widths, block = bits.shape[0], block_of(acc, 1)
+    widths, block = bits.shape[0], block_of(acc, w)
     q = [empty_like(t, dtype) for _ in range(widths) for t in w]
     table = _table(w, scale, out_scale, [t.data_ptr() for t in q], widths)
     programs = _by_run(table, block)
@@ -327,7 +327,7 @@ def truncate(w, scale, out_scale, bits, base_bits, rule, tanh, covered, dtype):
 def truncate_backward(grads, w, scale, out_scale, bits, base_bits, rule, tanh, covered, scale_grad):
     check_truncation(scale, out_scale, bits, base_bits)
     w, acc, device = [dense(t) for t in w], acc_dtype(w[0].dtype), w[0].device
-    widths, block = bits.shape[0], block_of(acc, 4 if scale_grad else 2)
+    widths, block = bits.shape[0], block_of(acc, w, grads, values=8 if scale_grad else 1)
     used = [g.numel() > 0 for g in grads]
     grads = in_layouts_of([t if u else g for g, u, t in zip(grads, used, w * widths)], grads)
     grad_w = [empty_like(t, t.dtype) for t in w]

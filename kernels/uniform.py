@@ -112,7 +112,7 @@ def flat(table, chunks, bits, k, r, penalty, nonzero, sq_error, A: tl.constexpr,
          WIDEST: tl.constexpr, BLOCK: tl.constexpr):
     """One program per run of BLOCK elements of one tensor."""
     pid = tl.program_id(0)
-    t = tl.load(chunks + pid)
+    t = memory.owner(chunks, pid)
     entry = table + t.to(tl.int64) * FIELDS
     numel, inner = tl.load(entry + NUMEL), tl.load(entry + INNER)
     start = (pid - tl.load(entry + FIRST)) * BLOCK
@@ -290,7 +290,7 @@ def by_row(table, chunks, bits, k, r, partials, A: tl.constexpr, W_T: tl.constex
            HAS_R: tl.constexpr, WIDEST: tl.constexpr, BLOCK: tl.constexpr):
     """One program per piece of a long row, or per TILE_ROWS short rows."""
     pid = tl.program_id(0)
-    t = tl.load(chunks + pid)
+    t = memory.owner(chunks, pid)
     entry = table + t.to(tl.int64) * FIELDS
     rows, inner, pieces = tl.load(entry + ROWS), tl.load(entry + INNER), tl.load(entry + PIECES)
     local = pid - tl.load(entry + FIRST)
@@ -350,7 +350,7 @@ def by_row(table, chunks, bits, k, r, partials, A: tl.constexpr, W_T: tl.constex
 def finish_rows(table, chunks, partials, A: tl.constexpr, OP: tl.constexpr, BLOCK: tl.constexpr):
     """Second stage of the numbers per row: one program per row that is in several pieces."""
     pid = tl.program_id(0)
-    t = tl.load(chunks + pid)
+    t = memory.owner(chunks, pid)
     entry = table + t.to(tl.int64) * FIELDS
     pieces = tl.load(entry + PIECES)
     row = pid - tl.load(entry + NUMEL)  # by_row has no use for NUMEL: it holds the first program of this stage
@@ -375,7 +375,8 @@ def finish_rows(table, chunks, partials, A: tl.constexpr, OP: tl.constexpr, BLOC
 
 def _flat(op, w, scale, bits, k=None, *, acc, x=None, out=None, r=None, rule=0, grid=0, signed=True, stats=None):
     """Launches :func:`flat`; ``stats`` = (penalty, nonzero, sq_error) to fill, if any."""
-    count, device, block = len(w), w[0].device, block_of(acc, 1 if x is None else 2)
+    count, device = len(w), w[0].device
+    block = block_of(acc, w, *[x] * (x is not None), values=2 if stats else 1)
     bits, k = ints(bits), None if k is None else ints(k)
     table = np.zeros((count, FIELDS.value), np.int64)
     for column, tensors in ((W, w), (X, x), (OUT, out), (SCALE, scale)):
@@ -404,7 +405,7 @@ def _flat(op, w, scale, bits, k=None, *, acc, x=None, out=None, r=None, rule=0, 
 def _by_row(op, w, result, rows, *, acc, scale=None, bits=None, k=None, x=None, out=None, r=None, grid=0,
             signed=True):
     """Launches :func:`by_row`: ``rows`` numbers for each tensor, at the addresses ``result``."""
-    count, device, block = len(w), w[0].device, block_of(acc, 1 if x is None else 2)
+    count, device, block = len(w), w[0].device, block_of(acc, w, *[x] * (x is not None))
     table = np.zeros((count, FIELDS.value), np.int64)
     for column, tensors in ((W, w), (X, x), (OUT, out), (SCALE, scale)):
         table[:, column.value] = addresses(tensors, count)
