@@ -5,7 +5,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc kernels quantops -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench bench-all tables gpu info clean
+.PHONY: demo test lint format bench bench-all tables gpu gpu-libraries info clean
 .NOTPARALLEL:
 
 # An installed torch >= 2.10 will do: PYTHON=... TORCH= VENV_FLAGS=--system-site-packages uses that of the system.
@@ -36,7 +36,7 @@ test: $(VENV)/.installed
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q $(TEST_FLAGS) || status=$$?; \
 	echo "The Triton kernels, interpreted:"; \
 	QUANTOPS_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q $(TEST_FLAGS) \
-		$(foreach family,uniform truncate packing categorical categorical_activation,tests/test_$(family).py) tests/test_errors.py \
+		$(foreach family,uniform truncate packing categorical categorical_activation,tests/test_$(family).py) tests/test_errors.py tests/test_limits.py \
 		|| status=$$?; \
 	exit $$status
 
@@ -87,11 +87,18 @@ tables: $(VENV)/.installed
 	$(PY) -m bench tables
 	$(if $(DATA),$(PY) -m bench tables build/tables)
 
-# Everything that a GPU can prove, without a network: builds with the system's torch, tests, sanitizers, benchmarks.
-# Resumable: what passed for this code is not run again. PART=build|tests|triton|sanitize|bench|steps|report: one part,
-# or of it what can be done in 9 minutes.
-gpu:
-	$(PYTHON) -m bench.gpu $(PART)
+# Both libraries, for GPUs of ARCH, on any machine with nvcc: what `make gpu` wants to find. VARIANT=name keeps a build
+# that NVCC_APPEND_FLAGS="-D..." makes another as quantops/_cuda.name.abi3.so, for the stage "variants"; build it first.
+ARCH ?= 9.0
+gpu-libraries: $(VENV)/.torch
+	QUANTOPS_CUDA=1 TORCH_CUDA_ARCH_LIST="$(ARCH)" $(PY) -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -e .
+	$(if $(VARIANT),mv quantops/_cuda.abi3.so quantops/_cuda.$(VARIANT).abi3.so)
+
+# On a machine with a GPU, without a network, by the Python that has torch there (PYTHON): see bench/gpu.py. MINUTES=8: the
+# most telling within them; without, all. ONLY=first,ops: stages. OUT=folder of the results. DRY=1: on a CPU, in small.
+gpu: $(if $(DRY),$(VENV)/.installed)
+	$(if $(DRY),$(PY),$(PYTHON)) -m bench.gpu $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only $(ONLY)) \
+		$(if $(OUT),--out $(OUT)) $(if $(DRY),--dry)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info quantops/*.so

@@ -42,8 +42,30 @@ def integers(name, value, w, low, high):
             raise ValueError(f"{name}: expected {low}..{high}, got {v}")
     if len(values) == 1:
         return filled(values[0], count, torch.int32, device)
-    made = torch.tensor(values, dtype=torch.int32, pin_memory=device.type == "cuda")
-    return made.to(device, non_blocking=True)
+    return listed(values, torch.int32, device)
+
+
+def capturing(device):
+    """Whether what is called now goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def listed(values, dtype, device):
+    """Numbers as a tensor on ``device``.
+
+    A copy from the host would be a node of a CUDA graph that reads its temporary again at every replay, when other
+    numbers lie there. So while one is captured, a kernel fills in each run of equal numbers instead.
+    """
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=dtype, device=device)
+    if not capturing(device):
+        return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    made, first = torch.empty(len(values), dtype=dtype, device=device), 0
+    for i in range(1, len(values) + 1):
+        if i == len(values) or values[i] != values[first]:
+            made[first:i].fill_(values[first])
+            first = i
+    return made
 
 
 def repeated(value, w):
