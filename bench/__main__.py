@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from bench import compare, costs, headline, report, run, small, static, steps, tables, train, variants
+from bench.state import Wrong
 
 
 def main(argv=None):
@@ -16,7 +17,11 @@ def main(argv=None):
         module.add_arguments(commands.add_parser(name, help=getattr(module, name).__doc__))
     args = parser.parse_args(argv)
     args.argv = argv
-    return args.call(args)
+    try:
+        return args.call(args)
+    except Wrong as why:
+        print(why, file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

@@ -1,195 +1,192 @@
-"""``make gpu``: everything that a machine with a GPU can prove, in pieces, with no network.
+"""``make gpu``: what a machine with a GPU can prove, the most telling first, within MINUTES or, without them, all.
 
-Needs torch, triton, pytest and setuptools in the system's Python, nvcc and compute-sanitizer on PATH. A piece that has
-passed for the same sources is not run again; what passed is in bench/results/<device>/gpu.json, the logs are in
-build/gpu/. With a part's name, stops in time for a limit of 9 minutes; the same command goes on (exit status 3).
-Exit status 0: all that was asked for has passed.
+``stages`` is the list. The GPU machine only runs: build both libraries beforehand, anywhere with nvcc (``make
+gpu-libraries``), and carry quantops/*.so with the sources. There it takes torch, triton and pytest in the Python that
+runs this, and no network; compute-sanitizer and ncu where they are. QUANTOPS_COMMIT names the commit where there is no
+.git.
+
+Results are in bench/results/<gpu>/ or --out, each written as soon as it exists: gpu.json says what became of every
+command, with the last lines of those that failed. A wrong result of a kernel ends the run; any other failure is told,
+and the run goes on. The same command again takes up what has not passed. --dry goes through every stage on a CPU, in
+small: the C++ kernels stand for CUDA's, Triton's are interpreted.
 """
 
 import argparse
 import dataclasses
-import datetime
-import json
 import os
-import shutil
+import signal
 import subprocess
 import sys
-import time
+import tempfile
+from pathlib import Path
 
-from bench import state
+from bench import state, summary
+from bench.stages import Command, Run, Stage
 from bench.state import ROOT
 
-PARTS = ("build", "tests", "triton", "sanitize", "bench", "steps", "report")
-UNFINISHED = 3
-LIMIT = 520.0  # seconds of a command with a part's name
-START = 240.0  # after these, no piece is begun that cannot stop by itself
-PYTHON = str(ROOT / ".venv/bin/python")
-LOGS = ROOT / "build/gpu"
-# What does the same whatever serves the GPU.
-NO_BACKEND = ("test_bench", "test_cpu_machine_code", "test_cuda_emulated", "test_cuda_emulated_categorical_activation",
-              "test_cuda_emulated_categorical", "test_cuda_emulated_packing", "test_cuda_machine_code",
-              "test_triton_machine_code")
+LIBRARY = ROOT / "quantops/_cuda.abi3.so"
+BUDGET = 8.0  # minutes that the stages' times are for
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+OPS = ("msq forward,msq backward,msq step,lsb_stats,absmax per row,truncate 8-4-2-1,categorical hard,"
+       "categorical soft, 4 bits,categorical backward")
+FEW_OPS = "msq forward,msq backward,absmax per row"
+STEPS = "unquantized,quantops,quantops decoupled,eager chain"
+COMPILED_STEPS = "unquantized,compiled chain"
+OF_GPUS = "test_devices and not test_gpu_equals_cpu or test_limits"  # that one is the commands of ``equal``
+SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no", "--tool")
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """A command that passes or fails.
+class Place:
+    """What the stages run on: a GPU, or for --dry the CPU. cuda, triton: variables that choose the kernels."""
 
-    needs: commands on PATH. gpu: does not run without one. again: runs every time, since it is quick or depends on more
-    than the sources. stops: takes --seconds and exits 3 where they did not suffice; these are the seconds that what is
-    then under way may take, its compilations above all.
-    """
+    device: str = "cuda"
+    cuda: tuple = (("QUANTOPS_BACKEND", "cuda"),)
+    triton: tuple = (("QUANTOPS_BACKEND", "triton"),)
+    families: tuple = ("msq", "uniform", "packing", "truncate", "categorical_activation")
+    slow_families: tuple = ("categorical", "categorical_backward")  # to compile, in Triton
+    dtypes: tuple = DTYPES
+    workloads: str = "16M,resnet50,resnet20,transformer_1b"
+    few_workloads: str = "16M,resnet50"
+    networks: str = "resnet50,deit_small,transformer_1b"
+    compiled: str = "resnet50"
+    budget: float = 0.15  # seconds of timing for a row
+    step_budget: float = 5.0  # and for a network
+    libraries: tuple = ()  # further builds of the CUDA library, quantops/_cuda.<name>.abi3.so
+    width: int = 16  # processes at a time where nothing is timed
 
-    part: str
-    name: str
-    command: tuple
-    env: tuple = ()
-    needs: tuple = ()
-    gpu: bool = True
-    stops: float = 0.0
-    again: bool = False
+    @property
+    def dry(self):
+        return self.device == "cpu"
+
+
+DRY = Place("cpu", (), (("QUANTOPS_BACKEND", "triton"), ("TRITON_INTERPRET", "1")), ("msq",), (), DTYPES[:1], "tiny",
+            "tiny", "resnet20", "resnet20", 0.001, 0.001, width=2)
+
+
+def stages(at):
+    """The stages, in order. Their times are those of a run of 8 minutes, on 16 cores and one GPU."""
+    cuda, triton, one_thread = ("cuda", at.cuda), ("triton", at.triton), (("OMP_NUM_THREADS", "1"),)
+
+    def equal(backend, family, *dtypes, **options):
+        name, env = backend
+        return Command(f"{name} {family} {' '.join(dtypes)}", ("tests/test_devices.py", at.device, family, *dtypes),
+                       env + one_thread, **options)
+
+    def sanitized(backend, tool):
+        # Without torch's caching allocator every tensor is an allocation whose ends memcheck knows.
+        (name, env), caching = backend, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
+        return Command(f"{tool} {name}", ("-m", "bench", "small", "--device", at.device), env + one_thread + caching,
+                       () if at.dry else (*SANITIZER, tool))
+
+    def tests(backend):
+        name, env = backend
+        return Command(f"tests {name}", ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", OF_GPUS,
+                                         "tests/test_devices.py", "tests/test_limits.py", *["--collect-only"] * at.dry),
+                       env + one_thread)
+
+    def timed(env, what, out, budget, *argv, folder="{out}"):
+        return Command(out, ("-m", "bench", what, "--device", at.device, "--budget", str(budget), "--keep-caches",
+                             "--resume", "--seconds", "{seconds}", "--out", f"{folder}/{out}.json", *argv), env)
+
+    def ops(env, out, cases, workloads):
+        return timed(env, "run", out, at.budget, "--no-peers", "--cases", cases, "--workloads", workloads)
+
+    def steps(out, networks, variants, **options):
+        return timed(at.cuda, "steps", out, at.step_budget, "--networks", networks, "--variants", variants,
+                     "--compile-seconds", "60", **options)
+
+    others = [ops((*at.cuda, ("QUANTOPS_CUDA_LIBRARY", str(path))), f"ops-{path.name.split('.')[1]}", FEW_OPS,
+                  at.few_workloads) for path in at.libraries]
+    missing = Command("other libraries", (), needs=(LIBRARY.parent / "_cuda.<name>.abi3.so",))
+    return [
+        Stage("first", 60, "info(), then msq and its backward pass against the CPU", (
+            Command("info", ("-m", "quantops"), at.cuda, gate=True),
+            equal(cuda, "msq", "float32", gate=True),
+            equal(triton, "msq", "float32")), width=3),
+        Stage("correct", 130, "every op and dtype against the CPU, graphs and limits, sanitizers; compile caches", (
+            steps("warm", at.compiled, "unquantized" if at.dry else COMPILED_STEPS, folder="{scratch}"),
+            *(sanitized(cuda, tool) for tool in ("memcheck", "racecheck")),
+            *(equal(triton, family, dtype) for family in at.slow_families for dtype in at.dtypes),
+            *(equal(cuda, family, *at.dtypes) for family in (*at.families, *at.slow_families)),
+            tests(cuda),
+            *(equal(triton, family, dtype) for family in at.families for dtype in at.dtypes if not at.dry),
+            *(sanitized(triton, tool) for tool in ("memcheck", "racecheck") if not at.dry),
+            tests(triton)), width=at.width),
+        Stage("counters", 160, "bytes, issue slots and stalls of five kernels, by ncu", (
+            Command("ncu", ("-m", "bench.counters", "--device", at.device, "--out", "{out}/ncu.json"), at.cuda,
+                    tools=() if at.dry else ("ncu",)),)),
+        Stage("ops", 275, "shares of a copy", (ops(at.cuda, "ops-cuda", OPS, at.workloads),)),
+        Stage("triton", 300, "the same of Triton", (
+            ops(at.cuda if at.dry else at.triton, "ops-triton", FEW_OPS, at.few_workloads),)),  # interpreted: minutes
+        Stage("variants", 350, "the same of other builds of the CUDA library", tuple(others) or (missing,)),
+        Stage("steps", 440, "whole training steps: float, quantops, the eager chain", (
+            steps("steps-cuda", at.networks, "unquantized,quantops" if at.dry else STEPS),)),
+        Stage("compiled", 465, "the eager chain compiled, in the steps of one network", (
+            steps("steps-compiled", at.compiled, "unquantized" if at.dry else COMPILED_STEPS),)),
+    ]
+
+
+def gpu():
+    """The Place of this machine, with the builds that are there."""
+    return Place(libraries=tuple(sorted(LIBRARY.parent.glob("_cuda.*.abi3.so"))),
+                 width=max(2, min(16, len(os.sched_getaffinity(0)))))
 
 
 def device():
     """The name of the GPU, or ""."""
     names = state.output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
-    return names[0].strip() if names else ""
+    ask = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+    return names[0].strip() if names else state.output(sys.executable, "-c", ask)
 
 
-def _module(*words):
-    return (PYTHON, "-m", *words)
+def prepare(scratch):
+    """Makes quantops.kernels importable from the sources, and gives the variables that all commands get."""
+    link = ROOT / "quantops/kernels"
+    if not link.exists():
+        link.symlink_to("../kernels")
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(scratch / "triton"), "PYTHONUNBUFFERED": "1",
+            "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor")}
 
 
-def _backend(name):
-    return (("QUANTOPS_BACKEND", name),)
+def _scratch(dry):
+    """A folder that can be written to, for logs and compile caches."""
+    folder = ROOT / "build" / ("gpu-dry" if dry else "gpu")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "writable").touch()
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="quantops-gpu-"))
+    return folder
 
 
-def pieces():
-    """All pieces, in order."""
-    installed = (os.environ.get("MAKE", "make"), ".venv/.installed", "TORCH=", f"PYTHON={sys.executable}",
-                 "VENV_FLAGS=--system-site-packages --without-pip", "PIP_FLAGS=--no-deps --no-build-isolation")
-    check = ("import torch, quantops; print(quantops.info()); from quantops.backends import library_path; "
-             "assert library_path('cuda').exists(), 'the CUDA library was not built'; "
-             "found = quantops.info()['devices']['cuda']['implementation']; "
-             "assert found == 'cuda' or not torch.backends.cuda.is_built(), f'GPUs are served by {found}'")
-    found = [Piece("build", "install", installed, (("QUANTOPS_CUDA", "1"),), ("nvcc",), gpu=False,
-                   again=True),
-             Piece("build", "loads", (PYTHON, "-c", check), gpu=False, again=True)]
-    tests = sorted((ROOT / "tests").glob("test_*.py"))
-    for part, backend in (("tests", "cuda"), ("triton", "triton")):
-        for file in tests:
-            if backend == "cuda" or file.stem not in NO_BACKEND:
-                found.append(Piece(part, file.stem, _module("pytest", "-q", str(file)), _backend(backend)))
-        found.append(Piece(part, "small", _module("bench", "small"), _backend(backend)))
-    # Without torch's caching allocator, so that every tensor is an allocation that memcheck knows the ends of.
-    for backend in ("cuda", "triton"):
-        for tool in ("memcheck", "racecheck"):
-            for name, program in (("small", ("-m", "bench", "small")),
-                                  ("devices", ("tests/test_devices.py", str(LOGS / "devices.pt")))):
-                found.append(Piece("sanitize", f"{tool}-{backend}-{name}", (
-                    "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", PYTHON, *program),
-                    (*_backend(backend), ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")), ("compute-sanitizer",)))
-    found += [Piece("bench", "ops", _module("bench", "run", "--device", "cuda", "--resume"), stops=240.0),
-              Piece("steps", "steps", _module("bench", "steps", "--device", "cuda", "--resume"), stops=360.0),
-              Piece("report", "static", _module("bench", "static"), needs=("nvcc",), gpu=False),
-              Piece("report", "report", _module("bench", "report", "--into", "bench/README.md"), gpu=False, again=True)]
-    return found
-
-
-class Record:
-    """What has passed, for the sources as they are."""
-
-    def __init__(self, name):
-        self.path = (state.folder(name) if name else LOGS) / "gpu.json"
-        self.sources = state.sources("tests", "Makefile", "pyproject.toml")
-        found = json.loads(self.path.read_text()) if self.path.exists() else {}
-        same = found.get("sources") == self.sources
-        self.data = found if same else {"device": name, "sources": self.sources, "commit": state.commit(), "pieces": {}}
-
-    def passed(self, piece):
-        return not piece.again and self.data["pieces"].get(f"{piece.part}: {piece.name}", {}).get("passed", False)
-
-    def add(self, piece, passed, seconds):
-        self.data["pieces"][f"{piece.part}: {piece.name}"] = {
-            "passed": passed, "seconds": round(seconds, 1), "date": datetime.date.today().isoformat()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.data, indent=1) + "\n")
-
-
-def run(piece, seconds, full):
-    """0 where the piece passed, UNFINISHED where its time was cut short, another number where it failed.
-
-    ``full``: ``seconds`` are all that a piece ever gets, so that taking longer is a failure.
-    """
-    missing = [name for name in piece.needs if not shutil.which(name)]
-    if missing:
-        print(f"{', '.join(missing)} not found on PATH")
-        return 1
-    LOGS.mkdir(parents=True, exist_ok=True)
-    log, command = LOGS / f"{piece.part}-{piece.name}.log", list(piece.command)
-    if piece.stops and seconds != float("inf"):
-        command += ["--seconds", str(max(seconds - piece.stops, 10))]
-    timeout, env = None if seconds == float("inf") else seconds, {**os.environ, **dict(piece.env)}
-    with log.open("w") as file:
-        try:
-            status = subprocess.run(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT,
-                                    timeout=timeout).returncode
-        except subprocess.TimeoutExpired:
-            print(f"took more than {seconds:.0f} s")
-            return 1 if full and not piece.stops else UNFINISHED
-        except FileNotFoundError as error:
-            print(f"{error.filename} not found: make gpu PART=build comes first")
-            return 1
-    if status == UNFINISHED and piece.stops:
-        return UNFINISHED
-    if status:
-        print(f"exit status {status}; the end of {log.relative_to(ROOT)}:")
-        print("\n".join(log.read_text(errors="replace").splitlines()[-30:]))
-    return status
-
-
-def main(argv=None, of=pieces):
+def main(argv=None):
     """Command line entry."""
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__)
-    parser.add_argument("part", nargs="?", choices=PARTS, help="default: all, with no limit of time")
+    parser.add_argument("--minutes", type=float, help=f"a budget; the stages' times are for {BUDGET:.0f}")
+    parser.add_argument("--only", help="names of stages, with commas")
+    parser.add_argument("--out", type=Path, help="folder of the results; default: bench/results/<gpu>")
+    parser.add_argument("--dry", action="store_true", help="every stage on a CPU, in small; results in build/gpu-dry")
     args = parser.parse_args(argv)
-    record, begin = Record(device()), time.monotonic()
-    limit = LIMIT if args.part else float("inf")
-    wanted, passed, failed, waiting = [p for p in of() if args.part in (None, p.part)], 0, [], []
-    for piece in wanted:
-        name = f"{piece.part}: {piece.name}"
-        if record.passed(piece):
-            print(f"{name}: passed before")
-            passed += 1
-            continue
-        if piece.gpu and not record.data["device"]:
-            print(f"{name}: no CUDA device (nvidia-smi names none)")
-            failed.append(name)
-            continue
-        elapsed = time.monotonic() - begin
-        if waiting or (args.part and elapsed > START):
-            waiting.append(name)
-            continue
-        print(f"{name} ...", flush=True)
-        start = time.monotonic()
-        status = run(piece, limit - elapsed, full=elapsed < 5)
-        seconds = time.monotonic() - start
-        if status == UNFINISHED:
-            waiting.append(name)
-            print(f"{name}: not finished after {seconds:.0f} s")
-            continue
-        record.add(piece, status == 0, seconds)
-        print(f"{name}: {'passed' if status == 0 else 'FAILED'} in {seconds:.0f} s", flush=True)
-        if status == 0:
-            passed += 1
-            continue
-        failed.append(name)
-        if piece.part == "build":
-            break  # nothing else can be run
-    print(f"{record.path.relative_to(ROOT)}: {passed} of {len(wanted)} have passed"
-          + (f"; failed: {', '.join(failed)}" if failed else "")
-          + (f"; not run yet, run the same again: {', '.join(waiting)}" if waiting else ""))
-    return 1 if failed else UNFINISHED if waiting else 0
+    name = "cpu" if args.dry else device()
+    if not name:
+        raise SystemExit("make gpu: no CUDA device; DRY=1 goes through the stages without one")
+    if not args.dry and not LIBRARY.exists():
+        raise SystemExit(f"make gpu: {LIBRARY.relative_to(ROOT)} is not there: make gpu-libraries builds it, on any "
+                         "machine with nvcc")
+    wanted = stages(DRY if args.dry else gpu())
+    only = args.only.split(",") if args.only else [s.name for s in wanted]
+    if unknown := set(only) - {s.name for s in wanted}:
+        raise SystemExit(f"make gpu: expected stages of {', '.join(s.name for s in wanted)}, got {', '.join(unknown)}")
+    scratch = _scratch(args.dry)
+    out = (args.out or (scratch / "results" if args.dry else state.folder(name))).resolve()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    run = Run(out, scratch, args.minutes and args.minutes / BUDGET, prepare(scratch), name)
+    try:
+        return run.all([s for s in wanted if s.name in only])
+    finally:
+        print(summary.table(out), flush=True)
 
 
 if __name__ == "__main__":

@@ -258,11 +258,12 @@ def time_box(seconds):
 
 
 @contextlib.contextmanager
-def empty_compile_cache():
-    """torch.compile and Triton find nothing that was compiled before, and a list of many shapes stays compiled."""
+def empty_compile_cache(keep=False):
+    """torch.compile and Triton find nothing that was compiled before, unless ``keep``; and a list of many shapes stays
+    compiled."""
     from torch._inductor import utils
 
-    with utils.fresh_cache(), torch._dynamo.config.patch(recompile_limit=256):
+    with contextlib.nullcontext() if keep else utils.fresh_cache(), torch._dynamo.config.patch(recompile_limit=256):
         yield
 
 

@@ -14,6 +14,7 @@ from bench import machine, measure, store
 from bench.registry import COPY, OURS, Absent, cases, copier
 from bench.room import Room, is_large
 from bench.shapes import CALL, LISTS, SIZES, shapes_of
+from bench.state import Wrong
 from quantops import foreach
 from quantops.library import ops
 
@@ -41,10 +42,11 @@ class Plan:
         self.device, self.kind = args.device, torch.device(args.device).type
         self.cuda, self.compile_all, self.peers = self.kind == "cuda", args.compile_all, not args.no_peers
         self.budget, self.compile_seconds = args.budget or BUDGET[self.kind], args.compile_seconds
+        self.keep_caches = args.keep_caches
 
     def counts_launches(self, workload, dtype):
         """On a GPU that takes the profiler a second, and the answer is the same for most rows."""
-        return not self.cuda or (dtype == "float32" and workload in ("16M", *LISTS))
+        return not self.cuda or (self.peers and dtype == "float32" and workload in ("16M", *LISTS))
 
     def left_out(self, peer, case, workload, dtype, tensors):
         """Why a peer is not run, or None."""
@@ -89,7 +91,7 @@ def _first_calls(peer, x, plan):
     measure.warm_compiler(plan.device)
     torch._dynamo.reset()
     try:
-        with measure.time_box(plan.compile_seconds), measure.empty_compile_cache():
+        with measure.time_box(plan.compile_seconds), measure.empty_compile_cache(plan.keep_caches):
             function = peer.make(x)
             seconds = {"first_call": measure.seconds_of(function, plan.device)}
             if peer.forward:
@@ -110,12 +112,12 @@ def measure_one(case, workload, dtype, plan):
         gc.collect()
         torch.cuda.empty_cache()
     x = case.inputs(shapes, DTYPES[dtype], device)
-    with measure.empty_compile_cache():  # Triton's kernels compile at their first call
+    with measure.empty_compile_cache(plan.keep_caches):  # Triton's kernels compile at their first call
         first = measure.seconds_of(lambda: case.run(x), device)
     del x  # as large as what follows
     x = case.inputs(shapes, DTYPES[dtype], device)
     if not case.check(case.run(x), x):
-        raise SystemExit(f"bench: {case.name} on {workload} {dtype} differs from the reference; it is not timed")
+        raise Wrong(f"bench: {case.name} on {workload} {dtype} differs from the reference; it is not timed")
     measure.check_served(lambda: case.run(x), device)
     peers, absent, compiled = _peers(case, x, workload, dtype, plan, room)
 

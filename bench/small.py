@@ -5,6 +5,7 @@ import torch
 from bench.measure import check_served
 from bench.registry import cases
 from bench.shapes import shapes_of
+from bench.state import Wrong
 
 
 def small(args):
@@ -14,7 +15,7 @@ def small(args):
         for dtype in case.dtypes:
             x = case.inputs(shapes_of("tiny"), dtype, args.device)
             if not case.check(case.run(x), x):
-                raise SystemExit(f"bench: {case.name} {dtype} differs from the reference on {args.device}")
+                raise Wrong(f"bench: {case.name} {dtype} differs from the reference on {args.device}")
             check_served(lambda: case.run(x), args.device)
             count += 1
     print(f"{count} small cases equal the reference on {args.device}")

@@ -1,15 +1,25 @@
 """The state of the sources, without importing torch: what a result, or a check that passed, belongs to."""
 
 import hashlib
+import json
 import os
 import re
 import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+UNFINISHED, WRONG = 3, 4  # exit statuses: the time was up, --resume goes on; a kernel's result is wrong
 RESULTS = ROOT / "bench" / "results"
 CODE = ("setup.py", "quantops", "kernels", "csrc", "bench")  # what a figure depends on
 SUFFIXES = {".py", ".h", ".cpp", ".cu", ".cuh"}
+
+
+class Wrong(SystemExit):
+    """A kernel's result that differs from the reference: nothing is timed. Ends a process with status WRONG."""
+
+    def __init__(self, what):
+        super().__init__(what)
+        self.code = WRONG
 
 
 def output(*command):
@@ -44,3 +54,16 @@ def commit():
 def folder(device):
     """Where the results of the device of this name are."""
     return RESULTS / re.sub(r"\W+", "-", device).strip("-").lower()
+
+
+def read(path):
+    """The JSON that :func:`write` wrote, {} where there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write(path, data):
+    """Writes JSON: who is killed leaves the old file or the new one. Without quantops, which a bad build breaks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(data, indent=1) + "\n")
+    part.replace(path)

@@ -8,6 +8,7 @@ quantizer alone and large networks fit. A step is timed to its end on the device
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.utils import parametrize
 
 import quantops
 from bench import measure, models, store
+from bench.state import Wrong
 from quantops.reference import paper
 
 BITS, K, STRENGTH = 8, 1, 1e-4
@@ -285,7 +287,7 @@ def check(training, fused, eager):
     with torch.no_grad():
         a, b = (float(training.loss(v)) for v in (fused, eager))
     if not abs(a - b) <= 2e-2 * abs(b):
-        raise SystemExit(f"bench: quantops' loss is {a}, the eager chain's {b}; the steps are not timed")
+        raise Wrong(f"bench: quantops' loss is {a}, the eager chain's {b}; the steps are not timed")
 
 
 def saved_bytes(training, variant):
@@ -296,8 +298,9 @@ def saved_bytes(training, variant):
     return saved
 
 
-def measure_network(name, device, kinds, compile_seconds, budget):
-    """Rows of the result: the variants ``kinds`` of a network, timed in turn."""
+def measure_network(name, device, kinds, compile_seconds, budget, keep_caches=False):
+    """Rows of the result: the variants ``kinds`` of a network, timed in turn. ``keep_caches``: first steps take what
+    was compiled before."""
     training = Training(name, device)
     variants, absent, compiled = {}, {}, {}
     for label, kind in kinds.items():
@@ -305,7 +308,7 @@ def measure_network(name, device, kinds, compile_seconds, budget):
             if kind.compiles:
                 measure.warm_compiler(device)
                 torch._dynamo.reset()
-            with measure.time_box(compile_seconds), measure.empty_compile_cache():
+            with measure.time_box(compile_seconds), measure.empty_compile_cache(keep_caches):
                 variant = kind(training.model)
                 seconds = measure.seconds_of(lambda: training.step(variant), device)
         except measure.TookTooLong:
@@ -355,15 +358,25 @@ def steps(args):
         if name not in NETWORKS:
             raise SystemExit(f"bench: expected networks of {', '.join(NETWORKS)}, got {name!r}")
         whole = args.compiled_models or (cuda and name in CUDA_COMPILED_MODELS)
-        for kinds in (VARIANTS, JOINT, COMPILED_MODELS) if whole else (VARIANTS, JOINT):
+        groups = (VARIANTS, JOINT, COMPILED_MODELS) if whole else (VARIANTS, JOINT)
+        for kinds in [_chosen(args.variants)] if args.variants else groups:
             if (name, next(iter(kinds))) in done:
                 continue
             if result.time_is_up():
                 return store.UNFINISHED
-            result.add(measure_network(name, args.device, kinds, args.compile_seconds, args.budget))
+            result.add(measure_network(name, args.device, kinds, args.compile_seconds, args.budget, args.keep_caches))
             print(line(result.rows[-1]), flush=True)
     print(f"wrote {result.path}")
     return 0
+
+
+def _chosen(names):
+    """The variants of these names, with commas."""
+    every = VARIANTS | COMPILED_MODELS
+    wanted = re.split(",(?! )", names)
+    if unknown := set(wanted) - every.keys():
+        raise SystemExit(f"bench: expected variants of {'; '.join(every)}, got {'; '.join(sorted(unknown))}")
+    return {name: every[name] for name in wanted}
 
 
 def add_arguments(parser):
@@ -372,4 +385,5 @@ def add_arguments(parser):
     parser.add_argument("--networks", help=f"of {', '.join(NETWORKS)}; default: by device")
     parser.add_argument("--budget", type=float, default=6.0, help="seconds of timing for a network")
     parser.add_argument("--compiled-models", action="store_true", help="all networks under torch.compile too, whole")
+    parser.add_argument("--variants", help="these of MSQ alone, with commas; the first is the base")
     parser.set_defaults(call=steps)

@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 
 from bench import machine, state
+from bench.state import UNFINISHED
 from quantops.files import write_whole
-
-UNFINISHED = 3  # exit status: the time was up, the same command with --resume goes on
 
 
 class Result:
@@ -87,6 +86,7 @@ def add_arguments(parser):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile-seconds", type=float, default=110, help="time box of what compiles")
     parser.add_argument("--allocator-as-is", action="store_true", help="do not tell glibc to keep freed memory")
+    parser.add_argument("--keep-caches", action="store_true", help="first calls take what was compiled before")
     parser.add_argument("--resume", action="store_true", help="go on with the result of the same code, if there is one")
     parser.add_argument("--seconds", type=float, default=float("inf"), help=f"stop after this time, exit {UNFINISHED}")
     parser.add_argument("--out", type=Path, help="the JSON to write")

@@ -13,7 +13,6 @@ import torch
 
 from bench import (
     compare,
-    gpu,
     headline,
     machine,
     measure,
@@ -49,7 +48,7 @@ def _case(**changes):
 
 
 def _plan(**changes):
-    values = dict(device="cpu", budget=0.001, compile_seconds=60, no_peers=False, compile_all=False)
+    values = dict(device="cpu", budget=0.001, compile_seconds=60, no_peers=False, compile_all=False, keep_caches=False)
     return run.Plan(types.SimpleNamespace(**{**values, **changes}))
 
 
@@ -574,38 +573,3 @@ def test_a_loop_over_results_is_counted_as_often_as_it_turns():
 def test_occupancy():
     assert static.occupancy(sass.Kernel(0, 0, 80), 256) == 24 / 64  # three blocks of 8 warps in 65536 registers
     assert static.occupancy(sass.Kernel(0, 0, 32, shared=100 * 1024), 128) == 8 / 64
-
-
-# make gpu.
-
-
-def test_pieces_are_run_once_and_failures_are_told(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "LOGS", tmp_path)
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu, "device", lambda: "")
-
-    def piece(name, code, **options):
-        return gpu.Piece("tests", name, (sys.executable, "-c", code), **{"gpu": False, **options})
-
-    good, bad = piece("good", "print('fine')"), piece("bad", "raise SystemExit('broken here')")
-    more = piece("more", "raise SystemExit(3)", stops=1.0)
-    assert gpu.main([], of=lambda: [good]) == 0
-    assert "tests: good: passed in" in capsys.readouterr().out
-    assert gpu.main(["tests"], of=lambda: [good, bad]) == 1
-    out = capsys.readouterr().out
-    assert "tests: good: passed before" in out and "broken here" in out and "failed: tests: bad" in out
-    assert gpu.main([], of=lambda: [good, more]) == gpu.UNFINISHED
-    assert "run the same again: tests: more" in capsys.readouterr().out
-    assert gpu.main([], of=lambda: [piece("needs one", "", gpu=True)]) == 1
-    assert "no CUDA device" in capsys.readouterr().out
-    assert gpu.main([], of=lambda: [piece("needs it", "", needs=("no-such-tool",))]) == 1
-    assert "no-such-tool not found on PATH" in capsys.readouterr().out
-    monkeypatch.setattr(gpu.state, "sources", lambda *more: "other code")
-    gpu.main([], of=lambda: [good])
-    assert "passed before" not in capsys.readouterr().out
-
-
-def test_every_part_has_pieces():
-    assert {p.part for p in gpu.pieces()} == set(gpu.PARTS)
-    tests = {p.name for p in gpu.pieces() if p.part == "tests"}
-    assert {f.stem for f in (ROOT / "tests").glob("test_*.py")} <= tests

@@ -1,6 +1,7 @@
 """The same calls on every device at hand: a GPU must give what the CPU gives, bit for bit, with each of its backends.
 
-``python tests/test_devices.py FILE`` writes this machine's GPU results to FILE; the tests run it once per backend.
+``python tests/test_devices.py cuda FAMILY DTYPE...`` compares the two on one family of ops; the tests run it for each
+backend, in processes of their own, since a backend is chosen at import.
 """
 
 import itertools
@@ -12,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import quantops as Q
-from cases import same, scales, weights
+from cases import EXHAUSTIVE, same, scales, weights
+from bench.state import WRONG
 from quantops.reference.uniform import GRIDS, INVALID, RULES, code_bits
 
 BACKENDS = ("cuda", "triton")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 EXACT, SUMS = "exact", "sums"
 
@@ -34,44 +37,53 @@ def _arguments(dtype, per_row, device):
     return *lists, n.to(device), k.to(device), r.to(device)
 
 
-def results(device):
-    """{(kind, name): list of tensors on CPU} of every op of the family."""
-    ops, out = torch.ops.quantops, {}
-    for dtype, per_row, grid in itertools.product(
-            (torch.float32, torch.bfloat16, torch.float16, torch.float64), (False, True), GRIDS):
+def results(device, family, dtype):
+    """{(kind, name): list of tensors on CPU} of the ops of a family."""
+    out = {}
+    for per_row, grid in itertools.product((False, True), GRIDS):
         w, s, g, n, k, r = _arguments(dtype, per_row, device)
-        sign = grid == "sign"
-        n, k = (n.clamp(max=15), k.clamp(max=14)) if sign else (n, k)
         key = f"{dtype} per_row={per_row} {grid}"
-        msq = Q.foreach.msq(w, s, n, k, grid=grid)
-        codes = Q.foreach.encode(w, s, n, grid=grid)
-        back = ops.uniform_backward(g, r, w, s, n, k, GRIDS.index(grid), True, True)
-        found = {
-            "q": msq.q, "nonzero": [msq.nonzero], "B": Q.foreach.lsb(w, s, n, k, grid=grid), "grad_w": back[0],
-            "unsigned": Q.foreach.round_clamp(w, s, n, signed=False, grid="full" if sign else grid),
-            "absmax": Q.foreach.absmax(w), "narrow": Q.foreach.round_clamp(w, s, n, grid=grid, out_dtype=torch.bfloat16),
-            "decoded": Q.foreach.decode(codes, s, n, grid=grid, out_dtype=dtype),
-            "added": Q.foreach.add_lsb_grad_([t.clone() for t in g], w, s, n, k, 0.25, grid=grid),
-            **{rule: Q.foreach.encode(w, s, n, rule=rule) for rule in RULES},
-        }
-        for layout in ("planes", "dense"):
-            packed = Q.foreach.pack(codes, [code_bits(v, grid) for v in n.tolist()], layout=layout)
-            found[f"packed {layout}"] = [p.data for p in packed]
-            found[f"unpacked {layout}"] = Q.foreach.unpack(packed, n - k)
-            found[f"decoded {layout}"] = Q.foreach.decode(packed, s, n - k, grid=grid, out_dtype=dtype)
-        sums = {"penalty": [msq.penalty], "sq_error": [msq.sq_error], "grad_s": back[1], "absmean": Q.foreach.absmean(w)}
-        for kind, results_of in ((EXACT, found), (SUMS, sums)):
-            for name, tensors in results_of.items():
-                out[kind, f"{name} {key}"] = [t.detach().cpu() for t in tensors]
-        if grid == "full":
-            out.update(_truncated(w, s, g, key))
-            out.update(_categorical(w, s, g, n, key))
-            if not per_row:
-                out.update(_activations(w, g, key))
+        if family in OF_GRIDS:
+            n, k = (n.clamp(max=15), k.clamp(max=14)) if grid == "sign" else (n, k)
+            for kind, found in OF_GRIDS[family](w, s, g, n, k, r, grid).items():
+                out.update({(kind, f"{name} {key}"): [t.detach().cpu() for t in v] for name, v in found.items()})
+        elif grid == "full" and not (per_row and family == "categorical_activation"):
+            out.update(OTHERS[family](w, s, g, n, k, r, key))
     return out
 
 
-def _truncated(w, s, g, key):
+def _msq(w, s, g, n, k, r, grid):
+    """What a step of MSQ calls, and all that a first look at a machine takes."""
+    q, penalty, nonzero, sq_error = Q.foreach.msq(w, s, n, k, grid=grid)
+    grad_w, _ = torch.ops.quantops.uniform_backward(g, r, w, s, n, k, GRIDS.index(grid), True, False)
+    return {EXACT: {"absmax": Q.foreach.absmax(w), "q": q, "nonzero": [nonzero], "grad_w": grad_w},
+            SUMS: {"penalty": [penalty], "sq_error": [sq_error]}}
+
+
+def _uniform(w, s, g, n, k, r, grid):
+    back = torch.ops.quantops.uniform_backward(g, r, w, s, n, k, GRIDS.index(grid), True, True)
+    codes = Q.foreach.encode(w, s, n, grid=grid)
+    return {EXACT: {"B": Q.foreach.lsb(w, s, n, k, grid=grid), "nonzero": [Q.foreach.lsb_stats(w, s, n, k, grid=grid)[1]],
+                    "unsigned": Q.foreach.round_clamp(w, s, n, signed=False, grid="full" if grid == "sign" else grid),
+                    "grad_w": back[0],
+                    "narrow": Q.foreach.round_clamp(w, s, n, grid=grid, out_dtype=torch.bfloat16),
+                    "decoded": Q.foreach.decode(codes, s, n, grid=grid, out_dtype=w[0].dtype),
+                    "added": Q.foreach.add_lsb_grad_([t.clone() for t in g], w, s, n, k, 0.25, grid=grid),
+                    **{rule: Q.foreach.encode(w, s, n, rule=rule) for rule in RULES}},
+            SUMS: {"grad_s": back[1], "absmean": Q.foreach.absmean(w)}}
+
+
+def _packing(w, s, g, n, k, r, grid):
+    codes, found = Q.foreach.encode(w, s, n, grid=grid), {}
+    for layout in ("planes", "dense"):
+        packed = Q.foreach.pack(codes, [code_bits(v, grid) for v in n.tolist()], layout=layout)
+        found[f"packed {layout}"] = [p.data for p in packed]
+        found[f"unpacked {layout}"] = Q.foreach.unpack(packed, n - k)
+        found[f"decoded {layout}"] = Q.foreach.decode(packed, s, n - k, grid=grid, out_dtype=w[0].dtype)
+    return {EXACT: found}
+
+
+def _truncate(w, s, g, n, k, r, key):
     """The same of family ``truncate``; tanh has the same bits everywhere too."""
     device, out = w[0].device, {}
     bits = torch.tensor([[8], [4], [1]], dtype=torch.int32, device=device).repeat(1, len(w))
@@ -86,23 +98,40 @@ def _truncated(w, s, g, key):
     return out
 
 
-def _categorical(x, s, g, n, key):
+def _categorical_arguments(s, n):
+    """alpha, sigma, and the bits of the soft sum, which has at most 8."""
+    alpha = [(t.abs() + 0.05).clamp(max=1.0) for t in s]
+    return alpha, [a * 0.3 for a in alpha], n.clamp(max=8)
+
+
+def _gates(x, s, n):
+    """Gates, and those of the soft sum."""
+    gates = [torch.linspace(1, 0.6, int(b)).to(x[0].device, s[0].dtype) for b in n]
+    return gates, [z[:8] for z in gates]
+
+
+def _categorical(x, s, g, n, k, r, key):
     """The same of family ``categorical``. Hard classes have the same bits everywhere; a draw within the rounding of exp
     and log from an edge may be the neighbour, so that draws are compared as sums are, in the mean."""
-    device, out = x[0].device, {}
-    alpha = [(t.abs() + 0.05).clamp(max=1.0) for t in s]
-    sigma = [a * 0.3 for a in alpha]
-    soft_n = n.clamp(max=8)
+    out, (alpha, sigma, soft_n) = {}, _categorical_arguments(s, n)
     for signed, gated in itertools.product((True, False), (False, True)):
         what = f"signed={signed} gates={gated} {key}"
-        gates = [torch.linspace(1, 0.6, int(b)).to(device, s[0].dtype) for b in n] if gated else None
-        soft_gates = [z[:8] for z in gates] if gated else None
+        gates, soft_gates = _gates(x, s, n) if gated else (None, None)
         hard = Q.foreach.categorical(x, alpha, sigma, n, gates=gates, signed=signed)
         soft = Q.foreach.categorical(x, alpha, sigma, soft_n, gates=soft_gates, signed=signed, mode="soft")
         sample = Q.foreach.categorical(x, alpha, sigma, soft_n, gates=soft_gates, signed=signed, mode="sample", seed=5)
         out[EXACT, f"hard {what}"] = [t.cpu() for t in hard]
         out[SUMS, f"soft {what}"] = [t.float().cpu() for t in soft]
         out[SUMS, f"sample {what}"] = [t.double().mean().float().cpu() for t in sample if t.numel()]
+    return out
+
+
+def _categorical_backward(x, s, g, n, k, r, key):
+    """The same of its gradients."""
+    out, (alpha, sigma, soft_n) = {}, _categorical_arguments(s, n)
+    for signed, gated in itertools.product((True, False), (False, True)):
+        what = f"signed={signed} gates={gated} {key}"
+        gates, soft_gates = _gates(x, s, n) if gated else (None, None)
         for of, bits, z in (("winner", n, gates), ("soft", soft_n, soft_gates)):
             leaves = [[t.detach().requires_grad_() for t in v] for v in (x, alpha, sigma, *([z] if z else []))]
             q = Q.foreach.categorical(*leaves[:3], bits, gates=leaves[3] if z else None, signed=signed, grad=of)
@@ -116,7 +145,7 @@ def _categorical(x, s, g, n, key):
     return out
 
 
-def _activations(x, g, key):
+def _categorical_activation(x, s, g, n, k, r, key):
     """The same of family ``categorical_activation``: all that is kept is exact; x is near no edge by chance."""
     device, out = x[0].device, {}
     acc = torch.float64 if x[0].dtype == torch.float64 else torch.float32
@@ -136,6 +165,12 @@ def _activations(x, g, key):
     return out
 
 
+OF_GRIDS = {"msq": _msq, "uniform": _uniform, "packing": _packing}
+OTHERS = {"truncate": _truncate, "categorical": _categorical,
+          "categorical_backward": _categorical_backward, "categorical_activation": _categorical_activation}
+FAMILIES = (*OF_GRIDS, *OTHERS)
+
+
 def compare(got, want):
     """Asserts equality: bit for bit, or for sums to the rounding of their dtype."""
     assert got.keys() == want.keys()
@@ -149,21 +184,30 @@ def compare(got, want):
 
 
 def test_the_comparison_itself():
-    got, want = results("cpu"), results("cpu")
+    got, want = (results("cpu", "msq", torch.float32) for _ in range(2))
     compare(got, want)
     next(t for t in got[EXACT, "q torch.float32 per_row=False dyadic"] if t.numel()).view(-1)[0] += 1
     with pytest.raises(AssertionError):
         compare(got, want)
 
 
+@pytest.mark.skipif(not EXHAUSTIVE, reason="minutes in Triton's interpreter")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_calls_twice_give_the_same(family):
+    """All that the tests of a GPU call, on the CPU: that they run, and that their results are deterministic."""
+    got, want = (results("cpu", family, torch.bfloat16) for _ in range(2))
+    assert len(got) > 7 and {kind for kind, _ in got} <= {EXACT, SUMS}
+    compare(got, want)
+
+
 @needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gpu_equals_cpu(backend, tmp_path):
-    path = tmp_path / "results.pt"
-    run = subprocess.run([sys.executable, __file__, path], capture_output=True, text=True,
-                         env={**os.environ, "QUANTOPS_BACKEND": backend})
+def test_gpu_equals_cpu(backend, family, dtype):
+    run = subprocess.run([sys.executable, __file__, "cuda", family, str(dtype).removeprefix("torch.")],
+                         capture_output=True, text=True, env={**os.environ, "QUANTOPS_BACKEND": backend})
     assert run.returncode == 0, run.stderr[-3000:]
-    compare(torch.load(path), results("cpu"))
 
 
 @needs_gpu
@@ -308,5 +352,16 @@ def test_graph_capture_and_streams():
         assert torch.equal(captured.nonzero.cpu(), fresh.nonzero)
 
 
+def main(device, family, *dtypes):
+    """Exit status WRONG where a result differs from the CPU's."""
+    for dtype in (getattr(torch, name) for name in dtypes):
+        try:
+            compare(results(device, family, dtype), results("cpu", family, dtype))
+        except AssertionError as why:
+            print(f"{device} differs from the CPU: {why}", file=sys.stderr)
+            return WRONG
+    return 0
+
+
 if __name__ == "__main__":
-    torch.save(results("cuda"), sys.argv[1])
+    raise SystemExit(main(*sys.argv[1:]))
