@@ -1,4 +1,4 @@
-"""``make gpu``: its stages on a CPU, and what the runner does with commands that are late, wrong, failing or missing."""
+"""``make gpu``: its stages on a CPU, and what the runner does with commands that are late, wrong, failing or absent."""
 
 import json
 import os
