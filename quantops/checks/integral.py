@@ -42,7 +42,7 @@ def integers(name, value, w, low, high):
             raise ValueError(f"{name}: expected {low}..{high}, got {v}")
     if len(values) == 1:
         return filled(values[0], count, torch.int32, device)
-    return listed(values, torch.int32, device)
+    return on_device(values, torch.int32, device)
 
 
 def capturing(device):
@@ -50,7 +50,7 @@ def capturing(device):
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def listed(values, dtype, device):
+def on_device(values, dtype, device):
     """Numbers as a tensor on ``device``.
 
     A copy from the host would be a node of a CUDA graph that reads its temporary again at every replay, when other
