@@ -87,12 +87,12 @@ tables: $(VENV)/.installed
 	$(PY) -m bench tables
 	$(if $(DATA),$(PY) -m bench tables build/tables)
 
-# Both libraries, for GPUs of ARCH, on any machine with nvcc: what `make gpu` wants to find. VARIANT=name keeps a build
-# that NVCC_APPEND_FLAGS="-D..." makes another as quantops/_cuda.name.abi3.so, for the stage "variants"; build it first.
+# Both libraries, for GPUs of ARCH, on any machine with nvcc: what `make gpu` wants to find. VARIANTS=1: and those of
+# bench/variants.py, which it then compares.
 ARCH ?= 9.0
 gpu-libraries: $(VENV)/.torch
 	QUANTOPS_CUDA=1 TORCH_CUDA_ARCH_LIST="$(ARCH)" $(PY) -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -e .
-	$(if $(VARIANT),mv quantops/_cuda.abi3.so quantops/_cuda.$(VARIANT).abi3.so)
+	$(if $(VARIANTS),$(PY) -m bench variants --arch $(subst .,,$(ARCH)))
 
 # On a machine with a GPU, without a network, by the Python that has torch there (PYTHON): see bench/gpu.py. MINUTES=8: the
 # most telling within them; without, all. ONLY=first,ops: stages. OUT=folder of the results. DRY=1: on a CPU, in small.

@@ -29,7 +29,8 @@ BUDGET = 8.0  # minutes that the stages' times are for
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 OPS = ("msq forward,msq backward,msq step,lsb_stats,absmax per row,truncate 8-4-2-1,categorical hard,"
        "categorical soft, 4 bits,categorical backward")
-FEW_OPS = "msq forward,msq backward,absmax per row"
+OPS_OF_TRITON = "msq forward,msq backward,absmax per row"
+OPS_OF_VARIANTS = "msq forward,msq backward"
 STEPS = "unquantized,quantops,quantops decoupled,eager chain"
 COMPILED_STEPS = "unquantized,compiled chain"
 OF_GPUS = "test_devices and not test_gpu_equals_cpu or test_limits"  # that one is the commands of ``equal``
@@ -47,7 +48,8 @@ class Place:
     slow_families: tuple = ("categorical", "categorical_backward")  # to compile, in Triton
     dtypes: tuple = DTYPES
     workloads: str = "16M,resnet50,resnet20,transformer_1b"
-    few_workloads: str = "16M,resnet50"
+    workloads_of_triton: str = "16M,resnet50"
+    workloads_of_variants: str = "16M,resnet20,resnet50"
     networks: str = "resnet50,deit_small,transformer_1b"
     compiled: str = "resnet50"
     budget: float = 0.15  # seconds of timing for a row
@@ -60,8 +62,8 @@ class Place:
         return self.device == "cpu"
 
 
-DRY = Place("cpu", (), (("QUANTOPS_BACKEND", "triton"), ("TRITON_INTERPRET", "1")), ("msq",), (), DTYPES[:1], "tiny",
-            "tiny", "resnet20", "resnet20", 0.001, 0.001, width=2)
+DRY = Place("cpu", (), (("QUANTOPS_BACKEND", "triton"), ("TRITON_INTERPRET", "1")), ("msq",), (), DTYPES[:1],
+            *["tiny"] * 3, *["resnet20"] * 2, 0.001, 0.001, width=2)
 
 
 def stages(at):
@@ -89,15 +91,16 @@ def stages(at):
         return Command(out, ("-m", "bench", what, "--device", at.device, "--budget", str(budget), "--keep-caches",
                              "--resume", "--seconds", "{seconds}", "--out", f"{folder}/{out}.json", *argv), env)
 
-    def ops(env, out, cases, workloads):
-        return timed(env, "run", out, at.budget, "--no-peers", "--cases", cases, "--workloads", workloads)
+    def ops(env, out, cases, workloads, *argv, budget=at.budget):
+        return timed(env, "run", out, budget, "--no-peers", "--cases", cases, "--workloads", workloads, *argv)
 
     def steps(out, networks, variants, **options):
         return timed(at.cuda, "steps", out, at.step_budget, "--networks", networks, "--variants", variants,
                      "--compile-seconds", "60", **options)
 
-    others = [ops((*at.cuda, ("QUANTOPS_CUDA_LIBRARY", str(path))), f"ops-{path.name.split('.')[1]}", FEW_OPS,
-                  at.few_workloads) for path in at.libraries]
+    others = [ops((*at.cuda, ("QUANTOPS_CUDA_LIBRARY", str(path))), f"ops-{path.name.split('.')[1]}", OPS_OF_VARIANTS,
+                  at.workloads_of_variants, "--no-calls", "--lock", "{scratch}/lock", budget=at.budget / 2)
+              for path in at.libraries]
     missing = Command("other libraries", (), needs=(LIBRARY.parent / "_cuda.<name>.abi3.so",))
     return [
         Stage("first", 60, "info(), then msq and its backward pass against the CPU", (
@@ -117,9 +120,10 @@ def stages(at):
             Command("ncu", ("-m", "bench.counters", "--device", at.device, "--out", "{out}/ncu.json"), at.cuda,
                     tools=() if at.dry else ("ncu",)),)),
         Stage("ops", 275, "shares of a copy", (ops(at.cuda, "ops-cuda", OPS, at.workloads),)),
-        Stage("triton", 300, "the same of Triton", (
-            ops(at.cuda if at.dry else at.triton, "ops-triton", FEW_OPS, at.few_workloads),)),  # interpreted: minutes
-        Stage("variants", 350, "the same of other builds of the CUDA library", tuple(others) or (missing,)),
+        Stage("triton", 300, "the same of Triton", (  # which takes minutes where it is interpreted
+            ops(at.cuda if at.dry else at.triton, "ops-triton", OPS_OF_TRITON, at.workloads_of_triton),)),
+        # One measures, two start meanwhile.
+        Stage("variants", 350, "the same of bench/variants.py's builds", tuple(others) or (missing,), width=3),
         Stage("steps", 440, "whole training steps: float, quantops, the eager chain", (
             steps("steps-cuda", at.networks, "unquantized,quantops" if at.dry else STEPS),)),
         Stage("compiled", 465, "the eager chain compiled, in the steps of one network", (

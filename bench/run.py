@@ -1,11 +1,13 @@
 """Measures the cases of the registry: a row per case, workload and dtype."""
 
+import fcntl
 import gc
 import os
 import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -237,7 +239,10 @@ def run(args):
     plan, result = Plan(args), store.Result("ops", args)
     head = result.data["machine"]
     print(quantops.info(), f"\n{head['device']}, commit {head['commit']}")
-    if "call_microseconds" not in result.data:
+    lock = args.lock and args.lock.open("w")
+    if lock:  # held until this returns
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    if "call_microseconds" not in result.data and not args.no_calls:
         result.data["call_microseconds"] = call_overhead(args.device)
         if not plan.cuda:
             result.data["gain_of_threads"] = gain_of_threads()
@@ -318,5 +323,7 @@ def add_arguments(parser):
     parser.add_argument("--budget", type=float, help="seconds of timing for a row; default: by device")
     parser.add_argument("--backends", help="on a GPU: default cuda,triton, one process each")
     parser.add_argument("--no-peers", action="store_true", help="time quantops and the copy alone")
+    parser.add_argument("--no-calls", action="store_true", help="do not time what an eager call costs on the host")
+    parser.add_argument("--lock", type=Path, help="a file: of processes that name the same, one measures at a time")
     parser.add_argument("--compile-all", action="store_true", help="compile what is left out for its time")
     parser.set_defaults(call=run)

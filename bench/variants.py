@@ -1,8 +1,8 @@
 """Variants of the CUDA kernels that a GPU has to decide between: libraries beside the default one, each with another
 setting of csrc/cuda/switches.cuh, of the families whose kernels the switches are in.
 
-``python -m bench variants`` builds quantops/_cuda.<variant>.abi3.so for each, on a machine without a GPU too. A process
-under ``QUANTOPS_BACKEND=reference`` that calls ``load`` then has that variant's kernels on CUDA, and no others.
+``python -m bench variants`` builds quantops/_cuda.<variant>.abi3.so for each, on a machine without a GPU too. ``make
+gpu`` compares those that it finds; QUANTOPS_CUDA_LIBRARY=path gives a process their kernels in the place of all others.
 """
 
 import subprocess
@@ -40,19 +40,6 @@ def build(name, arch="90"):
         "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off", *(f"-I{p}" for p in include_paths()), *libraries,
         "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-cudart", "shared"], check=True)
     return path(name)
-
-
-def load(name):
-    """Gives CUDA tensors the kernels of a variant, in a process whose quantops has none of its own."""
-    import torch
-
-    import quantops
-
-    if quantops.info()["devices"]["cuda"]["implementation"] not in ("reference", "none"):
-        raise RuntimeError("QUANTOPS_BACKEND: expected reference, under which no other kernels are on CUDA")
-    if not path(name).exists():
-        raise FileNotFoundError(f"{path(name)} is not there: python -m bench variants {name}")
-    torch.ops.load_library(path(name))
 
 
 def variants(args):

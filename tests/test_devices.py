@@ -63,7 +63,8 @@ def _msq(w, s, g, n, k, r, grid):
 def _uniform(w, s, g, n, k, r, grid):
     back = torch.ops.quantops.uniform_backward(g, r, w, s, n, k, GRIDS.index(grid), True, True)
     codes = Q.foreach.encode(w, s, n, grid=grid)
-    return {EXACT: {"B": Q.foreach.lsb(w, s, n, k, grid=grid), "nonzero": [Q.foreach.lsb_stats(w, s, n, k, grid=grid)[1]],
+    nonzero = Q.foreach.lsb_stats(w, s, n, k, grid=grid)[1]
+    return {EXACT: {"B": Q.foreach.lsb(w, s, n, k, grid=grid), "nonzero": [nonzero],
                     "unsigned": Q.foreach.round_clamp(w, s, n, signed=False, grid="full" if grid == "sign" else grid),
                     "grad_w": back[0],
                     "narrow": Q.foreach.round_clamp(w, s, n, grid=grid, out_dtype=torch.bfloat16),

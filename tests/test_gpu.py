@@ -51,7 +51,8 @@ def test_what_the_stages_name_exists():
     assert {*of_gpu.families, *of_gpu.slow_families} == set(test_devices.FAMILIES)
     assert tuple(str(d).removeprefix("torch.") for d in test_devices.DTYPES) == gpu.DTYPES
     known = {case.name for case in registry.cases()}
-    assert {*run._wanted(gpu.OPS), *run._wanted(gpu.FEW_OPS), *(name for name, _ in counters.MEASURED)} <= known
+    lists = gpu.OPS, gpu.OPS_OF_TRITON, gpu.OPS_OF_VARIANTS
+    assert {*(name for v in lists for name in run._wanted(v)), *(name for name, _ in counters.MEASURED)} <= known
     assert "unquantized" in steps._chosen(gpu.STEPS).keys() & steps._chosen(gpu.COMPILED_STEPS).keys()
     assert {*of_gpu.networks.split(","), of_gpu.compiled} <= steps.NETWORKS.keys()
 

@@ -196,9 +196,9 @@ def test_more_elements_than_int32_counts():
         grad, r = torch.empty_like(w).normal_(), torch.full((1,), 0.5, device="cuda")
         n, k = (torch.full((1,), v, dtype=torch.int32, device="cuda") for v in (4, 1))
         backward = torch.ops.quantops.uniform_backward
-        grad_w, = backward([grad], r, [w], [s], n, k, False, True, False)[0]
+        grad_w, = backward([grad], r, [w], [s], n, k, 0, True, False)[0]
         for i, t in enumerate(rows):
-            want, = backward([grad[i:i + 1]], r, [t], [scale[i]], n, k, False, True, False)[0]
+            want, = backward([grad[i:i + 1]], r, [t], [scale[i]], n, k, 0, True, False)[0]
             assert torch.equal(grad_w[i:i + 1], want), i
         del grad, grad_w, want
         for at_m, width in zip(Q.truncate(w, s, (4, 1)), (4, 1)):
