@@ -297,7 +297,7 @@ def long_lists():
 
 @program.check
 def longer_segments():
-    """A list of more than 4M elements, which is cut into longer runs; its sums are the same bits every time."""
+    """A list of more than 2M elements, which is cut into longer runs; its sums are the same bits every time."""
     import torch
 
     from quantops import reference

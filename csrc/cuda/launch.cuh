@@ -6,8 +6,10 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 
 #include "../stable_tensor.h"
 
@@ -18,7 +20,11 @@ inline void check_cuda(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string("quantops: ") + what + ": " + cudaGetErrorString(error));
 }
 
+constexpr int kStreams = 4096, kCounters = 65536;
+
 #ifdef QUANTOPS_EMULATE
+
+inline int take_counter(cudaStream_t) { return 0; }
 
 struct OnDevice {
   cudaStream_t stream = nullptr;
@@ -31,6 +37,26 @@ void launch(const OnDevice&, void (*kernel)(Parameters...), dim3 grid, unsigned 
 }
 
 #else
+
+// A counter for a launch to come on this stream, or -1 where none is left. The launches of a stream take turns, so one
+// is enough for them; a launch that is captured into a graph, which may run on any stream, has one that is its own.
+inline int take_counter(cudaStream_t stream) {
+  static std::mutex mutex;
+  static std::unordered_map<unsigned long long, int> of_stream;
+  static int captured = kStreams;
+  cudaStreamCaptureStatus capture;
+  check_cuda(cudaStreamIsCapturing(stream, &capture), "the state of a stream");
+  unsigned long long id = reinterpret_cast<uintptr_t>(stream);
+#if CUDART_VERSION >= 12000
+  if (capture == cudaStreamCaptureStatusNone) check_cuda(cudaStreamGetId(stream, &id), "the id of a stream");
+#endif
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (capture != cudaStreamCaptureStatusNone) return captured < kCounters ? captured++ : -1;
+  const auto found = of_stream.find(id);
+  if (found != of_stream.end()) return found->second;
+  const int next = static_cast<int>(of_stream.size());
+  return next < kStreams ? of_stream[id] = next : -1;
+}
 
 // Makes a tensor's device the current one, and knows its current stream, while it lives.
 struct OnDevice {

@@ -18,9 +18,10 @@
 #ifndef QUANTOPS_LARGEST_SEGMENT
 #define QUANTOPS_LARGEST_SEGMENT 8192
 #endif
-// About as many items are made of a list where that is between the two: four times the warps that an H100 holds.
+// About as many items are made of a list where that is between the two: a few times the warps that an H100 holds. With
+// more, what warps do before their first element and with their sums would take a third of the time of 16M weights.
 #ifndef QUANTOPS_ITEMS
-#define QUANTOPS_ITEMS 16384
+#define QUANTOPS_ITEMS 8192
 #endif
 
 // Whether a warp's first elements are asked for before its quantizer is made, which takes three divisions.
@@ -33,7 +34,8 @@
 #define QUANTOPS_ELEMENTS_IN_FLIGHT 32
 #endif
 
-// Items up to which the last block of a launch adds up what all have left, in place of a second launch: 0 never.
+// Items up to which the last block of a launch adds up what all have left, in place of a second launch; 0: never. It
+// takes a round trip to memory for each 256 items, and one for each 8 sums.
 #ifndef QUANTOPS_LAST_BLOCK_ITEMS
 #define QUANTOPS_LAST_BLOCK_ITEMS 4096
 #endif
@@ -42,6 +44,7 @@ namespace quantops::cuda {
 
 constexpr int64_t kLeastSegment = QUANTOPS_LEAST_SEGMENT, kLargestSegment = QUANTOPS_LARGEST_SEGMENT;
 constexpr int64_t kWantedItems = QUANTOPS_ITEMS, kLastBlockItems = QUANTOPS_LAST_BLOCK_ITEMS;
+constexpr int64_t kLastBlockGroups = 64;
 constexpr int kElementsInFlight = QUANTOPS_ELEMENTS_IN_FLIGHT;
 constexpr bool kEarlyLoads = QUANTOPS_EARLY_LOADS;
 

@@ -3,8 +3,9 @@
 // The unit of scheduling is an item: one warp on a run of at most `segment` elements that share one scale. A tensor is
 // `rows` rows of `inner` elements with a scale each (one row where it has one scale), and a row is cut into segments.
 // So a warp builds its quantizer once, the items of all tensors of a list form one index range, and any mix of sizes
-// fills the GPU. An item's partial sums go to scratch memory at the item's place; a second kernel adds them up in
-// a fixed order. No float atomics, hence the same bits every time.
+// fills the GPU. An item that has all of a sum writes it; else partial sums go to scratch memory at the item's place,
+// and the last block of the launch, or a second one where there are many, adds them up in a fixed order. No float
+// atomics, hence the same bits every time.
 //
 // The table is a kernel parameter: no copy to the device, nothing to keep alive, safe in CUDA graphs. Parameters hold
 // 4 KB, and 32 KB since CUDA 12.1: 60 and 500 tensors of Entry. A list of more takes ceil(length / kLargeTable)
@@ -19,14 +20,10 @@
 
 #include "../quant_math.h"
 #include "launch.cuh"
+#include "sums.cuh"
 #include "switches.cuh"
 
 namespace quantops::cuda {
-
-constexpr int kWarp = 32;
-constexpr int kThreads = 256;
-constexpr int kWarpsPerBlock = kThreads / kWarp;
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct Entry {
   const void* w;     // the tensor that is read
@@ -165,11 +162,24 @@ struct OpBase {
   static constexpr bool kIndexed = false;    // where true, State has the place of the element in its tensor, `index`
   static constexpr int kBlocks = 2;          // at least that many on a multiprocessor: 128 registers
   static constexpr bool kRolled = false;     // where true, `apply` is long: its code stands once, in a loop
+  static constexpr bool kSums = false;       // see SumOp
 
   template <class State, class X, int kCount>
   __device__ __forceinline__ void flush(State&, const X (&)[kCount]) const {}
   template <class State>
   __device__ __forceinline__ void end(State&, int64_t, int) const {}
+};
+
+// An Op that also combines numbers over each group of elements: those of a scale (kScales), or of a tensor.
+//   P total(state)                 of a lane; P() is neutral
+//   void write(entry, row, which, P)  the results of a group from its total, by one thread
+template <class P, class C, bool kScales>
+struct SumOp : OpBase {
+  static constexpr bool kSums = true, kPerScale = kScales;
+  using Partial = P;
+  using Combine = C;
+  P* partial = nullptr;  // of each item that does not have a group for itself
+  int counter = -1;      // of blocks, where the last one adds up; else a launch of sums_kernel does
 };
 
 // A vector of each thread of a block, in shared memory, which unlike registers is indexed at run time.
@@ -224,23 +234,81 @@ __device__ __forceinline__ Place place_of(const T& table, int64_t item) {
           row * entry.inner + part * table.segment};
 }
 
-// One warp per item. Op says what happens to an element:
+// ------------------------------------------------------------------------------------------------------------ sums
+
+// Groups of an entry whose items are to be added up: of one item each has written its own, of none nobody has.
+template <class Op, class E>
+QUANTOPS_INLINE int64_t open_groups(const E& entry, int64_t segment) {
+  const int64_t groups = Op::kPerScale ? entry.rows : 1;
+  return entry.inner > 0 && entry.inner <= segment && groups == entry.rows ? 0 : groups;
+}
+
+// What an item's lanes have for the sums of their group: to its results where there is no other item, else to scratch
+// memory. All lanes of the warp are there.
+template <class Op, class T>
+__device__ __forceinline__ void leave_sum(const T& table, const Op& op, const Place& place, int64_t item,
+                                          typename Op::Partial of_lane) {
+  const typename Op::Partial sum = warp_reduce<typename Op::Combine>(of_lane);
+  if (threadIdx.x % kWarp != 0) return;
+  const auto& entry = table.entry[place.which];
+  if (open_groups<Op>(entry, table.segment) == 0) op.write(entry, place.row, table.base + place.which, sum);
+  else op.partial[item] = sum;
+}
+
+// Adds up the items of open group `group` of the table, by a warp or by the block, and writes its results.
+template <class Op, class T>
+__device__ __forceinline__ void finish_group(const T& table, const Op& op, int64_t group, bool by_block) {
+  int which = 0;
+  for (int64_t open; group >= (open = open_groups<Op>(table.entry[which], table.segment)); ++which) group -= open;
+  const auto& entry = table.entry[which];
+  const int64_t items = Op::kPerScale ? segments_of(entry.inner, table.segment)
+                                      : table.first_item[which + 1] - table.first_item[which];
+  const auto* partial = op.partial + table.first_item[which] + group * items;
+  const int rank = by_block ? threadIdx.x : threadIdx.x % kWarp, team = by_block ? blockDim.x : kWarp;
+  typename Op::Combine combine;
+  typename Op::Partial sum{};
+#pragma unroll 4
+  for (int64_t i = rank; i < items; i += team) sum = combine(sum, partial[i]);
+  sum = by_block ? block_reduce<typename Op::Combine>(sum) : warp_reduce<typename Op::Combine>(sum);
+  if (rank == 0) op.write(entry, group, table.base + which, sum);
+}
+
+// All open groups of a table, by one block.
+template <class Op, class T>
+__device__ __forceinline__ void finish_all(const T& table, const Op& op) {
+  int64_t groups = 0;
+  for (int i = 0; i < table.count; ++i) groups += open_groups<Op>(table.entry[i], table.segment);
+  const bool by_block = groups < kWarpsPerBlock;
+#pragma unroll 1
+  for (int64_t group = by_block ? 0 : threadIdx.x / kWarp; group < groups; group += by_block ? 1 : kWarpsPerBlock)
+    finish_group(table, op, group, by_block);
+}
+
+// A warp, or a block, for each open group.
+constexpr int kFinishThreads = 512;
+template <class Op, class T>
+__global__ void __launch_bounds__(kFinishThreads)
+    sums_kernel(const __grid_constant__ T table, const __grid_constant__ Op op, int64_t groups, bool by_block) {
+  const int64_t group = by_block ? blockIdx.x : (int64_t(blockIdx.x) * kFinishThreads + threadIdx.x) / kWarp;
+  if (group < groups) finish_group(table, op, group, by_block);  // whole warps
+}
+
+// ----------------------------------------------------------------------------------------------------------- kernel
+
+// An item is the work of one warp. Op says what happens to an element:
 //   X, G, O                        types of w, of a second tensor read (or None), of the tensor written (or None)
 //   State begin(entry, row, which) what a lane keeps: the quantizer of the scale `row` of tensor `which`, and its sums
 //   O apply(x, g, state)           one element
 //   void flush(state, elements)    after each vector, and each element that is not in one
-//   void end(state, item, lane)    writes the item's sums, if any; all lanes of the warp are there
-template <class Op, int N>
-__global__ void __launch_bounds__(kThreads, Op::kBlocks)
-    items_kernel(const __grid_constant__ Table<N, typename Op::E> table, const __grid_constant__ Op op) {
+//   void end(state, item, lane)    after all of them; all lanes of the warp are there
+template <class Op, class T>
+__device__ __forceinline__ void run_item(const T& table, const Op& op, int64_t item) {
   using X = typename Op::X;
   using G = typename Op::G;
   using O = typename Op::O;
   constexpr bool kHasG = !std::is_same_v<G, None>, kHasO = !std::is_same_v<O, None>;
   constexpr int V = vector_elements<X, G, O>(), U = loads_in_flight<Op>();
 
-  const int64_t item = int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
-  if (item >= table.first_item[table.count]) return;  // whole warps
   const int lane = threadIdx.x % kWarp;
   const Place place = place_of(table, item);
   const auto& entry = table.entry[place.which];
@@ -349,54 +417,30 @@ __global__ void __launch_bounds__(kThreads, Op::kBlocks)
   }
 
   op.end(state, item, lane);
+  if constexpr (Op::kSums) leave_sum(table, op, place, item, op.total(state));
 }
 
-// ------------------------------------------------------------------------------------------------------ reductions
-
-struct Add {
-  template <class T>
-  __device__ __forceinline__ T operator()(T a, T b) const { return a + b; }
-};
-struct Max {
-  template <class T>
-  __device__ __forceinline__ T operator()(T a, T b) const { return a > b ? a : b; }
-};
-
-// The combined value of a warp, in lane 0.
-template <class Combine, class T>
-__device__ __forceinline__ T warp_reduce(T v) {
-#pragma unroll
-  for (int d = kWarp / 2; d > 0; d /= 2) v = Combine()(v, __shfl_down_sync(kAllLanes, v, d));
-  return v;
-}
-
-// The combined value of a block of whole warps, in thread 0. T() is neutral: 0 for sums and for max of bit patterns.
-template <class Combine, class T>
-__device__ __forceinline__ T block_reduce(T v) {
-  __shared__ T of_warp[kWarp];
-  v = warp_reduce<Combine>(v);
-  __syncthreads();  // an earlier call has been read
-  if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = v;
-  __syncthreads();
-  if (threadIdx.x >= kWarp) return v;
-  return warp_reduce<Combine>(threadIdx.x < blockDim.x / kWarp ? of_warp[threadIdx.x] : T());
-}
-
-// Combines the partial values of the items of each group: of each scale (Finish::kPerScale) or of each tensor.
-// blockIdx.y is the tensor, blockIdx.x strides over its groups.
-template <class Finish, class T>
-__global__ void __launch_bounds__(512)
-    finish_kernel(const __grid_constant__ T table, const __grid_constant__ Finish finish) {
-  const int which = blockIdx.y;
-  const auto& entry = table.entry[which];
-  const int64_t items = table.first_item[which + 1] - table.first_item[which];
-  if constexpr (Finish::kPerScale) {
-    const int64_t segments = segments_of(entry.inner, table.segment);
-    for (int64_t row = blockIdx.x; row < entry.rows; row += gridDim.x)
-      finish.run(entry, row, table.first_item[which] + row * segments, segments, table.base + which);
-  } else if (blockIdx.x == 0) {
-    finish.run(entry, 0, table.first_item[which], items, table.base + which);
+template <class Op, int N>
+__global__ void __launch_bounds__(kThreads, Op::kBlocks)
+    items_kernel(const __grid_constant__ Table<N, typename Op::E> table, const __grid_constant__ Op op) {
+  const int64_t item = int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
+  if (item < table.first_item[table.count]) run_item(table, op, item);  // whole warps
+  if constexpr (Op::kSums) {
+    if (op.counter >= 0 && is_last_block(op.counter)) finish_all(table, op);
   }
+}
+
+// Combines what items have left as Finish says: for each scale (Finish::kPerScale) or for each tensor, by one block.
+template <class Finish, class T>
+__global__ void __launch_bounds__(kFinishThreads)
+    finish_kernel(const __grid_constant__ T table, const __grid_constant__ Finish finish) {
+  int which = 0;
+  int64_t group = blockIdx.x;
+  for (int64_t rows; group >= (rows = Finish::kPerScale ? table.entry[which].rows : 1); ++which) group -= rows;
+  const auto& entry = table.entry[which];
+  const int64_t all = table.first_item[which + 1] - table.first_item[which];
+  const int64_t items = Finish::kPerScale ? segments_of(entry.inner, table.segment) : all;
+  finish.run(entry, group, table.first_item[which] + group * items, items, table.base + which);
 }
 
 // ------------------------------------------------------------------------------------------------------------ host
@@ -408,8 +452,6 @@ inline int64_t segment_rule(int64_t elements) {
   return segment;
 }
 
-struct NoFinish {};
-
 // Two second stages over the same partial values.
 template <class First, class Second>
 struct Finishes {
@@ -418,71 +460,102 @@ struct Finishes {
 };
 
 template <int N, class E, class Finish>
-void launch_finish(const OnDevice& on, const Table<N, E>& table, int64_t most_rows, const Finish& finish) {
-  const int64_t groups = Finish::kPerScale ? std::min<int64_t>(most_rows, 65535) : 1;
-  const bool long_groups = !Finish::kPerScale || most_rows == 1;  // else most are a partial value or a few
+void launch_finish(const OnDevice& on, const Table<N, E>& table, const Finish& finish) {
+  int64_t groups = 0;
+  for (int i = 0; i < table.count; ++i) groups += Finish::kPerScale ? table.entry[i].rows : 1;
+  QUANTOPS_CHECK(groups <= INT32_MAX, "scale: expected at most 2^31 - 1 of a list, got ", groups);
+  const bool long_groups = groups == table.count;  // else most are a partial value or a few
   if (groups > 0)
-    launch(on, finish_kernel<Finish, Table<N, E>>, dim3(static_cast<unsigned>(groups), table.count),
-           long_groups ? 512 : 32, table, finish);
+    launch(on, finish_kernel<Finish, Table<N, E>>, dim3(static_cast<unsigned>(groups)),
+           long_groups ? kFinishThreads : kWarp, table, finish);
 }
 
 template <int N, class E, class First, class Second>
-void launch_finish(const OnDevice& on, const Table<N, E>& table, int64_t most_rows,
-                   const Finishes<First, Second>& both) {
-  launch_finish(on, table, most_rows, both.first);
-  launch_finish(on, table, most_rows, both.second);
+void launch_finish(const OnDevice& on, const Table<N, E>& table, const Finishes<First, Second>& both) {
+  launch_finish(on, table, both.first);
+  launch_finish(on, table, both.second);
 }
 
-// Runs Op over the entries, then Finish over its partial values. `with_scratch(op, finish, scratch)` points both to
-// scratch memory of `partial_bytes` per item.
-template <int N, class E, class Op, class Finish, class WithScratch>
-void run_batches(const OnDevice& on, const Tensor& like, const std::vector<E>& entries, int64_t segment,
-                 int64_t partial_bytes, Op op, Finish finish, WithScratch with_scratch) {
+// f(table, its items) for the tables of a list.
+template <int N, class E, class F>
+void for_tables(const std::vector<E>& entries, int64_t segment, const F& f) {
   for (size_t base = 0; base < entries.size(); base += N) {
     Table<N, E> table;
     table.segment = segment;
     table.base = static_cast<int32_t>(base);
     table.count = static_cast<int32_t>(std::min<size_t>(N, entries.size() - base));
-    int64_t items = 0, most_rows = 0;
+    int64_t items = 0;
     for (int i = 0; i < table.count; ++i) {
       const E& e = entries[base + i];
       table.entry[i] = e;
       table.first_item[i] = items;
       items += e.rows * ((e.inner + segment - 1) / segment);
-      most_rows = std::max(most_rows, e.rows);
     }
     table.first_item[table.count] = items;
-
-    Tensor scratch;
-    if constexpr (!std::is_same_v<Finish, NoFinish>) {
-      scratch = empty_vector(items * partial_bytes, ScalarType::Byte, like);
-      with_scratch(op, finish, scratch.data_ptr());
-    }
-    if (items > 0) {
-      const int64_t blocks = (items + kWarpsPerBlock - 1) / kWarpsPerBlock;
-      QUANTOPS_CHECK(blocks <= INT32_MAX, "w: expected at most 2^34 runs of one scale, got ", items);
-      launch(on, items_kernel<Op, N>, dim3(static_cast<unsigned>(blocks)), kThreads, table, op);
-    }
-    if constexpr (!std::is_same_v<Finish, NoFinish>) launch_finish(on, table, most_rows, finish);
+    f(table, items);
   }
 }
 
+template <class E, class F>
+void for_tables(const std::vector<E>& entries, const F& f) {
+  int64_t elements = 0;
+  for (const E& e : entries) elements += e.rows * e.inner;
+  const int64_t segment = segment_rule(elements);
+  if (entries.size() <= kSmallTable<E>) for_tables<kSmallTable<E>>(entries, segment, f);
+  else for_tables<kLargeTable<E>>(entries, segment, f);
+}
+
+template <class Op, int N, class E>
+void launch_items(const OnDevice& on, const Table<N, E>& table, int64_t items, const Op& op) {
+  const int64_t blocks = (items + kWarpsPerBlock - 1) / kWarpsPerBlock;
+  QUANTOPS_CHECK(blocks <= INT32_MAX, "w: expected at most 2^34 runs of one scale, got ", items);
+  if (items > 0) launch(on, items_kernel<Op, N>, dim3(static_cast<unsigned>(blocks)), kThreads, table, op);
+}
+
+// Runs Op over the entries, then Finish over its partial values. `with_scratch(op, finish, scratch)` points both to
+// scratch memory of `partial_bytes` per item.
 template <class E, class Op, class Finish, class WithScratch>
 void run(const Tensor& like, const std::vector<E>& entries, int64_t partial_bytes, Op op, Finish finish,
          WithScratch with_scratch) {
   OnDevice on(like);
-  int64_t elements = 0;
-  for (const E& e : entries) elements += e.rows * e.inner;
-  const int64_t segment = segment_rule(elements);
-  if (entries.size() <= kSmallTable<E>)
-    run_batches<kSmallTable<E>>(on, like, entries, segment, partial_bytes, op, finish, with_scratch);
-  else
-    run_batches<kLargeTable<E>>(on, like, entries, segment, partial_bytes, op, finish, with_scratch);
+  for_tables(entries, [&](const auto& table, int64_t items) {
+    const Tensor scratch = empty_vector(items * partial_bytes, ScalarType::Byte, like);
+    with_scratch(op, finish, scratch.data_ptr());
+    launch_items(on, table, items, op);
+    launch_finish(on, table, finish);
+  });
 }
 
+// Has items(op) launch what leaves the sums of a table, and all of them added up.
+template <class T, class Op, class Items>
+void launch_with_sums(const OnDevice& on, const Tensor& like, const T& table, int64_t items, Op op,
+                      const Items& launch_op) {
+  int64_t groups = 0;
+  for (int i = 0; i < table.count; ++i) groups += open_groups<Op>(table.entry[i], table.segment);
+  Tensor scratch = like;
+  if (groups > 0) {
+    scratch = empty_vector(items * int64_t(sizeof(typename Op::Partial)), ScalarType::Byte, like);
+    op.partial = static_cast<typename Op::Partial*>(scratch.data_ptr());
+  }
+  const bool in_last_block = groups > 0 && groups <= kLastBlockGroups && items > 0 && items <= kLastBlockItems;
+  op.counter = in_last_block ? take_counter(on.stream) : -1;
+  launch_op(op);
+  if (groups == 0 || op.counter >= 0) return;
+  const bool by_block = items > 2 * kWarp * groups;
+  const int64_t blocks = by_block ? groups : (groups * kWarp + kFinishThreads - 1) / kFinishThreads;
+  QUANTOPS_CHECK(blocks <= INT32_MAX, "scale: expected at most 2^35 of a list, got ", groups);
+  launch(on, sums_kernel<Op, T>, dim3(static_cast<unsigned>(blocks)), kFinishThreads, table, op, groups, by_block);
+}
+
+// Runs Op over the entries, with its sums where it has them.
 template <class E, class Op>
 void run(const Tensor& like, const std::vector<E>& entries, Op op) {
-  run(like, entries, 0, op, NoFinish{}, [](Op&, NoFinish&, void*) {});
+  OnDevice on(like);
+  for_tables(entries, [&](const auto& table, int64_t items) {
+    if constexpr (Op::kSums)
+      launch_with_sums(on, like, table, items, op, [&](const Op& o) { launch_items(on, table, items, o); });
+    else launch_items(on, table, items, op);
+  });
 }
 
 // f(T{}) with the element type of a floating dtype.

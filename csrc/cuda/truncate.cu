@@ -1,5 +1,5 @@
 // Family `truncate` on CUDA: the ops of quantops/library.py over lists of tensors, one launch each (two with the
-// gradients of scales). What happens to an element is in csrc/truncate_math.h; items, rows and words are those of
+// gradients of many scales). What happens to an element is in csrc/truncate_math.h; items, rows and words are those of
 // table.cuh. Values on the GPU are never read back: what is out of range gives NaN.
 //
 // A lane takes the codes of its vectors into registers, from one read of w, and cuts and stores them width by width;
@@ -168,21 +168,33 @@ __global__ void __launch_bounds__(kThreads, 2)
 // scales.
 enum { kCovered, kInside, kScales };
 
-// The sums of an item: of g * q / out_scale, and of g * (x/s) * inside.
-struct ScaleSums {
+// The sums of an item, or of a scale: of g * q / out_scale, and of g * (x/s) * inside.
+struct Sums {
   double level, inner;
+};
+struct AddSums {
+  __device__ __forceinline__ Sums operator()(const Sums& a, const Sums& b) const {
+    return {a.level + b.level, a.inner + b.inner};
+  }
+};
+
+// dL/ds and dL/d out_scale of each row.
+template <class A>
+struct ScaleSums : SumOp<Sums, AddSums, true> {
+  __device__ void write(const CutEntry& e, int64_t row, int, const Sums& s) const {
+    static_cast<A*>(e.grad_scale)[row] = static_cast<A>(e.grad_out_scale ? -s.inner : s.level - s.inner);
+    if (e.grad_out_scale) static_cast<A*>(e.grad_out_scale)[row] = static_cast<A>(s.level);
+  }
 };
 
 template <class W, class G, int kKind, class T>
-__global__ void __launch_bounds__(kThreads, 2) truncate_backward_kernel(
-    const __grid_constant__ T table, const __grid_constant__ Cut cut, ScaleSums* partial) {
+__device__ __forceinline__ void backward_item(const T& table, const Cut& cut, const ScaleSums<Acc<W>>& scales,
+                                              int64_t item) {
   using A = Acc<W>;
   constexpr int V = vector_elements<W, G, W>();
   constexpr int U = std::max(1, std::min((kKind == kScales ? 32 : 64) / (V * int(sizeof(G))), 16 / V));
   __shared__ WarpWidths<A> widths_of_warp[kWarpsPerBlock];
 
-  const int64_t item = int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
-  if (item >= table.first_item[table.count]) return;  // whole warps
   const int lane = threadIdx.x % kWarp;
   const Place at = place_of(table, item);
   const CutEntry& entry = table.entry[at.which];
@@ -206,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, 2) truncate_backward_kernel(
     if constexpr (kKind != kCovered) valid = valid && p.valid && width[j].step == width[j].step;
   }
   const A nothing = used ? A(-0.0) : A(0);  // what a sum starts from: -0 + g is g, -0 too
-  ScaleSums sums = {0.0, 0.0};
+  Sums sums = {0.0, 0.0};
 
   auto finish = [&](A w, A total) {
     if constexpr (kKind == kCovered) {
@@ -284,31 +296,21 @@ __global__ void __launch_bounds__(kThreads, 2) truncate_backward_kernel(
       });
 
   if constexpr (kKind == kScales) {
-    const double level = warp_reduce<Add>(sums.level), inner = warp_reduce<Add>(sums.inner);
-    if (lane == 0) partial[item] = {valid ? level : quiet_nan<double>(), valid ? inner : quiet_nan<double>()};
+    if (!valid) sums = {quiet_nan<double>(), quiet_nan<double>()};
+    leave_sum(table, scales, at, item, sums);
   }
 }
 
-// dL/ds and dL/d out_scale of each row from the sums of its items.
-template <class A>
-struct FinishScales {
-  static constexpr bool kPerScale = true;
-  const ScaleSums* partial;
-
-  __device__ void run(const CutEntry& e, int64_t row, int64_t first, int64_t items, int) const {
-    double level = 0, inner = 0;
-#pragma unroll 4
-    for (int64_t i = threadIdx.x; i < items; i += blockDim.x) {
-      level += partial[first + i].level;
-      inner += partial[first + i].inner;
-    }
-    level = block_reduce<Add>(level);
-    inner = block_reduce<Add>(inner);
-    if (threadIdx.x != 0) return;
-    static_cast<A*>(e.grad_scale)[row] = static_cast<A>(e.grad_out_scale ? -inner : level - inner);
-    if (e.grad_out_scale) static_cast<A*>(e.grad_out_scale)[row] = static_cast<A>(level);
+template <class W, class G, int kKind, class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    truncate_backward_kernel(const __grid_constant__ T table, const __grid_constant__ Cut cut,
+                             const __grid_constant__ ScaleSums<Acc<W>> scales) {
+  const int64_t item = int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
+  if (item < table.first_item[table.count]) backward_item<W, G, kKind>(table, cut, scales, item);  // whole warps
+  if constexpr (kKind == kScales) {
+    if (scales.counter >= 0 && is_last_block(scales.counter)) finish_all(table, scales);
   }
-};
+}
 
 // ------------------------------------------------------------------------------------------------------------ host
 
@@ -348,7 +350,7 @@ struct List {
   void*& place(int64_t at) { return data[at % size() * cut.widths + at / size()]; }
 };
 
-// Calls run(table, items, most rows of an entry) for the tables of a list.
+// Calls run(table, items) for the tables of a list.
 template <class T, class Run>
 void batches(const List& list, Run run) {
   const int64_t widths = list.cut.widths;
@@ -360,19 +362,18 @@ void batches(const List& list, Run run) {
     table.segment = segment_rule(elements);
     table.base = static_cast<int32_t>(base);
     table.count = static_cast<int32_t>(std::min(most, list.size() - base));
-    int64_t items = 0, most_rows = 0;
+    int64_t items = 0;
     for (int i = 0; i < table.count; ++i) {
       const CutEntry& e = list.entries[base + i];
       table.entry[i] = e;
       table.first_item[i] = items;
       std::copy_n(list.data.begin() + (base + i) * widths, widths, table.data + i * widths);
       items += e.rows * ((e.inner + table.segment - 1) / table.segment);
-      most_rows = std::max(most_rows, e.rows);
     }
     table.first_item[table.count] = items;
     QUANTOPS_CHECK(items <= int64_t(INT32_MAX) * kWarpsPerBlock, "w: expected at most 2^34 runs of one scale, got ",
                    items);
-    run(table, items, most_rows);
+    run(table, items);
   }
 }
 
@@ -398,7 +399,7 @@ Tensors truncate(Tensors w, Tensors scale, Tensors out_scale, Tensor bits, Tenso
   OnDevice on(list.w[0]);
   with_float(list.dtype, [&](auto element) {
     with_float(dtype, [&](auto out) {
-      with_tables(list, [&](const auto& table, int64_t items, int64_t) {
+      with_tables(list, [&](const auto& table, int64_t items) {
         using T = std::decay_t<decltype(table)>;
         if (items > 0)
           launch(on, truncate_kernel<decltype(element), decltype(out), T>, blocks_of(items), kThreads, table, list.cut);
@@ -411,20 +412,14 @@ Tensors truncate(Tensors w, Tensors scale, Tensors out_scale, Tensor bits, Tenso
 template <class W, class G, int kKind>
 void backward_into(const List& list) {
   OnDevice on(list.w[0]);
-  with_tables(list, [&](const auto& table, int64_t items, int64_t most_rows) {
+  with_tables(list, [&](const auto& table, int64_t items) {
     using T = std::decay_t<decltype(table)>;
-    Tensor scratch;
-    ScaleSums* partial = nullptr;
-    if (kKind == kScales) {
-      scratch = empty_vector(items * int64_t(sizeof(ScaleSums)), ScalarType::Byte, list.w[0]);
-      partial = static_cast<ScaleSums*>(scratch.data_ptr());
-    }
-    if (items > 0)
-      launch(on, truncate_backward_kernel<W, G, kKind, T>, blocks_of(items), kThreads, table, list.cut, partial);
-    const int64_t groups = std::min<int64_t>(most_rows, 65535);
-    if (kKind == kScales && groups > 0)
-      launch(on, finish_kernel<FinishScales<Acc<W>>, T>, dim3(static_cast<unsigned>(groups), table.count),
-             most_rows == 1 ? 512 : 32, table, FinishScales<Acc<W>>{partial});
+    const auto launch_items = [&](const ScaleSums<Acc<W>>& scales) {
+      if (items > 0)
+        launch(on, truncate_backward_kernel<W, G, kKind, T>, blocks_of(items), kThreads, table, list.cut, scales);
+    };
+    if (kKind == kScales) launch_with_sums(on, list.w[0], table, items, ScaleSums<Acc<W>>{}, launch_items);
+    else launch_items({});
   });
 }
 

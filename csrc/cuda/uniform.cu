@@ -1,4 +1,4 @@
-// Family `uniform` on CUDA: the ops of quantops/library.py over lists of tensors, one launch each (two with sums).
+// Family `uniform` on CUDA: the ops of quantops/library.py over lists of tensors, one launch each (two with many sums).
 // What happens to an element is in csrc/quant_math.h, how a list is walked in table.cuh. Values on the GPU are never
 // read back: bits, k or a scale out of range give NaN for that tensor (integers: kInvalid, a count: -1).
 #include <optional>
@@ -46,15 +46,21 @@ struct RoundClamp : OpBase {
 __device__ __forceinline__ int32_t low_bits(float v) { return static_cast<int32_t>(__float_as_uint(v)); }
 __device__ __forceinline__ int32_t low_bits(double v) { return static_cast<int32_t>(__double_as_longlong(v)); }
 
-// The sums of an item, and of a tensor.
+// The sums of an item, and of a tensor. nonzero: -1 where bits, k or a scale are out of range.
 struct Sums {
   double penalty, sq_error;
   int64_t nonzero;
 };
+struct AddSums {
+  __device__ __forceinline__ Sums operator()(const Sums& a, const Sums& b) const {
+    return {a.penalty + b.penalty, a.sq_error + b.sq_error, (a.nonzero | b.nonzero) < 0 ? -1 : a.nonzero + b.nonzero};
+  }
+};
 
 // q and its sums; the sums alone where Out is None.
 template <class W, class Out>
-struct Msq : OpBase {
+struct Msq : SumOp<Sums, AddSums, false> {
+  static constexpr int kBlocks = sizeof(Acc<W>) == 4 ? 3 : 2;  // arithmetic to hide: 80 registers
   using X = W;
   using G = None;
   using O = Out;
@@ -66,7 +72,8 @@ struct Msq : OpBase {
     A vector_sq_error, vector_levels;  // of the vector at hand, so that it is converted once; levels: on kRounding
   };
   Source source;
-  Sums* partial;
+  A *penalty, *sq_error;  // of each tensor
+  int64_t* nonzero;
 
   __device__ __forceinline__ State begin(const Entry& e, int64_t row, int which) const {
     return {source.get<A>(e, row, which), 0.0, 0, 0, A(0), kRounding<A>};
@@ -88,45 +95,17 @@ struct Msq : OpBase {
     s.vector_sq_error = A(0);
     s.vector_levels = kRounding<A>;
   }
-  __device__ __forceinline__ void end(State& s, int64_t item, int lane) const {
+  __device__ __forceinline__ Sums total(const State& s) const {
     const double code_step = static_cast<double>(s.p.step) * (source.grid == kFull ? 2.0 : 1.0);
-    const int64_t levels = warp_reduce<Add>(static_cast<int64_t>(s.levels));
-    const double sq_error = warp_reduce<Add>(s.sq_error);
-    const int32_t nonzero = warp_reduce<Add>(s.nonzero);
-    if (lane == 0) partial[item] = {static_cast<double>(levels) * code_step, sq_error, nonzero};
+    return {static_cast<double>(s.levels) * code_step, s.sq_error, s.p.valid ? s.nonzero : -1};
   }
-};
-
-template <class A>
-struct FinishMsq {
-  static constexpr bool kPerScale = false;
-  Source source;
-  const Sums* partial;
-  A* penalty;
-  int64_t* nonzero;
-  A* sq_error;
-
-  __device__ void run(const Entry& e, int64_t, int64_t first, int64_t items, int which) const {
-    Sums s = {0.0, 0.0, 0};
-#pragma unroll 4
-    for (int64_t i = threadIdx.x; i < items; i += blockDim.x) {
-      const Sums p = partial[first + i];
-      s.penalty += p.penalty;
-      s.sq_error += p.sq_error;
-      s.nonzero += p.nonzero;
-    }
-    int32_t bad = !valid_bits(source.bits[which], source.k ? source.k[which] : 0, source.grid);
-    for (int64_t row = threadIdx.x; row < e.rows; row += blockDim.x)
-      bad |= !valid_scale(static_cast<const A*>(e.scale)[row]);
-    s.penalty = block_reduce<Add>(s.penalty);
-    s.sq_error = block_reduce<Add>(s.sq_error);
-    s.nonzero = block_reduce<Add>(s.nonzero);
-    bad = block_reduce<Max>(bad);
-    if (threadIdx.x == 0) {
-      penalty[which] = bad ? quiet_nan<A>() : static_cast<A>(s.penalty);
-      sq_error[which] = bad ? quiet_nan<A>() : static_cast<A>(s.sq_error);
-      nonzero[which] = bad ? -1 : s.nonzero;
-    }
+  __device__ void write(const Entry& e, int64_t, int which, const Sums& s) const {
+    bool bad = s.nonzero < 0 || !valid_bits(source.bits[which], source.k ? source.k[which] : 0, source.grid);
+    if (e.inner == 0)  // no element has asked for a scale
+      for (int64_t row = 0; row < e.rows; ++row) bad |= !valid_scale(static_cast<const A*>(e.scale)[row]);
+    penalty[which] = bad ? quiet_nan<A>() : static_cast<A>(s.penalty);
+    sq_error[which] = bad ? quiet_nan<A>() : static_cast<A>(s.sq_error);
+    nonzero[which] = bad ? -1 : s.nonzero;
   }
 };
 
@@ -184,7 +163,7 @@ struct Decode : OpBase {
 
 // dL/dw, and the sums of dL/ds where kScale. kPenalty: there is a dL/dR (with kScale: there may be).
 template <class W, class Grad, bool kPenalty, bool kScale>
-struct Backward : OpBase {
+struct Backward : std::conditional_t<kScale, SumOp<double, Add, true>, OpBase> {
   static constexpr int kBytesInFlight = kScale ? 32 : 64;  // no registers to spare
   using X = W;
   using G = Grad;
@@ -198,7 +177,6 @@ struct Backward : OpBase {
   };
   Source source;
   const A* grad_penalty;  // one per tensor, or null
-  double* partial;
 
   __device__ __forceinline__ State begin(const Entry& e, int64_t row, int which) const {
     return {source.get<A>(e, row, which), grad_penalty ? grad_penalty[which] : A(0), 0.0, A(0)};
@@ -216,11 +194,9 @@ struct Backward : OpBase {
       s.vector_scale_grad = A(0);
     }
   }
-  __device__ __forceinline__ void end(State& s, int64_t item, int lane) const {
-    if constexpr (kScale) {
-      const double sum = warp_reduce<Add>(s.scale_grad);
-      if (lane == 0) partial[item] = sum;
-    }
+  __device__ __forceinline__ double total(const State& s) const { return s.scale_grad; }
+  __device__ __forceinline__ void write(const Entry& e, int64_t row, int, double sum) const {
+    static_cast<A*>(e.result)[row] = static_cast<A>(sum);
   }
 };
 
@@ -256,28 +232,28 @@ __device__ __forceinline__ double from_bits(unsigned long long v) {
 }
 
 template <class W>
-struct AbsMax : OpBase {
+using MagnitudeBits = decltype(magnitude_bits(Acc<W>()));
+
+template <class W>
+struct AbsMax : SumOp<MagnitudeBits<W>, Max, true> {
   using X = W;
   using G = None;
   using O = None;
-  using Bits = decltype(magnitude_bits(Acc<W>()));
-  using State = Bits;
-  using Partial = Bits;
-  Bits* partial;
+  using State = MagnitudeBits<W>;
 
   __device__ __forceinline__ State begin(const Entry&, int64_t, int) const { return 0; }
   __device__ __forceinline__ None apply(X x, None, State& s) const {
     s = Max()(s, magnitude_bits(widen(x)));
     return {};
   }
-  __device__ __forceinline__ void end(State& s, int64_t item, int lane) const {
-    const Bits most = warp_reduce<Max>(s);
-    if (lane == 0) partial[item] = most;
+  __device__ __forceinline__ State total(State s) const { return s; }
+  __device__ __forceinline__ void write(const Entry& e, int64_t row, int, State most) const {
+    static_cast<Acc<W>*>(e.result)[row] = from_bits(most);
   }
 };
 
 template <class W>
-struct AbsMean : OpBase {
+struct AbsMean : SumOp<double, Add, true> {
   using X = W;
   using G = None;
   using O = None;
@@ -286,8 +262,6 @@ struct AbsMean : OpBase {
     double sum;
     A vector_sum;  // of the vector at hand, so that it is converted once
   };
-  using Partial = double;
-  double* partial;
 
   __device__ __forceinline__ State begin(const Entry&, int64_t, int) const { return {0.0, A(0)}; }
   __device__ __forceinline__ None apply(X x, None, State& s) const {
@@ -306,27 +280,9 @@ struct AbsMean : OpBase {
     s.sum += sum;
     s.vector_sum = A(0);
   }
-  __device__ __forceinline__ void end(State& s, int64_t item, int lane) const {
-    const double sum = warp_reduce<Add>(s.sum);
-    if (lane == 0) partial[item] = sum;
-  }
-};
-
-// One number of type A per scale: the sum, the mean or the largest of its items.
-template <class A, class Partial, class Combine, bool kMean>
-struct FinishScale {
-  static constexpr bool kPerScale = true;
-  const Partial* partial;
-
-  __device__ void run(const Entry& e, int64_t row, int64_t first, int64_t items, int) const {
-    Partial v = 0;
-#pragma unroll 4
-    for (int64_t i = threadIdx.x; i < items; i += blockDim.x) v = Combine()(v, partial[first + i]);
-    v = block_reduce<Combine>(v);
-    if (threadIdx.x != 0) return;
-    A* result = static_cast<A*>(e.result) + row;
-    if constexpr (std::is_same_v<Combine, Max>) *result = from_bits(v);
-    else *result = static_cast<A>(kMean ? v / static_cast<double>(e.inner > 0 ? e.inner : 1) : v);
+  __device__ __forceinline__ double total(const State& s) const { return s.sum; }
+  __device__ __forceinline__ void write(const Entry& e, int64_t row, int, double sum) const {
+    static_cast<A*>(e.result)[row] = static_cast<A>(sum / static_cast<double>(e.inner > 0 ? e.inner : 1));
   }
 };
 
@@ -379,7 +335,7 @@ struct List {
 
 // ---------------------------------------------------------------------------------------------------------------- ops
 
-template <template <class> class Op, class Combine, bool kMean>
+template <template <class> class Op>
 Tensor reduce(const Tensors& weights, bool per_row) {
   const ScalarType dtype = check_list("w", weights, kFloats);
   const Tensors w = dense(weights);
@@ -396,23 +352,19 @@ Tensor reduce(const Tensors& weights, bool per_row) {
   with_float(dtype, [&](auto element) {
     using W = decltype(element);
     using A = Acc<W>;
-    using Partial = typename Op<W>::Partial;
     A* place = static_cast<A*>(result.data_ptr());
     for (Entry& e : entries) {
       e.result = place;
       place += e.rows;
     }
-    using Finish = FinishScale<A, Partial, Combine, kMean>;
-    run(w[0], entries, sizeof(Partial), Op<W>{}, Finish{}, [](Op<W>& op, Finish& finish, void* scratch) {
-      finish.partial = op.partial = static_cast<Partial*>(scratch);
-    });
+    run(w[0], entries, Op<W>{});
   });
   return result;
 }
 
-Tensor absmax(Tensors w, bool per_row) { return reduce<AbsMax, Max, false>(w, per_row); }
+Tensor absmax(Tensors w, bool per_row) { return reduce<AbsMax>(w, per_row); }
 
-Tensor absmean(Tensors w, bool per_row) { return reduce<AbsMean, Add, true>(w, per_row); }
+Tensor absmean(Tensors w, bool per_row) { return reduce<AbsMean>(w, per_row); }
 
 void round_clamp_into(List& list, const Tensors& q, ScalarType q_dtype) {
   list.write_to(q);
@@ -446,12 +398,9 @@ void msq_into(List& list, const Tensors* q, ScalarType q_dtype, const Tensor& pe
     using W = decltype(element);
     using A = Acc<W>;
     auto go = [&](auto out) {
-      using Op = Msq<W, decltype(out)>;
-      using Finish = FinishMsq<A>;
-      Finish finish{list.source, nullptr, static_cast<A*>(penalty.data_ptr()),
-                    static_cast<int64_t*>(nonzero.data_ptr()), static_cast<A*>(sq_error.data_ptr())};
-      run(list.first(), list.entries, sizeof(Sums), Op{{}, list.source, nullptr}, finish,
-          [](Op& op, Finish& f, void* scratch) { f.partial = op.partial = static_cast<Sums*>(scratch); });
+      run(list.first(), list.entries,
+          Msq<W, decltype(out)>{{}, list.source, static_cast<A*>(penalty.data_ptr()),
+                                static_cast<A*>(sq_error.data_ptr()), static_cast<int64_t*>(nonzero.data_ptr())});
     };
     if (q) with_float(q_dtype, go);
     else go(None{});
@@ -561,18 +510,9 @@ std::tuple<Tensors, Tensors> uniform_backward(Tensors grad, std::optional<Tensor
     const A* penalty = grad_penalty ? static_cast<const A*>(r.data_ptr()) : nullptr;
     with_grad<W>(grad_dtype, [&](auto grad_element) {
       using G = decltype(grad_element);
-      if (scale_grad) {
-        using Op = Backward<W, G, true, true>;
-        using Finish = FinishScale<A, double, Add, false>;
-        run(list.first(), list.entries, sizeof(double), Op{{}, list.source, penalty, nullptr}, Finish{},
-            [](Op& op, Finish& finish, void* scratch) {
-              finish.partial = op.partial = static_cast<double*>(scratch);
-            });
-      } else if (penalty) {
-        run(list.first(), list.entries, Backward<W, G, true, false>{{}, list.source, penalty, nullptr});
-      } else {
-        run(list.first(), list.entries, Backward<W, G, false, false>{{}, list.source, nullptr, nullptr});
-      }
+      if (scale_grad) run(list.first(), list.entries, Backward<W, G, true, true>{{}, list.source, penalty});
+      else if (penalty) run(list.first(), list.entries, Backward<W, G, true, false>{{}, list.source, penalty});
+      else run(list.first(), list.entries, Backward<W, G, false, false>{{}, list.source, nullptr});
     });
   });
   return {grad_w, grad_scale};

@@ -201,6 +201,14 @@ inline void __syncthreads() {
   }
 }
 
+inline void __threadfence() {}
+
+inline unsigned atomicInc(unsigned* at, unsigned most) {
+  const unsigned old = *at;
+  *at = old >= most ? 0 : old + 1;
+  return old;
+}
+
 template <class T>
 T __shfl_down_sync(unsigned, T value, int delta) {
   const int lane = cuda_on_cpu::machine().current % 32;
