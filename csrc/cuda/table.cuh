@@ -332,7 +332,6 @@ __device__ __forceinline__ void run_item(const T& table, const Op& op, int64_t i
     if ((bits & 15) == 0) vectors = (n - head) / V;
   }
 
-  typename Op::State state;
   auto load_x = [&](int v) { return load_pack<Pack<X, V>>(x + head + v * V); };
   auto load_g = [&](int v) {
     Pack<G, V> p{};
@@ -341,6 +340,22 @@ __device__ __forceinline__ void run_item(const T& table, const Op& op, int64_t i
     }
     return p;
   };
+  int v = lane;
+  Pack<X, V> xs[U];
+  Pack<G, V> gs[U];
+  auto load = [&] {  // the next U vectors; whether there are so many
+    if (v + (U - 1) * kWarp >= vectors) return false;
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      xs[u] = load_x(v + u * kWarp);
+      gs[u] = load_g(v + u * kWarp);
+    }
+    return true;
+  };
+  bool more = kEarlyLoads && load();
+  typename Op::State state = op.begin(entry, place.row, table.base + place.which);
+  if constexpr (!kEarlyLoads) more = load();
+
   auto apply_pack = [&](int v, const Pack<X, V>& xs, const Pack<G, V>& gs) {
     Pack<O, V> os;
     if constexpr (Op::kRolled) {
@@ -378,21 +393,6 @@ __device__ __forceinline__ void run_item(const T& table, const Op& op, int64_t i
     if constexpr (kHasO) store_pack(out + head + v * V, os);
   };
 
-  int v = lane;
-  Pack<X, V> xs[U];
-  Pack<G, V> gs[U];
-  auto load = [&] {  // the next U vectors; whether there are so many
-    if (v + (U - 1) * kWarp >= vectors) return false;
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      xs[u] = load_x(v + u * kWarp);
-      gs[u] = load_g(v + u * kWarp);
-    }
-    return true;
-  };
-  bool more = kEarlyLoads && load();
-  state = op.begin(entry, place.row, table.base + place.which);
-  if constexpr (!kEarlyLoads) more = load();
   for (; more; more = load()) {
 #pragma unroll
     for (int u = 0; u < U; ++u) apply_pack(v + u * kWarp, xs[u], gs[u]);
