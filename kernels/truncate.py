@@ -310,7 +310,7 @@ def _by_run(table, block):
     return programs
 
 
-def truncate(w, scale, out_scale, bits, base_bits, rule, tanh, covered, dtype):
+def truncate(w, scale, out_scale, bits, base_bits, rule, tanh, covered, exact, dtype):
     check_truncation(scale, out_scale, bits, base_bits)
     w, acc, device = [dense(t) for t in w], acc_dtype(w[0].dtype), w[0].device
     widths, block = bits.shape[0], block_of(acc, w)

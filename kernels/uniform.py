@@ -48,7 +48,7 @@ PARTIAL = tl.constexpr(11)  # the tensor's first partial (by_row), or program of
 
 # What is done per element.
 QUANTIZE, LSB, ENCODE, DECODE, BACKWARD, ADD_LSB_GRAD = (tl.constexpr(i) for i in range(6))
-ABSMAX, ABSMEAN, SCALE_GRAD = (tl.constexpr(i) for i in range(6, 9))
+ABSMAX, ABSMEAN, SCALE_GRAD, CARRIERS = (tl.constexpr(i) for i in range(6, 10))
 
 SUB = tl.constexpr(1024)  # elements at a time off the main path, where registers are dear
 TILE_ROWS, COLUMNS = tl.constexpr(16), tl.constexpr(64)  # of short rows that share a program
@@ -125,10 +125,7 @@ def flat(table, chunks, bits, k, r, penalty, nonzero, sq_error, A: tl.constexpr,
         kk = tl.load(k + t)
     rr = tl.zeros([], A)
     if HAS_R:
-        if OP == ADD_LSB_GRAD:
-            rr = tl.load(r)
-        else:
-            rr = tl.load(r + t)
+        rr = tl.load(r + t)
     whole = (tl.load(entry + ALIGNED) != 0) & (numel - start >= BLOCK)
 
     weighed = tl.zeros([], tl.float64)
@@ -260,6 +257,10 @@ def _row_block(w_ptr, x_ptr, out_ptr, i, mask, r, p, A: tl.constexpr, OUT_T: tl.
         v = _bits_of(tl.abs(w), A)
     elif OP == ABSMEAN:
         v = tl.abs(w)
+    elif OP == CARRIERS:  # how many weights are of the scale's size; p is the scale
+        v = (tl.abs(w) >= p).to(A)
+        if mask is not None:
+            v = tl.where(mask, v, 0.0)
     else:
         g = tl.zeros_like(w)
         if HAS_X:
@@ -274,12 +275,15 @@ def _row_block(w_ptr, x_ptr, out_ptr, i, mask, r, p, A: tl.constexpr, OUT_T: tl.
 
 @triton.jit
 def _row_quantizer(s_ptr, i, mask, n, k, GRID: tl.constexpr, SIGNED: tl.constexpr, OP: tl.constexpr):
-    if OP == SCALE_GRAD:
+    if OP == SCALE_GRAD or OP == CARRIERS:
         if mask is None:
             s = tl.load(s_ptr + i)
         else:
             s = tl.load(s_ptr + i, mask=mask, other=1.0)
-        return math.make_quantizer(s, n, k, GRID, SIGNED)
+        if OP == CARRIERS:
+            return s
+        else:
+            return math.make_quantizer(s, n, k, GRID, SIGNED)
     else:
         return n
 
@@ -440,6 +444,11 @@ def _reduce(op, w, per_row):
     out = torch.zeros(sum(rows), dtype=acc, device=w[0].device)  # empty rows have no program: they stay 0
     _by_row(op, w, out.data_ptr() + out.element_size() * starts(rows), rows, acc=acc)
     return out
+
+
+def reduce_rows(op, w, result, scale):
+    """A number per scale into ``result``, in the shape of the scales."""
+    _by_row(op, w, [t.data_ptr() for t in result], [s.numel() for s in scale], acc=scale[0].dtype, scale=scale)
 
 
 def absmax(w, per_row):

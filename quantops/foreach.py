@@ -15,6 +15,7 @@ from quantops.autograd.common import call
 from quantops.layout import dense_rows, empty_like
 from quantops.library import ops
 from quantops.packed import Packed, pack, unpack  # noqa: F401  the list ops of packed codes
+from quantops.reference.truncate import SLOPES
 
 
 class MSQ(NamedTuple):
@@ -26,8 +27,13 @@ class MSQ(NamedTuple):
     sq_error: torch.Tensor  # E = sum (q - w)^2, q before its cast to out_dtype
 
 
-def _reduce(op, w, per_row):
+def _reduce(mean, w, per_row, grad):
     w = checks.listed("w", w)
+    checks.choice("grad", grad, (True, False))
+
+    def op(w, per_row):
+        return ops.own_scale(w, per_row, mean) if grad else (ops.absmean if mean else ops.absmax)(w, per_row)
+
     if not per_row:
         return list(op(w, False).unbind())
     for i, t in enumerate(w):
@@ -36,14 +42,14 @@ def _reduce(op, w, per_row):
     return list(op(w, True).split([t.shape[0] for t in w]))
 
 
-def absmax(w, *, per_row=False):
-    """max|w| of each weight: a list of 0-dim tensors, or of one entry per row. Constants for autograd."""
-    return _reduce(ops.absmax, w, per_row)
+def absmax(w, *, per_row=False, grad=False):
+    """max|w| of each weight: a list of 0-dim tensors, or of one entry per row, see :func:`quantops.absmax`."""
+    return _reduce(False, w, per_row, grad)
 
 
-def absmean(w, *, per_row=False):
-    """mean|w| of each weight: a list of 0-dim tensors, or of one entry per row. Constants for autograd."""
-    return _reduce(ops.absmean, w, per_row)
+def absmean(w, *, per_row=False, grad=False):
+    """mean|w| of each weight: a list of 0-dim tensors, or of one entry per row, see :func:`quantops.absmean`."""
+    return _reduce(True, w, per_row, grad)
 
 
 def _scales(w, scale):
@@ -113,7 +119,8 @@ def lsb_penalty(w, scale, bits, k=1, *, grid=None):
 def add_lsb_grad_(grad, w, scale, bits, k, strength, *, grid=None):
     """grad += strength * sign(B_k) * inside, in place: the gradient of strength * R, without a graph.
 
-    ``grad``: list of tensors in the shapes and dtype of ``w``. ``strength``: a number or a one-element tensor.
+    ``grad``: list of tensors in the shapes and dtype of ``w``. ``strength``: a number, or a tensor with one element or
+    one per weight.
     """
     w, grid = checks.listed("w", w), checks.grid_index(grid)
     n, k = checks.bits_and_k(bits, k, w, grid)
@@ -122,10 +129,14 @@ def add_lsb_grad_(grad, w, scale, bits, k, strength, *, grid=None):
     if not isinstance(strength, torch.Tensor):
         checks.strength(strength)
         strength = torch.full((), strength, dtype=scale[0].dtype, device=w[0].device)
+    if strength.numel() not in (1, len(w)) or strength.device != w[0].device:
+        raise ValueError(f"strength: expected one element or one per weight ({len(w)}) on {w[0].device}, got shape "
+                         f"{tuple(strength.shape)} on {strength.device}")
+    strength = strength.reshape(-1).expand(len(w)).to(scale[0].dtype).contiguous()
     # Autograd may have laid a gradient out in another way than its weight; the kernel walks both alike.
     same = [g if g.stride() == t.stride() and dense_rows(t) else empty_like(t, g.dtype).copy_(g)
             for g, t in zip(grad, w)]
-    ops.add_lsb_grad_(same, w, scale, n, k, grid, strength.to(scale[0].dtype))
+    ops.add_lsb_grad_(same, w, scale, n, k, grid, strength)
     for g, s in zip(grad, same):
         if g is not s:
             g.copy_(s)
@@ -151,7 +162,8 @@ def decode(codes, scale, bits=None, *, grid=None, signed=True, out_dtype=None):
     return ops.decode(codes, scale, n, grid, signed, dtype)
 
 
-def truncate(w, scale, bits, *, base_bits=8, rule="floor", companding=None, out_scale=None, out_dtype=None):
+def truncate(w, scale, bits, *, base_bits=8, rule="floor", companding=None, out_scale=None, slope="ste",
+             out_dtype=None):
     """Weights truncated to one or several widths from one read, see :func:`quantops.truncate`.
 
     Unlike elsewhere a list of ``bits`` is a list of widths, not of weights: an int, or an integer tensor with an entry
@@ -162,8 +174,9 @@ def truncate(w, scale, bits, *, base_bits=8, rule="floor", companding=None, out_
     n, base, one = checks.widths(bits, base_bits, w)
     rule, tanh = checks.rule_index(rule), checks.tanh(companding)
     scale, covered = _scales(w, scale)
-    scale, out_scale = checks.out_scales(out_scale, scale, w)
-    q = call(ops.truncate, w, scale, out_scale, n, base, rule, tanh, covered, checks.dtype_of(out_dtype, w))
+    exact = checks.choice("slope", slope, SLOPES) == "exact" and (out_scale is not None or tanh)
+    scale, out_scale = checks.out_scales(scale if exact and out_scale is None else out_scale, scale, w)
+    q = call(ops.truncate, w, scale, out_scale, n, base, rule, tanh, covered, exact, checks.dtype_of(out_dtype, w))
     return q if one else tuple(q[i: i + len(w)] for i in range(0, len(q), len(w)))
 
 

@@ -38,20 +38,22 @@ def _outs(out):
     return None if out is None else [out]
 
 
-def absmax(w, *, per_row=False):
-    """max|w|: 0-dim, or (rows,) with ``per_row``. float32 (float64 for float64). A constant for autograd.
+def absmax(w, *, per_row=False, grad=False):
+    """max|w|: 0-dim, or (rows,) with ``per_row``. float32 (float64 for float64).
 
-    0 for an empty weight; NaN if w has one.
+    0 for an empty weight; NaN if w has one. A constant for autograd; with ``grad`` the function of w that it is,
+    ds/dw = sign(w) / (number of weights of that size) where |w| = s, else 0, at the cost of a pass in backward.
     """
-    return foreach.absmax([w], per_row=per_row)[0]
+    return foreach.absmax([w], per_row=per_row, grad=grad)[0]
 
 
-def absmean(w, *, per_row=False):
-    """mean|w|: 0-dim, or (rows,) with ``per_row``. float32 (float64 for float64). A constant for autograd.
+def absmean(w, *, per_row=False, grad=False):
+    """mean|w|: 0-dim, or (rows,) with ``per_row``. float32 (float64 for float64).
 
-    0 for an empty weight; NaN if w has one.
+    0 for an empty weight; NaN if w has one. A constant for autograd; with ``grad`` the function of w that it is,
+    ds/dw = sign(w) / (number of weights), at the cost of a pass in backward.
     """
-    return foreach.absmean([w], per_row=per_row)[0]
+    return foreach.absmean([w], per_row=per_row, grad=grad)[0]
 
 
 def round_clamp(w, scale, bits, *, signed=True, grid=None, out_dtype=None, out=None):
@@ -122,7 +124,8 @@ def decode(codes, scale, bits=None, *, grid=None, signed=True, out_dtype=None):
     return foreach.decode([codes], [scale], bits, grid=grid, signed=signed, out_dtype=out_dtype)[0]
 
 
-def truncate(w, scale, bits, *, base_bits=8, rule="floor", companding=None, out_scale=None, out_dtype=None):
+def truncate(w, scale, bits, *, base_bits=8, rule="floor", companding=None, out_scale=None, slope="ste",
+             out_dtype=None):
     """Weights whose low bits are cut off by a shift: TruncQuant (arXiv 2506.11431).
 
         c_N = the code of width N = base_bits by ``rule``         see :func:`encode`; signed
@@ -139,6 +142,7 @@ def truncate(w, scale, bits, *, base_bits=8, rule="floor", companding=None, out_
         companding: "tanh": the codes are those of tanh(w) with scale tanh(s), as in DoReFa (arXiv 1606.06160). This
             tanh has the same bits on every backend, a few units in the last place from torch.tanh.
         out_scale: the scale of q, as ``scale`` is given; default: the scale. E.g. the mean of |w|.
+        slope: "ste" or "exact", see below.
         out_dtype: dtype of q; default w's own, under autocast the autocast dtype.
 
     Gradients, with g_m = dL/dq_m, and x = w/s:
@@ -148,7 +152,9 @@ def truncate(w, scale, bits, *, base_bits=8, rule="floor", companding=None, out_
         dL/ds = - sum_m sum g_m * x * inside;  dL/d out_scale = sum_m sum g_m * q_m/out_scale        with one
 
     Under companding dL/dw is multiplied by 1 - tanh(w)^2, and x = (tanh(w) / tanh(s)) * (1 - tanh(s)^2): the same
-    equations through tanh. All gradients of a call are read once; nothing is saved but the inputs. Second derivatives
+    equations through tanh. ``slope="exact"`` multiplies dL/dw, and dL/ds where there is an out_scale, by the slope that
+    q has, out_scale/s, under companding out_scale/tanh(s): the true derivative of out_scale tanh(w)/tanh(s). One pass
+    more where the slope is not 1. All gradients of a call are read once; nothing is saved but the inputs. Second derivatives
     count w and s as constants in these, as the STE has it, but for the slope of tanh.
 
     A bit-width, base width or scale out of range raises ValueError on CPU; on other devices values in tensors are not
@@ -159,7 +165,7 @@ def truncate(w, scale, bits, *, base_bits=8, rule="floor", companding=None, out_
     if dims == 1:
         bits = bits.unsqueeze(1)
     q = foreach.truncate([w], _one(scale), bits, base_bits=base_bits, rule=rule, companding=companding,
-                         out_scale=_one(out_scale), out_dtype=out_dtype)
+                         out_scale=_one(out_scale), slope=slope, out_dtype=out_dtype)
     return tuple(v for v, in q) if several else q[0]
 
 

@@ -51,11 +51,18 @@ OPS = {
         "decode": "(Tensor[] codes, Tensor[] scale, Tensor bits, int grid, bool signed, ScalarType dtype) -> "
         "Tensor[]",
     },
+    # Scales as functions of their weights, through which gradients flow, as not through absmax and absmean: max|w|, or
+    # `mean` mean|w|.
+    "own_scale": {
+        "own_scale": "(Tensor[] w, bool per_row, bool mean) -> Tensor",
+        "own_scale_backward": "(Tensor[] w, Tensor[] scale, Tensor[] grad_scale, bool mean) -> Tensor[] grad_w",
+    },
     # bits: (widths, weights). Lists of q and of their gradients run width by width: that of width j of weight i is
-    # entry j * len(w) + i, an empty tensor where there is no gradient. out_scale: [] where it is the scale.
+    # entry j * len(w) + i, an empty tensor where there is no gradient. out_scale: [] where it is the scale. `exact`: the
+    # slope of q is out_scale/scale, not 1, which is up to autograd.
     "truncate": {
         "truncate": "(Tensor[] w, Tensor[] scale, Tensor[] out_scale, Tensor bits, Tensor base_bits, int rule, "
-        "bool tanh, bool covered, ScalarType dtype) -> Tensor[] q",
+        "bool tanh, bool covered, bool exact, ScalarType dtype) -> Tensor[] q",
         "truncate_backward": "(Tensor[] grads, Tensor[] w, Tensor[] scale, Tensor[] out_scale, Tensor bits, "
         "Tensor base_bits, int rule, bool tanh, bool covered, bool scale_grad) -> "
         "(Tensor[] grad_w, Tensor[] grad_scale, Tensor[] grad_out_scale)",
@@ -103,6 +110,8 @@ AUTOGRAD = {
     "msq": autograd.uniform.msq,
     "lsb_stats": autograd.uniform.lsb_stats,
     "uniform_backward": autograd.uniform.uniform_backward,
+    "own_scale": autograd.own_scale.own_scale,
+    "own_scale_backward": autograd.own_scale.own_scale_backward,
     "truncate": autograd.truncate.truncate,
     "truncate_backward": autograd.truncate.truncate_backward,
     "categorical": autograd.categorical.categorical,
@@ -191,6 +200,16 @@ def _fake_absmean(w, per_row):
 
 
 @_fake
+def _fake_own_scale(w, per_row, mean):
+    return _scales(w, per_row)
+
+
+@_fake
+def _fake_own_scale_backward(w, scale, grad_scale, mean):
+    return [empty_like(t, t.dtype) for t in w]
+
+
+@_fake
 def _fake_round_clamp(w, scale, bits, grid, signed, covered, dtype):
     return [empty_like(t, dtype) for t in w]
 
@@ -241,7 +260,7 @@ def _fake_decode(codes, scale, bits, grid, signed, dtype):
 
 
 @_fake
-def _fake_truncate(w, scale, out_scale, bits, base_bits, rule, tanh, covered, dtype):
+def _fake_truncate(w, scale, out_scale, bits, base_bits, rule, tanh, covered, exact, dtype):
     return [empty_like(t, dtype) for _ in range(bits.shape[0]) for t in w]
 
 

@@ -102,6 +102,10 @@ class WeightQuantizer(torch.nn.Module):
         """[(bits, k, beta, sq_error, scale)] as Python numbers, see :class:`quantops.report.LayerBits`."""
         raise NotImplementedError
 
+    def stored_bits(self, bits):
+        """Bits that an integer weight of ``bits`` bits takes."""
+        return bits
+
     def to_int(self, w):
         """The IntWeight whose dequantize() is the training forward, bit for bit (the evaluated one where it draws)."""
         raise NotImplementedError

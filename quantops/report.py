@@ -20,6 +20,7 @@ class LayerBits(NamedTuple):
     beta: float  # fraction of weights with B_k != 0; 0 without k
     sq_error: float  # E = sum (q - w)^2
     scale: float  # the largest of several; with CPQ the end of the grid, alpha 2^(bits-1)
+    stored: int  # bits per weight in memory and in files: a sign is one more
 
 
 class ActivationBits(NamedTuple):
@@ -37,7 +38,8 @@ class BitReport(NamedTuple):
 
     rows: tuple
     average_bits: float
-    compression: float  # 32 * sum(numel) / sum(numel * bits)
+    compression: float  # 32 * sum(numel) / sum(numel * bits), as papers count it, on the sign grid without the signs
+    stored: float  # 32 * sum(numel) / sum(numel * stored): the same with them
     activations: tuple = ()
 
     def __str__(self):
@@ -48,7 +50,8 @@ class BitReport(NamedTuple):
         lines = ["  ".join(v.ljust(n) if i < 2 else v.rjust(n) for i, (v, n) in enumerate(zip(row, widths)))
                  for row in table]
         lines.insert(1, "-" * len(lines[0]))
-        lines.append(f"average {self.average_bits:.3f} bits, compression {self.compression:.2f}x of 32")
+        stored = "" if self.stored == self.compression else f", {self.stored:.2f}x as stored"
+        lines.append(f"average {self.average_bits:.3f} bits, compression {self.compression:.2f}x of 32{stored}")
         lines += [f"activations {a.name}: {a.bits} bits, {'signed' if a.signed else 'unsigned'}, up to {a.scale:.4g}"
                   + (f", {a.negative:.1%} of what comes in is negative" if a.negative and not a.signed else "")
                   for a in self.activations]
@@ -74,12 +77,13 @@ def bit_report(model):
     if not layers:
         raise ValueError(f"model: expected weights quantized by quantops.quantize_, {type(model).__name__} has none")
     measured = measure([(p, owner.original) for _, owner, p in layers])
-    rows = [LayerBits(name or "model", tuple(owner.original.shape), owner.original.numel(), *measured[p])
+    rows = [LayerBits(name or "model", tuple(owner.original.shape), owner.original.numel(), *measured[p],
+                      p.stored_bits(measured[p][0]))
             for name, owner, p in layers]
     sizes, bits = [r.numel for r in rows], [r.bits for r in rows]
     average = sum(n * b for n, b in zip(sizes, bits)) / max(sum(sizes), 1)
     acts = tuple(ActivationBits(name or "model", *m.report()) for name, m in activations(model))
-    return BitReport(tuple(rows), average, compression(sizes, bits), acts)
+    return BitReport(tuple(rows), average, compression(sizes, bits), compression(sizes, [r.stored for r in rows]), acts)
 
 
 def measure(pairs):

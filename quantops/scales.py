@@ -15,10 +15,17 @@ def check_scale(value):
     return value
 
 
-def weight_scales(w, scale, per_row):
-    """[scale of each weight] from their values now, in one list call; constants for autograd."""
-    values = ops.absmax(w, per_row) if scale == ABSMAX else ops.absmean(w, per_row) * scale
-    return split_scales(values, w, per_row)
+def weight_scales(w, scale, per_row, grad=False):
+    """[scale of each weight] from their values now, in one list call; constants for autograd, without ``grad``."""
+    values = measured(w, per_row, scale != ABSMAX, grad)
+    return split_scales(values if scale == ABSMAX else values * scale, w, per_row)
+
+
+def measured(w, per_row, mean, grad=False):
+    """max|w| or mean|w| of a list, one after another."""
+    if grad:
+        return ops.own_scale(w, per_row, mean)
+    return ops.absmean(w, per_row) if mean else ops.absmax(w, per_row)
 
 
 def split_scales(values, w, per_row):

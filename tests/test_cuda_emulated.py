@@ -216,12 +216,12 @@ def add_lsb_grad():
         w = [t.contiguous() if not t.is_contiguous() and t.dim() == 2 else t for t in w]
         bits, k = _bits(len(w), case, grid)
         for strength in (0.0, 0.37, -1e30, float("inf")):
-            strength = torch.tensor(strength, dtype=s[0].dtype)
+            strength = torch.linspace(0.5, 1, len(w), dtype=s[0].dtype) * strength
             grad = [torch.empty_like(t).copy_(torch.randn(t.shape)) for t in w]
-            want = [reference.add_lsb_grad(g, strength, *a, grid=grid) for g, *a in zip(grad, w, s, bits, k)]
+            want = [reference.add_lsb_grad(g, *a, grid=grid) for g, *a in zip(grad, strength, w, s, bits, k)]
             torch.ops.quantops.add_lsb_grad_(grad, w, s, bits, k, GRIDS.index(grid), strength)
             for i, g in enumerate(grad):
-                exact(g, want[i], f"{dtype} {grid} strength={strength} bits={bits[i]} k={k[i]} w[{i}]")
+                exact(g, want[i], f"{dtype} {grid} strength={strength[i]} bits={bits[i]} k={k[i]} w[{i}]")
 
 
 @program.check
@@ -337,7 +337,7 @@ def values_out_of_range():
             d = ops.decode([torch.ones_like(t, dtype=torch.int32) for t in w], s, bits, 0, True, torch.float32)
             grad = [torch.randn(shape) for _ in bad]
             gw, gs = ops.uniform_backward(grad, torch.ones(len(w)), w, s, bits, k, 0, True, True)
-            ops.add_lsb_grad_(added := [g.clone() for g in grad], w, s, bits, k, 0, torch.tensor(0.5))
+            ops.add_lsb_grad_(added := [g.clone() for g in grad], w, s, bits, k, 0, torch.full((len(w),), 0.5))
             for i, (t, what) in enumerate(zip(w, bad)):
                 want = reference.msq(t, s[i], bits[i], k[i])
                 what = f"{what} {shape} per_row={per_row}"
@@ -420,7 +420,7 @@ def _check_truncate(w, s, out, bits, base, rule, dtype, what, tanh=False):
     import torch
 
     from quantops import reference
-    q = torch.ops.quantops.truncate(w, s, out, bits, base, rule, tanh, False, dtype)
+    q = torch.ops.quantops.truncate(w, s, out, bits, base, rule, tanh, False, False, dtype)
     for j, i in itertools.product(range(len(bits)), range(len(w))):
         want = reference.truncate(w[i], s[i], bits[j, i], base_bits=base[i], rule=reference.uniform.RULES[rule],
                                   companding="tanh" if tanh else None, out_scale=out[i] if out else None,
@@ -575,7 +575,7 @@ def truncate_errors():
     w, s, n = [torch.randn(4, 6)], [torch.ones(())], torch.tensor([[4]], dtype=torch.int32)
 
     def forward(scale=s, out=(), bits=n, base=n[0], rule=1, dtype=torch.float32):
-        return ops.truncate(w, scale, list(out), bits, base, rule, False, False, dtype)
+        return ops.truncate(w, scale, list(out), bits, base, rule, False, False, False, dtype)
 
     def backward(grads):
         return ops.truncate_backward(grads, w, s, [], n, n[0], 1, False, False, True)

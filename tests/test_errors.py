@@ -71,6 +71,8 @@ BAD = {
     "sign rule": (lambda: Q.encode(W, 1.0, 4, grid="sign", rule="floor"), ValueError,
                   r"rule: expected 'round_clamp' on the sign grid, got 'floor'"),
     "strength": (lambda: Q.foreach.add_lsb_grad_([W.clone()], [W], None, 4, 1, "x"), TypeError, r"strength: .*str"),
+    "strength count": (lambda: Q.foreach.add_lsb_grad_([W.clone()], [W], None, 4, 1, torch.ones(2)), ValueError,
+                       r"strength: .*per weight \(1\).*\(2,\)"),
     "strength negative": (lambda: Q.foreach.add_lsb_grad_([W.clone()], [W], None, 4, 1, -1.0), ValueError, r"strength: "),
     "codes float": (lambda: Q.decode(W, 1.0, 4), TypeError, r"codes: .*float32"),
     "codes too large": (lambda: Q.decode(torch.tensor([0, 16]), 1.0, 4), ValueError, r"codes.*0\.\.2\^4"),

@@ -109,7 +109,8 @@ def test_layers_above_the_threshold_keep_their_bits():
 
 
 @pytest.mark.parametrize("options, text", [
-    ({"target": 33}, "target: 33.0 is out of reach, min_bits = 1 .* allow 32"), ({"target": 1}, "target: "),
+    ({"target": 17}, "target: 17.0 is out of reach, min_bits = 2 .* allow 16"), ({"target": 1}, "target: "),
+    ({"min_bits": 1}, "min_bits: expected at least 2, since 1 bit on the dyadic grid has the values -s and 0 and no"),
     ({"target": 12, "min_bits": 3}, "target: 12.0 is out of reach"), ({"interval": 0}, "interval: .*got 0"),
     ({"threshold": 0.0}, "threshold: "), ({"threshold": 1.5}, "threshold: "), ({"strength": -1}, "strength: "),
     ({"strength": float("nan")}, "strength: "), ({"samples": 0}, "samples: "), ({"min_bits": 0}, "min_bits: "),

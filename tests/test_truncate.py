@@ -446,7 +446,7 @@ N = torch.tensor([[4]], dtype=torch.int32)
 
 
 def _op(w=W, scale=torch.ones(()), out=(), bits=N, base=N[0], rule=1, dtype=torch.float32):
-    return ops.truncate([w], [scale], list(out), bits, base, rule, False, False, dtype)
+    return ops.truncate([w], [scale], list(out), bits, base, rule, False, False, False, dtype)
 
 
 def _back(grads, bits=N, out=()):

@@ -203,9 +203,11 @@ def test_add_lsb_grad(dtype):
     for per_row, grid in itertools.product((False, True), ("dyadic", "sign")):
         s, (n, k) = scales(w, per_row), bits_and_k(w, grid=grid)
         grad = [torch.randn_like(t) for t in w]
-        want = [ref.add_lsb_grad(g, 0.37, t, v, b, kk, grid=grid) for g, t, v, b, kk in zip(grad, w, s, n, k)]
+        strength = torch.linspace(0.2, 0.7, len(w), dtype=s[0].dtype) if per_row else 0.37
+        each = strength if per_row else [0.37] * len(w)
+        want = [ref.add_lsb_grad(*a, grid=grid) for a in zip(grad, each, w, s, n, k)]
         version = grad[0]._version
-        Q.foreach.add_lsb_grad_(grad, w, s, n, k, 0.37, grid=grid)
+        Q.foreach.add_lsb_grad_(grad, w, s, n, k, strength, grid=grid)
         assert all(same(a, b) for a, b in zip(grad, want))
         assert grad[0]._version > version
 

@@ -89,7 +89,7 @@ void truncate_into(const Widths& widths, const Targets& q) {
 }
 
 Tensors truncate(Tensors w, Tensors scale, Tensors out_scale, Tensor bits, Tensor base_bits, int64_t rule, bool tanh,
-                 bool /*covered*/, ScalarType dtype) {
+                 bool /*covered*/, bool /*exact*/, ScalarType dtype) {
   bool is_double = is_double_list(w);
   check_float("dtype", dtype);
   Widths widths = make_widths(w, scale, out_scale, bits, base_bits, rule, tanh, is_double);

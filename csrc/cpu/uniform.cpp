@@ -344,17 +344,17 @@ std::tuple<Tensors, Tensors> uniform_backward(
 }
 
 template <class A>
-void add_lsb_grad_into(const List& list, GridKind grid, const Targets& to, A strength) {
+void add_lsb_grad_into(const List& list, GridKind grid, const Targets& to, const A* strength) {
   for_blocks<A>(list, grid, true, [&](int64_t, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
     with_source<A>(list.data[t], list.type, i, end - i, [&](const auto* w) {
-      if (to.type == native<A>()) return add_lsb_grad_loop(w, static_cast<A*>(to.data[t]) + i, end - i, p, strength);
+      if (to.type == native<A>()) return add_lsb_grad_loop(w, static_cast<A*>(to.data[t]) + i, end - i, p, strength[t]);
       if constexpr (sizeof(A) == 4) {
         if (to.type == Storage::bf16)
-          return add_lsb_grad_loop(w, static_cast<BFloat16*>(to.data[t]) + i, end - i, p, strength);
+          return add_lsb_grad_loop(w, static_cast<BFloat16*>(to.data[t]) + i, end - i, p, strength[t]);
       }
       A g[kBlock];
       load_block<A>(to.data[t], to.type, i, end - i, g);
-      add_lsb_grad_loop(w, g, end - i, p, strength);
+      add_lsb_grad_loop(w, g, end - i, p, strength[t]);
       store_block<A>(to.data[t], to.type, i, end - i, false, g);
     });
   });
@@ -366,9 +366,9 @@ void add_lsb_grad_(Tensors grad, Tensors w, Tensors scale, Tensor bits, Tensor k
   const GridKind grid = check_grid(grid_index);
   List list = make_list(w, scale, bits, &k, is_double, grid);
   check_results("grad", grad, list.w, kFloats);
-  check_result("strength", strength, 1, acc_type(is_double), w[0]);
-  if (is_double) add_lsb_grad_into(list, grid, targets(grad, list), *static_cast<const double*>(strength.data_ptr()));
-  else add_lsb_grad_into(list, grid, targets(grad, list), *static_cast<const float*>(strength.data_ptr()));
+  check_result("strength", strength, list.size(), acc_type(is_double), w[0]);
+  if (is_double) add_lsb_grad_into(list, grid, targets(grad, list), static_cast<const double*>(strength.data_ptr()));
+  else add_lsb_grad_into(list, grid, targets(grad, list), static_cast<const float*>(strength.data_ptr()));
 }
 
 }  // namespace

@@ -214,7 +214,7 @@ struct AddLsbGrad : OpBase {
   const A* strength;
 
   __device__ __forceinline__ State begin(const Entry& e, int64_t row, int which) const {
-    return {source.get<A>(e, row, which), *strength};
+    return {source.get<A>(e, row, which), strength[which]};
   }
   __device__ __forceinline__ O apply(X x, G g, const State& s) const {
     return Narrow<O>::from(add_penalty_slope(widen(x), widen(g), s.r, s.p));
@@ -522,7 +522,7 @@ void add_lsb_grad_(Tensors grad, Tensors w, Tensors scale, Tensor bits, Tensor k
                    Tensor strength) {
   List list(w, scale, bits, &k, check_grid(grid), true);
   check_results("grad", grad, list.w, {list.dtype});
-  const Tensor s = check_per_weight("strength", strength, 1, list.acc, list.first());
+  const Tensor s = check_per_weight("strength", strength, list.size(), list.acc, list.first());
   list.write_to(grad);
   for (Entry& e : list.entries) e.grad = e.out;
   with_float(list.dtype, [&](auto element) {

@@ -7,6 +7,6 @@ These are kernels under the Autograd key, with autograd.Functions over flat tens
 torch.library.register_autograd would make them: its walk over the lists' pytrees took 70 us a call for one weight.
 """
 
-from quantops.autograd import activation, categorical, categorical_activation, truncate, uniform
+from quantops.autograd import activation, categorical, categorical_activation, own_scale, truncate, uniform
 
-__all__ = ["activation", "categorical", "categorical_activation", "truncate", "uniform"]
+__all__ = ["activation", "categorical", "categorical_activation", "own_scale", "truncate", "uniform"]

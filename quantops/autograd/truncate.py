@@ -5,7 +5,8 @@ import torch
 from quantops.autograd.common import any_given, below_autograd, call, materialize
 from quantops.default.truncate import used_gradients
 from quantops.reference.truncate import COMPANDINGS, tanh_curvature, truncate_scale_terms
-from quantops.reference.uniform import RULES, per_row
+from quantops.reference.truncate import tanh as tanh_of
+from quantops.reference.uniform import RULES, _inverse, per_row
 
 ops = torch.ops.quantops
 
@@ -15,7 +16,7 @@ class _Truncate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, keyset, op, args, *tensors):
-        w, _, _, bits, base_bits, ctx.rule, ctx.tanh, ctx.covered, ctx.q_dtype = args
+        w, _, _, bits, base_bits, ctx.rule, ctx.tanh, ctx.covered, ctx.exact, ctx.q_dtype = args
         ctx.set_materialize_grads(False)
         ctx.count, ctx.dtype = len(w), w[0].dtype
         ctx.save_for_backward(*tensors, bits, base_bits)
@@ -26,7 +27,7 @@ class _Truncate(torch.autograd.Function):
         n = ctx.count
         wanted = ctx.needs_input_grad[3:]  # of w, scale, out_scale
         scale_grad = any_given(grads) and any(wanted[2 * n:] if ctx.covered else wanted[n:])
-        covered = ctx.covered and not ctx.tanh and not scale_grad  # dL/dw is the sum of the gradients
+        covered = ctx.covered and not ctx.tanh and not scale_grad and not ctx.exact  # dL/dw is the sum of the gradients
         used = [[g for g in grads[i::n] if g is not None] for i in range(n)]
         grad_scale, grad_out_scale = [None] * n, [None] * (len(wanted) - 2 * n)
         if covered and all(len(g) <= 1 for g in used):  # what is saved is not asked for: checkpoints need not recompute
@@ -39,10 +40,19 @@ class _Truncate(torch.autograd.Function):
             grad_w, *sums = call(
                 ops.truncate_backward, _fill_in(grads, ctx.q_dtype), w, scale, out_scale, bits, base_bits, ctx.rule,
                 ctx.tanh, covered, scale_grad)
+            if ctx.exact:
+                grad_w, sums = exact_slope(grad_w, sums, w, scale, out_scale, ctx.tanh)
             grad_w = [t if g else None for t, g in zip(grad_w, used)]
             if scale_grad:
                 grad_scale, grad_out_scale = [None] * n if ctx.covered else sums[0], sums[1]
         return None, None, None, *grad_w, *grad_scale, *grad_out_scale
+
+
+def exact_slope(grad_w, sums, w, scale, out_scale, tanh):
+    """dL/dw and dL/ds of a slope of out_scale/scale in the place of 1: both are proportional to it."""
+    factor = [(o * _inverse(tanh_of(s) if tanh else s)).detach() for s, o in zip(scale, out_scale)]
+    grad_w = [(g * per_row(f, t)).to(g.dtype) for g, f, t in zip(grad_w, factor, w)]
+    return grad_w, [[g * f for g, f in zip(v, factor)] if i == 0 else v for i, v in enumerate(sums)]
 
 
 def _fill_in(grads, dtype):

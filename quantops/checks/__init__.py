@@ -7,7 +7,7 @@ family, named as everywhere: what its ops alone take, and ``structure``. Nothing
 within them. The functions of ``foreach`` have checked more than this by then; the ops can also be called directly.
 """
 
-from quantops.checks import activation, categorical, categorical_activation, packing, truncate, uniform
+from quantops.checks import activation, categorical, categorical_activation, own_scale, packing, truncate, uniform
 from quantops.checks.arguments import FLOATS, all_or_none_on_meta, choice, dtype_of, listed, tensors
 from quantops.checks.categorical import alpha_and_sigma, categorical_bits, categorical_mode, gates, seed
 from quantops.checks.integral import bits, codes
@@ -20,6 +20,7 @@ from quantops.checks.written import gradients, outputs
 __all__ = [
     "FLOATS", "activation", "all_or_none_on_meta", "alpha_and_sigma", "bits", "bits_and_k", "bits_of_stored",
     "categorical", "categorical_activation", "categorical_bits", "categorical_mode", "choice", "codes", "decode_scales",
-    "dtype_of", "gates", "gradients", "grid_index", "listed", "out_scales", "outputs", "packed_data", "packing",
-    "rule_index", "scales", "seed", "stored_bits", "strength", "tanh", "tensors", "truncate", "uniform", "widths",
+    "dtype_of", "gates", "gradients", "grid_index", "listed", "out_scales", "outputs", "own_scale", "packed_data",
+    "packing", "rule_index", "scales", "seed", "stored_bits", "strength", "tanh", "tensors", "truncate", "uniform",
+    "widths",
 ]

@@ -7,7 +7,7 @@ from quantops.reference.uniform import RULES
 from quantops.values import check_truncation
 
 
-def truncate(w, scale, out_scale, bits, base_bits, rule, tanh, covered, dtype):
+def truncate(w, scale, out_scale, bits, base_bits, rule, tanh, covered, exact, dtype):
     check_truncation(scale, out_scale, bits, base_bits)
     return [q for n in bits for q in laid_out([
         reference.truncate(t, s, m, base_bits=base, rule=RULES[rule], companding=COMPANDINGS[tanh], out_scale=out,

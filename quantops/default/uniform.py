@@ -69,8 +69,8 @@ def uniform_backward(grad, grad_penalty, w, scale, bits, k, grid, signed, scale_
 
 def add_lsb_grad_(grad, w, scale, bits, k, grid, strength):
     check_values(scale, bits, k, grid)
-    for g, t, s, n, kk in zip(grad, w, scale, bits.reshape(-1), k.reshape(-1)):
-        g.copy_(reference.add_lsb_grad(g, strength.reshape(()), t, s, n, kk, grid=GRIDS[grid]))
+    for g, t, s, n, kk, v in zip(grad, w, scale, bits.reshape(-1), k.reshape(-1), strength.reshape(-1)):
+        g.copy_(reference.add_lsb_grad(g, v, t, s, n, kk, grid=GRIDS[grid]))
 
 
 def encode(w, scale, bits, rule, grid, signed):

@@ -15,11 +15,14 @@ from quantops.hessian import hessian_trace
 from quantops.intweight import IntWeight
 from quantops.library import ops
 from quantops.nn import WeightQuantizer, batches, quantized, shown
-from quantops.reference.uniform import GRIDS, MAX_BITS
+from quantops.reference.uniform import GRIDS, MAX_BITS, code_bits, most_bits
 from quantops.report import compression, measure
 from quantops.scales import ABSMAX, check_scale, weight_scales
 
 PENALTIES = ("loss", "decoupled")
+UNITS = ("step", "code")
+# Of a layer whose bits may go. On the dyadic grid, 1 bit has the values -s and 0, and none above.
+LEAST_BITS = {"dyadic": 2, "full": 1, "sign": 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,14 +30,24 @@ class MSQConfig(ActivationConfig):
     """Weights quantized by the round-clamp rule, for :func:`quantops.quantize_`; arXiv 2507.22349.
 
     bits: n at the start, 0..16. k: LSBs under the penalty, 0 <= k < bits; 0: none, the layer keeps its bits.
-    grid: "dyadic" (exact zero; dropping a zero LSB changes no value) or "full".
+    grid: "dyadic" (exact zero; dropping a zero LSB changes no value; of use from 2 bits on), "full", or "sign" (the
+        same of ``bits`` of magnitude beside a sign: symmetric, three values at 1 bit). Compression is told without the
+        signs, as papers count it, and as stored, see :func:`quantops.bit_report`.
     scale: "absmax", max|w|, or a number f: f * mean|w|, where weights beyond it clamp and get no gradient. For 2 bits
         f = 2.8: of many normal weights its squared error is within 2 % of the least, a third of that with max|w|,
         which leaves most of them at 0.
+    scale_grad: True takes the scale as the function of the weights that it is: its gradient reaches the weight that is
+        the maximum, or all of them. The backward pass is then no identity, and takes one pass more.
     per_row: a scale per row (dim 0: output channels of Linear and Conv, input channels of ConvTranspose).
     penalty: "loss", for ``loss + strength * quantops.penalty(model)``, or "decoupled", for
         ``quantops.add_penalty_grad_(model, strength)`` after backward, where the backward pass is the identity (with
         scale="absmax"; otherwise it masks the weights that clamp).
+    penalty_unit: what |B_k| is counted in. "step": the value of a code step, so that dR/dw = sign(B_k), a strength has
+        the size of a gradient, and means the same at any number of bits. "code": 1, a plain sum of |B_k|, through the
+        straight-through estimator; dR/dw is 2^n / (2 s) times as much on the dyadic grid, and falls by half with every
+        bit that is dropped. The paper's strength of 5e-5 stands for 5e-5 under the one, and under the other at 8 bits,
+        where 2^n / (2 s) was found to be 87 to 515 in ResNet-20's layers, for 0.004 to 0.026 under "step". Its text
+        does not say which is meant. Not with per_row, where a layer has many steps.
     act_bits, act, act_scale, act_signed, act_outputs: of activations, see
         :class:`quantops.activation.ActivationConfig`; by the round-clamp rule.
     fuse, cache, first, last, overrides: see QuantConfig. Overrides may set "bits", "k" and "prune"; "prune": False
@@ -47,18 +60,37 @@ class MSQConfig(ActivationConfig):
     k: int = 1
     grid: str = GRIDS[0]
     scale: str | float = ABSMAX
+    scale_grad: bool = False
     per_row: bool = False
     penalty: str = "loss"
+    penalty_unit: str = UNITS[0]
 
     settings: ClassVar[tuple[str, ...]] = ("bits", "k", "prune", "act_bits")
 
     def __post_init__(self):
         super().__post_init__()
-        _check_precision("bits, k", self.bits, self.k)
         check_choice("grid", self.grid, GRIDS)
+        _check_precision("bits, k", self.bits, self.k, self.grid)
         check_scale(self.scale)
+        check_choice("scale_grad", self.scale_grad, (True, False))
         check_choice("per_row", self.per_row, (True, False))
         check_choice("penalty", self.penalty, PENALTIES)
+        check_choice("penalty_unit", self.penalty_unit, UNITS)
+        if self.penalty_unit == "code" and self.per_row:
+            raise ValueError("penalty_unit: expected 'step' with per_row, where a layer has many steps, got 'code'")
+
+    @classmethod
+    def paper(cls, **settings):
+        """The recipe of arXiv 2507.22349 by its text: the full grid (codes over 2^n - 1), 8 bits at the start, k = 1, a
+        scale of max|w| taken as a constant, and the LSBs' sum in the loss. ``settings`` replace any of these.
+
+        What the text leaves open, and is a guess here: the unit of its strength (:attr:`penalty_unit`, "code" as the
+        formula of its penalty has it), whether a gradient reaches the scale (no), whether the first and the last layer
+        are quantized (as all others), and how activations are. Controller, threshold 0.3 and strength 5e-5, interval
+        and schedule are arguments of :class:`MSQController` and the caller's.
+        """
+        return cls(**{"bits": 8, "k": 1, "grid": "full", "scale": ABSMAX, "penalty": "loss", "penalty_unit": "code",
+                      **settings})
 
     def fixed(self, bits):
         return {"bits": bits, "prune": False}
@@ -66,12 +98,12 @@ class MSQConfig(ActivationConfig):
     def quantizer(self, name, weight, settings):
         prune = check_choice(f"{name}: prune", settings.get("prune", True), (True, False))
         bits, k = settings.get("bits", self.bits), settings.get("k", self.k if prune else 0)
-        _check_precision(name, bits, k)
+        _check_precision(name, bits, k, self.grid)
         return MSQWeight(self, weight.device, bits, k, prune)
 
 
-def _check_precision(name, bits, k):
-    check_int(f"{name}: bits", bits, 0, MAX_BITS)
+def _check_precision(name, bits, k, grid):
+    check_int(f"{name}: bits", bits, 0, most_bits(grid))
     check_int(f"{name}: k", k, 0, MAX_BITS)
     if k >= max(bits, 1):
         raise ValueError(f"{name}: expected k < bits = {bits} (0: no penalty), got k = {k}")
@@ -95,20 +127,21 @@ class MSQWeight(WeightQuantizer):
         self.register_buffer("bits", torch.full((), bits, dtype=torch.int32, device=device))
         self.register_buffer("k", torch.full((), k, dtype=torch.int32, device=device))
         self.grid, self.decoupled, self.prune = GRIDS.index(config.grid), config.penalty == "decoupled", prune
-        self.scale, self.per_row = config.scale, config.per_row
-        self.covered = config.scale == ABSMAX
-        self.batch_key = ("msq", self.grid, self.scale, self.per_row, self.decoupled)
+        self.scale, self.scale_grad, self.per_row = config.scale, config.scale_grad, config.per_row
+        self.covered = config.scale == ABSMAX and not config.scale_grad
+        self.unit = config.penalty_unit
+        self.batch_key = ("msq", self.grid, self.scale, self.scale_grad, self.per_row, self.decoupled, self.unit)
 
     def set_precision(self, bits, k):
         """Sets both in place: nothing recompiles. Raises ValueError out of range."""
-        _check_precision("set_precision", bits, k)
+        _check_precision("set_precision", bits, k, GRIDS[self.grid])
         self.bits.fill_(bits)
         self.k.fill_(k)
 
     @staticmethod
     def launch(quantizers, w):
-        scale, bits, k = _arguments(quantizers, w)
         p, dtype = quantizers[0], checks.dtype_of(None, w)
+        scale, bits, k = _arguments(quantizers, w, p.scale_grad)
         if p.decoupled:
             q = call(ops.round_clamp, w, scale, bits, p.grid, True, p.covered, dtype)
             return Quantized(q, None, scale, bits, k)
@@ -117,7 +150,9 @@ class MSQWeight(WeightQuantizer):
 
     @staticmethod
     def revive(quantizers, w, result):
-        out = _Revive.apply(result, (quantizers[0].grid, quantizers[0].covered), *w)
+        p = quantizers[0]
+        scale = weight_scales(w, p.scale, p.per_row, grad=True) if p.scale_grad else []
+        out = _Revive.apply(result, (p.grid, p.covered), *w, *scale)
         return result._replace(q=list(out[:len(w)]), penalty=None if result.penalty is None else out[-1])
 
     @staticmethod
@@ -130,6 +165,9 @@ class MSQWeight(WeightQuantizer):
         return [(n, kk, count / max(t.numel(), 1), error if count >= 0 else math.nan, s)
                 for t, n, kk, count, error, s in rows]
 
+    def stored_bits(self, bits):
+        return code_bits(bits, GRIDS[self.grid])
+
     def to_int(self, w):
         bits, scale = int(self.bits), weight_scales([w], self.scale, self.per_row)[0]
         codes = foreach.encode([w], [scale], bits, grid=GRIDS[self.grid])[0]
@@ -137,12 +175,12 @@ class MSQWeight(WeightQuantizer):
 
     def extra_repr(self):
         return (f"bits={shown(self.bits)}, k={shown(self.k)}, grid={GRIDS[self.grid]!r}, scale={self.scale!r}, "
-                f"per_row={self.per_row}, prune={self.prune}")
+                f"scale_grad={self.scale_grad}, per_row={self.per_row}, prune={self.prune}")
 
 
-def _arguments(quantizers, w):
+def _arguments(quantizers, w, scale_grad=False):
     """(scales, bits, k) of a list call."""
-    scale = weight_scales(w, quantizers[0].scale, quantizers[0].per_row)
+    scale = weight_scales(w, quantizers[0].scale, quantizers[0].per_row, scale_grad)
     precision = torch.stack([p.bits for p in quantizers] + [p.k for p in quantizers])
     return scale, precision[:len(w)], precision[len(w):]
 
@@ -151,8 +189,10 @@ class _Revive(torch.autograd.Function):
     """Gives a cached result a graph of its own, with the backward of ops.msq."""
 
     @staticmethod
-    def forward(ctx, result, settings, *w):
+    def forward(ctx, result, settings, *tensors):  # the weights, and the scales where they have gradients
+        w = tensors[:len(result.q)]
         (ctx.grid, ctx.covered), ctx.dtype, ctx.q_dtype, ctx.size = settings, w[0].dtype, result.q[0].dtype, len(w)
+        ctx.scale_grad = len(tensors) > len(w)
         ctx.has_penalty = result.penalty is not None
         ctx.set_materialize_grads(False)
         q = [t.detach() for t in result.q]
@@ -164,12 +204,13 @@ class _Revive(torch.autograd.Function):
     def backward(ctx, *grads):
         grad_q, r = grads[:ctx.size], grads[ctx.size] if ctx.has_penalty else None
         if r is None and (ctx.covered or all(g is None for g in grad_q)):
-            return None, None, *(None if g is None else g.to(ctx.dtype) for g in grad_q)
+            grad_w = [None if g is None else g.to(ctx.dtype) for g in grad_q]
+            return None, None, *grad_w, *[None] * (ctx.size * ctx.scale_grad)
         *tensors, bits, k = ctx.saved_tensors
         w, scale = tensors[:ctx.size], tensors[ctx.size:]
-        grad_w, _ = call(
-            ops.uniform_backward, materialize(grad_q, w, ctx.q_dtype), r, w, scale, bits, k, ctx.grid, True, False)
-        return None, None, *(grad_w if r is not None else of_used(grad_q, grad_w))
+        grad_w, grad_scale = call(ops.uniform_backward, materialize(grad_q, w, ctx.q_dtype), r, w, scale, bits, k,
+                                  ctx.grid, True, ctx.scale_grad)
+        return None, None, *(grad_w if r is not None else of_used(grad_q, grad_w)), *grad_scale
 
 
 # The penalty.
@@ -186,6 +227,8 @@ def penalty(model):
     """Sum of the LSB penalties R = sum |B_k| * (value of one code step) over the layers: 0-dim, differentiable.
 
         (task_loss + strength * quantops.penalty(model)).backward()      dR/dw = sign(B_k)
+
+    With penalty_unit="code" R = sum |B_k|, and dR/dw = sign(B_k) / (value of one code step).
 
     Taken from the forward pass that just ran, without reading the weights again, where that one is still valid (same
     weights and bits, graph not used up); computed otherwise, as for penalty="decoupled", where it serves to be looked
@@ -210,9 +253,23 @@ def _penalties(layers):
             taken.setdefault(id(done.value.penalty), (done, []))[1].append(i)
         else:
             missing.append((p, w))
-    parts = [done.value.penalty.sum() if len(index) == len(done.w) else done.value.penalty[index].sum()
-             for done, index in taken.values()]
+    parts = []
+    for done, index in taken.values():
+        of_each = _in_units(done.value.penalty, done.quantizers[0], done.value.scale, done.value.bits)
+        parts.append(of_each.sum() if len(index) == len(done.w) else of_each[index].sum())
     return parts + [_stats(quantizers, w)[0].sum() for quantizers, w in batches(missing)]
+
+
+def _in_units(v, p, scale, bits):
+    """R, or a strength of it, of each weight in the unit of ``p``, from what it is in the value of code steps."""
+    if p.unit == "step":
+        return v
+    s = torch.cat([v.detach().reshape(1) for v in scale])
+    if GRIDS[p.grid] == "full":
+        step = 2 * s / (torch.ldexp(torch.ones_like(s), bits) - 1).clamp(min=1)
+    else:
+        step = torch.ldexp(s, (1 if GRIDS[p.grid] == "dyadic" else 0) - bits)
+    return v / torch.where(step > 0, step, torch.ones_like(step))  # a scale of 0 has no LSBs
 
 
 def _usable(done):
@@ -240,8 +297,11 @@ def _traced_penalties(layers):
             # The call of the forward pass, with all of its layers, of which these may be a part.
             count = [i for i, p in enumerate(quantizers) if p in counted]
             if count:
-                of_each = (_stats(quantizers, w)[0] if quantizers[0].decoupled
-                           else quantizers[0].launch(quantizers, w).penalty)
+                if quantizers[0].decoupled:
+                    of_each = _stats(quantizers, w)[0]
+                else:
+                    done = quantizers[0].launch(quantizers, w)
+                    of_each = _in_units(done.penalty, quantizers[0], done.scale, done.bits)
                 parts.append(of_each.sum() if len(count) == len(w) else torch.stack([of_each[i] for i in count]).sum())
     return parts
 
@@ -249,12 +309,13 @@ def _traced_penalties(layers):
 def _stats(quantizers, w):
     """(penalty, nonzero, sq_error), an entry per weight."""
     scale, bits, k = _arguments(quantizers, w)
-    return call(ops.lsb_stats, w, scale, bits, k, quantizers[0].grid, quantizers[0].covered)
+    penalty, *sums = call(ops.lsb_stats, w, scale, bits, k, quantizers[0].grid, quantizers[0].covered)
+    return _in_units(penalty, quantizers[0], scale, bits), *sums
 
 
 @torch.no_grad()
 def add_penalty_grad_(model, strength):
-    """Adds strength * sign(B_k) to the ``.grad`` of every weight: the gradient of ``strength * penalty(model)``.
+    """Adds strength * dR/dw to the ``.grad`` of every weight: the gradient of ``strength * penalty(model)``.
 
     Call it between ``loss.backward()`` and ``optimizer.step()``, once per optimizer step, with MSQConfig(penalty=
     "decoupled"): one list call, and nothing of the penalty in the backward pass. The gradients equal those of the loss
@@ -271,8 +332,11 @@ def add_penalty_grad_(model, strength):
         for t in w:
             if t.grad is None:
                 t.grad = torch.zeros_like(t)
-        scale, bits, k = _arguments(quantizers, w)
-        foreach.add_lsb_grad_([t.grad for t in w], w, scale, bits, k, strength, grid=GRIDS[quantizers[0].grid])
+        (scale, bits, k), p = _arguments(quantizers, w), quantizers[0]
+        each = strength
+        if p.unit == "code":
+            each = _in_units(torch.as_tensor(strength, dtype=scale[0].dtype, device=w[0].device), p, scale, bits)
+        foreach.add_lsb_grad_([t.grad for t in w], w, scale, bits, k, each, grid=GRIDS[p.grid])
 
 
 # The controller.
@@ -307,7 +371,8 @@ class MSQController:
         hessian: False: k stays 1, and layers are taken in order of increasing beta; so also where step() gets no
             loss_fn.
         samples: Hutchinson vectors per decision.
-        min_bits: bits that a layer keeps, at least 1.
+        min_bits: bits that a layer keeps; default and least: 2 on the dyadic grid, where 1 bit has the values -s and 0
+            and no positive one, 1 on the others.
         seed: with the number of decisions taken, the seed of the vectors.
 
     ``log`` is a list with a dict per decision, fit for JSON: step, compression_before, compression, done, and layers,
@@ -321,7 +386,8 @@ class MSQController:
     of reach, and options out of range.
     """
 
-    def __init__(self, model, target, *, interval=1, threshold, strength, hessian=True, samples=8, min_bits=1, seed=0):
+    def __init__(self, model, target, *, interval=1, threshold, strength, hessian=True, samples=8, min_bits=None,
+                 seed=0):
         self._all = _layers(model)
         self._layers = [entry for entry in self._all if entry[2].prune]
         if not self._layers:
@@ -332,7 +398,11 @@ class MSQController:
                                  '{"prune": False} for it in MSQConfig.overrides')
         self.interval = check_int("interval", interval, 1, 2**62)
         self.samples = check_int("samples", samples, 1, 2**31)
-        self.min_bits = check_int("min_bits", min_bits, 1, MAX_BITS)
+        of_use = max(LEAST_BITS[GRIDS[p.grid]] for _, _, p in self._layers)
+        self.min_bits = check_int("min_bits", of_use if min_bits is None else min_bits, 1, MAX_BITS)
+        if self.min_bits < of_use:
+            raise ValueError(f"min_bits: expected at least {of_use}, since 1 bit on the dyadic grid has the values -s and "
+                             f"0 and no positive one (the grids 'sign' and 'full' have one), got {min_bits}")
         self.seed = check_int("seed", seed, 0, 2**32)
         self.hessian = check_choice("hessian", hessian, (True, False))
         self.target = _number("target", target, 1, math.inf)

@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from quantops import checks
 from quantops.activation import ActivationConfig, UniformActivation
 from quantops.autograd.common import call, materialize, of_used
+from quantops.autograd.truncate import exact_slope
 from quantops.convert import check_choice, check_int, remove_quantizers
 from quantops.intweight import IntWeight
 from quantops.library import ops
 from quantops.methods.multibn import KINDS, MultiBatchNorm, check_norms, refuse_recomputing, replace
 from quantops.nn import WeightQuantizer, batches, check_module, quantized, shown, trackable
-from quantops.reference.truncate import COMPANDINGS
+from quantops.reference.truncate import COMPANDINGS, SLOPES
 from quantops.reference.uniform import MAX_BITS, RULES
-from quantops.scales import ABSMAX, check_scale, split_scales, weight_scales
+from quantops.scales import ABSMAX, check_scale, measured, split_scales, weight_scales
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,8 @@ class TruncQuantConfig(ActivationConfig):
     rule: "floor", where the truncated code is the code of m bits; "nearest" and "round_clamp" for comparison.
     companding: None or "tanh". scale: "absmax", max|w|, or a number f: f * mean|w|, where weights beyond it clamp.
     out_scale: None (the scale) or "absmean", mean|w|.
+    slope: "ste", 1, which a quantizer has on its own scale, or "exact", see :func:`quantops.truncate`.
+    scale_grad: True takes the scales as the functions of the weights that they are, see MSQConfig.
     per_row: scales per row (dim 0: output channels of Linear and Conv, input channels of ConvTranspose).
     batch_norm: BatchNorm1d, 2d and 3d become :class:`quantops.MultiBatchNorm`, one for each width. False: they are
         shared by all widths.
@@ -51,6 +54,8 @@ class TruncQuantConfig(ActivationConfig):
     companding: str | None = None
     scale: str | float = ABSMAX
     out_scale: str | None = None
+    slope: str = SLOPES[0]
+    scale_grad: bool = False
     per_row: bool = False
     batch_norm: bool = True
     act_bits: int | str | None = None
@@ -80,6 +85,8 @@ class TruncQuantConfig(ActivationConfig):
         if self.act_shared and self.act_scale == "step":
             raise ValueError("act_shared: expected False, or an act_scale other than 'step', which no two widths share")
         check_scale(self.scale)
+        check_choice("slope", self.slope, SLOPES)
+        check_choice("scale_grad", self.scale_grad, (True, False))
 
     def fixed(self, bits):
         return {"bits": bits}
@@ -129,8 +136,10 @@ class TruncQuantWeight(WeightQuantizer):
         self._make_constants(device)
         self.rule, self.tanh = RULES.index(config.rule), config.companding == "tanh"
         self.scale, self.out_scale, self.per_row = config.scale, config.out_scale, config.per_row
-        self.covered = config.scale == ABSMAX
-        self.batch_key = ("truncquant", len(widths), self.rule, self.tanh, self.scale, self.out_scale, self.per_row)
+        self.scale_grad, self.exact = config.scale_grad, config.slope == "exact"
+        self.covered = config.scale == ABSMAX and not config.scale_grad
+        self.batch_key = ("truncquant", len(widths), self.rule, self.tanh, self.scale, self.out_scale, self.per_row,
+                          self.exact, self.scale_grad)
         self.joint_graph = False  # a joint_loss may wait for its backward pass
 
     def _make_constants(self, device):
@@ -165,7 +174,9 @@ class TruncQuantWeight(WeightQuantizer):
     @staticmethod
     def revive(quantizers, w, result):
         p = quantizers[0]
-        return result._replace(q=list(_Revive.apply(result, (p.rule, p.tanh, p.covered), *w)))
+        scale, out_scale = _scales(quantizers, w, grad=True) if p.scale_grad else ([], [])
+        return result._replace(q=list(_Revive.apply(result, (p.rule, p.tanh, p.covered, p.exact), *w, *scale,
+                                                    *out_scale)))
 
     @staticmethod
     def measure(quantizers, w):
@@ -190,7 +201,7 @@ class TruncQuantWeight(WeightQuantizer):
         # With a step of 1 the values are the odd levels 2c - (2^n - 1), by the very kernel of the forward pass.
         units = [torch.full_like(scale[0], 2**n - 1)]
         level = call(ops.truncate, [w], scale, units, self.all_bits[:1].reshape(1, 1), self.base.reshape(1), self.rule,
-                     self.tanh, self.covered, scale[0].dtype)[0]
+                     self.tanh, self.covered, False, scale[0].dtype)[0]
         codes = ((level + (2**n - 1)) / 2).to(torch.int32)
         return IntWeight.from_codes(codes, (out_scale or scale)[0], n, grid="full", dtype=w.dtype, fixed=self.fixed)
 
@@ -202,23 +213,26 @@ class TruncQuantWeight(WeightQuantizer):
     def extra_repr(self):
         return (f"bits={shown(self.bits)} of {self.widths}, base_bits={self.base_bits}, rule={RULES[self.rule]!r}, "
                 f"companding={COMPANDINGS[self.tanh]!r}, scale={self.scale!r}, out_scale={self.out_scale!r}, "
-                f"per_row={self.per_row}")
+                f"slope={'exact' if self.exact else 'ste'!r}, scale_grad={self.scale_grad}, per_row={self.per_row}")
 
 
 def _truncate(quantizers, w, bits):
-    p, (scale, out_scale) = quantizers[0], _scales(quantizers, w)
+    p = quantizers[0]
+    scale, out_scale = _scales(quantizers, w, p.scale_grad)
     base = torch.stack([p.base for p in quantizers])
-    q = call(ops.truncate, w, scale, out_scale, bits, base, p.rule, p.tanh, p.covered, checks.dtype_of(None, w))
+    q = call(ops.truncate, w, scale, out_scale, bits, base, p.rule, p.tanh, p.covered, p.exact and bool(out_scale),
+             checks.dtype_of(None, w))
     return Truncated(q, scale, out_scale, bits, base)
 
 
-def _scales(quantizers, w):
-    """(scale, out_scale) of a list call; out_scale is [] where it is the scale."""
+def _scales(quantizers, w, grad=False):
+    """(scale, out_scale) of a list call; out_scale is [] where it is the scale, and no slope depends on it."""
     p = quantizers[0]
     if not p.out_scale:
-        return weight_scales(w, p.scale, p.per_row), []
-    mean = ops.absmean(w, p.per_row)
-    top = ops.absmax(w, p.per_row) if p.covered else mean * p.scale
+        scale = weight_scales(w, p.scale, p.per_row, grad)
+        return scale, scale if p.exact and p.tanh else []
+    mean = measured(w, p.per_row, True, grad)
+    top = measured(w, p.per_row, False, grad) if p.scale == ABSMAX else mean * p.scale
     return split_scales(top, w, p.per_row), split_scales(mean, w, p.per_row)
 
 
@@ -226,26 +240,31 @@ class _Revive(torch.autograd.Function):
     """Gives a cached result a graph of its own, with the backward of ops.truncate."""
 
     @staticmethod
-    def forward(ctx, result, settings, *w):
-        ctx.settings, ctx.dtype, ctx.q_dtype = settings, w[0].dtype, result.q[0].dtype
+    def forward(ctx, result, settings, *tensors):  # the weights, and the scales where they have gradients
+        w = tensors[:len(result.q)]
+        ctx.settings, ctx.dtype, ctx.q_dtype, ctx.size = settings, w[0].dtype, result.q[0].dtype, len(w)
+        ctx.scale_grad = len(tensors) > len(w)
         ctx.set_materialize_grads(False)
-        _, tanh, covered = settings
-        ctx.identity = covered and not tanh
+        _, tanh, covered, exact = settings
+        ctx.own_out = bool(result.out_scale)
+        ctx.identity = covered and not tanh and not (exact and ctx.own_out)
         if not ctx.identity:
-            ctx.own_out = bool(result.out_scale)
             ctx.save_for_backward(*w, *result.scale, *result.out_scale, result.bits, result.base)
         return tuple(t.detach() for t in result.q)
 
     @staticmethod
     def backward(ctx, *grads):
-        n, (rule, tanh, _) = len(grads), ctx.settings
+        n, (rule, tanh, _, exact) = ctx.size, ctx.settings
+        none = [None] * (n * (1 + ctx.own_out) if ctx.scale_grad else 0)
         if ctx.identity or all(g is None for g in grads):
-            return None, None, *(None if g is None else g.to(ctx.dtype) for g in grads)
+            return None, None, *(None if g is None else g.to(ctx.dtype) for g in grads), *none
         *tensors, bits, base = ctx.saved_tensors
         w, scale, out_scale = tensors[:n], tensors[n: 2 * n], tensors[2 * n:]
-        grad_w = call(ops.truncate_backward, materialize(grads, w, ctx.q_dtype), w, scale, out_scale, bits, base, rule,
-                      tanh, False, False)[0]
-        return None, None, *of_used(grads, grad_w)
+        grad_w, *sums = call(ops.truncate_backward, materialize(grads, w, ctx.q_dtype), w, scale, out_scale, bits, base,
+                             rule, tanh, False, ctx.scale_grad)
+        if exact and out_scale:
+            grad_w, sums = exact_slope(grad_w, sums, w, scale, out_scale, tanh)
+        return None, None, *of_used(grads, grad_w), *(t for v in sums for t in v)
 
 
 # Choosing the width.

@@ -3,6 +3,7 @@
 from quantops.reference.activation import activation, activation_backward
 from quantops.reference.categorical import categorical, categorical_backward
 from quantops.reference.categorical_activation import categorical_activation, categorical_activation_backward
+from quantops.reference.own_scale import own_scale_backward
 from quantops.reference.packing import pack, unpack
 from quantops.reference.truncate import truncate, truncate_backward, truncate_scale_terms
 from quantops.reference.uniform import (
@@ -33,6 +34,7 @@ __all__ = [
     "lsb",
     "lsb_penalty",
     "msq",
+    "own_scale_backward",
     "pack",
     "round_clamp",
     "truncate",

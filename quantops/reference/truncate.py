@@ -23,6 +23,7 @@ from quantops.reference.uniform import (
 )
 
 COMPANDINGS = (None, "tanh")
+SLOPES = ("ste", "exact")
 
 
 def _prepare(w, scale, out_scale, bits, base_bits):

@@ -1,0 +1,92 @@
+"""Settings of the methods that papers differ in: grids, the unit of the penalty, scales with a gradient, presets."""
+
+import pytest
+import torch
+
+import quantops
+from networks import Net, data, loss_of, make_msq, originals
+from quantops import MSQConfig, MSQController, TruncQuantConfig, quantize_
+from quantops.nn import quantized
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("grid", ["dyadic", "full", "sign"])
+@pytest.mark.parametrize("kind", ["loss", "decoupled"])
+def test_the_unit_of_the_penalty(grid, kind):
+    """Under "code" R is the plain sum of |B_k|, and its gradient sign(B_k) over the value of a code step."""
+    model = make_msq(bits=5, k=2, grid=grid, penalty=kind, penalty_unit="code")
+    model(data()[0])
+    total, want, grads = quantops.penalty(model), 0, []
+    for w in originals(model).values():
+        s, b = quantops.absmax(w), quantops.lsb(w.detach(), None, 5, 2, grid=grid)
+        want += b.abs().sum()
+        grads.append(b.sign() / {"dyadic": s * 2**-4, "full": 2 * s / 31, "sign": s * 2**-5}[grid])
+    torch.testing.assert_close(total.detach(), want.to(total))
+    if kind == "loss":
+        (0.5 * total).backward()
+    else:
+        quantops.add_penalty_grad_(model, 0.5)
+    for w, g in zip(originals(model).values(), grads):
+        torch.testing.assert_close(w.grad, 0.5 * g)
+
+
+def test_the_unit_of_a_code_needs_one_step_per_layer():
+    with pytest.raises(ValueError, match="penalty_unit: expected 'step' with per_row"):
+        MSQConfig(penalty_unit="code", per_row=True)
+
+
+def scales(w, settings):
+    reduce = quantops.absmean if "scale" in settings else quantops.absmax
+    return reduce(w, per_row=settings.get("per_row", False), grad=True) * settings.get("scale", 1.0)
+
+
+def msq_q(w, settings):
+    return quantops.round_clamp(w, scales(w, settings), 3, grid=settings.get("grid"))
+
+
+def truncquant_q(w, settings):
+    out = quantops.absmean(w, grad=True) if "out_scale" in settings else None
+    return quantops.truncate(w, scales(w, settings), 3, base_bits=3, companding=settings.get("companding"), out_scale=out,
+                             slope=settings.get("slope", "ste"))
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("config, settings", [
+    (MSQConfig, {}), (MSQConfig, {"scale": 2.0, "grid": "sign"}), (MSQConfig, {"per_row": True, "penalty": "decoupled"}),
+    (TruncQuantConfig, {}), (TruncQuantConfig, {"companding": "tanh", "slope": "exact"}),
+    (TruncQuantConfig, {"companding": "tanh", "out_scale": "absmean", "slope": "exact"})])
+def test_scales_with_a_gradient(config, settings, cache):
+    """The gradients of a model are those of the op with scales that are functions of the weights."""
+    bits = (3,) if config is TruncQuantConfig else 3
+    torch.manual_seed(0)
+    model = quantize_(Net(), config(bits=bits, scale_grad=True, cache=cache, **settings))
+    loss_of(model)  # fills the cache
+    loss_of(model).backward()
+    own = [w.detach().clone().requires_grad_() for w in originals(model).values()]
+    names = [f"{name}.weight" for name, _, _ in quantized(model)]
+    plain = quantops.unquantize_(model)
+    q = [(msq_q if config is MSQConfig else truncquant_q)(w, settings) for w in own]
+    x, y = data()
+    out = torch.func.functional_call(plain, dict(zip(names, q)), (x,))
+    torch.nn.functional.cross_entropy(out, y).backward()
+    for name, w in zip(names, own):
+        got = plain.get_parameter(name).grad
+        torch.testing.assert_close(got, w.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("grid, least", [("dyadic", 2), ("full", 1), ("sign", 1)])
+def test_the_least_bits_follow_from_the_grid(grid, least):
+    control = MSQController(make_msq(bits=3, grid=grid), 4, threshold=0.5, strength=0.1)
+    assert control.min_bits == least
+
+
+def test_compression_is_told_with_and_without_signs():
+    report = quantops.bit_report(make_msq(bits=3, grid="sign", first=7))
+    sizes = [row.numel for row in report.rows]
+    assert [row.bits for row in report.rows] == [7, 3, 3, 3] and [row.stored for row in report.rows] == [8, 4, 4, 4]
+    assert report.compression == 32 * sum(sizes) / sum(n * row.bits for n, row in zip(sizes, report.rows))
+    assert report.stored == 32 * sum(sizes) / sum(n * row.stored for n, row in zip(sizes, report.rows))
+    assert f"{report.compression:.2f}x" in str(report) and f"{report.stored:.2f}x as stored" in str(report)
+    plain = quantops.bit_report(make_msq(bits=3))
+    assert plain.stored == plain.compression and "stored" not in str(plain).splitlines()[-1]
