@@ -74,14 +74,15 @@ class MSQ(Float):
     scale of f mean|w|."""
 
     def __init__(self, model, steps, *, bits, k, target, grid, scale, penalty, hessian, threshold, strength, prune,
-                 decisions, samples, sample_size, min_bits, nearest):
+                 decisions, samples, sample_size, min_bits, nearest, scale_grad, penalty_unit):
         super().__init__(model, steps)
         self.nearest, self.found = nearest, None  # the bits of each layer, once they are final
         if nearest is not None and target is None:
             raise ValueError("nearest: expected None, for no bits are found without a target")
         if nearest is not None:
             self._config({"*": bits})  # ValueError now, not when the bits are found
-        quantops.quantize_(model, quantops.MSQConfig(bits=bits, k=k, grid=grid, scale=scale, penalty=penalty))
+        quantops.quantize_(model, quantops.MSQConfig(
+            bits=bits, k=k, grid=grid, scale=scale, penalty=penalty, scale_grad=scale_grad, penalty_unit=penalty_unit))
         self.decoupled, self.sample_size, self.controller = penalty == "decoupled", sample_size, None
         if target is not None:
             self.controller = quantops.MSQController(

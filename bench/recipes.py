@@ -26,6 +26,8 @@ class Recipe:
 _MSQ = dict(
     bits=8, k=1, target=16.0, grid="dyadic", penalty="loss", hessian=True,
     scale=2.8,          # times mean|w|; "absmax": max|w|, the paper's
+    scale_grad=False,   # the scale is a constant
+    penalty_unit="step",  # of the penalty; "code": a plain sum of |B|
     min_bits=2,         # the dyadic grid of 1 bit is {-s, 0}: layers that came to it were lost
     threshold=0.5,      # alpha, the fraction of nonzero LSBs below which a layer loses bits
     strength=2e-3,      # lambda
@@ -44,10 +46,21 @@ _MSQ_DEVIATIONS = (_MSQ_GRID + "lambda (5e-5 there) and threshold larger, since 
 # Quickly down: where all layers end at 2 bits, what counts are the steps that are left then.
 _NEAREST = {"hessian": False, "threshold": 0.55, "prune": 0.2, "nearest": 1.87}
 
+# The sign grid counts bits as BSQ does: n of magnitude beside a sign. The scales have the least squared error of normal
+# weights at 1 and at 2 bits.
+_SIGN = {"grid": "sign", "min_bits": 1, "scale": 3.07}
+
+# 2 bits fixed, in details that public code and this library have decided differently.
+_FIXED = _MSQ | {"bits": 2, "k": 0, "target": None}
+_ROUND_CLAMP = "round-clamp rule, constant bits"
+
 WIDTHS = (8, 4, 2, 1)
 _TRUNCATED = dict(widths=WIDTHS, rule="floor", joint=True, companding=None, batch_norm=True, distill=0.0,
                   scale="absmax")  # or a number f, f mean|w|: with 2.5 TruncQuant's 2 bits are 5 points better
 _ALONE = _TRUNCATED | {"joint": False, "batch_norm": False}  # trained at its widest width
+_TWO = _ALONE | {"widths": (2,)}
+_TANH = _TWO | {"companding": "tanh", "out_scale": "absmean"}
+_ANY = "Any-Precision networks, arXiv 1911.07346, which TruncQuant builds on"
 _BITS = dict(bits=4, dropbits=None,
              search=0.6,        # part of the steps in which gates are drawn, where there are any
              strength=0.0,      # of the penalty on gates
@@ -69,7 +82,10 @@ RECIPES = {
                           "thirds of 1.87 mean|w|"),
     "msq-decoupled": Recipe(methods.MSQ, _MSQ | {"penalty": "decoupled"}, _MSQ_PAPER,
                             _MSQ_DEVIATIONS + "; the penalty's gradient is added after the backward pass"),
-    "fixed-2-bits": Recipe(methods.MSQ, _MSQ | {"bits": 2, "k": 0, "target": None}, "round-clamp rule, constant bits",
+    "msq-sign": Recipe(methods.MSQ, _MSQ | _SIGN, _MSQ_PAPER,
+                       _MSQ_DEVIATIONS + "; here the sign grid, whose bits do not count the sign, down to 1 bit, with "
+                       "3.07 mean|w|"),
+    "fixed-2-bits": Recipe(methods.MSQ, _FIXED, _ROUND_CLAMP,
                            "no penalty, no controller: what MSQ's choice of bits is compared with"),
     "qat": Recipe(methods.Truncated, _ALONE | {"rule": "nearest"}, "DoReFa's rule, arXiv 1606.06160",
                   "no tanh; trained at 8 bits, then truncated"),
@@ -102,4 +118,25 @@ RECIPES = {
                        "the steps the bits that stay are trained on, with new momentum, since batch norms have "
                        "averaged over what was dropped"),
 }
+# In the order of a table: what each detail of a 2-bit quantizer is worth. ``--method details`` runs all of them.
+DETAILS = {
+    "details-tanh-public": Recipe(methods.Truncated, _TANH | {"slope": "exact", "scale_grad": True}, _ANY,
+                                  "its gradients: the slope mean|w| / tanh(max|w|), and through both scales"),
+    "details-tanh": Recipe(methods.Truncated, _TANH, _ANY, "a slope of 1 and constant scales"),
+    "details-tanh-slope": Recipe(methods.Truncated, _TANH | {"slope": "exact"}, _ANY, "constant scales"),
+    "details-floor": Recipe(methods.Truncated, _TWO, "the floor rule, constant bits", "max|w|, a constant"),
+    "details-floor-gradient": Recipe(methods.Truncated, _TWO | {"scale_grad": True}, "the floor rule, constant bits",
+                                     "max|w|, and the gradient through it"),
+    "details-dyadic": Recipe(methods.MSQ, _FIXED | {"scale": "absmax"}, _ROUND_CLAMP, "max|w|, a constant"),
+    "details-dyadic-gradient": Recipe(methods.MSQ, _FIXED | {"scale": "absmax", "scale_grad": True}, _ROUND_CLAMP,
+                                      "max|w|, and the gradient through it"),
+    "details-dyadic-mean": Recipe(methods.MSQ, _FIXED, _ROUND_CLAMP, "2.8 mean|w|, a constant"),
+    "details-sign-2": Recipe(methods.MSQ, _FIXED | {"grid": "sign", "scale": 3.26}, _ROUND_CLAMP,
+                             "2 bits beside a sign, 7 levels, 3.26 mean|w|"),
+    "details-sign-1": Recipe(methods.MSQ, _FIXED | {"grid": "sign", "bits": 1, "scale": 3.07}, _ROUND_CLAMP,
+                             "1 bit beside a sign, 3 levels, 3.07 mean|w|"),
+    "details-float": Recipe(methods.Float, {}, "-", "none"),
+}
+RECIPES |= DETAILS
+GROUPS = {"all": tuple(RECIPES), "details": tuple(DETAILS)}
 SEPARATE = tuple(name for name in RECIPES if name.startswith("separate-"))  # together they are one row of a table

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from bench import data, machine, models, state
-from bench.recipes import COMMON, EVERYWHERE, RECIPES
+from bench.recipes import COMMON, EVERYWHERE, GROUPS, RECIPES
 from bench.store import UNFINISHED, read_json, read_states, write_json
 from quantops.files import write_whole
 
@@ -287,10 +287,10 @@ def _settings(texts, names):
 
 def _check(args):
     """Completes the options; ValueError for those that make no sense."""
-    args.methods = list(RECIPES) if args.method == "all" else args.method.split(",")
+    args.methods = [name for method in args.method.split(",") for name in GROUPS.get(method, (method,))]
     for name in args.methods:
         if name not in RECIPES:
-            raise ValueError(f"method: expected some of {', '.join(RECIPES)}, or all, got {name!r}")
+            raise ValueError(f"method: expected some of {', '.join((*RECIPES, *GROUPS))}, got {name!r}")
     try:
         args.seeds = [int(s) for s in args.seed.split(",")]
     except ValueError:
@@ -343,7 +343,7 @@ def train(args):
 
 def add_arguments(parser):
     """Options of ``python -m bench train``."""
-    parser.add_argument("--method", required=True, help=f"some of {', '.join(RECIPES)}, comma-separated, or all")
+    parser.add_argument("--method", required=True, help=f"some of {', '.join((*RECIPES, *GROUPS))}, comma-separated")
     parser.add_argument("--data", required=True, help=".npz of JPEGs or folder of class folders, see bench/data.py")
     parser.add_argument("--epochs", type=int, required=True)
     parser.add_argument("--seed", default="0", help="comma-separated (default 0)")

@@ -23,6 +23,16 @@ def positives(starts, logs, dtype):
     return each(lambda log: positive(start, log).to(dtype), logs)
 
 
+def range_step(w, bits, *, per_row):
+    """(max w - min w) / 2^bits, in the shapes of :func:`grid_step`; 1 where that is 0."""
+    count = w.shape[0] if per_row else 1
+    if w.numel() == 0:
+        return w.new_ones(count, dtype=acc_dtype(w.dtype))
+    low, high = w.to(acc_dtype(w.dtype)).reshape(count, -1).aminmax(dim=1)
+    step = (high - low) / 2**bits
+    return torch.where(step > 0, step, torch.ones_like(step))
+
+
 def grid_step(w, bits, *, per_row):
     """The step with the smallest sum (q - w)^2 on the signed grid, of 16: max|w| is 0.7 to 10 times the grid's end.
 

@@ -35,8 +35,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FUSES = pytest.mark.parametrize("fuse", ["model", "layer"])
 KINDS = pytest.mark.parametrize("kind", [
     {}, {"grad": "winner", "per_row": True}, {"mode": "soft", "dropbits": "learned"},
-    {"mode": "sample", "dropbits": "fixed", "keep": 0.6, "per_row": True},
-    {"grad": "winner", "dropbits": "learned", "keep": 0.5, "min_bits": 2}])
+    {"mode": "sample", "dropbits": "fixed", "nonzero": 0.6, "per_row": True},
+    {"grad": "winner", "dropbits": "learned", "nonzero": 0.5, "min_bits": 2}])
 
 
 # Forward and gradients
@@ -190,7 +190,7 @@ def test_training_draws_and_evaluation_is_hard(fuse, kind, cache):
 
 
 def test_parts_of_a_model_may_be_in_evaluation():
-    model = make_cpq(dropbits="fixed", keep=0.6)
+    model = make_cpq(dropbits="fixed", nonzero=0.6)
     model.head.eval()
     heads = [model(data()[0]) is not None and model.head.weight for _ in range(4)]
     convs = [model(data()[0]) is not None and model.conv.weight for _ in range(30)]
@@ -380,8 +380,8 @@ def test_dtype_moves(fuse):
     ({"sigma": 0}, "sigma: expected a number .* got 0"), ({"sigma": -1.0}, "sigma: .*got -1.0"),
     ({"sigma": math.nan}, "sigma: .*nan"), ({"sigma": True}, "sigma: "), ({"sigma": "1"}, "sigma: "),
     ({"dropbits": "random"}, "dropbits: expected one of None, 'fixed', 'learned', got 'random'"),
-    ({"dropbits": True}, "dropbits: "), ({"keep": 0.0}, r"keep: expected a number in \(0, 1\), got 0.0"),
-    ({"keep": 1}, "keep: .*got 1"), ({"min_bits": 0}, "min_bits: expected an integer 1..16, got 0"),
+    ({"dropbits": True}, "dropbits: "), ({"nonzero": 0.0}, r"keep: expected a number in \(0, 1\), got 0.0"),
+    ({"nonzero": 1}, "nonzero: .*got 1"), ({"min_bits": 0}, "min_bits: expected an integer 1..16, got 0"),
     ({"bits": 2, "dropbits": "fixed"}, "dropbits: expected bits > min_bits = 2, .* got bits = 2"),
     ({"act_bits": 0}, "act_bits: .*1..8, got 0"),
     ({"act_bits": 9}, "act_bits: .*got 9"), ({"overrides": {"a": {"k": 1}}}, "overrides.*'k'")])

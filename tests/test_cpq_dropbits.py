@@ -31,7 +31,7 @@ def test_gates_are_hard_concrete():
 
 @pytest.mark.parametrize("dropbits", ["fixed", "learned"])
 def test_dropped_bits_drop_those_above(dropbits):
-    model = make_cpq(dropbits=dropbits, keep=0.5, min_bits=2, bits=5, mode="sample", sigma=4.0)
+    model = make_cpq(dropbits=dropbits, nonzero=0.5, min_bits=2, bits=5, mode="sample", sigma=4.0)
     if dropbits == "learned":
         with torch.no_grad():
             for p in quantizers(model).values():
@@ -49,7 +49,7 @@ def test_dropped_bits_drop_those_above(dropbits):
 
 
 def test_fixed_gates_are_no_parameters_and_all_bits_stay():
-    model = make_cpq(dropbits="fixed", keep=0.2)
+    model = make_cpq(dropbits="fixed", nonzero=0.2)
     assert not any(name.endswith("log_a") for name, _ in model.named_parameters())
     assert {r.bits for r in bit_report(model).rows} == {4}
     with pytest.raises(ValueError, match=r"CPQConfig\(dropbits='learned'\), Net has none"):
@@ -129,7 +129,7 @@ def test_finishing_changes_nothing_that_is_evaluated(fuse, dropbits, tmp_path):
 def test_the_penalty_takes_bits_away_and_the_loss_keeps_them():
     finals = {}
     for strength in (0.0, 0.5):
-        model = make_cpq(dropbits="learned", bits=6, keep=0.6, sigma=0.5)
+        model = make_cpq(dropbits="learned", bits=6, nonzero=0.6, sigma=0.5)
         optimizer = torch.optim.Adam([p for name, p in model.named_parameters() if name.endswith("log_a")], lr=0.1)
         for seed in range(30):
             optimizer.zero_grad()

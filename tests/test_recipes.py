@@ -5,7 +5,7 @@ import torch
 
 import quantops
 from networks import Net, data, loss_of, make_msq, originals
-from quantops import MSQConfig, MSQController, TruncQuantConfig, quantize_
+from quantops import CPQConfig, MSQConfig, MSQController, TruncQuantConfig, quantize_
 from quantops.nn import quantized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -90,3 +90,74 @@ def test_compression_is_told_with_and_without_signs():
     assert f"{report.compression:.2f}x" in str(report) and f"{report.stored:.2f}x as stored" in str(report)
     plain = quantops.bit_report(make_msq(bits=3))
     assert plain.stored == plain.compression and "stored" not in str(plain).splitlines()[-1]
+
+
+def test_recursive_distillation_with_a_teacher():
+    """Each width learns from the next wider one, the widest from the teacher, by soft cross entropy alone."""
+    torch.manual_seed(0)
+    model, (x, y) = quantize_(Net(), TruncQuantConfig(bits=(8, 3, 1))), data()
+    teacher = torch.randn(len(x), 5)
+    outs = {}
+    for m in (8, 3, 1):
+        quantops.set_bits(model, m)
+        outs[m] = model(x).detach()
+    quantops.set_bits(model)
+    for settings, before in (({}, {8: None, 3: 8, 1: 8}), ({"distill_from": "wider"}, {8: None, 3: 8, 1: 3}),
+                             ({"distill_from": "wider", "teacher": teacher}, {8: teacher, 3: 8, 1: 3})):
+        for call in (quantops.joint_loss, quantops.joint_step):
+            losses = call(model, lambda out: torch.nn.functional.cross_entropy(out, y), x, distill=1.0, temperature=2.0,
+                          **settings).losses
+            for m, b in before.items():
+                out = outs[m]
+                if b is None:
+                    want = torch.nn.functional.cross_entropy(out, y)
+                else:
+                    p = ((b if isinstance(b, torch.Tensor) else outs[b]) / 2).softmax(-1)
+                    want = 4 * (p * (p.log() - (out / 2).log_softmax(-1))).sum(-1).mean()
+                torch.testing.assert_close(losses[m], want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings, kind, text", [
+    ({"teacher": torch.zeros(2, 5)}, ValueError, "teacher: expected distill > 0"),
+    ({"teacher": 3, "distill": 0.5}, TypeError, "teacher: expected a tensor of logits"),
+    ({"teacher": torch.zeros(2, 4), "distill": 0.5}, ValueError, "teacher: expected logits of 5 classes, got 4"),
+    ({"distill_from": "widestt"}, ValueError, "distill_from: expected one of 'widest', 'wider'")])
+def test_errors_of_distillation(settings, kind, text):
+    model, (x, y) = quantize_(Net(), TruncQuantConfig(bits=(3, 1))), data()
+    with pytest.raises(kind, match=text):
+        quantops.joint_loss(model, lambda out: torch.nn.functional.cross_entropy(out, y), x, **settings)
+
+
+def test_presets_train():
+    for config in (MSQConfig.paper(), MSQConfig.paper(bits=4), TruncQuantConfig.paper()):
+        torch.manual_seed(0)
+        model = quantize_(Net(), config)
+        before = {name: w.detach().clone() for name, w in originals(model).items()}
+        loss = loss_of(model)
+        if isinstance(config, MSQConfig):
+            loss = loss + 5e-5 * quantops.penalty(model)
+        loss.backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        assert all(not torch.equal(w, before[name]) and w.isfinite().all() for name, w in originals(model).items())
+    assert len(originals(model)) == 2  # of TruncQuant: neither the first nor the last of four
+    assert MSQConfig.paper(bits=4).bits == 4 and MSQConfig.paper().grid == "full"
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_cpq_as_in_the_paper(per_row):
+    torch.manual_seed(0)
+    model = quantize_(Net(), CPQConfig.paper(bits=3, per_row=per_row))
+    for name, owner, p in quantized(model):
+        w = owner.original.detach()
+        low, high = w.reshape(len(w) if per_row else 1, -1).aminmax(dim=1)
+        torch.testing.assert_close(p.alpha_start, (high - low) / 8)
+        torch.testing.assert_close(p.sigma_start, p.alpha_start / 3)
+        assert (p.mode, p.grad, p.dropbits) == ("hard", "winner", None), name
+    loss_of(model).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert CPQConfig.paper(bits=3, dropbits="learned").dropbits == "learned"
+
+
+def test_a_weight_without_a_range_starts_at_one():
+    assert torch.equal(quantops.positive.range_step(torch.full((2, 3), 0.5), 4, per_row=True), torch.ones(2))
+    assert torch.equal(quantops.positive.range_step(torch.zeros(0), 4, per_row=False), torch.ones(1))

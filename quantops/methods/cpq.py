@@ -14,12 +14,13 @@ from quantops.convert import check_choice, check_int
 from quantops.intweight import IntWeight
 from quantops.library import ops
 from quantops.nn import WeightQuantizer, quantized, shown
-from quantops.positive import grid_step, positives
+from quantops.positive import grid_step, positives, range_step
 from quantops.reference.categorical import GRADS, MAX_BITS, MAX_SOFT_BITS, MODES
 from quantops.reference.uniform import acc_dtype
 from quantops.report import bit_report
 
 DROPBITS = (None, "fixed", "learned")
+STARTS = ("error", "range")
 # The hard concrete distribution of Louizos et al. 2018.
 TEMPERATURE, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 SHIFT = TEMPERATURE * math.log(-GAMMA / ZETA)  # P(z != 0) = S(log_a - SHIFT)
@@ -46,11 +47,15 @@ class CPQConfig(ActivationConfig):
         was chosen by hand on the digits of the demo, which shows how far they gather.
     per_row: alpha and sigma per row (dim 0: output channels of Linear and Conv, input channels of ConvTranspose).
     dropbits: None; "fixed": every bit above min_bits has a hard concrete gate, drawn anew in every training forward,
-        that is not 0 with probability ``keep``; "learned": the same at the start, and then ``log_a`` of each gate is
+        that is not 0 with probability ``nonzero``; "learned": the same at the start, and then ``log_a`` of each gate is
         learned with ``quantops.penalty(model)`` in the loss (:func:`penalty`), until
         :func:`quantops.finish_dropbits`. A dropped bit drops those above it. In evaluation no gate is drawn: all bits
         stay with "fixed", those of which P(z != 0) > 1/2, and all bits below them too, with "learned".
-    keep: P(z != 0) of each gate, in (0, 1). min_bits: the bits that have no gate, at least 1.
+    nonzero: P(z != 0) of each gate, in (0, 1). Not the part of a bit that is kept: of what is not 0, much lies between
+        0 and 1 and weakens the bit's classes. 0.9 gives E[z] = 0.63 and P(z = 1) = 0.27.
+    min_bits: the bits that have no gate, at least 1.
+    start: of alpha, "error", where the squared error of the weights is smallest, or "range", (max w - min w) / 2^bits,
+        as Relaxed Quantization (arXiv 1810.01875) starts, on whose code the paper builds.
     act_bits: None, or 1..8: with act="relu" every ReLU becomes a :class:`quantops.CategoricalActivation` of so many
         bits.
     act, act_scale, act_signed, act_outputs: see :class:`quantops.activation.ActivationConfig`. What act="input" and
@@ -67,8 +72,9 @@ class CPQConfig(ActivationConfig):
     sigma: float = 0.15
     per_row: bool = False
     dropbits: str | None = None
-    keep: float = 0.9
+    nonzero: float = 0.9
     min_bits: int = 2
+    start: str = STARTS[0]
 
     settings: ClassVar[tuple[str, ...]] = ("bits", "dropbits", "act_bits")
 
@@ -84,7 +90,22 @@ class CPQConfig(ActivationConfig):
             raise ValueError(f"dropbits: expected bits > min_bits = {self.min_bits}, the bits without a gate, got "
                              f"bits = {self.bits}")
         _check_number("sigma", self.sigma, 2.0**-24, 2.0**24)
-        _check_number("keep", self.keep, 0.0, 1.0)
+        _check_number("nonzero", self.nonzero, 0.0, 1.0)
+        check_choice("start", self.start, STARTS)
+
+    @classmethod
+    def paper(cls, **settings):
+        """The recipe of arXiv 2109.02100 by its text: the most probable grid point in the forward pass, the multi-class
+        straight-through estimator (grad="winner"), alpha from the range of the weights and sigma = alpha/3, as Relaxed
+        Quantization starts. ``settings`` replace any of these, e.g. dropbits="fixed" or "learned".
+
+        What cannot be known from public text, and is a guess here: the start of alpha and sigma (those of the code that
+        it builds on), that one set of gates serves a layer (not a channel, or a group of them), and that bits in
+        evaluation stay by the threshold P(z != 0) > 1/2, not by a deterministic gate. Relaxed Quantization's offset of
+        the grid and its Gumbel temperature are not offered: integers of a shifted grid have no exact zero, and a
+        relaxed sample needs all 2^bits classes.
+        """
+        return cls(**{"mode": "hard", "grad": "winner", "sigma": 1 / 3, "start": "range", **settings})
 
     @property
     def most_bits(self):
@@ -131,7 +152,7 @@ class CPQWeight(WeightQuantizer):
     def __init__(self, config, w, bits, dropbits):
         super().__init__()
         acc, device = acc_dtype(w.dtype), w.device
-        step = grid_step(w.detach(), bits, per_row=config.per_row)
+        step = (range_step if config.start == "range" else grid_step)(w.detach(), bits, per_row=config.per_row)
         self.register_buffer("alpha_start", step)
         self.register_buffer("sigma_start", step * config.sigma)
         self.log_alpha = torch.nn.Parameter(torch.zeros_like(step))
@@ -141,7 +162,7 @@ class CPQWeight(WeightQuantizer):
         self.per_row, self.dropbits = config.per_row, dropbits
         self.gated = dropbits is not None  # False once finish_dropbits has been called
         if self.gated:
-            start = math.log(config.keep / (1 - config.keep)) + SHIFT
+            start = math.log(config.nonzero / (1 - config.nonzero)) + SHIFT
             log_a = torch.full((bits - config.min_bits,), start, dtype=acc, device=device)
             if dropbits == "learned":
                 self.log_a = torch.nn.Parameter(log_a)

@@ -401,8 +401,8 @@ class MSQController:
         of_use = max(LEAST_BITS[GRIDS[p.grid]] for _, _, p in self._layers)
         self.min_bits = check_int("min_bits", of_use if min_bits is None else min_bits, 1, MAX_BITS)
         if self.min_bits < of_use:
-            raise ValueError(f"min_bits: expected at least {of_use}, since 1 bit on the dyadic grid has the values -s and "
-                             f"0 and no positive one (the grids 'sign' and 'full' have one), got {min_bits}")
+            raise ValueError(f"min_bits: expected at least {of_use}, since 1 bit on the dyadic grid has the values -s "
+                             f"and 0 and no positive one (the grids 'sign' and 'full' have one), got {min_bits}")
         self.seed = check_int("seed", seed, 0, 2**32)
         self.hessian = check_choice("hessian", hessian, (True, False))
         self.target = _number("target", target, 1, math.inf)

@@ -88,6 +88,25 @@ class TruncQuantConfig(ActivationConfig):
         check_choice("slope", self.slope, SLOPES)
         check_choice("scale_grad", self.scale_grad, (True, False))
 
+    @classmethod
+    def paper(cls, **settings):
+        """The recipe that arXiv 2506.11431 builds on, as the public code of Any-Precision networks (arXiv 1911.07346)
+        has it: tanh companding, floor codes of tanh(w)/tanh(max|w|), values on the scale of mean|w|, the slope that
+        these give and gradients through the maximum and the mean, a batch norm for each width, the first and the last
+        layer in float. ``settings`` replace any of these.
+
+            quantize_(model, TruncQuantConfig.paper(),
+                      lambda name, m: is_linear_or_conv(name, m) and "shortcut" not in name)
+            joint_step(model, loss, x, distill=1.0, distill_from="wider", teacher=float_model(x))
+
+        Shortcuts stay float by the filter; distillation is recursive, each width teaching the next, by soft cross
+        entropy alone (whose gradient is that of KL), with a float network as the first teacher. What cannot be known
+        from public text: whether TruncQuant itself keeps tanh, its scales, and whether its float teacher is a frozen
+        network, as here, or trained along as a width of its own, as in the Any-Precision code.
+        """
+        return cls(**{"companding": "tanh", "scale": ABSMAX, "out_scale": "absmean", "slope": "exact",
+                      "scale_grad": True, "batch_norm": True, "first": "skip", "last": "skip", **settings})
+
     def fixed(self, bits):
         return {"bits": bits}
 
@@ -366,14 +385,16 @@ class Joint(NamedTuple):
     losses: dict
 
 
-def joint_loss(model, loss_fn, *inputs, weights=None, distill=0.0, temperature=1.0):
+def joint_loss(model, loss_fn, *inputs, weights=None, distill=0.0, temperature=1.0, distill_from="widest",
+               teacher=None):
     """The sum over widths m of weights[m] * loss_m, for one backward pass: :class:`Joint`.
 
         widest    loss = loss_fn(model(*inputs))
         others    loss = (1 - distill) * loss_fn(out) + distill * T^2 * KL(softmax(out_widest / T) || softmax(out / T))
 
-    where out_widest is detached. The forward runs once per width, the widest first, with the batch norms of that width;
-    the q of all widths of all weights come from one list call, and all their gradients go into one. The activations of
+    where out_widest is detached. With distill_from="wider" every width learns from the next wider one, in its place;
+    with a ``teacher``, whose logits stand before all widths, the widest has such a loss too. The forward runs once per
+    width, the widest first, with the batch norms of that width; the q of all widths of all weights come from one list call, and all their gradients go into one. The activations of
     all widths are alive until the backward pass; :func:`joint_step` keeps those of one.
 
     Args:
@@ -381,6 +402,8 @@ def joint_loss(model, loss_fn, *inputs, weights=None, distill=0.0, temperature=1
         weights: a number >= 0 per width, widest first; default 1 each.
         distill: in 0..1. Needs an output that is one tensor (..., classes).
         temperature: T > 0.
+        distill_from: "widest" or "wider".
+        teacher: logits for these inputs, of a float network, say; None: the widest learns from its loss alone.
 
     The selected width is what it was, afterwards. Works inside a function that is compiled, and with a compiled model,
     which runs one graph for all widths. Checkpointed parts cannot be recomputed: RuntimeError, use joint_step.
@@ -388,11 +411,13 @@ def joint_loss(model, loss_fn, *inputs, weights=None, distill=0.0, temperature=1
     Raises ValueError for a model without TruncQuant weights and settings out of range.
     """
     network, weights = _checked(model, loss_fn, weights, distill, temperature)
+    distillation = _Distillation(distill, temperature, check_choice("distill_from", distill_from, TEACHERS) == "wider",
+                                 _teacher(teacher, distill))
     loss, losses = 0.0, {}
     scope = _Scope(network)
     try:
         scope.open(detached=False)
-        for place, part in _each_width(scope, model, loss_fn, inputs, distill, temperature):
+        for place, part in _each_width(scope, model, loss_fn, inputs, distillation):
             loss = loss + weights[place] * part
             losses[network.widths[place]] = part.detach()
     finally:
@@ -402,7 +427,8 @@ def joint_loss(model, loss_fn, *inputs, weights=None, distill=0.0, temperature=1
     return Joint(loss, losses)
 
 
-def joint_step(model, loss_fn, *inputs, weights=None, distill=0.0, temperature=1.0, backward=torch.Tensor.backward):
+def joint_step(model, loss_fn, *inputs, weights=None, distill=0.0, temperature=1.0, distill_from="widest",
+               teacher=None, backward=torch.Tensor.backward):
     """As :func:`joint_loss`, with the backward passes: adds to ``.grad`` and returns :class:`Joint`, detached.
 
     Each width's backward pass follows its forward pass, so that the activations of one width are alive at a time, and
@@ -412,12 +438,14 @@ def joint_step(model, loss_fn, *inputs, weights=None, distill=0.0, temperature=1
     whose parameters want one backward pass, use joint_loss.
     """
     network, weights = _checked(model, loss_fn, weights, distill, temperature)
+    distillation = _Distillation(distill, temperature, check_choice("distill_from", distill_from, TEACHERS) == "wider",
+                                 _teacher(teacher, distill))
     loss, losses = 0.0, {}
     scope = _Scope(network)
     try:
         network.note_joint_graph(False)
         scope.open(detached=True)
-        for place, part in _each_width(scope, model, loss_fn, inputs, distill, temperature):
+        for place, part in _each_width(scope, model, loss_fn, inputs, distillation):
             weighted = weights[place] * part
             backward(weighted)
             loss = loss + weighted.detach()
@@ -427,6 +455,32 @@ def joint_step(model, loss_fn, *inputs, weights=None, distill=0.0, temperature=1
     finally:
         scope.close()
     return Joint(loss, losses)
+
+
+TEACHERS = ("widest", "wider")
+
+
+class _Distillation(NamedTuple):
+    """What widths learn from each other: ``part`` of their loss, at a temperature; ``wider``: each from the next wider
+    one, not from the widest; ``teacher``: logits that stand before all widths, or None."""
+
+    part: float
+    temperature: float
+    wider: bool
+    teacher: torch.Tensor | None
+
+    def log_probabilities(self, out):
+        return F.log_softmax(out / self.temperature, -1).flatten(0, -2)
+
+
+def _teacher(teacher, distill):
+    if teacher is None:
+        return None
+    if not isinstance(teacher, torch.Tensor) or not teacher.is_floating_point() or teacher.dim() < 2:
+        raise TypeError(f"teacher: expected a tensor of logits (..., classes), got {type(teacher).__name__}")
+    if not distill:
+        raise ValueError("teacher: expected distill > 0, for which there are teachers")
+    return teacher.detach()
 
 
 class _Scope:
@@ -473,25 +527,30 @@ class _Scope:
             act.set_state(old)
 
 
-def _each_width(scope, model, loss_fn, inputs, distill, temperature):
+def _each_width(scope, model, loss_fn, inputs, distillation):
     """(place, loss) of each width, the widest first."""
-    teacher = None
+    part, temperature, wider, teacher = distillation
+    known = None if teacher is None else distillation.log_probabilities(teacher)
     for place in range(len(scope.network.widths)):
         scope.select(place)
         out = model(*inputs)
-        if not distill:
+        if not part:
             yield place, loss_fn(out)
             continue
         if not isinstance(out, torch.Tensor) or out.dim() < 2:
             raise TypeError(f"distill: expected a model whose output is one tensor (..., classes), got "
                             f"{type(out).__name__}")
-        if place == 0:
-            teacher = F.log_softmax(out.detach() / temperature, -1).flatten(0, -2)
+        before = known
+        if place == 0 or wider:
+            known = distillation.log_probabilities(out.detach())
+        if before is None:
             yield place, loss_fn(out)
             continue
-        student = F.log_softmax(out / temperature, -1).flatten(0, -2)
-        part = distill * temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-        yield place, part if distill == 1 else part + (1 - distill) * loss_fn(out)
+        if before.shape[-1] != out.shape[-1]:
+            raise ValueError(f"teacher: expected logits of {out.shape[-1]} classes, got {before.shape[-1]}")
+        learned = part * temperature**2 * F.kl_div(distillation.log_probabilities(out), before, reduction="batchmean",
+                                                   log_target=True)
+        yield place, learned if part == 1 else learned + (1 - part) * loss_fn(out)
 
 
 def _checked(model, loss_fn, weights, distill, temperature):
