@@ -4,9 +4,10 @@ import functools
 
 import torch
 
-from quantops.checks.arguments import choice, kind, tensors
+from quantops.checks.arguments import choice, entry, kind, one_for_each, tensors
 from quantops.checks.integral import integers, may_keep, repeated
-from quantops.checks.scaling import ready_scales, scales
+from quantops.checks.scaling import ready_scales
+from quantops.checks.scaling import scale as one_scale
 from quantops.reference.truncate import COMPANDINGS
 from quantops.reference.uniform import MAX_BITS, RULES, acc_dtype
 
@@ -53,7 +54,9 @@ def out_scales(value, scale, w):
     """``scale`` and out_scale, [] for None, with as many elements each: where one has one per row, so has the other."""
     if value is None:
         return scale, []
-    value = scales(value, w, name="out_scale")
+    one_for_each("out_scale", value, w, "entry per weight")
+    dtype, device = acc_dtype(w[0].dtype), w[0].device
+    value = [one_scale(entry("out_scale", i, w), o, t, dtype, device) for i, (o, t) in enumerate(zip(value, w))]
 
     def spread(s, o):
         return s.reshape(()).expand(o.shape).contiguous() if s.numel() == 1 != o.numel() else s
