@@ -44,7 +44,7 @@ def _element(w, least, each, MEAN: tl.constexpr):
 def own_scale_elements(table, chunks, A: tl.constexpr, W_T: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr):
     """One program per run of BLOCK elements of one tensor."""
     pid = tl.program_id(0)
-    entry = table + tl.load(chunks + pid).to(tl.int64) * FIELDS
+    entry = table + memory.owner(chunks, pid).to(tl.int64) * FIELDS
     numel, inner = tl.load(entry + NUMEL), tl.load(entry + INNER)
     start = (pid - tl.load(entry + FIRST)) * BLOCK
     w_at, out_at = tl.load(entry + W), tl.load(entry + OUT)
@@ -77,7 +77,7 @@ def own_scale_backward(w, scale, grad_scale, mean):
         counts = [torch.zeros_like(s) for s in scale]  # empty rows have no program
         reduce_rows(CARRIERS, w, counts, scale)
         each = [g / n for g, n in zip(grad_scale, counts)]
-    out, block = [empty_like(t, t.dtype) for t in w], block_of(acc, 1)
+    out, block = [empty_like(t, t.dtype) for t in w], block_of(acc, w)
     numel = np.array([t.numel() for t in w], np.int64)
     table = np.zeros((len(w), FIELDS.value), np.int64)
     for column, tensors in ((W, w), (OUT, out), (SCALE, scale), (EACH, each)):

@@ -19,8 +19,10 @@ def own_scale_backward(w, scale, grad_scale, *, mean):
         hit = torch.ones_like(wide, dtype=torch.bool)
     else:
         hit = wide.abs() >= s
-        dims = tuple(range(w.dim())) if scale.numel() == 1 else tuple(range(1, w.dim()))
-        count = hit.sum(dims, keepdim=scale.numel() != 1).to(acc) if dims else hit.to(acc)
+        if scale.numel() == 1:
+            count = hit.sum().to(acc)
+        else:
+            count = hit.sum(tuple(range(1, w.dim())), keepdim=True).to(acc) if w.dim() > 1 else hit.to(acc)
     each = g / count
     signed = torch.where(wide > 0, each, torch.where(wide < 0, -each, torch.zeros_like(each)))
     return torch.where(hit, signed, torch.zeros_like(wide)).to(w.dtype)
