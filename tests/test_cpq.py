@@ -380,7 +380,7 @@ def test_dtype_moves(fuse):
     ({"sigma": 0}, "sigma: expected a number .* got 0"), ({"sigma": -1.0}, "sigma: .*got -1.0"),
     ({"sigma": math.nan}, "sigma: .*nan"), ({"sigma": True}, "sigma: "), ({"sigma": "1"}, "sigma: "),
     ({"dropbits": "random"}, "dropbits: expected one of None, 'fixed', 'learned', got 'random'"),
-    ({"dropbits": True}, "dropbits: "), ({"nonzero": 0.0}, r"keep: expected a number in \(0, 1\), got 0.0"),
+    ({"dropbits": True}, "dropbits: "), ({"nonzero": 0.0}, r"nonzero: expected a number in \(0, 1\), got 0.0"),
     ({"nonzero": 1}, "nonzero: .*got 1"), ({"min_bits": 0}, "min_bits: expected an integer 1..16, got 0"),
     ({"bits": 2, "dropbits": "fixed"}, "dropbits: expected bits > min_bits = 2, .* got bits = 2"),
     ({"act_bits": 0}, "act_bits: .*1..8, got 0"),
