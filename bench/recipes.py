@@ -135,8 +135,7 @@ DETAILS = {
                              "2 bits beside a sign, 7 levels, 3.26 mean|w|"),
     "details-sign-1": Recipe(methods.MSQ, _FIXED | {"grid": "sign", "bits": 1, "scale": 3.07}, _ROUND_CLAMP,
                              "1 bit beside a sign, 3 levels, 3.07 mean|w|"),
-    "details-float": Recipe(methods.Float, {}, "-", "none"),
 }
 RECIPES |= DETAILS
-GROUPS = {"all": tuple(RECIPES), "details": tuple(DETAILS)}
+GROUPS = {"all": tuple(RECIPES), "details": (*DETAILS, "float")}
 SEPARATE = tuple(name for name in RECIPES if name.startswith("separate-"))  # together they are one row of a table

@@ -1,4 +1,4 @@
-// Family `own_scale` on CUDA: gradients of scales that are functions of their weights, one launch for means, three for
+// Family `own_scale` on CUDA: gradients of scales that are functions of their weights, one launch for means, two for
 // maxima, whose ties are counted first.
 #include "../own_scale_math.h"
 #include "table.cuh"
@@ -6,9 +6,9 @@
 namespace quantops::cuda {
 namespace {
 
-// How many weights of a scale carry its gradient. Then entry.result holds that gradient over their number.
+// How many weights of a scale carry its gradient; entry.result is that gradient over their number.
 template <class W>
-struct Carriers : OpBase {
+struct Carriers : SumOp<int64_t, Add, true> {
   using X = W;
   using G = None;
   using O = None;
@@ -17,7 +17,6 @@ struct Carriers : OpBase {
     A least;
     int32_t count;
   };
-  int64_t* partial;
 
   __device__ __forceinline__ State begin(const Entry& e, int64_t row, int) const {
     return {static_cast<const A*>(e.scale)[row], 0};
@@ -26,22 +25,9 @@ struct Carriers : OpBase {
     s.count += carries(A(widen(w)), s.least);
     return {};
   }
-  __device__ __forceinline__ void end(State& s, int64_t item, int lane) const {
-    const int32_t count = warp_reduce<Add>(s.count);
-    if (lane == 0) partial[item] = count;
-  }
-};
-
-template <class A>
-struct FinishCarriers {
-  static constexpr bool kPerScale = true;
-  const int64_t* partial;
-
-  __device__ void run(const Entry& e, int64_t row, int64_t first, int64_t items, int) const {
-    int64_t count = 0;
-    for (int64_t i = threadIdx.x; i < items; i += blockDim.x) count += partial[first + i];
-    count = block_reduce<Add>(count);
-    if (threadIdx.x == 0) static_cast<A*>(e.result)[row] = static_cast<const A*>(e.grad)[row] / static_cast<A>(count);
+  __device__ __forceinline__ int64_t total(const State& s) const { return s.count; }
+  __device__ __forceinline__ void write(const Entry& e, int64_t row, int, int64_t count) const {
+    static_cast<A*>(e.result)[row] = static_cast<const A*>(e.grad)[row] / static_cast<A>(count);
   }
 };
 
@@ -83,11 +69,7 @@ Tensors own_scale_backward(Tensors weights, Tensors scale, Tensors grad_scale, b
   }
   with_float(dtype, [&](auto element) {
     using W = decltype(element);
-    if (!mean)
-      run(w[0], entries, sizeof(int64_t), Carriers<W>{{}, nullptr}, FinishCarriers<Acc<W>>{nullptr},
-          [](Carriers<W>& op, FinishCarriers<Acc<W>>& finish, void* scratch) {
-            finish.partial = op.partial = static_cast<int64_t*>(scratch);
-          });
+    if (!mean) run(w[0], entries, Carriers<W>{});
     for (size_t i = 0; i < w.size(); ++i) entries[i].out = out[i].data_ptr();
     run(w[0], entries, OwnScale<W>{{}, mean});
   });
