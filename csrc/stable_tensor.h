@@ -13,6 +13,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace quantops {
@@ -133,7 +134,12 @@ inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_
   DeviceId d = device_of(device_like);
   int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle result;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, code, d.type, d.index, &result));
+  if (aoti_torch_empty_strided(dim, sizes, strides, code, d.type, d.index, &result) != TORCH_SUCCESS) {
+    std::ostringstream text;
+    text << "out of memory: could not allocate a result of dtype " << dtype_name(dtype) << " and shape "
+         << numbers({sizes, static_cast<size_t>(dim)}) << " on " << device_name(device_like);
+    throw std::runtime_error(text.str());
+  }
   return Tensor(result);
 }
 
@@ -161,7 +167,12 @@ inline Tensors empty_like(const Tensors& list, ScalarType dtype) {
 }
 
 // t itself where its rows are dense, else a contiguous copy.
-inline Tensor dense(const Tensor& t) { return dense_rows(t) ? t : torch::stable::contiguous(t); }
+inline Tensor dense(const Tensor& t) {
+  if (dense_rows(t)) return t;
+  Tensor copy = empty_like(t, t.scalar_type());
+  torch::stable::copy_(copy, t);
+  return copy;
+}
 
 inline Tensors dense(const Tensors& list) {
   Tensors result;
@@ -270,6 +281,39 @@ inline ScalarType check_results(const char* name, const Tensors& list, const Ten
                    ": expected a dense tensor with strides ", numbers(dense_w[i].strides()), ", got ",
                    numbers(list[i].strides()));
   return dtype;
+}
+
+// Memory that is written may be no other argument's: kernels read and write in no order. `written`: names and lists.
+inline void check_own_memory(std::initializer_list<std::pair<const char*, Tensors>> written,
+                             std::initializer_list<Tensors> read) {
+  struct Span {
+    uintptr_t begin, end;
+    const char* name;  // null where it is only read
+    size_t index, count;
+  };
+  std::vector<Span> spans;
+  auto add = [&](const char* name, const Tensors& list) {
+    for (size_t i = 0; i < list.size(); ++i) {
+      if (list[i].numel() == 0) continue;
+      int64_t last = 0;
+      auto sizes = list[i].sizes(), strides = list[i].strides();
+      for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
+      const auto begin = reinterpret_cast<uintptr_t>(list[i].data_ptr());
+      spans.push_back({begin, begin + (last + 1) * list[i].element_size(), name, i, list.size()});
+    }
+  };
+  for (const auto& [name, list] : written) add(name, list);
+  for (const Tensors& list : read) add(nullptr, list);
+  std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
+  const Span* furthest = nullptr;
+  for (const Span& s : spans) {
+    if (furthest && s.begin < furthest->end) {
+      const Span& own = s.name ? s : *furthest;
+      QUANTOPS_CHECK(!own.name, entry_name(own.name, own.index, own.count),
+                     ": expected memory of its own, got some that another argument has too");
+    }
+    if (!furthest || s.end > furthest->end) furthest = &s;
+  }
 }
 
 inline void check_float(const char* name, ScalarType dtype) {

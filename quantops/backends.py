@@ -130,7 +130,8 @@ def info():
     """Which implementation serves which device, and why another is off. Print it, or read it as a dict."""
     compiled = _serving["cpu"][0] == "cpp"
     notes = {
-        ("cpu", "cpp"): f"compiled C++, {_instruction_set()}, {torch.get_num_threads()} threads" if compiled else "",
+        ("cpu", "cpp"): (f"compiled C++, {_instruction_set()} (torch: {torch.backends.cpu.get_cpu_capability()}), "
+                         f"{torch.get_num_threads()} threads") if compiled else "",
         ("cuda", "cuda"): "compiled CUDA C++",
         ("cuda", "triton"): "Triton kernels, compiled at their first call",
     }

@@ -120,13 +120,13 @@ def quantize_(model, config, filter_fn=None):
         raise ValueError(f"filter_fn: matches none of the modules of {type(model).__name__}")
     _check_weights(modules)
     settings = _settings(list(modules), config)
-    made = [(modules[name], config.quantizer(name or "model", modules[name].weight, values))
+    made = [(name or "model", modules[name], config.quantizer(name or "model", modules[name].weight, values))
             for name, values in settings.items()]
     config.prepare(model, {name: (modules[name], values) for name, values in settings.items()})
 
     layers = []
-    for module, quantizer in made:
-        quantizer.place = list(module._parameters).index(WEIGHT)
+    for name, module, quantizer in made:
+        quantizer.place, quantizer.layer = list(module._parameters).index(WEIGHT), name
         parametrize.register_parametrization(module, WEIGHT, quantizer, unsafe=True)
         layers.append((module.parametrizations[WEIGHT], quantizer))
     if config.fuse == "model":

@@ -73,7 +73,7 @@ def round_clamp(w, scale, bits, *, signed=True, grid=None, out_dtype=None, out=N
     scale, covered = _scales(w, scale)
     covered = covered and signed
     if out is not None:
-        out = checks.outputs(out, w, out_dtype)
+        out = checks.outputs(out, w, [*scale, n], out_dtype)
         ops.round_clamp_out(w, scale, n, grid, signed, out)
         _written(out)
         return out
@@ -87,7 +87,7 @@ def msq(w, scale, bits, k=1, *, grid=None, out_dtype=None, out=None):
     n, k = checks.bits_and_k(bits, k, w, grid)
     scale, covered = _scales(w, scale)
     if out is not None:
-        out = checks.outputs(out, w, out_dtype)
+        out = checks.outputs(out, w, [*scale, n, k], out_dtype)
         sums = [torch.empty(len(w), dtype=t, device=w[0].device)
                 for t in (scale[0].dtype, torch.int64, scale[0].dtype)]
         ops.msq_out(w, scale, n, k, grid, out, *sums)
@@ -119,8 +119,8 @@ def lsb_penalty(w, scale, bits, k=1, *, grid=None):
 def add_lsb_grad_(grad, w, scale, bits, k, strength, *, grid=None):
     """grad += strength * sign(B_k) * inside, in place: the gradient of strength * R, without a graph.
 
-    ``grad``: list of tensors in the shapes and dtype of ``w``. ``strength``: a number, or a tensor with one element or
-    one per weight.
+    ``grad``: list of tensors in the shapes and dtype of ``w``, each in memory of its own. ``strength``: a number, or a
+    tensor with one element or one per weight.
     """
     w, grid = checks.listed("w", w), checks.grid_index(grid)
     n, k = checks.bits_and_k(bits, k, w, grid)
@@ -133,6 +133,7 @@ def add_lsb_grad_(grad, w, scale, bits, k, strength, *, grid=None):
         raise ValueError(f"strength: expected one element or one per weight ({len(w)}) on {w[0].device}, got shape "
                          f"{tuple(strength.shape)} on {strength.device}")
     strength = strength.reshape(-1).expand(len(w)).to(scale[0].dtype).contiguous()
+    checks.own_memory({"grad": grad}, [*w, *scale, n, k, strength])
     # Autograd may have laid a gradient out in another way than its weight; the kernel walks both alike.
     same = [g if g.stride() == t.stride() and dense_rows(t) else empty_like(t, g.dtype).copy_(g)
             for g, t in zip(grad, w)]

@@ -64,7 +64,8 @@ def round_clamp(w, scale, bits, *, signed=True, grid=None, out_dtype=None, out=N
     Args:
         grid: "dyadic" (default: exact zero, two's complement, dropping a zero LSB changes no value), "full" or "sign".
         out_dtype: dtype of q; default w's own, under autocast the autocast dtype.
-        out: memory for q, with w's shape and strides; then no gradient flows.
+        out: memory for q, with w's shape and strides, and no other argument's: ValueError. (A compiled graph checks it
+            when it runs, or writes to a copy first.) No gradient flows then.
 
     Returns q in w's shape. dL/dw = g * inside; dL/ds = sum g * (q/s - (w/s) * inside). Saves nothing but its inputs.
     Raises ValueError or TypeError naming the argument, what was expected and what came.

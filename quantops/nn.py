@@ -33,6 +33,8 @@ The state dict holds ``original`` and the buffers. The model can be deep-copied 
 parametrizations, not pickled whole.
 """
 
+import re
+
 import torch
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -86,6 +88,7 @@ class WeightQuantizer(torch.nn.Module):
         self.slot = Slot()
         self.group = None  # before quantize_ is done, and once the weight is plain again
         self.place = 0  # of the weight among the parameters of its layer
+        self.layer = "model"  # the name of its layer, for messages
 
     @staticmethod
     def launch(quantizers, w):
@@ -213,7 +216,7 @@ class WeightGroup:
         """Forward pre-hook of the root: q of all layers."""
         if torch.compiler.is_compiling():
             for quantizers, w in self.batches():
-                q = quantizers[0].launch(quantizers, w).q
+                q = launch(quantizers, w).q
                 for p, t in zip(quantizers, q):
                     p.slot.traced = t
             return
@@ -241,14 +244,14 @@ class WeightGroup:
 
     def _compute(self, quantizers, w):
         if not self.cache or quantizers[0].draws or torch._C._are_functorch_transforms_active():
-            return Pass(quantizers, w, quantizers[0].launch(quantizers, w))
+            return Pass(quantizers, w, launch(quantizers, w))
         key = tuple(id(p) for p in quantizers)
         kept = self.kept.get(key)
         if kept is None or not kept.repeats(quantizers, w):
             kept = None
             self.kept.pop(key, None)  # frees the old q before the new one is computed
             with torch.no_grad():
-                kept = self.kept[key] = Pass(quantizers, w, quantizers[0].launch(quantizers, w))
+                kept = self.kept[key] = Pass(quantizers, w, launch(quantizers, w))
         if not torch.is_grad_enabled() or not any(p.wants_grad(t) for p, t in zip(quantizers, w)):
             return kept
         return Pass(quantizers, w, quantizers[0].revive(quantizers, w, kept.value))
@@ -257,6 +260,18 @@ class WeightGroup:
         for i, p in enumerate(done.quantizers):
             p.slot.result, p.slot.index = done, i
             p.slot.sums, p.slot.sums_index = done, i
+
+
+def launch(quantizers, w):
+    """The list call of the quantizers' method, whose errors name the layer in the place of its number in the list."""
+    try:
+        return quantizers[0].launch(quantizers, w)
+    except ValueError as error:
+        found = re.match(r"(\w+)(?:\[\d+\])*?(?:\[(\d+)\])?: ", str(error))
+        if not found or (found[2] is None and len(quantizers) > 1):
+            raise
+        layer = quantizers[int(found[2] or 0)].layer
+        raise ValueError(f"{layer}: {found[1]}: {str(error)[found.end():]}") from error
 
 
 def batches(pairs):

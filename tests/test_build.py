@@ -84,4 +84,5 @@ def test_a_build_that_succeeds_leaves_no_reason(tree):
 
 @pytest.mark.skipif(backends.info()["devices"]["cpu"]["implementation"] != "cpp", reason="no compiled library")
 def test_info_says_which_loops_run():
-    assert "loops" in backends.info()["devices"]["cpu"]["note"]
+    note = backends.info()["devices"]["cpu"]["note"]
+    assert "loops, float16 by " in note and f"(torch: {torch.backends.cpu.get_cpu_capability()})" in note

@@ -539,3 +539,12 @@ def test_missing_safetensors_names_the_extra(tmp_path, monkeypatch):
         load_int(tmp_path / "x")
     with pytest.raises(ImportError, match=r"quantops\[io\]"):
         save_int(quantize_(net(), MSQConfig()), tmp_path / "x")
+
+
+@pytest.mark.parametrize("fuse", ["model", "layer"])
+def test_errors_of_the_ops_name_the_layer(fuse):
+    model = quantize_(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)), MSQConfig(bits=4, fuse=fuse))
+    with torch.no_grad():
+        model[2].parametrizations.weight.original[1, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"^2: scale: expected finite values >= 0, got .*nan"):
+        model(torch.ones(1, 4))

@@ -395,3 +395,25 @@ def test_more_than_two_to_the_31_elements():
     long[-1] = -3.0
     q = Q.round_clamp(long, None, 2, out=torch.empty_like(long))
     assert q[-1] == -3.0 and q[-2] == 0 and Q.absmax(long) == 3.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_absmean_of_weights_near_the_top(dtype):
+    top = torch.finfo(dtype).max
+    w = torch.full((3, 50000), top, dtype=dtype) * torch.tensor([[1], [-0.5], [0.25]], dtype=dtype)
+    expected = torch.tensor([1, 0.5, 0.25], dtype=torch.float64).mul(float(top)).to(Q.reference.uniform.acc_dtype(dtype))
+    for absmean in (Q.absmean, Q.reference.absmean):
+        torch.testing.assert_close(absmean(w, per_row=True), expected, rtol=1e-6, atol=0)
+        assert absmean(w).isfinite() and absmean(torch.tensor([torch.inf, 1.0], dtype=dtype)) == torch.inf
+        assert absmean(torch.tensor([torch.nan, top], dtype=dtype)).isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_of_a_scale_near_the_top(dtype):
+    scale = torch.tensor(torch.finfo(dtype).max, dtype=dtype)
+    w = torch.tensor([0.0, 0.3, -1.0], dtype=dtype) * scale
+    for bits, k in ((1, 0), (2, 1), (4, 0)):
+        ours, want = Q.msq(w, scale, bits, k, grid="full"), Q.reference.msq(w, scale, bits, k, grid="full")
+        assert same(ours.q, want[0]) and ours.nonzero == want[2]
+        torch.testing.assert_close(ours.penalty, want[1], rtol=1e-6, atol=0)
+        assert ours.penalty.isfinite() and (k > 0 or ours.penalty == 0)

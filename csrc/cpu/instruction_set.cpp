@@ -1,4 +1,7 @@
 // Tells which of the loops of this library run on this processor, for quantops.info().
+#include <string>
+
+#include "cpu/blocks.h"
 #include "cpu/simd.h"
 
 namespace quantops {
@@ -27,6 +30,17 @@ inline const char* loops() {
 inline const char* loops() { return "loops for any processor"; }
 #endif
 
+// How float16 becomes float32 and back.
+inline const char* half_precision() {
+#if defined(__x86_64__)
+  if (detail::has_f16c()) return ", float16 by F16C";
+#endif
+  return ", float16 by integer arithmetic";
+}
+
 }  // namespace quantops
 
-extern "C" __attribute__((visibility("default"))) const char* quantops_instruction_set() { return quantops::loops(); }
+extern "C" __attribute__((visibility("default"))) const char* quantops_instruction_set() {
+  static const std::string text = std::string(quantops::loops()) + quantops::half_precision();
+  return text.c_str();
+}

@@ -393,7 +393,7 @@ inline void unpack_dense_loop(const uint8_t* data, int64_t bytes, int64_t count,
   for (; i < count; i += kOctet) {
     const int64_t at = i / kOctet * n;
     Bytes b = {0, 0};
-    std::memcpy(&b, data + at, std::min<int64_t>(n, bytes - at));
+    if (n != 0) std::memcpy(&b, data + at, std::min<int64_t>(n, bytes - at));  // of no bytes the pointer may be null
     uint32_t octet[kOctet];
     codes_of_dense(b, n, octet);
     detail::store_octet(octet, n - m, count - i, codes + i);

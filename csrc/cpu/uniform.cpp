@@ -1,4 +1,7 @@
 // Family `uniform` on CPU: the ops of quantops/library.py over lists of weights.
+#include <cmath>
+#include <limits>
+
 #include "cpu/list.h"
 #include "cpu/uniform_loops.h"
 #include "grid_argument.h"
@@ -20,6 +23,19 @@ A value_of(uint64_t bits, Storage type) {
   return *load_block<A>(&bits, type, 0, 1, buffer);  // the low bytes come first
 }
 
+// mean|w| of elements [begin, end) whose sum is past the largest number.
+template <class A>
+A scaled_mean(const void* w, Storage type, int64_t begin, int64_t end) {
+  double sum = 0;
+  A buffer[kBlock];
+  for (int64_t i = begin; i < end; i += kBlock) {
+    const int64_t n = std::min(kBlock, end - i);
+    const A* x = load_block<A>(w, type, i, n, buffer);
+    for (int64_t j = 0; j < n; j++) sum += std::fabs(double(x[j])) * 0x1p-64;
+  }
+  return A(sum / double(end - begin) * 0x1p64);
+}
+
 template <class A>
 Tensor reduce_abs(List& list, bool mean) {
   std::vector<int64_t> first;  // of each weight in the result
@@ -33,7 +49,12 @@ Tensor reduce_abs(List& list, bool mean) {
   std::fill(result, result + count, A(0));
   struct Part { uint64_t most = 0; double sum = 0; };
   std::vector<Part> parts(list.chunks.size());
-  auto finish = [&](const Part& p, const Rows& r) { return mean ? A(p.sum / double(r.inner)) : value_of<A>(p.most, list.type); };
+  auto finish = [&](const Part& p, int64_t t, int64_t row) {
+    if (!mean) return value_of<A>(p.most, list.type);
+    const int64_t n = list.rows[t].inner;
+    const A value = A(p.sum / double(n));
+    return value > std::numeric_limits<A>::max() ? scaled_mean<A>(list.data[t], list.type, row * n, row * n + n) : value;
+  };
   for_chunks(list.chunks, [&](int64_t chunk) {
     const Chunk& c = list.chunks[chunk];
     const Rows& rows = list.rows[c.tensor];
@@ -46,7 +67,7 @@ Tensor reduce_abs(List& list, bool mean) {
         else part.most = std::max(part.most, absmax_bits(list.data[c.tensor], list.type, i, n));
       }
       if (row_in_parts(rows)) parts[chunk] = part;
-      else result[first[c.tensor] + row] = finish(part, rows);
+      else result[first[c.tensor] + row] = finish(part, c.tensor, row);
     });
   });
   for (size_t i = 0; i < list.chunks.size();) {  // rows in parts: their chunks follow one another
@@ -62,7 +83,7 @@ Tensor reduce_abs(List& list, bool mean) {
       total.most = std::max(total.most, parts[i].most);
       total.sum += parts[i].sum;
     }
-    result[first[c.tensor] + row] = finish(total, rows);
+    result[first[c.tensor] + row] = finish(total, c.tensor, row);
   }
   return out;
 }
@@ -98,6 +119,7 @@ void round_clamp_out(Tensors w, Tensors scale, Tensor bits, int64_t grid_index, 
   const GridKind grid = check_grid(grid_index, is_signed);
   List list = make_list(w, scale, bits, nullptr, is_double, grid);
   check_results("q", q, list.w, kFloats);
+  check_own_memory({{"out", q}}, {w, scale, {bits}});
   is_double ? round_clamp_into<double>(list, grid, is_signed, false, targets(q, list))
             : round_clamp_into<float>(list, grid, is_signed, false, targets(q, list));
 }
@@ -170,6 +192,8 @@ void msq_out(Tensors w, Tensors scale, Tensor bits, Tensor k, int64_t grid_index
   check_result("penalty", penalty, list.size(), acc, w[0]);
   check_result("nonzero", nonzero, list.size(), ScalarType::Long, w[0]);
   check_result("sq_error", sq_error, list.size(), acc, w[0]);
+  check_own_memory({{"out", q}, {"penalty", {penalty}}, {"nonzero", {nonzero}}, {"sq_error", {sq_error}}},
+                   {w, scale, {bits, k}});
   msq_into(list, grid, false, q, penalty, nonzero, sq_error);
 }
 
@@ -367,6 +391,7 @@ void add_lsb_grad_(Tensors grad, Tensors w, Tensors scale, Tensor bits, Tensor k
   List list = make_list(w, scale, bits, &k, is_double, grid);
   check_results("grad", grad, list.w, kFloats);
   check_result("strength", strength, list.size(), acc_type(is_double), w[0]);
+  check_own_memory({{"grad", grad}}, {w, scale, {bits, k, strength}});
   if (is_double) add_lsb_grad_into(list, grid, targets(grad, list), static_cast<const double*>(strength.data_ptr()));
   else add_lsb_grad_into(list, grid, targets(grad, list), static_cast<const float*>(strength.data_ptr()));
 }

@@ -387,7 +387,9 @@ Tensors round_clamp(Tensors w, Tensors scale, Tensor bits, int64_t grid, bool is
 
 void round_clamp_out(Tensors w, Tensors scale, Tensor bits, int64_t grid, bool is_signed, Tensors q) {
   List list(w, scale, bits, nullptr, check_grid(grid, is_signed), is_signed);
-  round_clamp_into(list, q, check_results("q", q, list.w, kFloats));
+  const ScalarType q_dtype = check_results("q", q, list.w, kFloats);
+  check_own_memory({{"out", q}}, {w, scale, {bits}});
+  round_clamp_into(list, q, q_dtype);
 }
 
 // The sums alone where q is null.
@@ -430,6 +432,8 @@ void msq_out(Tensors w, Tensors scale, Tensor bits, Tensor k, int64_t grid, Tens
   check_result("penalty", penalty, list.size(), list.acc, list.first());
   check_result("nonzero", nonzero, list.size(), ScalarType::Long, list.first());
   check_result("sq_error", sq_error, list.size(), list.acc, list.first());
+  check_own_memory({{"out", q}, {"penalty", {penalty}}, {"nonzero", {nonzero}}, {"sq_error", {sq_error}}},
+                   {w, scale, {bits, k}});
   msq_into(list, &q, q_dtype, penalty, nonzero, sq_error);
 }
 
@@ -523,6 +527,7 @@ void add_lsb_grad_(Tensors grad, Tensors w, Tensors scale, Tensor bits, Tensor k
   List list(w, scale, bits, &k, check_grid(grid), true);
   check_results("grad", grad, list.w, {list.dtype});
   const Tensor s = check_per_weight("strength", strength, list.size(), list.acc, list.first());
+  check_own_memory({{"grad", grad}}, {w, scale, {bits, k, strength}});
   list.write_to(grad);
   for (Entry& e : list.entries) e.grad = e.out;
   with_float(list.dtype, [&](auto element) {

@@ -15,12 +15,12 @@ from quantops.checks.packing import bits_of_stored, packed_data, stored_bits
 from quantops.checks.scaling import scales
 from quantops.checks.truncate import out_scales, tanh, widths
 from quantops.checks.uniform import bits_and_k, decode_scales, grid_index, rule_index, strength
-from quantops.checks.written import gradients, outputs
+from quantops.checks.written import gradients, outputs, own_memory
 
 __all__ = [
     "FLOATS", "activation", "all_or_none_on_meta", "alpha_and_sigma", "bits", "bits_and_k", "bits_of_stored",
     "categorical", "categorical_activation", "categorical_bits", "categorical_mode", "choice", "codes", "decode_scales",
-    "dtype_of", "gates", "gradients", "grid_index", "listed", "out_scales", "outputs", "own_scale", "packed_data",
+    "dtype_of", "gates", "gradients", "grid_index", "listed", "out_scales", "outputs", "own_memory", "own_scale",
     "packing", "rule_index", "scales", "seed", "stored_bits", "strength", "tanh", "tensors", "truncate", "uniform",
     "widths",
 ]

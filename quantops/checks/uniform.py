@@ -7,6 +7,7 @@ import torch
 from quantops.checks.arguments import choice, dtype_of, kind, tensors
 from quantops.checks.integral import INTS, bits, integers, may_keep, repeated
 from quantops.checks.scaling import ready_scales, scales
+from quantops.checks.written import own_memory
 from quantops.reference.uniform import GRIDS, MAX_BITS, RULES, acc_dtype
 
 
@@ -101,3 +102,10 @@ def structure(arguments):
         if t is not None and (t.dtype != dtype or t.numel() != count or t.device != w[0].device):
             raise ValueError(f"{name}: expected {count} elements of {dtype} on {w[0].device}, got {kind(t)} on "
                              f"{t.device}")
+    written = {"grad": arguments["grad"]} if "strength" in arguments else {}
+    if "q" in arguments:
+        written["out"] = arguments["q"]
+    written |= {name: [arguments[name]] for name in ("penalty", "nonzero", "sq_error") if name in arguments}
+    if written:
+        read = (arguments.get(name) for name in ("bits", "k", "strength"))
+        own_memory(written, [*w, *arguments["scale"], *(t for t in read if t is not None)])

@@ -2,13 +2,13 @@
 
 import torch
 
-from quantops.checks.arguments import entry, tensors
+from quantops.checks.arguments import entry, listed
 from quantops.layout import dense_rows
 
 
-def outputs(out, w, dtype):
-    """``out`` as buffers that q may be written to."""
-    tensors("out", out)
+def outputs(out, w, others, dtype):
+    """``out`` as buffers that q of ``w`` may be written to, where ``others`` are read too."""
+    listed("out", out)
     if len(out) != len(w):
         raise ValueError(f"out: expected one tensor per weight ({len(w)}), got {len(out)}")
     for i, (o, t) in enumerate(zip(out, w)):
@@ -23,31 +23,40 @@ def outputs(out, w, dtype):
             raise TypeError(f"{name}: expected {dtype}, got {o.dtype}")
         if o.stride() != t.stride() or not dense_rows(o):
             raise ValueError(f"{name}: expected a dense tensor with w's strides {t.stride()}, got {o.stride()}")
-    if not torch.compiler.is_compiling():
-        _no_overlap(out, w)
+    own_memory({"out": out}, [*w, *others])
     return list(out)
 
 
 def gradients(grad, w):
     """``grad`` as gradients of ``w`` that may be added to in place."""
-    tensors("grad", grad, (w[0].dtype,))
+    listed("grad", grad, (w[0].dtype,))
+    if len(grad) != len(w):
+        raise ValueError(f"grad: expected one tensor per weight ({len(w)}), got {len(grad)}")
     for i, (g, t) in enumerate(zip(grad, w)):
-        if g.shape != t.shape or g.device != t.device or g.requires_grad or len(grad) != len(w):
-            raise ValueError(f"grad[{i}]: expected a tensor of shape {tuple(t.shape)} on {t.device} that does not "
-                             f"require grad, one for each of {len(w)} weights, got shape {tuple(g.shape)} on "
-                             f"{g.device}, requires_grad={g.requires_grad}, {len(grad)} in all")
+        if g.shape != t.shape or g.device != t.device or g.requires_grad:
+            raise ValueError(f"{entry('grad', i, grad)}: expected a tensor of shape {tuple(t.shape)} on {t.device} "
+                             f"that does not require grad, got shape {tuple(g.shape)} on {g.device}, "
+                             f"requires_grad={g.requires_grad}")
 
 
-def _no_overlap(out, w):
-    """No memory of ``out`` may be that of a weight or of another out: the launch reads and writes in no order."""
-    spans = sorted((t.data_ptr(), t.data_ptr() + _reach(t), i) for i, t in enumerate([*out, *w]) if t.numel())
+def own_memory(written, read):
+    """Raises where tensors that are written, {name: list}, lie in the memory of others of them, or of ``read``, a list:
+    kernels read and write in no order. Compiled graphs check nothing here: their ops do, when they run."""
+    if torch.compiler.is_compiling():
+        return
+    named = [(entry(name, i, v), t) for name, v in written.items() for i, t in enumerate(v)]
+    spans = sorted((t.data_ptr(), t.data_ptr() + _reach(t), i) for i, t in enumerate([t for _, t in named] + read)
+                   if t.numel())
     last, owner = 0, -1
     for start, end, i in spans:
-        if start < last and min(i, owner) < len(out):
-            raise ValueError(f"{entry('out', min(i, owner), out)}: expected memory of its own, got some that a weight "
-                             "or another out has too")
+        if start < last and min(i, owner) < len(named):
+            raise ValueError(f"{named[min(i, owner)][0]}: expected memory of its own, got some that another argument "
+                             "has too")
         if end > last:
             last, owner = end, i
+    for name, t in named:
+        if any(step == 0 and n > 1 for n, step in zip(t.shape, t.stride())):
+            raise ValueError(f"{name}: expected memory of its own for each element, got strides {t.stride()}")
 
 
 def _reach(t):

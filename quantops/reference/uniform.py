@@ -150,7 +150,9 @@ def absmean(w, *, per_row=False):
     acc = acc_dtype(w.dtype)
     a = w.detach().to(torch.float64).abs()
     a = a.reshape(w.shape[0], w[:1].numel()) if per_row else a.reshape(1, -1)
-    s = (a.sum(1) / max(a.shape[1], 1)).to(acc)
+    count = max(a.shape[1], 1)
+    s = a.sum(1) / count
+    s = torch.where(s.isinf(), (a * 2.0**-64).sum(1) / count * 2.0**64, s).to(acc)  # a sum past the largest float64
     return s if per_row else s.reshape(())
 
 
@@ -210,8 +212,9 @@ def msq(w, scale, bits, k=1, *, grid=None, out_dtype=None):
     w, scale, bits, k, valid = _prepare(w, scale, bits, grid, k)
     q = _quantize(w, scale, bits, grid, True, valid)
     b = torch.where(valid, _lsb(w, scale, bits, k, grid), torch.zeros_like(w)).abs()
-    code_step = _step(scale, bits, grid, True).double() * (2.0 if grid == "full" else 1.0)
-    penalty = _nan_where_not(valid.all(), (b.double() * code_step).sum().to(w.dtype))
+    levels = 2.0 if grid == "full" else 1.0  # in a code step
+    penalty = (b.double() * _step(scale, bits, grid, True).double()).sum() * levels
+    penalty = _nan_where_not(valid.all(), penalty.to(w.dtype))
     nonzero = torch.where(valid.all(), (b != 0).sum(), -1)
     sq_error = ((q - w) * (q - w)).double().sum().to(w.dtype)
     return q.to(dtype), penalty, nonzero, _nan_where_not(valid.all(), sq_error)
