@@ -1,5 +1,8 @@
 """The ops as citizens of torch: opcheck, torch.compile, autocast, checkpointing, and what autograd keeps."""
 
+import os
+import sys
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -254,3 +257,33 @@ def test_meta_tensors_have_shapes():
                                        torch.empty(1, dtype=torch.int32, device="meta"), 0, True, False,
                                        torch.float16)[0]
     assert q.shape == w.shape and q.dtype == torch.float16 and q.device.type == "meta"
+
+
+def _calls_in_quantops(fn):
+    """How often functions of the package are called while ``fn`` runs."""
+    found, folder = [], os.path.dirname(Q.__file__)
+    sys.setprofile(lambda frame, event, _: event == "call" and frame.f_code.co_filename.startswith(folder)
+                   and found.append(frame.f_code.co_name))
+    try:
+        fn()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.skipif(Q.info()["devices"]["cpu"]["implementation"] != "cpp", reason="Python kernels walk over their lists")
+def test_list_calls_run_no_python_per_tensor(scaled):
+    """A list of many small weights is bound by the host: what is checked of each tensor, C++ checks."""
+    calls = []
+    for count in (2, 30):
+        w = [torch.randn(3, 2, requires_grad=True) for _ in range(count)]
+        scale = [torch.ones(()) for _ in w] if scaled else None
+
+        def step():
+            q, penalty, _, _ = Q.foreach.msq(w, scale, 4)
+            torch.autograd.backward([*q, penalty], [*(torch.ones_like(t) for t in q), torch.ones_like(penalty)])
+
+        step()
+        calls.append(_calls_in_quantops(step))
+    assert calls[0] and calls[0] == calls[1]

@@ -5,7 +5,7 @@ import functools
 import torch
 
 from quantops.checks.arguments import kind, listed
-from quantops.reference.uniform import GRIDS, MAX_BITS, most_bits
+from quantops.reference.uniform import GRIDS, most_bits
 
 INTS = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64, torch.int64)
 

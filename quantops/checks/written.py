@@ -34,8 +34,8 @@ def gradients(grad, w):
         raise ValueError(f"grad: expected one tensor per weight ({len(w)}), got {len(grad)}")
     for i, (g, t) in enumerate(zip(grad, w)):
         if g.shape != t.shape or g.device != t.device or g.requires_grad:
-            raise ValueError(f"{entry('grad', i, grad)}: expected a tensor of shape {tuple(t.shape)} on {t.device} "
-                             f"that does not require grad, got shape {tuple(g.shape)} on {g.device}, "
+            raise ValueError(f"grad[{i}]: expected a tensor of shape {tuple(t.shape)} on {t.device} that does "
+                             f"not require grad, got shape {tuple(g.shape)} on {g.device}, "
                              f"requires_grad={g.requires_grad}")
 
 
