@@ -180,7 +180,7 @@ def make_quantizer(s, n, k, GRID: tl.constexpr, SIGNED: tl.constexpr):
     else:
         offset = tl.where(valid, zero, float("nan"))
     unit_step = tl.where(valid, unit_step, float("nan"))
-    code_step = step.to(tl.float64) * a.to(tl.float64)
+    code_step = tl.where(n > 1, step.to(tl.float64) * a.to(tl.float64), 0.0)  # at one bit no LSBs: inf * 0 there
     outside = tl.where(valid, zero, float("nan"))
     scale = tl.where(valid, s, float("nan"))
     low = 0.0 - scale if SIGNED else outside

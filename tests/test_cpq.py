@@ -410,9 +410,9 @@ def test_layer_errors_leave_the_model_untouched():
 def test_values_that_went_bad_are_errors_of_the_forward():
     model = make_cpq(dropbits="learned")
     p = quantizers(model)["head"]
-    for parameter, text in ((p.log_alpha, r"alpha\[3\]: expected finite values > 0"),
-                            (p.log_sigma, r"sigma\[3\]: expected finite values > 0"),
-                            (p.log_a, r"gates\[3\]: expected values in \[0, 1\]")):
+    for parameter, text in ((p.log_alpha, r"^head: alpha: expected finite values > 0"),
+                            (p.log_sigma, r"^head: sigma: expected finite values > 0"),
+                            (p.log_a, r"^head: gates: expected values in \[0, 1\]")):
         old = parameter.detach().clone()
         with torch.no_grad():
             parameter.fill_(math.nan)
@@ -425,7 +425,7 @@ def test_values_that_went_bad_are_errors_of_the_forward():
         with pytest.raises(ValueError, match="bits"):
             model(data()[0])
     p.bits.fill_(3)
-    with pytest.raises(ValueError, match=r"gates\[3\]: expected one value per bit \(3\)"):
+    with pytest.raises(ValueError, match=r"^head: gates: expected one value per bit \(3\)"):
         model(data()[0])
 
 

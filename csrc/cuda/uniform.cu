@@ -96,8 +96,8 @@ struct Msq : SumOp<Sums, AddSums, false> {
     s.vector_levels = kRounding<A>;
   }
   __device__ __forceinline__ Sums total(const State& s) const {
-    const double code_step = static_cast<double>(s.p.step) * (source.grid == kFull ? 2.0 : 1.0);
-    return {static_cast<double>(s.levels) * code_step, s.sq_error, s.p.valid ? s.nonzero : -1};
+    const double levels = static_cast<double>(s.levels) * (source.grid == kFull ? 2.0 : 1.0);  // exact: no inf with it
+    return {levels * static_cast<double>(s.p.step), s.sq_error, s.p.valid ? s.nonzero : -1};
   }
   __device__ void write(const Entry& e, int64_t, int which, const Sums& s) const {
     bool bad = s.nonzero < 0 || !valid_bits(source.bits[which], source.k ? source.k[which] : 0, source.grid);
