@@ -96,7 +96,7 @@ struct Msq : SumOp<Sums, AddSums, false> {
     s.vector_levels = kRounding<A>;
   }
   __device__ __forceinline__ Sums total(const State& s) const {
-    const double levels = static_cast<double>(s.levels) * (source.grid == kFull ? 2.0 : 1.0);  // exact: no inf with it
+    const double levels = static_cast<double>(s.levels) * (source.grid == kFull ? 2.0 : 1.0);  // twice the step may be inf
     return {levels * static_cast<double>(s.p.step), s.sq_error, s.p.valid ? s.nonzero : -1};
   }
   __device__ void write(const Entry& e, int64_t, int which, const Sums& s) const {
