@@ -73,7 +73,7 @@ OVERLAPS = {
     "op: out over a scale": (lambda: _out_over_scale(
         lambda w, s, n, out: ops.round_clamp_out(w, s, BITS, 0, True, out)), "out"),
     "op: a gradient twice": (lambda: ops.add_lsb_grad_([G, G], [W, W], [ONE, ONE.clone()], BITS.repeat(2), K.repeat(2),
-                                                       0, torch.tensor(0.1)), r"grad\[[01]\]"),
+                                                       0, torch.full((2,), 0.1)), r"grad\[[01]\]"),
     "op: sums over each other": (lambda: _raw_msq(penalty=ONE, sq_error=ONE), "penalty|sq_error"),
     "op: a sum over the scale": (lambda: _raw_msq(penalty=ONE, scale=ONE), "penalty"),
 }

@@ -21,6 +21,6 @@ __all__ = [
     "FLOATS", "activation", "all_or_none_on_meta", "alpha_and_sigma", "bits", "bits_and_k", "bits_of_stored",
     "categorical", "categorical_activation", "categorical_bits", "categorical_mode", "choice", "codes", "decode_scales",
     "dtype_of", "gates", "gradients", "grid_index", "listed", "out_scales", "outputs", "own_memory", "own_scale",
-    "packing", "rule_index", "scales", "seed", "stored_bits", "strength", "tanh", "tensors", "truncate", "uniform",
-    "widths",
+    "packed_data", "packing", "rule_index", "scales", "seed", "stored_bits", "strength", "tanh", "tensors", "truncate",
+    "uniform", "widths",
 ]
