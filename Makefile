@@ -36,7 +36,8 @@ test: $(VENV)/.installed
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q $(TEST_FLAGS) || status=$$?; \
 	echo "The Triton kernels, interpreted:"; \
 	QUANTOPS_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q $(TEST_FLAGS) \
-		$(foreach family,uniform truncate packing categorical categorical_activation,tests/test_$(family).py) tests/test_errors.py tests/test_limits.py \
+		$(foreach family,uniform truncate packing categorical activation categorical_activation,tests/test_$(family).py) \
+		tests/test_errors.py tests/test_limits.py \
 		|| status=$$?; \
 	exit $$status
 

@@ -1,6 +1,6 @@
 // Uniform quantization of activations per element, for the CPU and the CUDA kernels; the equations are in
-// quantops/reference/activation.py. Codes are those of quant_math.h; all rules are one statement here, since which one
-// it is comes as data.
+// quantops/reference/activation.py. The codes are those of quant_math.h; here all rules are one statement, since which
+// one it is comes as data.
 #pragma once
 #include <cmath>
 
@@ -8,7 +8,8 @@
 
 namespace quantops {
 
-enum Front : int64_t { kNoFront = 0, kRelu = 1 };              // the orders of FRONTS, KEEPS and LEARNS in the reference
+// The orders of FRONTS, KEEPS and LEARNS in the reference.
+enum Front : int64_t { kNoFront = 0, kRelu = 1 };
 enum Keep : int64_t { kInput = 0, kBits = 1, kResidual = 2 };
 enum Learn : int64_t { kLearnNone = 0, kLearnClip = 1, kLearnStep = 2 };
 
@@ -49,26 +50,28 @@ QUANTOPS_INLINE bool finite_offset(A b) {
 
 template <class A>
 QUANTOPS_INLINE Grid<A> make_grid(A s, A offset, int32_t n, int64_t rule, bool is_signed, int64_t front) {
-  const Quantizer<A> k = make_quantizer(s, n, 0, rule == kRoundClamp ? kDyadic : kFull, is_signed);
-  const bool valid = k.valid && valid_step_scale(s) && finite_offset(offset);
+  const bool full = rule != kRoundClamp, in_range = n >= 0 && n <= kMaxBits;
+  const bool valid = in_range && valid_step_scale(s) && finite_offset(offset);
+  if (!in_range) n = 0;
+  const A codes = A(int64_t(1) << n), power = rule == kNearest ? A(1) : codes;
   Grid<A> p;
   p.offset = offset;
-  const A power = rule == kNearest ? A(1) : k.mul;
-  p.mul = k.inv * power;
+  p.mul = (is_signed ? A(0.5) : A(1)) / s * power;
   p.shift = is_signed ? A(0.5) * power : A(0);
-  p.times = rule == kNearest && n > 0 ? k.top : A(1);
+  p.top = codes - A(1);
+  p.times = rule == kNearest && n > 0 ? p.top : A(1);
   p.down = rule == kFloor ? A(1) : A(0);
-  p.top = k.top;
-  p.a = k.a;
-  p.b = k.b;
-  p.step = valid ? k.step : quiet_nan<A>();
-  p.low = front == kRelu ? std::numeric_limits<A>::denorm_min() : k.low;  // x > 0
-  p.high = k.scale;
-  p.per_code = n == 0 ? A(0) : A(1) / (k.a * k.step);
-  p.first = k.b;
-  p.last = k.a * k.top + k.b;
-  p.unit_step = k.unit_step;
+  p.a = is_signed && full ? A(2) : A(1);
+  p.b = !is_signed || n == 0 ? A(0) : full ? -p.top : A(-0.5) * codes;
+  p.unit_step = n == 0 ? A(0) : full ? A(1) / p.top : (is_signed ? A(2) : A(1)) / codes;
+  p.step = n == 0 ? A(0) : full ? s / p.top : s * p.unit_step;
+  p.low = front == kRelu ? std::numeric_limits<A>::denorm_min() : is_signed ? -s : A(0);  // kRelu: x > 0
+  p.high = s;
+  p.per_code = n == 0 ? A(0) : A(1) / (p.a * p.step);
+  p.first = p.b;
+  p.last = p.a * p.top + p.b;
   p.valid_zero = valid ? A(0) : quiet_nan<A>();
+  if (!valid) p.step = quiet_nan<A>();
   p.zero = A(0);
   p.one = A(1);
   return p;

@@ -31,7 +31,7 @@ def kinds_of(dtype):
     x = weights(dtype)
     if not EXHAUSTIVE:
         long = torch.randn(5000, generator=torch.Generator().manual_seed(0)).to(dtype)
-        x = [x[2], x[4], x[6], x[8], x[9], long[:4099], long[3:], x[-1]]
+        x = [x[2], x[4], x[6], x[9], long[3:1100], x[-1]]
     return x
 
 
@@ -84,8 +84,8 @@ def test_is_decode_of_encode(rule, grid, signed):
     """So that integers stand for activations as they do for weights."""
     edges = torch.arange(-600, 601) / 512 * 0.7
     x = torch.cat([edges, torch.nextafter(edges, torch.tensor(9.0)), torch.tensor(SPECIAL), torch.randn(1000)])
-    for bits in (1, 2, 4, 8, 16):
-        for scale in (0.7, 1.0, 2.0**-100, 2.0**100):
+    for bits in (1, 2, 4, 8, 16) if EXHAUSTIVE else (1, 4):
+        for scale in (0.7, 1.0, 2.0**-100, 2.0**100) if EXHAUSTIVE else (0.7,):
             codes = Q.encode(x, scale, bits, rule=rule, signed=signed)
             want = Q.decode(codes, scale, bits, grid=grid, signed=signed)
             want = torch.where(x.isnan(), x, want)
@@ -186,11 +186,12 @@ def test_channels():
     """A scale per channel is that of each channel alone, whatever the layout."""
     x, g = torch.randn(3, 5, 7, 9), torch.randn(3, 5, 7, 9)
     scale, offset = torch.rand(5) + 0.2, torch.randn(5) / 4
-    for layout, (keep, learn) in itertools.product((torch.contiguous_format, torch.channels_last), FITTING[1:]):
+    layouts = torch.contiguous_format, torch.channels_last
+    for layout, (keep, learn) in itertools.product(layouts, FITTING[1:] if EXHAUSTIVE else FITTING[4::2]):
         laid, settings = x.to(memory_format=layout), dict(signed=True, keep=keep)
         got = gradients(laid, scale, g, offset, **settings, learn=learn) if learn else [
             Q.quantize_activation(laid, scale, 4, offset=offset, **settings)]
-        for c in range(5):
+        for c in range(5 if EXHAUSTIVE else 2):
             if learn:
                 one = gradients(x[:, c:c + 1], scale[c:c + 1], g[:, c:c + 1], offset[c:c + 1], signed=True, keep=keep,
                                 learn=learn)

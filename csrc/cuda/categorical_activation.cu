@@ -4,7 +4,7 @@
 #include <tuple>
 
 #include "../categorical_activation_math.h"
-#include "table.cuh"
+#include "one_tensor.cuh"
 
 namespace quantops::cuda {
 namespace {
@@ -21,38 +21,11 @@ struct Widths {
   __device__ __forceinline__ Bins<A> bins(const Levels& l) const { return make_bins(*alpha, *sigma, l); }
 };
 
-// The elements of a tensor as items, see table.cuh. aligned: all memory at 16 bytes, so that vectors move as words.
-struct Extent {
-  int64_t numel, segment;
-  bool aligned;
-
-  int64_t items() const { return (numel + segment - 1) / segment; }
-  dim3 blocks() const {
-    const int64_t blocks = (items() + kWarpsPerBlock - 1) / kWarpsPerBlock;
-    QUANTOPS_CHECK(blocks <= INT32_MAX, "x: expected fewer elements, got ", numel);
-    return dim3(static_cast<unsigned>(blocks));
-  }
-};
-
 // Elements of a vector: whole bytes of quarters, which move as one number.
 template <class X, class G, class O>
 constexpr int kVector = std::max(kQuarters, vector_elements<X, G, O>());
 template <int kCount>
 using Quarters = std::conditional_t<kCount == 8, uint16_t, uint8_t>;
-
-// Vectors that a lane loads before it needs the first of them: 16 elements.
-template <int kCount>
-constexpr int kLoads = 16 / kCount;
-
-// Calls f(v...) for the vectors of a lane, kLoads<V> of them at a time, then one at a time.
-template <int V, class Many>
-__device__ __forceinline__ void for_vectors(int lane, int vectors, const Many& many) {
-  constexpr int U = kLoads<V>;
-  int v = lane;
-  for (; v + (U - 1) * kWarp < vectors; v += U * kWarp) many(v, std::integral_constant<int, U>());
-#pragma unroll 1
-  for (; v < vectors; v += kWarp) many(v, std::integral_constant<int, 1>());
-}
 
 // ------------------------------------------------------------------------------------------------------------- forward
 
@@ -262,13 +235,6 @@ struct Parameters {
             static_cast<const int32_t*>(kept[2].data_ptr())};
   }
 };
-
-Extent extent_of(const Tensors& moved) {
-  const int64_t numel = moved[0].numel();
-  uintptr_t bits = 0;
-  for (const Tensor& t : moved) bits |= reinterpret_cast<uintptr_t>(t.data_ptr());
-  return {numel, segment_rule(numel), (bits & 15) == 0};
-}
 
 std::tuple<Tensor, Tensor> categorical_activation(Tensor x, Tensor alpha, Tensor sigma, Tensor bits, int64_t grad_of,
                                                   ScalarType dtype) {
