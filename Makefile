@@ -5,7 +5,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc kernels quantops -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench bench-all tables gpu gpu-libraries info clean
+.PHONY: demo test fuzz lint format bench bench-all tables gpu gpu-libraries info clean
 .NOTPARALLEL:
 
 # An installed torch >= 2.10 will do: PYTHON=... TORCH= VENV_FLAGS=--system-site-packages uses that of the system.
@@ -29,7 +29,8 @@ demo: $(VENV)/.installed
 # TEST_FLAGS= runs one.
 TEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-# Once with the compiled kernels, once with the Triton kernels in Triton's interpreter; fails if either does.
+# Once with the compiled kernels, once with the Triton kernels in Triton's interpreter, then two minutes of random tests;
+# fails if any does.
 test: $(VENV)/.installed
 	$(PY) -m quantops
 	@echo "The compiled kernels:"; status=0; \
@@ -39,6 +40,8 @@ test: $(VENV)/.installed
 		$(foreach family,uniform truncate packing categorical activation categorical_activation,tests/test_$(family).py) \
 		tests/test_errors.py tests/test_limits.py \
 		|| status=$$?; \
+	echo "Two minutes of make fuzz:"; \
+	$(PY) tests/fuzz --minutes 2 --seed 1 || status=$$?; \
 	exit $$status
 
 LINTERS ?= ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1
@@ -59,6 +62,12 @@ format: $(VENV)/.lint
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(NATIVE)
+
+# Random tests: oracles, sanitizers, damaged files, threads; see tests/fuzz/__main__.py. MINUTES=10 SEED=7 TARGETS=oracle,
+# or REPLAY=build/fuzz/FILE.json: what a failure has left, again.
+fuzz: $(VENV)/.installed
+	$(PY) tests/fuzz $(if $(REPLAY),--replay $(REPLAY),--minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)) \
+		$(if $(TARGETS),--targets $(TARGETS)))
 
 # On a CPU, within 10 minutes; the JSON, report.md and plots go to bench/results/<device>/.
 bench: $(VENV)/.installed

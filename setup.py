@@ -76,7 +76,7 @@ def includes(torch):
 
 
 def run_compiler(command):
-    """Runs a compiler. What it complains about first is in the error, since pip shows the output of builds to nobody."""
+    """Runs a compiler. What it complains about first is in the error: the output of builds, pip shows to nobody."""
     try:
         run = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
     except OSError as error:

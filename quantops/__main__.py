@@ -1,4 +1,5 @@
-"""``python -m quantops`` prints which kernels serve which device; ``python -m quantops demo`` trains on real data."""
+"""``python -m quantops`` prints which kernels serve which device; ``demo`` trains on real data; ``show FILE`` tells what
+a file of integer weights holds."""
 
 import argparse
 
@@ -11,7 +12,16 @@ def main():
     from quantops import demo
 
     demo.add_arguments(commands.add_parser("demo", help=demo.__doc__))
+    commands.add_parser("show", help="what a file of save_int holds").add_argument("file")
     args = parser.parse_args()
+    if args.command == "show":
+        from quantops.intfile import show
+
+        try:
+            print(show(args.file))
+        except (OSError, ValueError, ImportError) as error:
+            raise SystemExit(f"quantops: {error}") from None
+        return 0
     if args.command == "demo":
         return demo.run(args)
     import quantops

@@ -79,7 +79,24 @@ def load_int(path, model=None, bits=None):
     return weights
 
 
-# What files of integer weights and of whole models share.
+def show(path):
+    """What a file of :func:`save_int` holds, as text: a line per weight, read from its header alone."""
+    with opened(path) as f:
+        about = parsed(metadata_of(f, FORMAT, VERSION), "weights")
+        rows, total, numel = [], 0, 0
+        for name, entry in about.items():
+            bits, shape, _ = _sizes(name, entry)
+            scales = math.prod(slice_of(f, f"{name}.scale").get_shape())
+            held = bits * _file_bytes(shape) + scales * (8 if entry["dtype"] == "float64" else 4)
+            total, numel = total + held, numel + math.prod(shape)
+            rows.append((name, "x".join(map(str, shape)) or "one", f"{bits} bits" + " fixed" * (entry["fixed"] is True),
+                         entry["grid"] + " unsigned" * (entry["signed"] is False), entry["dtype"],
+                         f"{scales} scale" + "s" * (scales != 1), f"{held:,} bytes"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]
+    average = 8 * total / numel if numel else 0.0
+    return "\n".join([*lines, f"{len(rows)} weights, {numel:,} elements, {total:,} bytes: {average:.2f} bits each with "
+                      f"the scales; format {FORMAT} {VERSION}"])
 
 
 def parts_of(weights):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import quantops
+from quantops.__main__ import main
 from quantops.files import write_whole
 from quantops.intfile import load_int, save_int
 from quantops.intweight import IntWeight
@@ -193,3 +194,23 @@ def test_models_without_memory_are_refused(tmp_path):
     with pytest.raises(ValueError, match="w: expected codes with values, got some on the meta device"):
         save_int({"w": IntWeight(WEIGHTS["w"].packed.to("meta"), torch.ones(()))}, path)
     assert list(load_int(path)) == ["0.weight"]
+
+
+def test_show_tells_what_a_file_holds(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    weights = {"a.weight": WEIGHTS["w"], "b": IntWeight.from_codes(torch.zeros(7, 3, dtype=torch.int32), torch.ones(
+        7, dtype=torch.float64), 0, grid="full", signed=False, dtype=torch.float64, fixed=True)}
+    save_int(weights, path)
+    monkeypatch.setattr(sys, "argv", ["quantops", "show", str(path)])
+    assert main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == "a.weight 6x20 4 bits dyadic float32 1 scale 64 bytes".split()
+    assert lines[0].endswith("1 scale   64 bytes") and lines[1].endswith("7 scales  56 bytes")
+    assert "0 bits fixed" in lines[1] and "full unsigned" in lines[1]
+    assert lines[2] == ("2 weights, 141 elements, 120 bytes: 6.81 bits each with the scales; format quantops-int 2")
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(SystemExit, match="quantops: .*x.safetensors: not a whole safetensors file"):
+        main()
+    monkeypatch.setattr(sys, "argv", ["quantops", "show", str(tmp_path / "absent")])
+    with pytest.raises(SystemExit, match="quantops: .*absent: no such file"):
+        main()

@@ -19,7 +19,7 @@ constexpr int64_t kRow = kBlock / 8;
 
 void copy(uint8_t* to, const uint8_t* from, int64_t bytes) {
   if (bytes == kRow) std::memcpy(to, from, kRow);  // in line: a call would cost more than the copy
-  else std::memcpy(to, from, bytes);
+  else if (bytes) std::memcpy(to, from, bytes);  // of none the pointers may be null
 }
 
 void write(uint8_t* to, const uint8_t* from, int64_t bytes, bool streaming) {

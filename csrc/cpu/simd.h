@@ -3,7 +3,9 @@
 
 // clang, up to 19 at least, clones no function templates, which is what nearly all loops are: it compiles them for the
 // one instruction set that its flags say. instruction_set.cpp tells which loops run.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// Neither does a build with sanitizers: clones are chosen before their runtime is there.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && \
+    !defined(__SANITIZE_THREAD__)
 #if __GNUC__ >= 12
 #define QUANTOPS_AVX512 "arch=x86-64-v4"
 #define QUANTOPS_AVX2 "arch=x86-64-v3"
