@@ -204,7 +204,7 @@ def test_show_tells_what_a_file_holds(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["quantops", "show", str(path)])
     assert main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == "a.weight 6x20 4 bits dyadic float32 1 scale 64 bytes".split()
+    assert " ".join(lines[0].split()) == "a.weight 6x20 4 bits dyadic float32 1 scale 64 bytes"
     assert lines[0].endswith("1 scale   64 bytes") and lines[1].endswith("7 scales  56 bytes")
     assert "0 bits fixed" in lines[1] and "full unsigned" in lines[1]
     assert lines[2] == ("2 weights, 141 elements, 120 bytes: 6.81 bits each with the scales; format quantops-int 2")

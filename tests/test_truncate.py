@@ -533,3 +533,14 @@ def test_two_bits_of_the_nearest_rule_hold_normal_weights_better_than_dyadic_one
 
     nearest = least(lambda s: Q.truncate(w, s, 2, base_bits=2, rule="nearest"))
     assert 0.115 < nearest < 0.122 < 0.145 < least(lambda s: Q.round_clamp(w, s, 2)) < 0.155
+
+
+@pytest.mark.parametrize("companding", COMPANDINGS)
+def test_an_empty_weight_without_a_gradient(companding):
+    """The gradient that is not there is an empty tensor, too, of another shape."""
+    w, s = [torch.ones(0, 4), torch.ones(2, 4)], [torch.ones(())] * 2
+    grads = [torch.empty(0), torch.ones(2, 4)]
+    for kernel in (ops.truncate_backward, Q.default.truncate.truncate_backward):
+        grad_w, _, _ = kernel(grads, w, s, [], torch.tensor([[4, 4]], dtype=torch.int32),
+                              torch.tensor([8, 8], dtype=torch.int32), 1, companding == "tanh", False, False)
+        assert [g.shape for g in grad_w] == [t.shape for t in w]

@@ -27,4 +27,4 @@ def truncate_backward(grads, w, scale, out_scale, bits, base_bits, rule, tanh, c
 
 def used_gradients(grads, w):
     """The gradients of one weight's widths as the reference takes them: None where there is none."""
-    return [None if g.numel() == 0 and w.numel() else g for g in grads]
+    return [g if g.shape == w.shape else None for g in grads]

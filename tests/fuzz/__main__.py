@@ -43,6 +43,8 @@ def failure(target, case, error):
 def child(target, seed, first, seconds):
     """Checks cases number ``first`` and on for some seconds; what came of it goes to <target>.state."""
     module = importlib.import_module(target)
+    if first == 0 and hasattr(module, "untried"):
+        print(*[f"not tried: {why}" for why in module.untried().values()], sep="\n", end="", flush=True)
     state, running, end = FOLDER / f"{target}.state", FOLDER / f"{target}.running", time.monotonic() + seconds
     index, values, failed = first, 0, 0
     while time.monotonic() < end and failed < MOST:

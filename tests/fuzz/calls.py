@@ -5,7 +5,9 @@ A node is a number, a boolean, None, a list of nodes, {"dtype": name}, or a tens
 schema (see quantops/library.py), so that new ops are fuzzed without a word here.
 """
 
+import functools
 import math
+import random
 
 import torch
 
@@ -177,6 +179,8 @@ class _Call:
                     for s, n, layout in zip(self.shapes, self.bits, self.layouts)]
         if name in ("scale", "out_scale") and not self.single:
             return [] if name == "out_scale" and rng.random() < 0.5 else spread("positive")
+        if name == "grad_scale":
+            return spread("normal")
         if name in ("alpha", "sigma", "scale"):
             step = self.step * (1 if name != "sigma" else math.exp(rng.uniform(-3, 3)))
             if self.op == "categorical_activation_backward":
@@ -235,4 +239,16 @@ class _Call:
 
 def fitting(rng, op=None):
     """A call whose arguments fit, of any op."""
-    return _Call(rng, op or rng.choice(sorted(FAMILIES))).make()
+    return _Call(rng, op or rng.choice(sorted(FAMILIES.keys() - untried().keys()))).make()
+
+
+@functools.cache
+def untried():
+    """{op: why} of those whose arguments are not known here."""
+    found = {}
+    for op in FAMILIES:
+        try:
+            _Call(random.Random(0), op).make()
+        except NotImplementedError as why:
+            found[op] = str(why)
+    return found

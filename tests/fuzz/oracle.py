@@ -5,7 +5,7 @@ Integers, q, codes and packed bits are equal bit for bit; sums and soft results 
 
 import numpy as np
 import torch
-from calls import FAMILIES, build, fitting
+from calls import FAMILIES, build, fitting, untried  # noqa: F401  untried: for the runner
 
 from cases import same
 from quantops import default
