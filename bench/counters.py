@@ -79,9 +79,10 @@ def main(argv=None):
         return 0
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "ncu.csv"
-        status = subprocess.run(["ncu", "--csv", "--page", "raw", "--profile-from-start", "off", "--log-file", str(log),
-                                 *(word for name in SECTIONS for word in ("--section", name)), sys.executable, "-m",
-                                 "bench.counters", "--device", args.device]).returncode
+        sections = [word for name in SECTIONS for word in ("--section", name)]
+        status = subprocess.run(["ncu", "--csv", "--page", "raw", "--profile-from-start", "off", "--clock-control",
+                                 "none", "--log-file", str(log), *sections, sys.executable, "-m", "bench.counters",
+                                 "--device", args.device]).returncode
         text = log.read_text(errors="replace") if log.exists() else ""
     found = rows(text)
     if not found:  # such as: no permission to read counters

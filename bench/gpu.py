@@ -98,9 +98,9 @@ def stages(at):
         return timed(at.cuda, "steps", out, at.step_budget, "--networks", networks, "--variants", variants,
                      "--compile-seconds", "60", **options)
 
-    others = [ops((*at.cuda, ("QUANTOPS_CUDA_LIBRARY", str(path))), f"ops-{path.name.split('.')[1]}", OPS_OF_VARIANTS,
-                  at.workloads_of_variants, "--no-calls", "--lock", "{scratch}/lock", budget=at.budget / 2)
-              for path in at.libraries]
+    others = [ops((*at.cuda, ("QUANTOPS_CUDA_LIBRARY", str(path))), f"variant-{path.name.split('.')[1]}",
+                  OPS_OF_VARIANTS, at.workloads_of_variants, "--no-calls", "--lock", "{scratch}/lock",
+                  budget=at.budget / 2) for path in at.libraries]
     missing = Command("other libraries", (), needs=(LIBRARY.parent / "_cuda.<name>.abi3.so",))
     return [
         Stage("first", 60, "info(), then msq and its backward pass against the CPU", (
@@ -148,6 +148,7 @@ def prepare(scratch):
     """Makes quantops.kernels importable from the sources, and gives the variables that all commands get."""
     link = ROOT / "quantops/kernels"
     if not link.exists():
+        link.unlink(missing_ok=True)  # one that leads nowhere
         link.symlink_to("../kernels")
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(scratch / "triton"), "PYTHONUNBUFFERED": "1",

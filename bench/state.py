@@ -26,7 +26,7 @@ def output(*command):
     """What a command prints, "" where it fails or is not there."""
     try:
         run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    except FileNotFoundError:
+    except OSError:  # not there, or not to be run
         return ""
     return run.stdout.strip() if run.returncode == 0 else ""
 

@@ -17,15 +17,30 @@ def table(folder):
         lines.append(f"{stage:9} {passed} of {len(of)} passed{others}")
     for path in sorted(folder.glob("ops-*.json")):
         lines += ["", *_ops(path.stem, state.read(path))]
+    lines += _variants({path.stem.removeprefix("variant-"): state.read(path) for path in folder.glob("variant-*.json")})
     for path in sorted(folder.glob("steps-*.json")):
         lines += ["", *_steps(path.stem, state.read(path))]
     return "\n".join([*lines, *_counters(state.read(folder / "ncu.json"))])
 
 
+def _shares(result):
+    """{(case, workload, dtype): share of a copy}."""
+    return {(r["case"], r["workload"], r["dtype"]): r["share_of_copy"][r["headline"]] for r in result["rows"]}
+
+
+def _variants(results):
+    """Shares of a copy: a line for each case, a column for each variant."""
+    found = {name: _shares(result) for name, result in sorted(results.items())}
+    if found:
+        yield f"\n{'variants':42}" + "".join(f"{name[:12]:>13}" for name in found)
+    for row in dict.fromkeys(key for shares in found.values() for key in shares):
+        cells = (shares.get(row) for shares in found.values())
+        yield f"{' '.join(row):42}" + "".join(f"{'' if v is None else f'{v:.2f}':>13}" for v in cells)
+
+
 def _ops(name, result):
     """Shares of a copy: a line for each case, a column for each workload and dtype."""
-    columns = list(dict.fromkeys((r["workload"], r["dtype"]) for r in result["rows"]))
-    found = {(r["case"], r["workload"], r["dtype"]): r["share_of_copy"][r["headline"]] for r in result["rows"]}
+    columns, found = list(dict.fromkeys((r["workload"], r["dtype"]) for r in result["rows"])), _shares(result)
     head = "".join(f"{w[:10] + ('' if d == 'float32' else ' bf16'):>16}" for w, d in columns)
     yield f"{name}, share of a copy of the same bytes, commit {result['machine']['commit']}"
     yield f"{'':26}{head}"

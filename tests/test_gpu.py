@@ -61,7 +61,7 @@ def test_further_libraries_are_compared(tmp_path):
     path = tmp_path / "_cuda.plain-stores.abi3.so"
     variants = next(s for s in gpu.stages(gpu.Place(libraries=(path,))) if s.name == "variants")
     command, = variants.commands
-    assert command.name == "ops-plain-stores" and ("QUANTOPS_CUDA_LIBRARY", str(path)) in command.env
+    assert command.name == "variant-plain-stores" and ("QUANTOPS_CUDA_LIBRARY", str(path)) in command.env
     command, = next(s for s in gpu.stages(gpu.Place()) if s.name == "variants").commands
     assert command.needs
 
@@ -272,3 +272,29 @@ def test_counters_say_why_there_are_none(monkeypatch, tmp_path, capsys):
     tool.write_text('#!/bin/sh\nwhile [ "$1" != --log-file ]; do shift; done\ncat > "$2" <<EOF\n' + NCU + "EOF\n")
     assert counters.main(["--out", str(tmp_path / "ncu.json")]) == 0
     assert "items_kernel" in summary.table(tmp_path)
+
+
+def test_the_table(tmp_path):
+    """Parts of results, as a run that was cut short leaves them."""
+    def ops(**shares):
+        return {"machine": {"commit": "abc"}, "rows": [
+            {"case": "msq forward", "workload": workload, "dtype": "bfloat16", "headline": "kernel",
+             "share_of_copy": {"kernel": share}} for workload, share in shares.items()]}
+
+    assert summary.table(tmp_path) == ""
+    state.write(tmp_path / "gpu.json", {"commands": {"ops: cuda": {"result": LATE, "why": "killed"},
+                                                     "ops: it": {"result": PASSED}}})
+    state.write(tmp_path / "ops-cuda.json", ops(resnet20=0.625))
+    state.write(tmp_path / "variant-default.json", ops(resnet20=0.5, resnet50=0.25))
+    state.write(tmp_path / "variant-late-loads.json", ops(resnet20=0.75))
+    state.write(tmp_path / "steps-cuda.json", {"rows": [
+        {"network": "resnet50", "base": "unquantized", "times": {"unquantized": {"median": 0.05}},
+         "ratio": {"unquantized": 1.0, "quantops": 1.02}, "absent": {"compiled chain": "out of memory"}}]})
+    lines = [line.split() for line in summary.table(tmp_path).splitlines()]
+    assert "ops 1 of 2 passed; cuda: not finished (killed)".split() in lines
+    assert ["resnet20", "bf16"] in lines and "msq forward 0.62".split() in lines
+    assert ["variants", "default", "late-loads"] in lines
+    assert "msq forward resnet20 bfloat16 0.50 0.75".split() in lines and lines.count(
+        "msq forward resnet50 bfloat16 0.25".split()) == 1
+    assert "resnet50 50.0 ms unquantized 1.000 quantops 1.020".split() in lines
+    assert "compiled chain: out of memory".split() in lines
