@@ -164,7 +164,7 @@ CALLS = {
     "add_lsb_grad-fp32": ((_add_lsb_grad, FP32), {128: (8, 4)}),
     "add_lsb_grad-bf16": ((_add_lsb_grad, BF16), {128: (8, 4)}),
     "encode-fp32": ((_encode, FP32, 0), {128: (8, 8)}),
-    "encode-bf16-floor": ((_encode, BF16, 1), {128: (8, 16)}),
+    "encode-bf16-floor": ((_encode, BF16, 1), {64: (16, 0), 128: (0, 16)}),
     "decode-fp32": ((_decode, FP32), {128: (8, 8)}),
     "decode-bf16": ((_decode, BF16), {128: (8, 0), 64: (0, 8)}),
     # The loop over the widths is a loop: its loads and stores are there once.
