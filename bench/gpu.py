@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 from pathlib import Path

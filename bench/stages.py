@@ -5,6 +5,7 @@ stays. A command that exits with WRONG, a kernel's wrong result, ends everything
 is not run again.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import os
@@ -154,10 +155,8 @@ class Run:
 
     def _kill(self, command):
         process = self.running.pop(command)
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
 
     def _log(self, stage, command):

@@ -25,7 +25,7 @@ _serving: dict = {}  # device type -> (implementation, why the ones before it in
 
 
 def library_path(kind):
-    """Where the compiled library of ``kind`` ("cpu" or "cuda") is, or would be; QUANTOPS_CUDA_LIBRARY: another build."""
+    """Where the compiled library of ``kind`` ("cpu", "cuda") is, or would be; QUANTOPS_CUDA_LIBRARY: another build."""
     other = os.environ.get("QUANTOPS_CUDA_LIBRARY") if kind == "cuda" else None
     return Path(other or Path(__file__).parent / f"_{kind}.abi3.so")
 

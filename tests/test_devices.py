@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 import quantops as Q
-from cases import EXHAUSTIVE, same, scales, weights
 from bench.state import WRONG
+from cases import EXHAUSTIVE, same, scales, weights
 from quantops.reference.uniform import GRIDS, INVALID, RULES, code_bits
 
 BACKENDS = ("cuda", "triton")

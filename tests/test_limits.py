@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import EXHAUSTIVE
 from graphs import captured
 
 import quantops as Q
+from cases import EXHAUSTIVE
 from quantops.checks import integral
 
 ROOT = Path(__file__).resolve().parent.parent
