@@ -15,6 +15,7 @@ from quantops.methods.multibn import refuse_recomputing, replace
 from quantops.nn import check_module
 from quantops.reference.activation import KEEPS, LEARNS
 from quantops.reference.uniform import MAX_BITS, RULES, acc_dtype
+from quantops.state import Settings
 
 SCALES = ("step", "clip", "tracked")
 PLACES = ("relu", "input")
@@ -23,7 +24,7 @@ SAMPLE = 1 << 16  # elements that a percentile is taken of
 LEAST = 2.0**-10  # of where it started: how small a learned value may become
 
 
-class UniformActivation(torch.nn.Module):
+class UniformActivation(Settings, torch.nn.Module):
     """A quantizer of activations, see :func:`quantops.quantize_activation`: q of x at ``bits``, by ``rule``.
 
     Args:
@@ -70,6 +71,7 @@ class UniformActivation(torch.nn.Module):
         for name, value, low, high in (("percentile", percentile, 0, 100), ("momentum", momentum, 0, 1)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value <= high:
                 raise ValueError(f"{name}: expected a number in ({low}, {high}], got {value!r}")
+        self.counts = {"bits": range(MAX_BITS + 1)}
         self.learn = "step" if scale == "step" else "clip" if scale == "clip" or offset else None
         keep = ("residual" if self.learn == "step" else "bits") if keep is None else keep
         checks.activation.choices(rule, bool(signed), "relu" if relu else None, keep, self.learn, None)
@@ -98,6 +100,10 @@ class UniformActivation(torch.nn.Module):
             self.clip.fill_(float(scale))
             self.start.fill_(float(scale))
             self.started = [signed is not None or relu or offset] * rows
+
+    def settings(self):
+        return {"method": "uniform activation", "rule": self.rule, "scale": self.scale, "relu": self.relu,
+                "offset": self.offset is not None, "widths": list(self.widths) if len(self.widths) > 1 else None}
 
     # Values.
 

@@ -8,11 +8,12 @@ from quantops.library import ops
 from quantops.positive import positive
 from quantops.reference.categorical import GRADS, MAX_SOFT_BITS, MODES
 from quantops.reference.uniform import acc_dtype
+from quantops.state import Settings
 
 HARD = MODES.index("hard")
 
 
-class CategoricalActivation(torch.nn.Module):
+class CategoricalActivation(Settings, torch.nn.Module):
     """ReLU and unsigned categorical quantizer in one: q = alpha j, j = clamp(rint(x * (1/alpha)), 0, 2^bits - 1).
 
     alpha and sigma are learned as ``log_alpha`` and ``log_sigma`` (see quantops/positive.py). They start with the first
@@ -50,7 +51,8 @@ class CategoricalActivation(torch.nn.Module):
             raise ValueError(f"sigma: expected a number in (6e-08, 1.7e+07), got {sigma!r}")
         self.grad, self.ratio = grad, sigma
         made = {"device": device, "dtype": acc_dtype(dtype)}
-        self.register_buffer("bits", torch.full((1,), bits, dtype=torch.int32, device=device), persistent=False)
+        self.register_constants(device, bits=[bits])
+        self.write()
         self.register_buffer("alpha_start", torch.zeros(1, **made))  # 0 until the first batch
         self.log_alpha = torch.nn.Parameter(torch.zeros(1, **made))
         self.log_sigma = torch.nn.Parameter(torch.zeros(1, **made))
@@ -59,6 +61,8 @@ class CategoricalActivation(torch.nn.Module):
     def forward(self, x):
         """q of x."""
         checks.tensors("x", [x])
+        if not torch.compiler.is_compiling() and self.versions() != self.noted:
+            self.check_written()
         if not self.started:
             self._start(x)
         acc = acc_dtype(x.dtype)
@@ -80,9 +84,10 @@ class CategoricalActivation(torch.nn.Module):
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
-        self.started = bool(self.alpha_start > 0)
-        if self.bits.is_meta:  # it is not in the state dict, which a model on the meta device gets its values from
-            self.bits = torch.full_like(self.bits, self.highest.bit_length(), device=self.alpha_start.device)
+        self.started = not self.alpha_start.is_meta and bool(self.alpha_start > 0)
+
+    def settings(self):
+        return {"method": "cpq activation", "bits": self.highest.bit_length()}
 
     def report(self):
         """(bits, signed, end of the grid, part below 0), see :class:`quantops.report.ActivationBits`."""

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from quantops.checks import FLOATS
+from quantops.coverage import warn_of_the_rest
 from quantops.nn import WEIGHT, WeightGroup, check_module, check_only, quantized, trackable
 from quantops.reference.uniform import MAX_BITS
 
@@ -102,6 +103,8 @@ def quantize_(model, config, filter_fn=None):
     With config.fuse = "model" the forward of ``model`` itself, not of a part of it, does the work for all layers. See
     quantops/nn.py for memory, checkpointing, autocast, compiling and distributed training.
 
+    Warns where less than 90 % of the weights in matrices are quantized; :func:`quantops.bit_report` says what is left.
+
     Raises ValueError, with the model untouched, for a filter or an override that matches nothing, a chosen module
     without a floating-point weight, a weight that already has a parametrization, one Parameter in two chosen layers
     (choose one), a weight on the meta device, and settings out of range. TypeError for what is not a config.
@@ -128,17 +131,45 @@ def quantize_(model, config, filter_fn=None):
     for name, module, quantizer in made:
         quantizer.place, quantizer.layer = list(module._parameters).index(WEIGHT), name
         parametrize.register_parametrization(module, WEIGHT, quantizer, unsafe=True)
+        module.register_load_state_dict_pre_hook(_take_float_weight)
+        if quantizer.place == 0:
+            type(module).named_modules = _weight_first  # a class that register_parametrization made for this module
         layers.append((module.parametrizations[WEIGHT], quantizer))
     if config.fuse == "model":
         group = WeightGroup(layers, True, config.cache)
         for _, quantizer in layers:
             quantizer.group = group
         model.register_forward_pre_hook(group)
-        model.register_forward_hook(group.end_trace, always_call=True)
+        model.register_forward_hook(group.end, always_call=True)
     else:
         for layer in layers:
             layer[1].group = WeightGroup([layer], False, config.cache)
+    warn_of_the_rest(model)
     return model
+
+
+def _take_float_weight(layer, state_dict, prefix, *_):
+    """A state dict of the float network sets the float weight; what is not in it, such as bits, stays as it is."""
+    inside = f"{prefix}parametrizations.{WEIGHT}."
+    if parametrize.is_parametrized(layer, WEIGHT) and prefix + WEIGHT in state_dict and (
+            f"{inside}original" not in state_dict):
+        w = state_dict[f"{inside}original"] = state_dict.pop(prefix + WEIGHT)
+        quantizer = layer.parametrizations[WEIGHT][0]
+        if w.shape == layer.parametrizations[WEIGHT].original.shape:  # else torch says that it is not
+            for key, value in quantizer.state_for(w).items():
+                state_dict.setdefault(f"{inside}0.{key}", value)
+
+
+def _weight_first(self, memo=None, prefix="", remove_duplicate=True):
+    """named_modules of a layer whose weight was the first of its parameters: what holds the weight comes first, so that
+    parameters keep their order, by which optimizers know their states."""
+    memo, owner = set() if memo is None else memo, self.parametrizations[WEIGHT]
+    if self in memo:
+        return
+    yield f"{prefix}.parametrizations.{WEIGHT}".removeprefix("."), owner
+    for name, module in torch.nn.Module.named_modules(self, memo, prefix, remove_duplicate):
+        if module is not owner:
+            yield name, module
 
 
 def unquantize_(model):
@@ -176,6 +207,9 @@ def remove_quantizers(model, leave_quantized):
     for name, _, quantizer in quantized(model):
         layer = model.get_submodule(name)
         _own_class(layer)
+        for key, hook in list(layer._load_state_dict_pre_hooks.items()):
+            if getattr(hook, "hook", hook) is _take_float_weight:
+                del layer._load_state_dict_pre_hooks[key]
         if leave_quantized:  # in a Parameter of its own: others may share that of the layer, and are not quantized
             owner = layer.parametrizations[WEIGHT]
             owner.original = torch.nn.Parameter(owner.original.clone(), owner.original.requires_grad)

@@ -6,24 +6,31 @@ into a :class:`WeightGroup`. Who reads ``layer.weight`` gets q; the float weight
 ``layer.parametrizations.weight.original``, the same Parameter object as before.
 
 fuse="model". A forward pre-hook of the root quantizes all layers, one list call per method, dtype and device, and gives
-each q to its quantizer. A read of ``layer.weight`` returns that q while it is valid: the same Parameter and version
-counter, the same bits, no optimizer step since, the same output dtype, a fitting grad mode. Otherwise the layer
-computes its own, so a submodule may be called alone and autocast may begin inside the model (enter it around the root's
-call, or the work of the hook is wasted). The q of all layers live until the next forward of the root begins: one copy
-of the weights, in q's dtype. They outlive the forward on purpose, since non-reentrant torch.utils.checkpoint reads
-``layer.weight`` again in the backward pass and must find the same tensors. It finds those of the last forward: where a
-q is drawn (DropBits, mode="sample") and one backward pass serves several forwards of a model with checkpointed parts,
-take fuse="layer".
+each q to its quantizer. A read of ``layer.weight`` returns that q while it is valid: the same thread, Parameter and
+version counter, the same bits, no optimizer step since, the same output dtype, a fitting grad mode, a graph that no
+backward pass has used up. Otherwise the layer computes its own, so a submodule may be called alone and autocast may
+begin inside the model (enter it around the root's call, or the work of the hook is wasted). The q of all layers live
+until the next forward of the root by the same thread begins, or ends where that is under no_grad: one copy of the
+weights, in q's dtype. They outlive a training forward on purpose, for what is computed again in the backward pass.
+
+Threads. What a pass leaves belongs to the thread that ran it, and so may hundreds of threads evaluate one model, and
+several train it; cache=True gives those that evaluate one q for all.
+
+Checkpointing. Parts that torch.utils.checkpoint computes again take q of the last forward where it is as it was, with
+use_reentrant=False, and compute their own otherwise: the values are the same. Where q is drawn (DropBits,
+mode="sample") only the q of that very forward will do: RuntimeError where another one came between, and with
+use_reentrant=True. fuse="layer", where a part that is computed again draws the same again, has no such limits.
 
 fuse="layer". Each layer quantizes its own weight when it is read, and no q is kept. Gradients become ready layer by
 layer, which DDP needs to overlap communication; with fuse="model" they all become ready at the end of the backward
-pass. Reentrant checkpointing with the penalty in the loss, and torch.compile of single blocks, need fuse="layer".
+pass. torch.compile of single blocks needs fuse="layer".
 FSDP2: forward and backward work with either (sharded weights are quantized by their layers, once they are whole);
 penalties, reports and controllers need whole weights and do not.
 
 cache=True. While no weight and no bits change (gradient accumulation, evaluation), q is computed once. Each forward
-still has an autograd graph of its own. Changes are seen by version counters and by torch.optim steps (fused
-optimizers leave version counters alone). Writes through ``param.data`` and replays of CUDA graphs are not seen.
+still has an autograd graph of its own. Changes are seen by version counters, those of q among them, and by torch.optim
+steps (fused optimizers leave version counters alone). Writes through ``param.data`` and replays of CUDA graphs are not
+seen.
 
 torch.compile traces both modes with fullgraph=True, without stash, cache or version counters. Compile the whole model,
 or a function that calls it: torch traces the hooks of a compiled module apart from its forward (two graphs), those of a
@@ -34,12 +41,15 @@ parametrizations, not pickled whole.
 """
 
 import re
+import threading
+import weakref
 
 import torch
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from quantops import checks
+from quantops.state import Settings, version
 
 WEIGHT = "weight"
 
@@ -55,24 +65,58 @@ def _watch_optimizers():
         _steps.append(register_optimizer_step_post_hook(_count_step))
 
 
-class Slot:
-    """What the last list call left for one layer. Never copied or pickled with its layer: results belong to a pass."""
+class Slot(threading.local):
+    """What the last pass of this thread left for one layer. Never copied or pickled with its layer: results belong to
+    a pass, and a pass to its thread."""
 
     def __init__(self):
-        self.given = None  # q from elsewhere, in the place of a list call: a width's, in a step over several
         self.clear()
 
     def clear(self):
-        self.result, self.index = None, 0  # a Pass that holds q, and this layer's place in it
-        self.sums = None  # the same, for what else the call gave (the penalty): a Pass without q
-        self.sums_index = 0
+        self.result = None  # (the Pass, which may hold q and what else the call gave, this layer's place in it)
         self.traced = None  # q inside the graph that torch.compile is tracing now
 
     def __reduce__(self):
-        return Slot, ()
+        return type(self), ()
 
 
-class WeightQuantizer(torch.nn.Module):
+class PerThread:
+    """A value that a thread sets for itself. In its backward passes, which on a GPU run in threads of torch's own, it
+    is there too, but where several threads have set one: RuntimeError. Never copied or pickled, as :class:`Slot`."""
+
+    def __init__(self):
+        self._own, self._all = _Own(), {}
+
+    def __reduce__(self):
+        return PerThread, ()
+
+    def set(self, value):
+        """None: there is no value any more."""
+        self._own.value = value
+        if torch.compiler.is_compiling():
+            return
+        if value is None:
+            self._all.pop(threading.get_ident(), None)
+        else:
+            self._all[threading.get_ident()] = value
+
+    def get(self):
+        value = self._own.value
+        if value is not None or not self._all or torch.compiler.is_compiling() or not in_backward():
+            return value
+        values = list(self._all.values())
+        if len(values) > 1:
+            raise RuntimeError("a checkpointed part is computed again while several threads are in joint steps of one "
+                               "model, and its width is not known; expected one thread, or no checkpointing")
+        return values[0] if values else None
+
+
+class _Own(threading.local):
+    def __init__(self):
+        self.value = None
+
+
+class WeightQuantizer(Settings, torch.nn.Module):
     """A parametrization original -> q. Its buffers and parameters are what q depends on besides the weight.
 
     A method defines ``batch_key``, a tuple that is equal for layers that may share a list call (it has whatever q
@@ -81,11 +125,14 @@ class WeightQuantizer(torch.nn.Module):
     """
 
     batch_key = ()
+    identity = False  # True where the gradient of q is that of the weight, so that no backward pass uses its graph up
     draws = False  # True while every forward draws a q of its own, which the cache must not keep
 
     def __init__(self):
         super().__init__()
         self.slot = Slot()
+        self.given = PerThread()  # q from elsewhere, in the place of a list call: a width's, in a step over several
+        self.moves = 0  # counts to(), half(), ...: they write through param.data, which no version counter sees
         self.group = None  # before quantize_ is done, and once the weight is plain again
         self.place = 0  # of the weight among the parameters of its layer
         self.layer = "model"  # the name of its layer, for messages
@@ -113,6 +160,13 @@ class WeightQuantizer(torch.nn.Module):
         """The IntWeight whose dequantize() is the training forward, bit for bit (the evaluated one where it draws)."""
         raise NotImplementedError
 
+    def versions(self):
+        return tuple(map(version, self._buffers.values()))
+
+    def state_for(self, w):
+        """The own state, as of state_dict(), that goes with a float weight loaded from elsewhere."""
+        return self.state_dict()
+
     @staticmethod
     def check_removable(model):
         """ValueError where quantizers cannot leave ``model`` alone, since the method has made more of it."""
@@ -122,23 +176,26 @@ class WeightQuantizer(torch.nn.Module):
         return w.requires_grad or any(p.requires_grad for p in self._parameters.values())
 
     def forward(self, original):
-        given = self.slot.given
+        given = self.given.get()
         if given is not None and given.dtype == checks.dtype_of(None, [original]):
             return given
         if torch.compiler.is_compiling():
             traced = self.slot.traced
             return self.launch([self], [original]).q[0] if traced is None else traced
-        slot = self.slot
-        if slot.result is not None and slot.result.serves(slot.index, self, original):
-            return slot.result.value.q[slot.index]
-        return self.group.compute_one(self, original)
+        group = self.group
+        if group.whole:
+            found = self.slot.result
+            if found is not None and found[0].serves(found[1], self, original):
+                return found[0].value.q[found[1]]
+        return group.compute_one(self, original)
 
     def right_inverse(self, value):
         """``layer.weight = value`` sets the float weight."""
         return value
 
     def _apply(self, fn, recurse=True):
-        self.slot.clear()  # to(), half(), ... write through param.data, which no version counter sees
+        self.moves += 1
+        self.slot.clear()
         self.group.clear()
         return super()._apply(fn, recurse)
 
@@ -151,12 +208,12 @@ def trackable(w):
 
 def _mark(quantizer, w):
     """What changes whenever q would: storage and version of the weight, identity and version of the rest."""
-    mark = [w.data_ptr(), w._version, quantizer.batch_key]
-    for t in quantizer._buffers.values():
-        mark += id(t), t._version
-    for t in quantizer._parameters.values():
-        mark += id(t), t._version
-    return mark
+    buffers, state = quantizer._buffers.values(), quantizer._parameters.values()
+    versions = *map(version, buffers),
+    if versions != quantizer.noted:
+        quantizer.check_written()
+    return (w.data_ptr(), w._version, quantizer.batch_key, quantizer.moves, versions, *map(id, buffers),
+            *map(id, state), *map(version, state))
 
 
 class Pass:
@@ -165,32 +222,87 @@ class Pass:
     def __init__(self, quantizers, w, value):
         self.quantizers, self.w, self.value = quantizers, w, value
         self.marks = [_mark(p, t) if trackable(t) else None for p, t in zip(quantizers, w)]
-        self.state = [[*p._buffers.values(), *p._parameters.values()] for p in quantizers]  # alive: ids stay theirs
+        self.state = [(*p._buffers.values(), *p._parameters.values()) for p in quantizers]  # alive: ids stay theirs
         self.steps, self.inference = _steps[0], torch.is_inference_mode_enabled()
-        self.dtype = checks.dtype_of(None, w)
+        self.dtype, self.device = checks.dtype_of(None, w), w[0].device.type
+        self.task = torch._C._current_graph_task_id()
+        self.turn = None  # of the forwards that draw, where it has drawn
+        self.running = True  # until the forward it was made for ends, in which no backward pass uses its graph up
 
     def unchanged(self, i, quantizer, w):
         """True where entry i would be computed from the same values now."""
         mark = self.marks[i]
-        return (w is self.w[i] and mark is not None and mark == _mark(quantizer, w) and self.steps == _steps[0]
+        return (mark is not None and w is self.w[i] and mark == _mark(quantizer, w) and self.steps == _steps[0]
                 and self.inference == torch.is_inference_mode_enabled())
 
-    def serves(self, i, quantizer, w):
-        """True where entry i is what a read of ``w`` would give now, in value, dtype and gradient."""
-        return (self.unchanged(i, quantizer, w) and self.dtype == checks.dtype_of(None, [w])
+    def fits(self, i, quantizer, w):
+        """True where entry i has the value, the dtype and the wish for a gradient that a read of ``w`` has now."""
+        return (self.value.q is not None and self.unchanged(i, quantizer, w)
+                and (self.dtype == w.dtype and not torch.is_autocast_enabled(self.device)
+                     or self.dtype == checks.dtype_of(None, [w]))
                 and (not torch.is_grad_enabled() or self.value.q[i].requires_grad == quantizer.wants_grad(w)))
 
+    def serves(self, i, quantizer, w):
+        """True where entry i is what a read of ``w`` gives now, with its graph."""
+        return (self.task == torch._C._current_graph_task_id() and self.fits(i, quantizer, w)
+                and (self.running or quantizer.identity or not torch.is_grad_enabled()
+                     or not used_up(self.value.q[i].grad_fn)))
+
     def repeats(self, quantizers, w):
-        """True where the whole list call would give the same values now."""
+        """True where the whole list call would give the same values now, and nobody has written into those it gave."""
         return (len(w) == len(self.w) and self.dtype == checks.dtype_of(None, w)
+                and all(t._version == v for t, v in zip(self.value.q, self.versions))
                 and all(p is o for p, o in zip(quantizers, self.quantizers))
                 and all(self.unchanged(i, p, t) for i, (p, t) in enumerate(zip(quantizers, w))))
 
-    def without_q(self):
-        """The same without the list q, so that holding it holds no weights."""
-        light = object.__new__(Pass)
-        light.__dict__.update(self.__dict__, value=self.value._replace(q=None))
-        return light
+    def free(self):
+        """Holds no q any more, and whoever has a place in it finds none."""
+        self.value = self.value._replace(q=None)
+
+    def keep(self):
+        """Marks q, which many passes are to have: who writes into it is noticed."""
+        self.versions = [t._version for t in self.value.q]
+        return self
+
+    def copy(self):
+        """The same for the pass that runs now, to be freed by itself."""
+        other = object.__new__(Pass)
+        other.__dict__.update(self.__dict__, inference=torch.is_inference_mode_enabled())
+        return other
+
+
+def used_up(node):
+    """Whether a backward pass has gone through a node of a graph, so that no other can."""
+    try:
+        return node is not None and node._raw_saved_tensors is None  # raises where it has
+    except RuntimeError:
+        return True
+
+
+class _Unseen(torch.autograd.graph.saved_tensors_hooks):
+    """What a quantizer saves within a checkpointed part is not counted as the part's: computed again, that part may
+    find q where the layer had computed its own, or the reverse."""
+
+    def __init__(self):
+        super().__init__(lambda t: (t, t._version), self._unpack)
+
+    @staticmethod
+    def _unpack(saved):
+        t, version = saved
+        if t._version != version:  # torch looks at this only where there are no hooks
+            raise RuntimeError(f"a weight of shape {tuple(t.shape)} was changed in place after the forward pass that "
+                               "this backward pass needs it from")
+        return t
+
+
+class Mine(threading.local):
+    """The passes of a thread that may still hold q."""
+
+    def __init__(self):
+        self.passes, self.tracing = [], False
+
+    def __reduce__(self):
+        return Mine, ()
 
 
 class WeightGroup:
@@ -198,68 +310,138 @@ class WeightGroup:
 
     def __init__(self, layers, whole, cache):
         self.layers = layers  # [(ParametrizationList, WeightQuantizer)]
-        self.whole, self.cache, self.kept = whole, cache, {}
+        self.whole, self.cache, self.mine = whole, cache, Mine()
+        self.drawn = {}  # {weak reference to the graph's node of q that were drawn: what stands for their forward}
+        self.clear()
         _watch_optimizers()
 
     def __getstate__(self):
-        return {**self.__dict__, "kept": {}}
+        return {**self.__dict__, "kept": {}, "latest": {}, "drawn": {}}
 
     def clear(self):
-        """Forgets the cache."""
+        """Forgets the cache, and what parts that are computed again might take."""
         self.kept = {}
+        self.latest = {}  # {quantizer: (Pass with a graph, place in it)} of whichever thread
+
+    def free(self):
+        """Frees the q that this thread's last pass left."""
+        for done in self.mine.passes:
+            done.free()
+        self.mine.passes = []
 
     def batches(self):
         """Lists (quantizers, weights) that one call can take, of the layers that have not been given their q."""
-        return batches((p, owner.original) for owner, p in self.layers if p.slot.given is None)
+        return batches((p, owner.original) for owner, p in self.layers if p.given.get() is None)
 
     def __call__(self, root, args):
         """Forward pre-hook of the root: q of all layers."""
         if torch.compiler.is_compiling():
+            self.mine.tracing = True
             for quantizers, w in self.batches():
                 q = launch(quantizers, w).q
                 for p, t in zip(quantizers, q):
                     p.slot.traced = t
             return
-        for _, p in self.layers:
-            p.slot.clear()  # frees the last pass before the next is computed
+        self.free()  # before the next is computed
+        if getattr(root, "_is_replica", False):  # of DataParallel: it has weights of its own
+            return
+        turn = object()
         for quantizers, w in self.batches():
             # Sharded weights (FSDP2) and the like are quantized by their layers, once they are whole.
             own = [i for i, t in enumerate(w) if trackable(t)]
             if len(own) < len(w):
                 quantizers, w = [quantizers[i] for i in own], [w[i] for i in own]
             if w:
-                self._leave(self._compute(quantizers, w))
+                self._leave(self._compute(quantizers, w), turn)
 
-    def end_trace(self, root, args, output):
-        """Forward hook of the root: what was traced belongs to this forward, and must not become a graph's output."""
-        for _, p in self.layers:
-            p.slot.traced = None
+    def end(self, root, args, output):
+        """Forward hook of the root."""
+        if self.mine.tracing:
+            self.mine.tracing = False
+            for _, p in self.layers:
+                p.slot.traced = None  # it belongs to this forward, and must not become a graph's output
+        if torch.compiler.is_compiling():
+            return
+        for done in self.mine.passes:
+            done.running = False
+        if not torch.is_grad_enabled():  # nothing is computed again: threads that evaluate keep no weights
+            self.free()
 
     def compute_one(self, p, w):
-        """q of one layer, when its weight is read and no valid q is there."""
-        done = self._compute([p], [w])
+        """q of one layer, when its weight is read and this thread's pass has none that is valid."""
         if not self.whole:
-            p.slot.sums, p.slot.sums_index = done.without_q(), 0
-        return done.value.q[0]
+            done = self._compute([p], [w])
+            q = done.value.q[0]
+            done.free()
+            p.slot.result = done, 0
+            return q
+        if in_backward():
+            found = self._recomputed(p, w)
+            if found is not None:
+                return found
+        if _saved_tensors_hooks() is None:
+            return self._compute([p], [w]).value.q[0]
+        with _Unseen():
+            return self._compute([p], [w]).value.q[0]
+
+    def _recomputed(self, p, w):
+        """q for a checkpointed part that is computed again, from the pass it was part of; None: the layer's own.
+
+        Non-reentrant checkpointing takes values alone from there: q of any pass will do that has them. Reentrant
+        checkpointing goes backward through each part by itself, and through the graph of a pass one can go once.
+        """
+        done, i = self.latest.get(p, (None, 0))
+        values_alone = _saved_tensors_hooks() is not None or not torch.is_grad_enabled()
+        fits = values_alone and done is not None and done.fits(i, p, w)
+        if p.draws and torch.is_grad_enabled() and not (fits and self._only(done)):
+            raise RuntimeError("a checkpointed part is computed again, and it is not known which weights were drawn "
+                               'for it (DropBits, mode="sample"): take fuse="layer", where it draws the same again')
+        return done.value.q[i] if fits else None
+
+    def _only(self, done):
+        """Whether no other forward that drew its q may have a backward pass to come."""
+        pending = {turn for ref, turn in list(self.drawn.items()) if (node := ref()) and not used_up(node)}
+        return pending == {done.turn}
 
     def _compute(self, quantizers, w):
         if not self.cache or quantizers[0].draws or torch._C._are_functorch_transforms_active():
             return Pass(quantizers, w, launch(quantizers, w))
         key = tuple(id(p) for p in quantizers)
         kept = self.kept.get(key)
+        kept = kept and kept.copy()
         if kept is None or not kept.repeats(quantizers, w):
             kept = None
             self.kept.pop(key, None)  # frees the old q before the new one is computed
-            with torch.no_grad():
-                kept = self.kept[key] = Pass(quantizers, w, launch(quantizers, w))
+            with torch.inference_mode(False), torch.no_grad():  # inference tensors have no version
+                done = self.kept[key] = Pass(quantizers, w, launch(quantizers, w)).keep()
+            kept = done.copy()
         if not torch.is_grad_enabled() or not any(p.wants_grad(t) for p, t in zip(quantizers, w)):
             return kept
         return Pass(quantizers, w, quantizers[0].revive(quantizers, w, kept.value))
 
-    def _leave(self, done):
-        for i, p in enumerate(done.quantizers):
-            p.slot.result, p.slot.index = done, i
-            p.slot.sums, p.slot.sums_index = done, i
+    def _leave(self, done, turn):
+        self.mine.passes.append(done)
+        places = [(done, i) for i in range(len(done.w))]
+        for p, place in zip(done.quantizers, places):
+            p.slot.result = place
+        if torch.is_grad_enabled():
+            self.latest.update(zip(done.quantizers, places))
+            node = done.value.q[0].grad_fn
+            if done.quantizers[0].draws and node is not None:
+                for ref in list(self.drawn):
+                    if (old := ref()) is None or used_up(old):
+                        self.drawn.pop(ref, None)
+                done.turn, self.drawn[weakref.ref(node)] = turn, turn
+
+
+def in_backward():
+    """Whether this thread is within a backward pass, where a forward is one of a checkpointed part, computed again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _saved_tensors_hooks():
+    """Those that what is saved now goes through, as in checkpointed parts; None where there are none."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def launch(quantizers, w):

@@ -4,6 +4,7 @@ import torch
 
 from quantops.methods import cpq, msq
 from quantops.nn import quantized
+from quantops.reference.uniform import acc_dtype
 
 
 def penalty(model):
@@ -12,14 +13,17 @@ def penalty(model):
         (task_loss + strength * quantops.penalty(model)).backward()
 
     MSQ: the LSB penalties, :func:`quantops.methods.msq.penalty`. CPQ: the bits that DropBits is expected to keep,
-    :func:`quantops.methods.cpq.penalty`, where it learns them. Raises ValueError for a model without either.
+    :func:`quantops.methods.cpq.penalty`, where it learns them. 0 where no weight has either, so that a training loop
+    need not know the method. Raises ValueError for a model without quantized weights.
     """
-    quantizers, parts = [p for _, _, p in quantized(model)], []
+    layers, parts = quantized(model), []
+    if not layers:
+        raise ValueError(f"model: expected weights quantized by quantops.quantize_, {type(model).__name__} has none")
+    quantizers = [p for _, _, p in layers]
     if any(isinstance(p, msq.MSQWeight) for p in quantizers):
         parts.append(msq.penalty(model))
     if any(cpq.learns_bits(p) for p in quantizers):
         parts.append(cpq.penalty(model))
     if not parts:
-        raise ValueError("model: expected weights quantized with MSQConfig or CPQConfig(dropbits='learned'), "
-                         f"{type(model).__name__} has none")
+        return layers[0][1].original.new_zeros((), dtype=acc_dtype(layers[0][1].original.dtype))
     return torch.stack(parts).sum() if len(parts) > 1 else parts[0]

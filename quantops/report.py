@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from quantops.activation import activations
+from quantops.coverage import left_in_float
 from quantops.nn import batches, quantized
 
 
@@ -41,6 +42,8 @@ class BitReport(NamedTuple):
     compression: float  # 32 * sum(numel) / sum(numel * bits), as papers count it, on the sign grid without the signs
     stored: float  # 32 * sum(numel) / sum(numel * stored): the same with them
     activations: tuple = ()
+    left: tuple = ()  # quantops.coverage.LeftFloat of each parameter that stays in float
+    whole_compression: float = math.nan  # of all parameters, 32 bits for each of those
 
     def __str__(self):
         head = ("layer", "shape", "weights", "bits", "k", "beta", "sq_error", "scale")
@@ -55,6 +58,11 @@ class BitReport(NamedTuple):
         lines += [f"activations {a.name}: {a.bits} bits, {'signed' if a.signed else 'unsigned'}, up to {a.scale:.4g}"
                   + (f", {a.negative:.1%} of what comes in is negative" if a.negative and not a.signed else "")
                   for a in self.activations]
+        matrices = [v for v in self.left if v.matrix]
+        lines += [f"in float {v.name}: {'x'.join(map(str, v.shape))}, {v.why}" for v in matrices]
+        rest = sum(v.numel for v in self.left) - sum(v.numel for v in matrices)
+        lines.append(f"of the whole model, with {rest} parameters in float that are no matrices: compression "
+                     f"{self.whole_compression:.2f}x of 32")
         return "\n".join(lines)
 
 
@@ -68,10 +76,11 @@ def compression(sizes, bits):
 def bit_report(model):
     """Bits, k, beta, E and scale of each layer from its weights now, the average bits and the compression.
 
-    Only weights quantized by quantops count, those with fixed bits among them; with TruncQuant their bits are the width
-    that is selected, with CPQ those that stay in evaluation, and k is 0. One list call; reads the values back. The
-    quantizers of activations follow as ``activations``. Raises ValueError for a model without quantized weights, and
-    for weights with NaN or inf.
+    In these only weights quantized by quantops count, those with fixed bits among them; with TruncQuant their bits are
+    the width that is selected, with CPQ those that stay in evaluation, and k is 0. ``left`` has the parameters that
+    stay in float, each with a reason, and ``whole_compression`` counts them too, with 32 bits. One list call; reads the
+    values back. The quantizers of activations follow as ``activations``. Raises ValueError for a model without
+    quantized weights, and for weights with NaN or inf.
     """
     layers = quantized(model)
     if not layers:
@@ -83,7 +92,10 @@ def bit_report(model):
     sizes, bits = [r.numel for r in rows], [r.bits for r in rows]
     average = sum(n * b for n, b in zip(sizes, bits)) / max(sum(sizes), 1)
     acts = tuple(ActivationBits(name or "model", *m.report()) for name, m in activations(model))
-    return BitReport(tuple(rows), average, compression(sizes, bits), compression(sizes, [r.stored for r in rows]), acts)
+    left = tuple(left_in_float(model))
+    stored = [r.stored for r in rows]
+    whole = compression([*sizes, *(v.numel for v in left)], [*stored, *[32] * len(left)])
+    return BitReport(tuple(rows), average, compression(sizes, bits), compression(sizes, stored), acts, left, whole)
 
 
 def measure(pairs):

@@ -548,3 +548,37 @@ def test_errors_of_the_ops_name_the_layer(fuse):
         model[2].parametrizations.weight.original[1, 1] = torch.nan
     with pytest.raises(ValueError, match=r"^2: scale: expected finite values >= 0, got .*nan"):
         model(torch.ones(1, 4))
+
+
+# The order of parameters, by which optimizers know their states
+
+
+@pytest.mark.parametrize("config", [MSQConfig(), TruncQuantConfig(batch_norm=False), CPQConfig()])
+def test_parameters_keep_their_order(config):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.LayerNorm(4), nn.Linear(4, 3, bias=False), nn.Linear(3, 3))
+    before = list(model.parameters())
+    quantize_(model, config, lambda name, m: isinstance(m, (nn.Conv2d, nn.LayerNorm, nn.Linear)))
+    for m in (model, copy.deepcopy(model)):
+        names = [n for n, _ in m.named_parameters() if ".log_" not in n]
+        assert names == [f"{i}.{n}" for i in range(4) for n in ("parametrizations.weight.original", "bias")
+                         if (i, n) != (2, "bias")]
+        modules = [n for n, _ in m.named_modules()]
+        assert len(set(modules)) == len(modules) and {"", "0", "3.parametrizations.weight.0"} <= set(modules)
+    assert all(a is b for a, b in zip((p for n, p in model.named_parameters() if ".log_" not in n), before,
+                                      strict=True))
+    assert all(a is b for a, b in zip(unquantize_(model).parameters(), before, strict=True))
+
+
+def test_states_of_an_optimizer_made_before_go_to_their_parameters():
+    def norm():
+        return nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))
+
+    model = norm()
+    optimizer = torch.optim.Adam(model.parameters())
+    (model(torch.randn(3, 4)) * torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    quantize_(model, MSQConfig(), lambda name, m: isinstance(m, (nn.LayerNorm, nn.Linear)))
+    after = torch.optim.Adam(model.parameters())
+    after.load_state_dict(optimizer.state_dict())
+    for p in model.parameters():
+        assert torch.equal(after.state[p]["exp_avg"], optimizer.state[p]["exp_avg"])

@@ -52,8 +52,7 @@ def test_fixed_gates_are_no_parameters_and_all_bits_stay():
     model = make_cpq(dropbits="fixed", nonzero=0.2)
     assert not any(name.endswith("log_a") for name, _ in model.named_parameters())
     assert {r.bits for r in bit_report(model).rows} == {4}
-    with pytest.raises(ValueError, match=r"CPQConfig\(dropbits='learned'\), Net has none"):
-        penalty(model)
+    assert penalty(model).item() == 0
 
 
 @FUSES
@@ -87,7 +86,7 @@ def test_penalty_is_the_expected_number_of_gates():
     chance = torch.sigmoid(p.log_a.detach() - SHIFT)
     torch.testing.assert_close(p.log_a.grad, chance * (1 - chance))
     assert all(v.grad is None for k, v in model.named_parameters() if not k.endswith("log_a"))
-    with pytest.raises(ValueError, match="expected weights quantized with MSQConfig or CPQConfig"):
+    with pytest.raises(ValueError, match="expected weights quantized by quantops.quantize_"):
         penalty(Net())
     both = nn.ModuleList([make_cpq(dropbits="learned"), quantize_(Net(), quantops.MSQConfig())])
     assert torch.equal(penalty(both), penalty(both[0]) + penalty(both[1]))

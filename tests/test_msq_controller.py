@@ -175,7 +175,7 @@ def test_load_state_dict_checks_the_layers():
     control = MSQController(make_msq(), 8, threshold=0.1, strength=0.1)
     state = control.state_dict()
     for bad, text in (({**state, "names": ["conv"]}, r"expected the layers \['conv', 'mid.0'.*got \['conv'\]"),
-                      ({**state, "version": 2}, "version 1"), ({}, "missing")):
+                      ({**state, "version": 3}, "version 2"), ({}, "missing")):
         with pytest.raises(ValueError, match=text):
             control.load_state_dict(bad)
     assert control.state_dict() == state
@@ -198,3 +198,58 @@ def test_training_drops_bits_and_learns():
         control.step(lambda: F.cross_entropy(model(x), y))
     assert control.done and bit_report(model).compression >= 8
     assert (model(x).argmax(1) == y).float().mean() > 0.95
+
+
+
+
+@pytest.mark.parametrize("change, text", [
+    ({"steps": -5}, "state: steps: expected an integer"), ({"steps": 1.5}, "state: steps"), ({"steps": "7"}, "steps"),
+    ({"steps": True}, "steps"), ({"decisions": None}, "state: decisions"), ({"decisions": 99}, "state: decisions"),
+    ({"done": "no"}, "state: done: expected one of True, False, got 'no'"), ({"done": 1}, "done"),
+    ({"seed": -1}, "state: seed"), ({"log": None}, "expected log"), ({"log": [3]}, "expected log"),
+    ({"names": "conv"}, "expected the layers"), ({"sizes": [1, 2, 3, 4]}, "expected layers of so many weights"),
+    ({"version": 3}, "expected version 2"), ({"version": True}, "expected version 2")])
+def test_load_state_dict_is_checked_whole_before_anything_changes(change, text):
+    model = silent(make_msq(bits=6))
+    control = MSQController(model, 16, threshold=0.5, strength=0.02, interval=2, hessian=False, seed=4)
+    for _ in range(3):
+        control.step()
+    good = control.state_dict()
+    other = MSQController(make_msq(bits=6), 16, threshold=0.5, strength=0.02, interval=2, hessian=False)
+    before = other.state_dict()
+    with pytest.raises(ValueError, match=text):
+        other.load_state_dict({**good, **change})
+    assert other.state_dict() == before
+    for key in good:
+        with pytest.raises(ValueError, match="expected version 2"):
+            other.load_state_dict({k: v for k, v in good.items() if k != key})
+    with pytest.raises(TypeError, match="state: expected what"):
+        other.load_state_dict(None)
+    assert other.state_dict() == before
+    other.load_state_dict({**{k: v for k, v in good.items() if k != "sizes"}, "version": 1})  # of earlier versions
+    assert other.state_dict() == good
+
+
+@pytest.mark.parametrize("hessian", [True, False])
+def test_a_decision_that_fails_is_made_by_the_next_step(hessian):
+    model, twin = make_msq(bits=6), make_msq(bits=6)
+    a, b = (MSQController(m, 8, threshold=1.0, strength=0.02, interval=2, hessian=hessian) for m in (model, twin))
+    weight, finite = originals(model)["head"], originals(model)["head"].detach().clone()
+
+    def broken():
+        raise ZeroDivisionError
+
+    for control in (a, b):
+        assert control.step(lambda: loss_of(model)) is None
+    before, entry = a.state_dict(), b.step(lambda: loss_of(twin))
+    if hessian:
+        with pytest.raises(ZeroDivisionError):
+            a.step(broken)
+    with torch.no_grad():
+        weight[0, 0] = float("nan")
+    with pytest.raises(ValueError):
+        a.step(lambda: loss_of(model))
+    with torch.no_grad():
+        weight.copy_(finite)
+    assert a.state_dict() == before and {(int(p.bits), int(p.k)) for _, _, p in quantized(model)} == {(6, 1)}
+    assert a.step(lambda: loss_of(model)) == entry and a.state_dict() == b.state_dict()

@@ -97,6 +97,20 @@ def test_the_controller_refuses_a_layer_that_the_loss_does_not_reach():
         controller.step(lambda: model(batch()).square().mean())
 
 
+@EACH
+@pytest.mark.parametrize("fuse", ["model", "layer"])
+@pytest.mark.parametrize("how", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_writes_into_a_cached_q_last_no_longer_than_without_the_cache(config, fuse, how):
+    model = make(lambda: nn.Sequential(nn.Linear(8, 8)), config, fuse=fuse, cache=True).eval()
+    expected = model(batch())
+    with how():
+        model(batch())
+        model[0].weight.detach().mul_(2)
+    assert torch.equal(model(batch()), expected)
+    with torch.inference_mode():
+        assert torch.equal(model(batch()), expected)
+
+
 # Copies whose tensors are written in place.
 
 
@@ -186,8 +200,9 @@ def test_the_penalty_of_two_methods():
     quantize_(model[0], MSQConfig())
     quantize_(model[1], CPQConfig())
     assert penalty(model).item() == penalty(model[0]).item() > 0
+    assert penalty(model[1]).item() == 0
     with pytest.raises(ValueError, match="has none"):
-        penalty(model[1])
+        penalty(nn.Linear(8, 8))
     quantize_(model[2], CPQConfig(dropbits="learned"))
     assert penalty(model).item() == pytest.approx(penalty(model[0]).item() + penalty(model[2]).item())
 

@@ -263,7 +263,7 @@ def test_the_selected_width_stays_and_nothing_is_left_over(kind):
         except ZeroDivisionError:
             pass
         assert same(before, {k: v for k, v in state(model).items() if k in before})
-        assert all(p.slot.given is None and p.slot.result is None for _, _, p in quantized(model))
+        assert all(p.given.get() is None and p.slot.result is None for _, _, p in quantized(model))
         assert len(model.fc1.weight.unique()) <= 4
 
 
@@ -380,7 +380,7 @@ def test_a_row_is_the_batch_norm_of_torch_bit_for_bit(norm, shape):
     plain, parameters = copy.deepcopy(norm), dict(norm.named_parameters())
     multi = MultiBatchNorm(norm, (8, 2))
     assert dict(multi.named_parameters()) == parameters  # the same objects
-    multi.index.fill_(1)
+    multi.select(1)
     for train in (True, True, False):
         x = torch.randn(shape)
         multi.train(train), plain.train(train)

@@ -169,6 +169,11 @@ class CPQWeight(WeightQuantizer):
             else:
                 self.register_buffer("log_a", log_a)
             self.register_buffer("finished", torch.zeros((), dtype=torch.bool, device=device))
+            self.counts = {"bits": range(MAX_BITS + 1), "finished": (False, True)}
+            self.write(bits=bits, finished=False)
+        else:
+            self.counts = {"bits": range(MAX_BITS + 1)}
+            self.write(bits=bits)
 
     @property
     def batch_key(self):
@@ -192,8 +197,7 @@ class CPQWeight(WeightQuantizer):
     def finish(self):
         """The bits that stay are the layer's bits from now on, without gates."""
         if self.gated:
-            self.bits.copy_(self.bits_that_stay())
-            self.finished.fill_(True)
+            self.write(bits=int(self.bits_that_stay()), finished=True)
             self._open_gates(False)
 
     def _open_gates(self, gated):
@@ -202,9 +206,22 @@ class CPQWeight(WeightQuantizer):
         self.gated = gated
         self.log_a.requires_grad_(gated and self.dropbits == "learned")
 
+    def settings(self):
+        return {"method": "cpq", "per_row": self.per_row, "dropbits": self.dropbits, "min_bits": self.min_bits}
+
+    @torch.no_grad()
+    def state_for(self, w):
+        """alpha and sigma start again from that weight."""
+        if w.is_meta or self.bits.is_meta or not bool(torch.isfinite(w).all()):
+            return self.state_dict()
+        step = grid_step(w.to(self.alpha_start), int(self.bits), per_row=self.per_row)
+        zero = torch.zeros_like(step)
+        return {**self.state_dict(), "alpha_start": step, "sigma_start": step * (self.sigma_start / self.alpha_start),
+                "log_alpha": zero, "log_sigma": zero}
+
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
-        if self.dropbits:
+        if self.dropbits and not self.finished.is_meta:
             self._open_gates(not bool(self.finished))
 
     @staticmethod

@@ -14,7 +14,7 @@ from quantops.convert import check_choice, check_int
 from quantops.hessian import hessian_trace
 from quantops.intweight import IntWeight
 from quantops.library import ops
-from quantops.nn import WeightQuantizer, batches, quantized, shown
+from quantops.nn import WeightQuantizer, batches, quantized, shown, used_up
 from quantops.reference.uniform import GRIDS, MAX_BITS, code_bits, most_bits
 from quantops.report import compression, measure
 from quantops.scales import ABSMAX, check_scale, weight_scales
@@ -126,17 +126,22 @@ class MSQWeight(WeightQuantizer):
         super().__init__()
         self.register_buffer("bits", torch.full((), bits, dtype=torch.int32, device=device))
         self.register_buffer("k", torch.full((), k, dtype=torch.int32, device=device))
+        self.write(bits=bits, k=k)
         self.grid, self.decoupled, self.prune = GRIDS.index(config.grid), config.penalty == "decoupled", prune
         self.scale, self.scale_grad, self.per_row = config.scale, config.scale_grad, config.per_row
-        self.covered = config.scale == ABSMAX and not config.scale_grad
+        self.covered = self.identity = config.scale == ABSMAX and not config.scale_grad
         self.unit = config.penalty_unit
         self.batch_key = ("msq", self.grid, self.scale, self.scale_grad, self.per_row, self.decoupled, self.unit)
+
+    counts = {"bits": range(MAX_BITS + 1), "k": range(MAX_BITS + 1)}
+
+    def settings(self):
+        return {"method": "msq", "grid": GRIDS[self.grid], "scale": self.scale, "per_row": self.per_row}
 
     def set_precision(self, bits, k):
         """Sets both in place: nothing recompiles. Raises ValueError out of range."""
         _check_precision("set_precision", bits, k, GRIDS[self.grid])
-        self.bits.fill_(bits)
-        self.k.fill_(k)
+        self.write(bits=bits, k=k)
 
     @staticmethod
     def launch(quantizers, w):
@@ -248,7 +253,7 @@ def penalty(model):
 def _penalties(layers):
     taken, missing = {}, []
     for _, owner, p in layers:
-        w, done, i = owner.original, p.slot.sums, p.slot.sums_index
+        w, (done, i) = owner.original, p.slot.result or (None, 0)
         if done is not None and done.unchanged(i, p, w) and _usable(done):
             taken.setdefault(id(done.value.penalty), (done, []))[1].append(i)
         else:
@@ -274,16 +279,10 @@ def _in_units(v, p, scale, bits):
 
 def _usable(done):
     r = done.value.penalty
-    if r is None:
+    if r is None or done.task != torch._C._current_graph_task_id():
         return False
-    if torch.is_grad_enabled():
-        if r.requires_grad != any(t.requires_grad for t in done.w):
-            return False
-        try:
-            r.requires_grad and r.grad_fn._raw_saved_tensors  # raises once a backward pass has used the graph up
-        except RuntimeError:
-            return False
-    return True
+    return not torch.is_grad_enabled() or (
+        r.requires_grad == any(t.requires_grad for t in done.w) and not used_up(r.grad_fn))
 
 
 def _traced_penalties(layers):
@@ -441,18 +440,25 @@ class MSQController:
 
         ``loss_fn``: called without arguments at a decision, gives the scalar task loss on some batch (leave the penalty
         out: it is linear). Whatever else it changes (batch norm statistics, random state) is the caller's; ``.grad`` is
-        not touched.
+        not touched. Where it raises, nothing is decided and this step is not counted: the next call decides.
         """
         if loss_fn is not None and not callable(loss_fn):
             raise TypeError(f"loss_fn: expected a function without arguments, got {type(loss_fn).__name__}")
-        self._steps += 1
-        if self._done or self._steps % self.interval:
+        if self._done or (self._steps + 1) % self.interval:
+            self._steps += 1
             return None
         for name, _, p in self._layers:
             if p.group is None:
                 raise ValueError(f"model: {name or 'it'} is not quantized any more; expected the quantizers that the "
                                  "controller was made for")
-        entry = self._decide(loss_fn if self.hessian else None)
+        before = [(p, int(p.bits), int(p.k)) for _, _, p in self._layers]
+        try:
+            entry = self._decide(loss_fn if self.hessian else None)
+        except BaseException:
+            for p, bits, k in before:
+                p.set_precision(bits, k)
+            raise
+        self._steps += 1
         self.log.append(entry)
         return entry
 
@@ -477,7 +483,7 @@ class MSQController:
             self._prune(rows, [p for p, _ in pairs])
         self._decisions += 1
         self._done = self.compression >= self.target
-        return {"step": self._steps, "compression_before": before, "compression": self.compression,
+        return {"step": self._steps + 1, "compression_before": before, "compression": self.compression,
                 "done": self._done, "layers": rows}
 
     def _limit(self, k, bits):
@@ -507,22 +513,40 @@ class MSQController:
 
     def state_dict(self):
         """Steps, decisions, log and seed: plain Python values. Bits and k are in the model's own state dict."""
-        return {"version": 1, "names": [name for name, _, _ in self._layers], "steps": self._steps,
-                "decisions": self._decisions, "done": self._done, "seed": self.seed, "log": copy.deepcopy(self.log)}
+        return {"version": 2, **self._own(), "steps": self._steps, "decisions": self._decisions, "done": self._done,
+                "seed": self.seed, "log": copy.deepcopy(self.log)}
+
+    def _own(self):
+        return {"names": [name for name, _, _ in self._layers],
+                "sizes": [owner.original.numel() for _, owner, _ in self._layers]}
 
     def load_state_dict(self, state):
         """Takes up :meth:`state_dict`; load the model's state dict too.
 
-        Raises ValueError where the names of the layers differ from this model's, with the controller untouched.
+        Raises TypeError for what is not a dict, and ValueError where a value is none that state_dict() gives or the
+        names or sizes of the layers differ from this model's, naming it, with the controller untouched.
         """
-        missing = {"version", "names", "steps", "decisions", "done", "seed", "log"} - set(state)
-        if missing or state["version"] != 1:
-            raise ValueError(f"state: expected version 1 of MSQController.state_dict(), got version "
-                             f"{state.get('version')!r}, missing {sorted(missing)}")
-        names = [name for name, _, _ in self._layers]
-        if list(state["names"]) != names:
-            raise ValueError(f"state: expected the layers {names}, got {list(state['names'])}")
-        self._steps, self._decisions, self._done = state["steps"], state["decisions"], state["done"]
+        if not isinstance(state, dict):
+            raise TypeError(f"state: expected what MSQController.state_dict() gives, got {type(state).__name__}")
+        version, own = state.get("version"), self._own()
+        if version == 1:  # has no sizes
+            del own["sizes"]
+        missing = {*own, "steps", "decisions", "done", "seed", "log"} - set(state)
+        if missing or version not in (1, 2) or isinstance(version, bool):
+            raise ValueError(f"state: expected version 2 of MSQController.state_dict(), got version {version!r}, "
+                             f"missing {sorted(missing)}")
+        for key, expected in own.items():
+            if not isinstance(state[key], (list, tuple)) or list(state[key]) != expected:
+                told = "the layers" if key == "names" else "layers of so many weights:"
+                raise ValueError(f"state: expected {told} {expected}, got {state[key]!r}")
+        steps = check_int("state: steps", state["steps"], 0, 2**62)
+        check_int("state: decisions", state["decisions"], 0, steps)
+        check_int("state: seed", state["seed"], 0, 2**32)
+        check_choice("state: done", state["done"], (True, False))
+        if not isinstance(state["log"], list) or not all(
+                isinstance(entry, dict) and isinstance(entry.get("layers"), list) for entry in state["log"]):
+            raise ValueError(f"state: expected log, a list with a dict per decision, got {state['log']!r}")
+        self._steps, self._decisions, self._done = steps, state["decisions"], state["done"]
         self.seed, self.log = state["seed"], copy.deepcopy(state["log"])
 
 

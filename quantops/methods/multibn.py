@@ -5,17 +5,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from quantops.nn import PerThread, in_backward
+from quantops.state import Settings
+
 KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def refuse_recomputing(part):
     """RuntimeError within the backward pass of a joint_loss, where nothing says which width a checkpointed part had."""
-    if not torch.compiler.is_compiling() and part.joint_graph and torch._C._current_graph_task_id() != -1:
+    if not torch.compiler.is_compiling() and part.joint_graph and in_backward():
         raise RuntimeError("a checkpointed forward was computed again in the backward pass of a joint_loss, where its "
                            "width is not known: use quantops.joint_step; to train at one width call quantops.set_bits")
 
 
-class MultiBatchNorm(nn.Module):
+class MultiBatchNorm(Settings, nn.Module):
     """Batch norms of one layer, of which the entry ``index`` of a buffer says which is used: no width recompiles.
 
     Parameters ``weight`` and ``bias`` and buffers ``running_mean`` and ``running_var`` are those of BatchNorm in rows,
@@ -23,6 +26,8 @@ class MultiBatchNorm(nn.Module):
     BatchNorm1d, 2d or 3d, whose values every row starts from and whose Parameter objects stay (with another shape), so
     that optimizers made before their first step stay valid. The rows that are not used get gradients of 0.
     """
+
+    is_layer = True
 
     def __init__(self, norm, widths):
         super().__init__()
@@ -39,7 +44,18 @@ class MultiBatchNorm(nn.Module):
             self.register_buffer(name, None if buffer is None else self._rows(buffer))
         device = next((t.device for t in (*norm.parameters(), *norm.buffers())), None)
         self.joint_graph = False  # as in TruncQuantWeight
+        self.given = PerThread()  # the index, while a thread goes through the widths
         self.register_buffer("index", torch.zeros((), dtype=torch.int64, device=device))
+
+        self.counts = {"index": range(len(widths))}
+        self.select(0)
+
+    def select(self, place):
+        """Selects the width at ``place`` of the network's widths, in place: nothing recompiles."""
+        self.write(index=place)
+
+    def settings(self):
+        return {"method": "truncquant", "widths": list(self.widths)}
 
     def _rows(self, t):
         return t.detach().expand(len(self.widths), *t.shape).clone()
@@ -48,7 +64,11 @@ class MultiBatchNorm(nn.Module):
         """BatchNorm of the width that is selected."""
         refuse_recomputing(self)
         self.kind._check_input_dim(self, x)
-        at = self.index.reshape(1).clone()  # autograd keeps it, and the width may change before the backward pass
+        given = self.given.get()
+        if given is None and not torch.compiler.is_compiling() and self.versions() != self.noted:
+            self.check_written()
+        # A copy: autograd keeps it, and the width may change before the backward pass.
+        at = (self.index.clone() if given is None else given).reshape(1)
         weight, bias, mean, var = (None if t is None else t.index_select(0, at).squeeze(0) for t in (
             self.weight, self.bias, self.running_mean, self.running_var))
         tracks = mean is not None

@@ -16,7 +16,7 @@ from quantops.convert import check_choice, check_int, remove_quantizers
 from quantops.intweight import IntWeight
 from quantops.library import ops
 from quantops.methods.multibn import KINDS, MultiBatchNorm, check_norms, refuse_recomputing, replace
-from quantops.nn import WeightQuantizer, batches, check_module, quantized, shown, trackable
+from quantops.nn import PerThread, WeightQuantizer, batches, check_module, quantized, shown, trackable
 from quantops.reference.truncate import COMPANDINGS, SLOPES
 from quantops.reference.uniform import MAX_BITS, RULES
 from quantops.scales import ABSMAX, check_scale, measured, split_scales, weight_scales
@@ -152,24 +152,26 @@ class TruncQuantWeight(WeightQuantizer):
         super().__init__()
         self.model_widths, self.widths, self.base_bits = config.bits, widths, base_bits
         self.register_buffer("bits", torch.full((), widths[0], dtype=torch.int32, device=device))
-        self._make_constants(device)
+        self.register_constants(device, base=self.base_bits, all_bits=list(widths))
+        self.counts = {"bits": widths}
+        self.write(bits=widths[0])
         self.rule, self.tanh = RULES.index(config.rule), config.companding == "tanh"
         self.scale, self.out_scale, self.per_row = config.scale, config.out_scale, config.per_row
         self.scale_grad, self.exact = config.scale_grad, config.slope == "exact"
         self.covered = config.scale == ABSMAX and not config.scale_grad
-        self.batch_key = ("truncquant", len(widths), self.rule, self.tanh, self.scale, self.out_scale, self.per_row,
-                          self.exact, self.scale_grad)
+        self.identity = self.covered and not self.tanh and not self.exact
         self.joint_graph = False  # a joint_loss may wait for its backward pass
+        self.joint_place = PerThread()  # that of the width among the network's, while a thread goes through them
 
-    def _make_constants(self, device):
-        made = {"dtype": torch.int32, "device": device}
-        self.register_buffer("base", torch.full((), self.base_bits, **made), persistent=False)
-        self.register_buffer("all_bits", torch.tensor(self.widths, **made), persistent=False)
+    def settings(self):
+        return {"method": "truncquant", "widths": list(self.widths), "base_bits": self.base_bits,
+                "rule": RULES[self.rule], "companding": COMPANDINGS[self.tanh], "scale": self.scale,
+                "out_scale": self.out_scale, "per_row": self.per_row}
 
-    def _load_from_state_dict(self, *args):
-        super()._load_from_state_dict(*args)
-        if self.base.is_meta:  # not in the state dict, which a model on the meta device gets its values from
-            self._make_constants(self.bits.device)
+    @property
+    def batch_key(self):
+        return ("truncquant", len(self.widths), self.rule, self.tanh, self.scale, self.out_scale, self.per_row,
+                self.exact, self.scale_grad, self.joint_place.get())
 
     @property
     def fixed(self):
@@ -179,11 +181,16 @@ class TruncQuantWeight(WeightQuantizer):
     def select(self, place):
         """Selects the width at ``place`` of the network's widths, in place: nothing recompiles."""
         if not self.fixed:
-            self.bits.fill_(self.widths[place])
+            self.write(bits=self.widths[place])
+
+    def width(self):
+        """The width that a forward has now, a 0-dim int32 tensor."""
+        place = None if self.fixed else self.joint_place.get()
+        return self.bits if place is None else self.all_bits[place]
 
     @staticmethod
     def launch(quantizers, w):
-        return _truncate(quantizers, w, torch.stack([p.bits for p in quantizers]).unsqueeze(0))
+        return _truncate(quantizers, w, torch.stack([p.width() for p in quantizers]).unsqueeze(0))
 
     @staticmethod
     def launch_all(quantizers, w):
@@ -225,7 +232,7 @@ class TruncQuantWeight(WeightQuantizer):
         return IntWeight.from_codes(codes, (out_scale or scale)[0], n, grid="full", dtype=w.dtype, fixed=self.fixed)
 
     def forward(self, original):
-        if self.slot.given is None:
+        if self.given.get() is None:
             refuse_recomputing(self)
         return super().forward(original)
 
@@ -301,7 +308,7 @@ class _Network(NamedTuple):
         for _, p in self.layers:
             p.select(place)
         for norm in self.norms:
-            norm.index.fill_(place)
+            norm.select(place)
         for act in self.acts:
             act.select(place)
 
@@ -347,10 +354,10 @@ def set_bits(model, bits=None):
 def plain_model(model, bits=None):
     """A copy of a model quantized by any method, at one width, that needs no quantops but for its activations.
 
-    Its layers have plain Parameters with the values that ``model`` computes with when evaluated, and no hooks: evaluated
-    it equals ``model``, bit for bit. ``bits``, of TruncQuant alone: the width, default the widest; it then equals
-    ``model`` with ``set_bits(model, bits)`` and has the batch norms of that width. ``load_int(path, plain, bits)`` fills it
-    from a file.
+    Its layers have plain Parameters with the values that ``model`` computes with when evaluated, and no hooks:
+    evaluated it equals ``model``, bit for bit. ``bits``, of TruncQuant alone: the width, default the widest; it then
+    equals ``model`` with ``set_bits(model, bits)`` and has the batch norms of that width. ``load_int(path, plain,
+    bits)`` fills it from a file.
 
     Raises ValueError for a model without quantizers, for ``bits`` where the model has one width, and as
     :func:`set_bits` does.
@@ -484,16 +491,18 @@ def _teacher(teacher, distill):
 
 
 class _Scope:
-    """While it is open, the layers have been given q of all widths; ``select`` says which they use."""
+    """While it is open, the layers of this thread have been given q of all widths; ``select`` says which they use."""
 
     def __init__(self, network):
         self.network, self.given, self.roots = network, [], []
-        self.before = [p.bits.clone() for _, p in network.layers], [norm.index.clone() for norm in network.norms]
-        self.acts_before = [act.state() for act in network.acts]
+        devices = {norm.index.device for norm in network.norms}
+        self.index = {device: [torch.full((), place, device=device) for place in range(len(network.widths))]
+                      for device in devices}
+        self.acts_before = [act.state() for act in network.acts]  # whose width is that of all threads
 
     def open(self, detached):
-        for _, p in self.network.layers:
-            p.slot.clear()  # frees what earlier forwards left
+        for group in {id(p.group): p.group for _, p in self.network.layers}.values():
+            group.free()  # what earlier forwards left
         # Sharded weights (FSDP2) are computed by their layers, once they are whole: one width at a time.
         for quantizers, w in batches((p, owner.original) for owner, p in self.network.layers
                                      if torch.compiler.is_compiling() or trackable(owner.original)):
@@ -505,9 +514,14 @@ class _Scope:
                 self.given.append((p, given[i::len(w)]))
 
     def select(self, place):
-        self.network.select(place)
+        for _, p in self.network.layers:
+            p.joint_place.set(place)
         for p, q in self.given:
-            p.slot.given = q[place if len(q) > 1 else 0]
+            p.given.set(q[place if len(q) > 1 else 0])
+        for norm in self.network.norms:
+            norm.given.set(self.index[norm.index.device][place])
+        for act in self.network.acts:
+            act.select(place)
 
     def backward(self):
         """From the gradients of q, which the widths have left in the leaves, to the weights."""
@@ -516,13 +530,11 @@ class _Scope:
             torch.autograd.backward([q for q, _ in used], [grad for _, grad in used])
 
     def close(self):
-        for p, _ in self.given:
-            p.slot.given = None
-        bits, index = self.before
-        for (_, p), old in zip(self.network.layers, bits):
-            p.bits.copy_(old)
-        for norm, old in zip(self.network.norms, index):
-            norm.index.copy_(old)
+        for _, p in self.network.layers:
+            p.joint_place.set(None)
+            p.given.set(None)
+        for norm in self.network.norms:
+            norm.given.set(None)
         for act, old in zip(self.network.acts, self.acts_before):
             act.set_state(old)
 

@@ -1,0 +1,148 @@
+"""What a state dict says besides numbers: with which settings they have a meaning; compared when it is loaded."""
+
+import json
+import operator
+import warnings
+import zlib
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+VERSION = 1
+KEY = "_extra_state"
+version = operator.attrgetter("_version")
+
+
+class Settings:
+    """Base of modules, before torch.nn.Module, whose state dict carries ``settings()`` and a version.
+
+    They are kept as JSON in a uint8 tensor, which every format of state dicts takes. A state without them, of an
+    earlier version of quantops, loads with a warning. ``counts``: {name of an integer buffer: the integers that a state
+    may set it to}. ``constants``: {name of a buffer that is not in the state dict: its value}.
+
+    Averages of models may be taken of buffers too (AveragedModel with use_buffers=True, loops over state dicts), where
+    3 becomes 2 and 8 and 2 become 5. ``seal``, a hash of counts and constants in a buffer beside them, is then another
+    number than theirs, and :meth:`check_written` raises. Copies of buffers copy it too.
+    """
+
+    counts = {}
+    constants = {}
+    sealed = noted = None
+    layer = "a module of quantops"  # or its name, for messages
+    is_layer = False  # True where its parameters are the network's own, and not those of a quantizer
+
+    def settings(self):
+        """{name: value}, fit for JSON, of what the numbers in the state dict mean."""
+        raise NotImplementedError
+
+    def register_constants(self, device, **constants):
+        """Registers int32 buffers of values that never change; they are made again after every move and every load."""
+        self.constants = constants
+        for name, value in constants.items():
+            self.register_buffer(name, torch.tensor(value, dtype=torch.int32, device=device), persistent=False)
+
+    def write(self, **counts):
+        """Sets all of ``counts``, in place: nothing recompiles."""
+        for name, value in counts.items():
+            self._buffers[name].fill_(value)
+        if "seal" not in self._buffers:
+            like = next(t for t in self._buffers.values() if t is not None)
+            self.register_buffer("seal", torch.zeros((), dtype=torch.int32, device=like.device), persistent=False)
+        self.seal.fill_(self._hash([counts[name] for name in self.counts]))
+        self._note()
+
+    def _note(self):
+        self.sealed, self.noted = self._tensors(), self.versions()  # these tensors, so that a copy has its own
+
+    def _tensors(self):
+        return [self._buffers[n] for n in (*self.counts, *self.constants, "seal")]
+
+    def _hash(self, counts):
+        return zlib.crc32(json.dumps([[int(v) for v in counts], list(self.constants.values())]).encode()) >> 1
+
+    def versions(self):
+        """Those of all buffers that are sealed."""
+        return tuple(map(version, self._tensors()))
+
+    def check_written(self):
+        """ValueError where others than quantops wrote counts or constants since they were looked at last. Another
+        tensor in the place of one was put there on purpose. On other devices than the CPU they are not looked at within
+        DDP, which writes them, from one process to all, before every forward."""
+        values = self._tensors()
+        if values[0].is_meta or values[0].device.type != "cpu" and DistributedDataParallel._get_active_ddp_module():
+            return
+        if any(a is not b for a, b in zip(values, self.sealed)):
+            self.write(**{name: self._buffers[name].item() for name in self.counts})
+            return
+        *found, seal = [t.tolist() for t in values]
+        if seal != self._hash(found[:len(self.counts)]) or found[len(self.counts):] != list(self.constants.values()):
+            told = ", ".join(f"{n} = {v}" for n, v in zip((*self.counts, *self.constants), found))
+            raise ValueError(f"{self.layer}: {told}: expected values that quantops has set, got others, as where models are "
+                             "averaged; take AveragedModel(use_buffers=False), which copies such numbers, and "
+                             "set_precision or set_bits to change them")
+        self._note()
+
+    def _restore_constants(self):
+        """to_empty() leaves them without their values, and a load to a module on the meta device on that."""
+        device = next((t.device for t in (*self._buffers.values(), *self._parameters.values())
+                       if t is not None and not t.is_meta), None)
+        for name, value in self.constants.items():
+            t = self._buffers[name]
+            if t.is_meta and device is not None:
+                setattr(self, name, torch.tensor(value, dtype=torch.int32, device=device))
+            elif not t.is_meta:
+                t.copy_(torch.tensor(value, dtype=torch.int32))
+
+    def _apply(self, fn, recurse=True):
+        own = self.sealed is not None and all(a is b for a, b in zip(self._tensors(), self.sealed))
+        super()._apply(fn, recurse)
+        self._restore_constants()
+        if own:
+            self.sealed, self.noted = self._tensors(), None  # they have moved; whether they are good is looked at next
+        return self
+
+    def get_extra_state(self):
+        text = json.dumps({"version": VERSION, **self.settings()})
+        return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state):
+        """Nothing: what it says was compared before any value was loaded."""
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        name = prefix.partition("parametrizations.")[0].removesuffix(".") or "model"
+        found = state_dict.get(prefix + KEY)
+        wrong = self._differs(found) if found is not None else None
+        for count, allowed in self.counts.items():
+            value = state_dict.get(prefix + count)
+            if wrong is None and value is not None and not value.is_meta:
+                bad = [v for v in value.reshape(-1).tolist() if v not in allowed]
+                wrong = f"{count}: expected one of {', '.join(map(str, allowed))}, got {bad[0]}" if bad else None
+        if wrong is not None:
+            errors.append(f"{name}: {wrong}")
+            return
+        if found is None:
+            if any(key.startswith(prefix) for key in state_dict):
+                warnings.warn("the state dict does not say which settings its numbers were made with (an earlier "
+                              "version of quantops); they are taken to be those of the model", stacklevel=1)
+            state_dict[prefix + KEY] = self.get_extra_state()
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        self._restore_constants()
+        if "seal" in self._buffers and not any(self._buffers[name].is_meta for name in self.counts):
+            if self.seal.is_meta:
+                del self.seal
+            self.write(**{name: self._buffers[name].item() for name in self.counts})
+
+    def _differs(self, state):
+        try:
+            found = json.loads(bytes(state.cpu().tolist()))
+            version = found.pop("version")
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            return f"expected the settings of a module of quantops in {KEY}, got {state!r} ({e})"
+        if version != VERSION:
+            return f"expected version {VERSION} of the state of a module of quantops, got {version!r}"
+        own = json.loads(json.dumps(self.settings()))
+        if own == found:
+            return None
+        names = [k for k in {**own, **found} if own.get(k) != found.get(k)]
+        told = [", ".join(f"{k}={side.get(k)!r}" for k in names) for side in (own, found)]
+        return f"expected a state of the settings that the model has, {told[0]}, got one of {told[1]}"

@@ -1,0 +1,204 @@
+"""State dicts say with which settings their numbers were made; constants are there after every move and load."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from quantops import CPQConfig, MSQConfig, TruncQuantConfig, quantize_, set_bits, unquantize_
+from quantops.nn import quantized
+from quantops.state import Settings
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CONFIGS = [
+    MSQConfig(bits=3), MSQConfig(bits=3, scale=2.8, per_row=True, grid="full"), TruncQuantConfig(bits=(8, 4)),
+    TruncQuantConfig(bits=(8, 2)), TruncQuantConfig(companding="tanh", out_scale="absmean"), CPQConfig(act_bits=4),
+    CPQConfig(act_bits=3), CPQConfig(bits=3, dropbits="learned"), CPQConfig(per_row=True)]
+
+
+def make(config):
+    torch.manual_seed(0)
+    return quantize_(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)), config)
+
+
+def batch():
+    return torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+
+
+def started(config):
+    model = make(config)
+    model(batch())
+    return model.eval()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_a_model_gets_all_values_from_its_state_dict(config):
+    """From memory that held anything, too."""
+    model = started(config)
+    state = model.state_dict()
+    for make_empty in (lambda m: m.to_empty(device="cpu"), lambda m: m.to("meta").to_empty(device="cpu")):
+        other = make_empty(make(config)).eval()
+        with torch.no_grad():
+            for t in (*other.parameters(), *(t for n, t in other.named_buffers() if n in state)):
+                t.fill_(77)
+        other.load_state_dict(state)
+        assert torch.equal(other(batch()), model(batch())) and repr(other) == repr(model)
+    lean = make(config).to("meta").eval()
+    lean.load_state_dict(state, assign=True)
+    assert torch.equal(lean(batch()), model(batch()))
+
+
+def test_every_constant_is_made_again():
+    """Of every module of quantops: what is not in a state dict has its value after to_empty."""
+    seen = set()
+    for config in CONFIGS:
+        model = make(config)
+        for module in model.modules():
+            lost = set(dict(module.named_buffers(recurse=False))) - set(module.state_dict())
+            if type(module).__module__.startswith("quantops"):
+                assert isinstance(module, Settings) and lost == {*module.constants, "seal"}
+                seen.add(type(module).__name__)
+        values = {n: t.clone() for n, t in model.named_buffers() if n not in model.state_dict() and "seal" not in n}
+        for n, t in model.named_buffers():
+            if n in values:
+                t.fill_(77)
+        model.to_empty(device="cpu")
+        assert all(torch.equal(t, values[n]) for n, t in model.named_buffers() if n in values)
+    assert seen == {"MSQWeight", "TruncQuantWeight", "CPQWeight", "MultiBatchNorm", "CategoricalActivation"}
+
+
+@pytest.mark.parametrize("model, state, text", [
+    (0, 1, "0: expected a state of the settings that the model has, grid='dyadic', scale='absmax', per_row=False, got "
+           "one of grid='full', scale=2.8, per_row=True"),
+    (2, 3, r"widths=\[8, 4\], got one of widths=\[8, 2\]"), (5, 6, "2: .* bits=4, got one of bits=3"),
+    (0, 2, "method='msq'.*method='truncquant'"), (7, 5, "dropbits='learned'.*dropbits=None"),
+    (8, 5, "per_row=True.*per_row=False")])
+def test_other_settings_are_refused_by_both_names(model, state, text):
+    model, state = (make(CONFIGS[i]) for i in (model, state))
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=text):
+            model.load_state_dict(state.state_dict(), strict)
+
+
+@pytest.mark.parametrize("config, key, value, text", [
+    (CONFIGS[0], "0.parametrizations.weight.0.bits", 3.7, "0: bits: expected one of 0, 1, .*, 16, got 3.7"),
+    (CONFIGS[0], "3.parametrizations.weight.0.bits", 40, "3: bits: expected .* got 40"),
+    (CONFIGS[0], "0.parametrizations.weight.0.k", float("nan"), "0: k: expected .* got nan"),
+    (CONFIGS[7], "0.parametrizations.weight.0.bits", -1, "0: bits: expected .* got -1"),
+    (CONFIGS[2], "0.parametrizations.weight.0.bits", 5, "0: bits: expected one of 8, 4, got 5"),
+    (CONFIGS[2], "1.index", 2, "1: index: expected one of 0, 1, got 2")])
+def test_numbers_that_are_none_of_the_settings_are_refused(config, key, value, text):
+    model = make(config)
+    with pytest.raises(RuntimeError, match=text):
+        model.load_state_dict({**model.state_dict(), key: torch.tensor(value)})
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_states_of_earlier_versions_load_with_a_warning(config):
+    model, other = started(config), make(config)
+    state = {k: v for k, v in model.state_dict().items() if not k.endswith("_extra_state")}
+    with pytest.warns(UserWarning, match="the state dict does not say which settings"):
+        other.load_state_dict(state)
+    assert torch.equal(other.eval()(batch()), model(batch()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.load_state_dict(model.state_dict())
+
+
+def test_a_state_is_a_file_that_loads_weights_only(tmp_path):
+    model = started(CONFIGS[1])
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    make(CONFIGS[1]).load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    damaged = {**model.state_dict(), "0.parametrizations.weight.0._extra_state": torch.zeros(3, dtype=torch.uint8)}
+    with pytest.raises(RuntimeError, match="0: expected the settings of a module of quantops"):
+        model.load_state_dict(damaged)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("config", [c for c in CONFIGS if not isinstance(c, TruncQuantConfig)], ids=str)
+def test_the_state_of_a_float_network_sets_the_float_weights(config, strict):
+    if isinstance(config, CPQConfig) and config.act_bits and strict:
+        config = CPQConfig()  # activations have a state of their own, which a float network does not have
+    model, plain = make(config), nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    keys = list(model.state_dict())
+    found = model.load_state_dict(plain.state_dict(), strict)
+    assert not found.unexpected_keys and not [k for k in found.missing_keys if not k.startswith("2.")]
+    assert list(model.state_dict()) == keys
+    for i in (0, 3):
+        assert torch.equal(model[i].parametrizations.weight.original, plain[i].weight)
+    expected = quantize_(plain, config)  # quantized as if it had been float then: alpha starts from these weights
+    assert torch.equal(model.eval()[0].weight, expected.eval()[0].weight)
+    unquantize_(model)
+    assert not model[0]._load_state_dict_pre_hooks
+
+
+def test_a_float_weight_of_another_shape_is_torchs_error():
+    model, plain = make(MSQConfig()), nn.Sequential(nn.Linear(7, 8))
+    with pytest.raises(RuntimeError, match="size mismatch for 0.parametrizations.weight.original"):
+        model.load_state_dict(plain.state_dict(), strict=False)
+
+
+# Averages of models
+
+
+def averages():
+    """{how: (copy, model) -> None}, that average buffers too."""
+    def by_hand(average, model):
+        own = average.state_dict()
+        for k, v in model.state_dict().items():
+            own[k].copy_(0.9 * own[k] + 0.1 * v)
+
+    def of_torch(make):
+        def update(average, model):
+            whole = AveragedModel(model, use_buffers=True, **make())
+            whole.module = average
+            whole.n_averaged += 1
+            whole.update_parameters(model)
+        return update
+
+    return {"by hand": by_hand, "equal": of_torch(dict),
+            "decaying": of_torch(lambda: {"multi_avg_fn": get_ema_multi_avg_fn(0.9)})}
+
+
+def precision(model):
+    return [t.tolist() for n, t in model.named_buffers() if n.endswith((".bits", ".k", "index", ".base"))]
+
+
+@pytest.mark.parametrize("how", averages())
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_an_average_has_the_bits_of_the_model_or_is_an_error(config, how):
+    model = started(config)
+    average = copy.deepcopy(model)
+    for _, _, p in quantized(model):
+        if isinstance(config, MSQConfig):
+            p.set_precision(int(p.bits) - 1, 1)
+    if isinstance(config, TruncQuantConfig):
+        set_bits(model, config.bits[-1])
+    try:
+        averages()[how](average, model)
+        average(batch())
+    except (RuntimeError, ValueError) as e:  # torch's own of bool tensors, or ours
+        assert "use_buffers=False" in str(e) or "two bool tensors" in str(e)
+    else:
+        assert precision(average) == precision(model)
+    kept = AveragedModel(model)
+    kept.update_parameters(model)
+    assert torch.equal(kept(batch()), model(batch()))
+
+
+@pytest.mark.parametrize("config, value", [(CONFIGS[0], 2), (CONFIGS[3], 5), (CONFIGS[7], 2)])
+def test_numbers_that_others_wrote_are_an_error(config, value):
+    model = started(config)
+    model[0].parametrizations.weight[0].bits.fill_(value)
+    with pytest.raises(ValueError, match=f"bits = {value}.*use_buffers=False"):
+        model(batch())
+
+
+def test_the_index_of_a_batch_norm_that_others_wrote_is_an_error():
+    model = started(CONFIGS[2])
+    model[1].index.fill_(1)
+    with pytest.raises(ValueError, match="index = 1"):
+        model(batch())
