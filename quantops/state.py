@@ -77,8 +77,8 @@ class Settings:
         *found, seal = [t.tolist() for t in values]
         if seal != self._hash(found[:len(self.counts)]) or found[len(self.counts):] != list(self.constants.values()):
             told = ", ".join(f"{n} = {v}" for n, v in zip((*self.counts, *self.constants), found))
-            raise ValueError(f"{self.layer}: {told}: expected values that quantops has set, got others, as where models are "
-                             "averaged; take AveragedModel(use_buffers=False), which copies such numbers, and "
+            raise ValueError(f"{self.layer}: {told}: expected values that quantops has set, got others, as where models "
+                             "are averaged; take AveragedModel(use_buffers=False), which copies such numbers, and "
                              "set_precision or set_bits to change them")
         self._note()
 
