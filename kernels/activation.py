@@ -344,7 +344,7 @@ def activation(x, scale, offset, bits, rule, signed, front, keep, learn, dtype):
     x = dense(x)
     q, n = empty_like(x, dtype), x.numel()
     kept = x.new_empty((0, triton.cdiv(n, 8), n)[keep], dtype=torch.uint8)
-    block, (count, run) = block_of(scale.dtype, 2), _channels(scale, x)
+    block, (count, run) = block_of(scale.dtype, [x], values=4), _channels(scale, x)
     with on_device_of([x]):
         launch(quantize, triton.cdiv(n, block), x, q, kept, scale, scale if offset is None else offset, ints(bits), n,
                count, run, Q_T=TYPES[dtype], CHANNELS=count > 1, KEEP=keep, BLOCK=block,
@@ -359,7 +359,7 @@ def activation_backward(grad, x, q, kept, scale, offset, bits, rule, signed, fro
     out, sums = empty_like(grad, dtype), [torch.empty_like(scale) for _ in range(2 if learn else 0)]
     n, bits, settings = grad.numel(), ints(bits), _settings(scale, offset, rule, signed, front)
     settings["A"] = TYPES[acc_dtype(dtype)]
-    block, (count, run) = block_of(scale.dtype, 4), _channels(scale, grad)
+    block, (count, run) = block_of(scale.dtype, [grad], values=8), _channels(scale, grad)
     fused, programs = learn > 0 and count == 1, triton.cdiv(n, block)
     each = n // count
     parts = programs if count == 1 else triton.cdiv(each, block)
