@@ -108,28 +108,21 @@ def every_width_and_k():
     import torch
 
     from quantops import reference
-    pairs = [(n, k) for n in range(17) for k in range(max(n, 1))]
-    for grid in GRIDS:
-        _every_width_and_k([p for p in pairs if p[0] <= reference.uniform.most_bits(grid)], grid)
-
-
-def _every_width_and_k(pairs, grid):
-    import torch
-
-    from quantops import reference
-    bits, k = (torch.tensor(v, dtype=torch.int32) for v in zip(*pairs))
+    ops, one = torch.ops.quantops, torch.tensor(1.0)
     edges = torch.arange(-512, 513).div(512)  # every bin edge of every narrow width
-    w = [torch.cat([edges, torch.randn(41) * 0.4, torch.tensor([0.0, -0.0, torch.nan])]) for _ in pairs]
-    s = [torch.tensor(1.0)] * len(w)
-    b = torch.ops.quantops.lsb(w, s, bits, k, GRIDS.index(grid))
-    q, penalty, nonzero, sq_error = torch.ops.quantops.msq(w, s, bits, k, GRIDS.index(grid), False, torch.float32)
-    for i in range(len(w)):
-        exact(b[i], reference.lsb(w[i], s[i], bits[i], k[i], grid=grid), f"lsb {grid} {pairs[i]}")
-        want = reference.msq(w[i], s[i], bits[i], k[i], grid=grid)
-        exact(q[i], want[0], f"q {grid} {pairs[i]}")
-        close(penalty[i], want[1], f"penalty {grid} {pairs[i]}")
-        exact(nonzero[i], want[2], f"nonzero {grid} {pairs[i]}")
-        close(sq_error[i], want[3], f"sq_error {grid} {pairs[i]}")
+    for index, grid in enumerate(GRIDS):
+        pairs = [(n, k) for n in range(reference.uniform.most_bits(grid) + 1) for k in range(max(n, 1))]
+        bits, k = (torch.tensor(v, dtype=torch.int32) for v in zip(*pairs))
+        w = [torch.cat([edges, torch.randn(41) * 0.4, torch.tensor([0.0, -0.0, torch.nan])]) for _ in pairs]
+        b = ops.lsb(w, [one] * len(w), bits, k, index)
+        q, *sums = ops.msq(w, [one] * len(w), bits, k, index, False, torch.float32)
+        for i, pair in enumerate(pairs):
+            exact(b[i], reference.lsb(w[i], one, *pair, grid=grid), f"lsb {grid} {pair}")
+            want = reference.msq(w[i], one, *pair, grid=grid)
+            exact(q[i], want[0], f"q {grid} {pair}")
+            exact(sums[1][i], want[2], f"nonzero {grid} {pair}")
+            for got, value in zip(sums[::2], want[1::2]):
+                close(got[i], value, f"sums {grid} {pair}")
 
 
 @program.check

@@ -15,7 +15,7 @@ if triton.knobs.runtime.interpret:
                 allow_module_level=True)
 
 from bench import sass  # noqa: E402
-from quantops.kernels import categorical, categorical_activation, packing, truncate, uniform  # noqa: E402
+from quantops.kernels import categorical, categorical_activation, own_scale, packing, truncate, uniform  # noqa: E402
 from quantops.kernels.launch import launch  # noqa: E402
 
 if sass.tool("cuobjdump") is None:
@@ -49,6 +49,16 @@ def _msq(dtype, out):
 def _lsb_stats(dtype, grid):
     w, s, n, k, _ = _inputs(dtype)
     uniform.lsb_stats(w, s, n, k, grid, False)
+
+
+def _own_scale(dtype):
+    w, s, *_ = _inputs(dtype)
+    own_scale.own_scale_backward(w, s, s, True)
+
+
+def _carriers(dtype):
+    w, s, *_ = _inputs(dtype)
+    uniform.reduce_rows(uniform.CARRIERS, w, [torch.empty_like(t) for t in s], s)
 
 
 def _lsb(dtype):
@@ -153,6 +163,10 @@ CALLS = {
     "msq-fp16": ((_msq, FP16, FP16), {128: (4, 4)}),
     "msq-fp64": ((_msq, FP64, FP64), {128: (8, 8)}),
     "lsb_stats-fp32": ((_lsb_stats, FP32, 1), {128: (8, 0)}),
+    "lsb_stats-sign-fp32": ((_lsb_stats, FP32, 2), {128: (8, 0)}),
+    "own_scale-fp32": ((_own_scale, FP32), {128: (8, 8)}),
+    "own_scale-bf16": ((_own_scale, BF16), {128: (8, 8)}),
+    "own_scale-carriers-fp32": ((_carriers, FP32), {128: (8, 0)}),
     "lsb-fp32": ((_lsb, FP32), {128: (8, 8)}),
     "backward-fp32": ((_backward, FP32, FP32, True, False), {128: (8, 4)}),
     "backward-bf16": ((_backward, BF16, BF16, True, False), {128: (8, 4)}),

@@ -38,8 +38,10 @@ std::vector<std::vector<A>> parts_of(const List& list, const Tensors& grad_scale
           with_source<A>(list.data[c.tensor], list.type, i, n,
                          [&](const auto* w) { count += carriers_loop(w, n, least); });
         }
-        if (row_in_parts(list.rows[c.tensor])) parts[chunk] = double(count);
-        else counts[c.tensor][row] = A(count);
+        if (row_in_parts(list.rows[c.tensor]))
+          parts[chunk] = double(count);
+        else
+          counts[c.tensor][row] = A(count);
       });
     });
     add_parts(list, parts, counts);
@@ -64,7 +66,8 @@ void backward_into(const List& list, const Tensors& grad_scale, bool mean, const
           with_target<A>(out.data[c.tensor], out.type, i, n, out.streaming, [&](auto* y, bool streaming) {
             if constexpr (std::is_same_v<decltype(*w), std::add_const_t<std::remove_reference_t<decltype(*y)>>&>)
               own_scale_loop(w, y, streaming, n, least, part);
-            else __builtin_unreachable();  // the result always has the dtype of w
+            else
+              __builtin_unreachable();  // the result always has the dtype of w
           });
         });
       }
@@ -95,6 +98,4 @@ Tensors own_scale_backward(Tensors w, Tensors scale, Tensors grad_scale, bool me
 }  // namespace
 }  // namespace quantops
 
-STABLE_TORCH_LIBRARY_IMPL(quantops, CPU, m) {
-  m.impl("own_scale_backward", TORCH_BOX(&quantops::own_scale_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(quantops, CPU, m) { m.impl("own_scale_backward", TORCH_BOX(&quantops::own_scale_backward)); }

@@ -79,6 +79,4 @@ Tensors own_scale_backward(Tensors weights, Tensors scale, Tensors grad_scale, b
 }  // namespace
 }  // namespace quantops::cuda
 
-QUANTOPS_REGISTER(QUANTOPS_KEY, m) {
-  m.impl("own_scale_backward", TORCH_BOX(&quantops::cuda::own_scale_backward));
-}
+QUANTOPS_REGISTER(QUANTOPS_KEY, m) { m.impl("own_scale_backward", TORCH_BOX(&quantops::cuda::own_scale_backward)); }
