@@ -14,16 +14,24 @@ from pathlib import Path
 
 from bench import state
 
-MEASURED = (("msq forward", "float32"), ("msq forward", "bfloat16"), ("msq backward", "float32"),
-            ("truncate 8-4-2-1", "float32"), ("categorical backward", "float32"))
+MEASURED = (
+    ("msq forward", "float32"),
+    ("msq forward", "bfloat16"),
+    ("msq backward", "float32"),
+    ("truncate 8-4-2-1", "float32"),
+    ("categorical backward", "float32"),
+)
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "SchedulerStats", "WarpStateStats", "Occupancy", "LaunchStats")
 # Sections and not metrics are asked for: a metric that ncu of another version does not know ends it.
-KEPT = {"seconds": "gpu__time_duration.sum", "bytes per second": "dram__bytes.sum.per_second",
-        "share of memory's peak": "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
-        "share of issue slots": "sm__inst_issued.avg.pct_of_peak_sustained_active",
-        "share of issue slots, by scheduler": "smsp__issue_active.avg.pct_of_peak_sustained_active",
-        "resident warps": "sm__warps_active.avg.pct_of_peak_sustained_active",
-        "registers": "launch__registers_per_thread"}
+KEPT = {
+    "seconds": "gpu__time_duration.sum",
+    "bytes per second": "dram__bytes.sum.per_second",
+    "share of memory's peak": "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
+    "share of issue slots": "sm__inst_issued.avg.pct_of_peak_sustained_active",
+    "share of issue slots, by scheduler": "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    "resident warps": "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "registers": "launch__registers_per_thread",
+}
 STALL, PER_ISSUE = "smsp__average_warps_issue_stalled_", "_per_issue_active.ratio"
 MOST_STALLS = 5
 
@@ -61,8 +69,11 @@ def rows(text):
         for name, column in KEPT.items():
             if row.get(column):
                 kept[name] = f"{row[column]} {units[column]}".strip()
-        stalls = {column.removeprefix(STALL).removesuffix(PER_ISSUE): float(v.replace(",", ""))
-                  for column, v in row.items() if v and column.startswith(STALL) and column.endswith(PER_ISSUE)}
+        stalls = {
+            column.removeprefix(STALL).removesuffix(PER_ISSUE): float(v.replace(",", ""))
+            for column, v in row.items()
+            if v and column.startswith(STALL) and column.endswith(PER_ISSUE)
+        }
         kept["warps waiting per issue"] = dict(sorted(stalls.items(), key=lambda item: -item[1])[:MOST_STALLS])
         found.append(kept)
     return found
@@ -80,9 +91,26 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "ncu.csv"
         sections = [word for name in SECTIONS for word in ("--section", name)]
-        status = subprocess.run(["ncu", "--csv", "--page", "raw", "--profile-from-start", "off", "--clock-control",
-                                 "none", "--log-file", str(log), *sections, sys.executable, "-m", "bench.counters",
-                                 "--device", args.device]).returncode
+        status = subprocess.run(
+            [
+                "ncu",
+                "--csv",
+                "--page",
+                "raw",
+                "--profile-from-start",
+                "off",
+                "--clock-control",
+                "none",
+                "--log-file",
+                str(log),
+                *sections,
+                sys.executable,
+                "-m",
+                "bench.counters",
+                "--device",
+                args.device,
+            ]
+        ).returncode
         text = log.read_text(errors="replace") if log.exists() else ""
     found = rows(text)
     if not found:  # such as: no permission to read counters

@@ -26,8 +26,8 @@ from bench.state import ROOT
 LIBRARY = ROOT / "quantops/_cuda.abi3.so"
 BUDGET = 8.0  # minutes that the stages' times are for
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-OPS = ("msq forward,msq backward,msq step,lsb_stats,absmax per row,truncate 8-4-2-1,categorical hard,"
-       "categorical soft, 4 bits,categorical backward")
+OPS = "msq forward,msq backward,msq step,lsb_stats,absmax per row,truncate 8-4-2-1,categorical hard"
+SOFT_OPS = "categorical soft, 4 bits,categorical backward"
 OPS_OF_TRITON = "msq forward,msq backward,absmax per row"
 OPS_OF_VARIANTS = "msq forward,msq backward"
 STEPS = "unquantized,quantops,quantops decoupled,eager chain"
@@ -61,8 +61,21 @@ class Place:
         return self.device == "cpu"
 
 
-DRY = Place("cpu", (), (("QUANTOPS_BACKEND", "triton"), ("TRITON_INTERPRET", "1")), ("msq",), (), DTYPES[:1],
-            *["tiny"] * 3, *["resnet20"] * 2, 0.001, 0.001, width=2)
+DRY = Place(
+    device="cpu",
+    cuda=(),
+    triton=(("QUANTOPS_BACKEND", "triton"), ("TRITON_INTERPRET", "1")),
+    families=("msq",),
+    slow_families=(),
+    dtypes=DTYPES[:1],
+    workloads="tiny",
+    workloads_of_triton="tiny",
+    networks="resnet20",
+    compiled="resnet20",
+    budget=0.001,
+    step_budget=0.001,
+    width=2,
+)
 
 
 def stages(at):
@@ -71,69 +84,117 @@ def stages(at):
 
     def equal(backend, family, *dtypes, **options):
         name, env = backend
-        return Command(f"{name} {family} {' '.join(dtypes)}", ("tests/test_devices.py", at.device, family, *dtypes),
-                       env + one_thread, **options)
+        argv = "tests/test_devices.py", at.device, family, *dtypes
+        return Command(f"{name} {family} {' '.join(dtypes)}", argv, env + one_thread, **options)
 
     def sanitized(backend, tool):
         # Without torch's caching allocator every tensor is an allocation whose ends memcheck knows.
         (name, env), caching = backend, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
-        return Command(f"{tool} {name}", ("-m", "bench", "small", "--device", at.device), env + one_thread + caching,
-                       () if at.dry else (*SANITIZER, tool))
+        argv, under = f"-m bench small --device {at.device}".split(), () if at.dry else (*SANITIZER, tool)
+        return Command(f"{tool} {name}", tuple(argv), env + one_thread + caching, under)
 
     def tests(backend):
         name, env = backend
-        return Command(f"tests {name}", ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", OF_GPUS,
-                                         "tests/test_devices.py", "tests/test_limits.py", *["--collect-only"] * at.dry),
-                       env + one_thread)
+        only = "--collect-only" if at.dry else "-q"
+        argv = f"-m pytest {only} -p no:cacheprovider tests/test_devices.py tests/test_limits.py".split()
+        return Command(f"tests {name}", (*argv, "-k", OF_GPUS), env + one_thread)
 
     def timed(env, what, out, budget, *argv, folder="{out}"):
-        return Command(out, ("-m", "bench", what, "--device", at.device, "--budget", str(budget), "--keep-caches",
-                             "--resume", "--seconds", "{seconds}", "--out", f"{folder}/{out}.json", *argv), env)
+        each = f"-m bench {what} --device {at.device} --budget {budget} --keep-caches --resume --seconds {{seconds}}"
+        return Command(out, (*each.split(), "--out", f"{folder}/{out}.json", *argv), env)
 
     def ops(env, out, cases, workloads, *argv, budget=at.budget):
         return timed(env, "run", out, budget, "--no-peers", "--cases", cases, "--workloads", workloads, *argv)
 
     def steps(out, networks, variants, **options):
-        return timed(at.cuda, "steps", out, at.step_budget, "--networks", networks, "--variants", variants,
-                     "--compile-seconds", "60", **options)
+        argv = "--networks", networks, "--variants", variants, "--compile-seconds", "60"
+        return timed(at.cuda, "steps", out, at.step_budget, *argv, **options)
 
-    others = [ops((*at.cuda, ("QUANTOPS_CUDA_LIBRARY", str(path))), f"variant-{path.name.split('.')[1]}",
-                  OPS_OF_VARIANTS, at.workloads_of_variants, "--no-calls", "--lock", "{scratch}/lock",
-                  budget=at.budget / 2) for path in at.libraries]
+    def variant(path):
+        env, alone = (*at.cuda, ("QUANTOPS_CUDA_LIBRARY", str(path))), ("--no-calls", "--lock", "{scratch}/lock")
+        name = f"variant-{path.name.split('.')[1]}"
+        return ops(env, name, OPS_OF_VARIANTS, at.workloads_of_variants, *alone, budget=at.budget / 2)
+
+    backend_of_triton = at.cuda if at.dry else at.triton  # to time what is interpreted takes minutes
+    compiled = "unquantized" if at.dry else COMPILED_STEPS
     missing = Command("other libraries", (), needs=(LIBRARY.parent / "_cuda.<name>.abi3.so",))
     return [
-        Stage("first", 60, "info(), then msq and its backward pass against the CPU", (
-            Command("info", ("-m", "quantops"), at.cuda, gate=True),
-            equal(cuda, "msq", "float32", gate=True),
-            equal(triton, "msq", "float32")), width=3),
-        Stage("correct", 130, "every op and dtype against the CPU, graphs and limits, sanitizers; compile caches", (
-            steps("warm", at.compiled, "unquantized" if at.dry else COMPILED_STEPS, folder="{scratch}"),
-            *(sanitized(cuda, tool) for tool in ("memcheck", "racecheck")),
-            *(equal(triton, family, dtype) for family in at.slow_families for dtype in at.dtypes),
-            *(equal(cuda, family, *at.dtypes) for family in (*at.families, *at.slow_families)),
-            tests(cuda),
-            *(equal(triton, family, dtype) for family in at.families for dtype in at.dtypes if not at.dry),
-            *(sanitized(triton, tool) for tool in ("memcheck", "racecheck") if not at.dry),
-            tests(triton)), width=at.width),
-        Stage("counters", 160, "bytes, issue slots and stalls of five kernels, by ncu", (
-            Command("ncu", ("-m", "bench.counters", "--device", at.device, "--out", "{out}/ncu.json"), at.cuda,
-                    tools=() if at.dry else ("ncu",)),)),
-        Stage("ops", 275, "shares of a copy", (ops(at.cuda, "ops-cuda", OPS, at.workloads),)),
-        Stage("triton", 300, "the same of Triton", (  # which takes minutes where it is interpreted
-            ops(at.cuda if at.dry else at.triton, "ops-triton", OPS_OF_TRITON, at.workloads_of_triton),)),
+        Stage(
+            "first",
+            60,
+            "info(), then msq and its backward pass against the CPU",
+            (
+                Command("info", ("-m", "quantops"), at.cuda, gate=True),
+                equal(cuda, "msq", "float32", gate=True),
+                equal(triton, "msq", "float32"),
+            ),
+            width=3,
+        ),
+        Stage(
+            "correct",
+            130,
+            "every op and dtype against the CPU, graphs and limits, sanitizers; compile caches",
+            (
+                steps("warm", at.compiled, compiled, folder="{scratch}"),
+                *(sanitized(cuda, tool) for tool in ("memcheck", "racecheck")),
+                *(equal(triton, family, dtype) for family in at.slow_families for dtype in at.dtypes),
+                *(equal(cuda, family, *at.dtypes) for family in (*at.families, *at.slow_families)),
+                tests(cuda),
+                *(equal(triton, family, dtype) for family in at.families for dtype in at.dtypes if not at.dry),
+                *(sanitized(triton, tool) for tool in ("memcheck", "racecheck") if not at.dry),
+                tests(triton),
+            ),
+            width=at.width,
+        ),
+        Stage(
+            "counters",
+            160,
+            "bytes, issue slots and stalls of five kernels, by ncu",
+            (
+                Command(
+                    "ncu",
+                    ("-m", "bench.counters", "--device", at.device, "--out", "{out}/ncu.json"),
+                    at.cuda,
+                    tools=() if at.dry else ("ncu",),
+                ),
+            ),
+        ),
+        Stage("ops", 275, "shares of a copy", (ops(at.cuda, "ops-cuda", f"{OPS},{SOFT_OPS}", at.workloads),)),
+        Stage(
+            "triton",
+            300,
+            "the same of Triton",
+            (ops(backend_of_triton, "ops-triton", OPS_OF_TRITON, at.workloads_of_triton),),
+        ),
         # One measures, two start meanwhile.
-        Stage("variants", 350, "the same of bench/variants.py's builds", tuple(others) or (missing,), width=3),
-        Stage("steps", 440, "whole training steps: float, quantops, the eager chain", (
-            steps("steps-cuda", at.networks, "unquantized,quantops" if at.dry else STEPS),)),
-        Stage("compiled", 465, "the eager chain compiled, in the steps of one network", (
-            steps("steps-compiled", at.compiled, "unquantized" if at.dry else COMPILED_STEPS),)),
+        Stage(
+            "variants",
+            350,
+            "the same of bench/variants.py's builds",
+            tuple(map(variant, at.libraries)) or (missing,),
+            width=3,
+        ),
+        Stage(
+            "steps",
+            440,
+            "whole training steps: float, quantops, the eager chain",
+            (steps("steps-cuda", at.networks, "unquantized,quantops" if at.dry else STEPS),),
+        ),
+        Stage(
+            "compiled",
+            465,
+            "the eager chain compiled, in the steps of one network",
+            (steps("steps-compiled", at.compiled, compiled),),
+        ),
     ]
 
 
 def gpu():
     """The Place of this machine, with the builds that are there."""
-    return Place(libraries=tuple(sorted(LIBRARY.parent.glob("_cuda.*.abi3.so"))),
-                 width=max(2, min(16, len(os.sched_getaffinity(0)))))
+    return Place(
+        libraries=tuple(sorted(LIBRARY.parent.glob("_cuda.*.abi3.so"))),
+        width=max(2, min(16, len(os.sched_getaffinity(0)))),
+    )
 
 
 def device():
@@ -150,8 +211,12 @@ def prepare(scratch):
         link.unlink(missing_ok=True)  # one that leads nowhere
         link.symlink_to("../kernels")
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {"PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(scratch / "triton"), "PYTHONUNBUFFERED": "1",
-            "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor")}
+    return {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "TRITON_CACHE_DIR": str(scratch / "triton"),
+        "PYTHONUNBUFFERED": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+    }
 
 
 def _scratch(dry):
@@ -177,8 +242,10 @@ def main(argv=None):
     if not name:
         raise SystemExit("make gpu: no CUDA device; DRY=1 goes through the stages without one")
     if not args.dry and not LIBRARY.exists():
-        raise SystemExit(f"make gpu: {LIBRARY.relative_to(ROOT)} is not there: make gpu-libraries builds it, on any "
-                         "machine with nvcc")
+        raise SystemExit(
+            f"make gpu: {LIBRARY.relative_to(ROOT)} is not there: make gpu-libraries builds it, on any "
+            "machine with nvcc"
+        )
     wanted = stages(DRY if args.dry else gpu())
     only = args.only.split(",") if args.only else [s.name for s in wanted]
     if unknown := set(only) - {s.name for s in wanted}:

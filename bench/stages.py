@@ -125,8 +125,14 @@ class Run:
             argv = [a.replace(word, value) for a in argv]
         with self._log(stage, command).open("w") as log:
             self.running[command] = subprocess.Popen(
-                argv, cwd=ROOT, env={**os.environ, **self.env, **dict(command.env)}, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+                argv,
+                cwd=ROOT,
+                env={**os.environ, **self.env, **dict(command.env)},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         self.data["commands"][f"{stage.name}: {command.name}"] = {"result": LATE, "begun": self._seconds()}
 
     def _ended(self, stage, command, status):

@@ -12,8 +12,11 @@ def table(folder):
     for stage in dict.fromkeys(name.split(": ")[0] for name in commands):
         of = {name.removeprefix(f"{stage}: "): c for name, c in commands.items() if name.startswith(f"{stage}: ")}
         passed = sum(c["result"] == "passed" for c in of.values())
-        others = "".join(f"; {name}: {c['result']}" + f" ({c['why']})" * ("why" in c)
-                         for name, c in of.items() if c["result"] != "passed")
+        others = "".join(
+            f"; {name}: {c['result']}" + f" ({c['why']})" * ("why" in c)
+            for name, c in of.items()
+            if c["result"] != "passed"
+        )
         lines.append(f"{stage:9} {passed} of {len(of)} passed{others}")
     for path in sorted(folder.glob("ops-*.json")):
         lines += ["", *_ops(path.stem, state.read(path))]

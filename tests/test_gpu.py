@@ -53,7 +53,7 @@ def test_what_the_stages_name_exists():
     assert {*of_gpu.families, *of_gpu.slow_families} == set(test_devices.FAMILIES)
     assert tuple(str(d).removeprefix("torch.") for d in test_devices.DTYPES) == gpu.DTYPES
     known = {case.name for case in registry.cases()}
-    lists = gpu.OPS, gpu.OPS_OF_TRITON, gpu.OPS_OF_VARIANTS
+    lists = gpu.OPS, gpu.SOFT_OPS, gpu.OPS_OF_TRITON, gpu.OPS_OF_VARIANTS
     assert {*(name for v in lists for name in run._wanted(v)), *(name for name, _ in counters.MEASURED)} <= known
     assert "unquantized" in steps._chosen(gpu.STEPS).keys() & steps._chosen(gpu.COMPILED_STEPS).keys()
     assert {*of_gpu.networks.split(","), of_gpu.compiled} <= steps.NETWORKS.keys()
@@ -62,9 +62,9 @@ def test_what_the_stages_name_exists():
 def test_further_libraries_are_compared(tmp_path):
     path = tmp_path / "_cuda.plain-stores.abi3.so"
     variants = next(s for s in gpu.stages(gpu.Place(libraries=(path,))) if s.name == "variants")
-    command, = variants.commands
+    (command,) = variants.commands
     assert command.name == "variant-plain-stores" and ("QUANTOPS_CUDA_LIBRARY", str(path)) in command.env
-    command, = next(s for s in gpu.stages(gpu.Place()) if s.name == "variants").commands
+    (command,) = next(s for s in gpu.stages(gpu.Place()) if s.name == "variants").commands
     assert command.needs
 
 
@@ -78,19 +78,27 @@ def test_a_library_is_chosen_by_its_path():
 # Without a GPU.
 
 
-@pytest.mark.skipif(quantops.info()["devices"]["cpu"]["implementation"] != "cpp",
-                    reason="needs the compiled CPU library, which stands for the CUDA one")
+@pytest.mark.skipif(
+    quantops.info()["devices"]["cpu"]["implementation"] != "cpp",
+    reason="needs the compiled CPU library, which stands for the CUDA one",
+)
 def test_every_stage_runs_without_a_gpu(tmp_path):
     """make gpu DRY=1: what fails here would cost minutes there."""
-    done = subprocess.run([sys.executable, "-m", "bench.gpu", "--dry", "--out", str(tmp_path)], cwd=ROOT, text=True,
-                          capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu", "--dry", "--out", str(tmp_path)], cwd=ROOT, text=True, capture_output=True
+    )
     found = state.read(tmp_path / "gpu.json")["commands"]
     assert done.returncode == 0, done.stdout + done.stderr
     others = {name: entry["why"] for name, entry in found.items() if entry["result"] != PASSED}
     assert list(others) == ["variants: other libraries"] and "_cuda.<name>.abi3.so not found" in others.popitem()[1]
     assert {name.split(": ")[0] for name in found} == {s.name for s in gpu.stages(gpu.DRY)}
-    assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "ops-cuda.json", "ops-triton.json",
-                                                         "steps-cuda.json", "steps-compiled.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "gpu.json",
+        "ops-cuda.json",
+        "ops-triton.json",
+        "steps-cuda.json",
+        "steps-compiled.json",
+    }
     assert "absmax per row" in done.stdout and "resnet20" in done.stdout  # the table
 
 
@@ -130,10 +138,14 @@ def test_a_folder_that_cannot_be_written_to_is_left_alone(monkeypatch, tmp_path)
 def test_a_stage_ends_at_its_time(a_run, tmp_path):
     """What is under way is killed with what it has started, what it has written stays, and the next stage runs."""
     child = "import time, pathlib; time.sleep(2.5); pathlib.Path('{out}/late').touch()"
-    slow = ("import pathlib, subprocess, sys, time; pathlib.Path('{out}/early').touch(); "
-            f"subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)")
-    stages = [Stage("one", 1.5, "", (_python("slow", slow), _python("after", ""))), Stage("two", 9, "", (
-        _python("next", "print('{seconds}')"),))]
+    slow = (
+        "import pathlib, subprocess, sys, time; pathlib.Path('{out}/early').touch(); "
+        f"subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    )
+    stages = [
+        Stage("one", 1.5, "", (_python("slow", slow), _python("after", ""))),
+        Stage("two", 9, "", (_python("next", "print('{seconds}')"),)),
+    ]
     (tmp_path / "out").mkdir()
     begin = time.monotonic()
     assert a_run.all(stages) == UNFINISHED and time.monotonic() - begin < 6
@@ -143,9 +155,24 @@ def test_a_stage_ends_at_its_time(a_run, tmp_path):
 
 
 def test_a_wrong_result_ends_everything(a_run, capsys):
-    stages = [Stage("one", 60, "", (_python("long", "import time; time.sleep(60)"), _python("wrong", f"""
+    stages = [
+        Stage(
+            "one",
+            60,
+            "",
+            (
+                _python("long", "import time; time.sleep(60)"),
+                _python(
+                    "wrong",
+                    f"""
 print('q differs')
-raise SystemExit({WRONG})""")), width=2), Stage("two", 60, "", (_python("never", ""),))]
+raise SystemExit({WRONG})""",
+                ),
+            ),
+            width=2,
+        ),
+        Stage("two", 60, "", (_python("never", ""),)),
+    ]
     begin = time.monotonic()
     assert a_run.all(stages) == WRONG and time.monotonic() - begin < 30
     assert _results(a_run) == {"one: wrong": FAILED, "one: long": LATE}
@@ -182,19 +209,29 @@ def test_what_passed_is_not_run_again(a_run, tmp_path, monkeypatch):
 
 
 def test_what_is_not_there_is_skipped_by_name(a_run, tmp_path):
-    commands = (_python("tool", "", tools=("no-such-tool",)), _python("under", "", under=("no-such-sanitizer", "-x")),
-                _python("file", "", needs=(tmp_path / "nothing",)), _python("under true", "", under=("true",)))
+    commands = (
+        _python("tool", "", tools=("no-such-tool",)),
+        _python("under", "", under=("no-such-sanitizer", "-x")),
+        _python("file", "", needs=(tmp_path / "nothing",)),
+        _python("under true", "", under=("true",)),
+    )
     assert a_run.all([Stage("one", 60, "", commands)]) == 0
     found = json.loads(a_run.path.read_text())["commands"]
-    assert _results(a_run) == {"one: tool": SKIPPED, "one: under": SKIPPED, "one: file": SKIPPED,
-                               "one: under true": PASSED}
+    assert _results(a_run) == {
+        "one: tool": SKIPPED,
+        "one: under": SKIPPED,
+        "one: file": SKIPPED,
+        "one: under true": PASSED,
+    }
     assert found["one: tool"]["why"] == "no-such-tool not found" and "no-such-sanitizer" in found["one: under"]["why"]
 
 
 def test_commands_run_side_by_side(a_run):
     """Each waits for the other."""
-    wait = ("import pathlib, time; pathlib.Path('{scratch}/%s').touch()\n"
-            "while not pathlib.Path('{scratch}/%s').exists(): time.sleep(0.01)")
+    wait = (
+        "import pathlib, time; pathlib.Path('{scratch}/%s').touch()\n"
+        "while not pathlib.Path('{scratch}/%s').exists(): time.sleep(0.01)"
+    )
     pair = _python("a", wait % ("a", "b")), _python("b", wait % ("b", "a"))
     assert a_run.all([Stage("one", 60, "", pair, width=2)]) == 0
 
@@ -247,28 +284,33 @@ def test_a_write_that_is_cut_short_leaves_the_old_result(monkeypatch, tmp_path):
     assert state.read(path) == {"a": 1}
 
 
-NCU = '''==PROF== Connected to process 7
+NCU = """==PROF== Connected to process 7
 "ID","Process ID","Kernel Name","gpu__time_duration.sum","dram__bytes.sum.per_second","launch__registers_per_thread",\
 "smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",\
 "smsp__average_warps_issue_stalled_wait_per_issue_active.ratio"
 "","","","us","Tbyte/s","register/thread","inst","inst"
 "0","7","void items_kernel<Msq<float, float>, 60>(Table<60>)","41.5","3.21","40","1,012.5","2.5"
 ==PROF== Disconnected from process 7
-'''
+"""
 
 
 def test_counters_are_read():
-    row, = counters.rows(NCU)
-    assert row == {"kernel": "void items_kernel<Msq<float, float>, 60>(Table<60>)", "seconds": "41.5 us",
-                   "bytes per second": "3.21 Tbyte/s", "registers": "40 register/thread",
-                   "warps waiting per issue": {"long_scoreboard": 1012.5, "wait": 2.5}}
+    (row,) = counters.rows(NCU)
+    assert row == {
+        "kernel": "void items_kernel<Msq<float, float>, 60>(Table<60>)",
+        "seconds": "41.5 us",
+        "bytes per second": "3.21 Tbyte/s",
+        "registers": "40 register/thread",
+        "warps waiting per issue": {"long_scoreboard": 1012.5, "wait": 2.5},
+    }
     assert counters.rows("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission") == []
 
 
 def test_counters_say_why_there_are_none(monkeypatch, tmp_path, capsys):
     tool = tmp_path / "ncu"
-    tool.write_text('#!/bin/sh\nwhile [ "$1" != --log-file ]; do shift; done\n'
-                    'echo "==ERROR== ERR_NVGPUCTRPERM" > "$2"\nexit 0\n')
+    tool.write_text(
+        '#!/bin/sh\nwhile [ "$1" != --log-file ]; do shift; done\necho "==ERROR== ERR_NVGPUCTRPERM" > "$2"\nexit 0\n'
+    )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert counters.main(["--out", str(tmp_path / "ncu.json")]) == 1 and not (tmp_path / "ncu.json").exists()
@@ -280,25 +322,50 @@ def test_counters_say_why_there_are_none(monkeypatch, tmp_path, capsys):
 
 def test_the_table(tmp_path):
     """Parts of results, as a run that was cut short leaves them."""
+
     def ops(**shares):
-        return {"machine": {"commit": "abc"}, "rows": [
-            {"case": "msq forward", "workload": workload, "dtype": "bfloat16", "headline": "kernel",
-             "share_of_copy": {"kernel": share}} for workload, share in shares.items()]}
+        return {
+            "machine": {"commit": "abc"},
+            "rows": [
+                {
+                    "case": "msq forward",
+                    "workload": workload,
+                    "dtype": "bfloat16",
+                    "headline": "kernel",
+                    "share_of_copy": {"kernel": share},
+                }
+                for workload, share in shares.items()
+            ],
+        }
 
     assert summary.table(tmp_path) == ""
-    state.write(tmp_path / "gpu.json", {"commands": {"ops: cuda": {"result": LATE, "why": "killed"},
-                                                     "ops: it": {"result": PASSED}}})
+    state.write(
+        tmp_path / "gpu.json",
+        {"commands": {"ops: cuda": {"result": LATE, "why": "killed"}, "ops: it": {"result": PASSED}}},
+    )
     state.write(tmp_path / "ops-cuda.json", ops(resnet20=0.625))
     state.write(tmp_path / "variant-default.json", ops(resnet20=0.5, resnet50=0.25))
     state.write(tmp_path / "variant-late-loads.json", ops(resnet20=0.75))
-    state.write(tmp_path / "steps-cuda.json", {"rows": [
-        {"network": "resnet50", "base": "unquantized", "times": {"unquantized": {"median": 0.05}},
-         "ratio": {"unquantized": 1.0, "quantops": 1.02}, "absent": {"compiled chain": "out of memory"}}]})
+    state.write(
+        tmp_path / "steps-cuda.json",
+        {
+            "rows": [
+                {
+                    "network": "resnet50",
+                    "base": "unquantized",
+                    "times": {"unquantized": {"median": 0.05}},
+                    "ratio": {"unquantized": 1.0, "quantops": 1.02},
+                    "absent": {"compiled chain": "out of memory"},
+                }
+            ]
+        },
+    )
     lines = [line.split() for line in summary.table(tmp_path).splitlines()]
     assert ["ops", "1", "of", "2", "passed;", "cuda:", "not", "finished", "(killed)"] in lines
     assert ["resnet20", "bf16"] in lines and ["msq", "forward", "0.62"] in lines
     assert ["variants", "default", "late-loads"] in lines
     assert ["msq", "forward", "resnet20", "bfloat16", "0.50", "0.75"] in lines and lines.count(
-        ["msq", "forward", "resnet50", "bfloat16", "0.25"]) == 1
+        ["msq", "forward", "resnet50", "bfloat16", "0.25"]
+    ) == 1
     assert ["resnet50", "50.0", "ms", "unquantized", "1.000", "quantops", "1.020"] in lines
     assert ["compiled", "chain:", "out", "of", "memory"] in lines

@@ -110,8 +110,13 @@ assert all(torch.equal(a.cpu(), b) for a, b in zip(q, want)), "differs"
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_first_call_of_a_process_inside_a_capture(backend):
     """The CUDA kernels need no preparation; Triton's say what they need."""
-    run = subprocess.run([sys.executable, "-c", FIRST_CALL], env={**os.environ, "QUANTOPS_BACKEND": backend}, cwd=ROOT,
-                         capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", FIRST_CALL],
+        env={**os.environ, "QUANTOPS_BACKEND": backend},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     if backend == "cuda":
         assert run.returncode == 0, run.stderr[-3000:]
     else:
@@ -127,27 +132,31 @@ def test_views_at_any_address(device, dtype):
     size = 6000 if EXHAUSTIVE else 1100
     for at, at_q in ((0, 1), (1, 0), (3, 3), (5, 2)):
         memory = [torch.randn(size + 16).to(device, dtype) for _ in range(3)]
-        w, g, q = (m[a:a + size] for m, a in zip(memory, (at, at_q, at_q)))
+        w, g, q = (m[a : a + size] for m, a in zip(memory, (at, at_q, at_q)))
         beside = memory[2].clone()
         scale = Q.absmax(w)
         Q.foreach.round_clamp([w], [scale], 5, out=[q])
         want = Q.reference.round_clamp(w.cpu(), scale.cpu(), 5)
         _equal([q, scale], [want, Q.reference.absmax(w.cpu())])
-        _equal([memory[2][:at_q], memory[2][at_q + size:]], [beside[:at_q], beside[at_q + size:]])
+        _equal([memory[2][:at_q], memory[2][at_q + size :]], [beside[:at_q], beside[at_q + size :]])
         beside = memory[1].clone()
         want = Q.reference.add_lsb_grad(g.cpu(), torch.tensor(0.5, dtype=scale.dtype), w.cpu(), scale.cpu(), 5, 2)
         Q.foreach.add_lsb_grad_([g], [w], [scale], 5, 2, 0.5)
         _equal([g], [want])
-        _equal([memory[1][:at_q], memory[1][at_q + size:]], [beside[:at_q], beside[at_q + size:]])
+        _equal([memory[1][:at_q], memory[1][at_q + size :]], [beside[:at_q], beside[at_q + size :]])
         codes = Q.encode(w, scale, 5)
         for layout in ("planes", "dense"):
             _equal([Q.unpack(Q.pack(codes[at:], 5, layout=layout))], [codes[at:]])
-        _equal([Q.categorical(w, scale.reshape(1) / 4, scale.reshape(1) / 9, 3)],
-               [Q.reference.categorical(w.cpu(), scale.cpu() / 4, scale.cpu() / 9, 3)])
+        _equal(
+            [Q.categorical(w, scale.reshape(1) / 4, scale.reshape(1) / 9, 3)],
+            [Q.reference.categorical(w.cpu(), scale.cpu() / 4, scale.cpu() / 9, 3)],
+        )
 
 
-@pytest.mark.parametrize("count", [70, pytest.param(1203, marks=pytest.mark.skipif(
-    not EXHAUSTIVE, reason="minutes in Triton's interpreter"))])
+@pytest.mark.parametrize(
+    "count",
+    [70, pytest.param(1203, marks=pytest.mark.skipif(not EXHAUSTIVE, reason="minutes in Triton's interpreter"))],
+)
 def test_lists_longer_than_a_table(device, count):
     """More tensors than one launch's table holds (60, and 500), empty ones among them, first and last too."""
     w = [torch.randn((i * 37) % 90 if 0 < i < count - 1 and i % 7 else 0) for i in range(count)]
@@ -162,8 +171,10 @@ def test_lists_longer_than_a_table(device, count):
     codes = Q.foreach.encode(*on, bits)
     _equal(codes, [Q.reference.encode(t, *rest) for t, *rest in zip(w, s, n)])
     _equal(Q.foreach.unpack(Q.foreach.pack(codes, n.tolist())), codes)
-    _equal(Q.foreach.truncate(*on, 1, base_bits=bits), [Q.reference.truncate(t, a, 1, base_bits=int(b))
-                                                       for t, a, b in zip(w, s, n)])
+    _equal(
+        Q.foreach.truncate(*on, 1, base_bits=bits),
+        [Q.reference.truncate(t, a, 1, base_bits=int(b)) for t, a, b in zip(w, s, n)],
+    )
 
 
 ROWS, LONG = 5, (1 << 29) + 24  # more than 2^31 elements, in rows of fewer
@@ -186,7 +197,7 @@ def test_more_elements_than_int32_counts():
         scale = list(s.split(1)) if per_row else [s] * ROWS
         q, penalty, nonzero, sq_error = Q.msq(w, s, 4, 1)
         parts = [Q.msq(t, v, 4, 1) for t, v in zip(rows, scale)]
-        assert all(torch.equal(q[i:i + 1], part.q) for i, part in enumerate(parts))
+        assert all(torch.equal(q[i : i + 1], part.q) for i, part in enumerate(parts))
         assert nonzero == sum(part.nonzero for part in parts) > 0
         for got, name in ((penalty, "penalty"), (sq_error, "sq_error")):
             want = sum(getattr(part, name).double() for part in parts)
@@ -196,16 +207,16 @@ def test_more_elements_than_int32_counts():
         grad, r = torch.empty_like(w).normal_(), torch.full((1,), 0.5, device="cuda")
         n, k = (torch.full((1,), v, dtype=torch.int32, device="cuda") for v in (4, 1))
         backward = torch.ops.quantops.uniform_backward
-        grad_w, = backward([grad], r, [w], [s], n, k, 0, True, False)[0]
+        (grad_w,) = backward([grad], r, [w], [s], n, k, 0, True, False)[0]
         for i, t in enumerate(rows):
-            want, = backward([grad[i:i + 1]], r, [t], [scale[i]], n, k, 0, True, False)[0]
-            assert torch.equal(grad_w[i:i + 1], want), i
+            (want,) = backward([grad[i : i + 1]], r, [t], [scale[i]], n, k, 0, True, False)[0]
+            assert torch.equal(grad_w[i : i + 1], want), i
         del grad, grad_w, want
         for at_m, width in zip(Q.truncate(w, s, (4, 1)), (4, 1)):
-            assert all(torch.equal(at_m[i:i + 1], Q.truncate(t, scale[i], width)) for i, t in enumerate(rows)), width
+            assert all(torch.equal(at_m[i : i + 1], Q.truncate(t, scale[i], width)) for i, t in enumerate(rows)), width
         del at_m
         codes = Q.encode(w, s, 4)
-        assert all(torch.equal(codes[i:i + 1], Q.encode(t, scale[i], 4)) for i, t in enumerate(rows))
+        assert all(torch.equal(codes[i : i + 1], Q.encode(t, scale[i], 4)) for i, t in enumerate(rows))
         assert torch.equal(Q.decode(codes, s, 4).to(w.dtype), q)
         del q
         for layout in ("planes", "dense"):
@@ -216,7 +227,8 @@ def test_more_elements_than_int32_counts():
     for mode, share in (("hard", 1.0), ("sample", 0.995)):  # a draw within the rounding of exp may be the neighbour
         q = Q.categorical(w, alpha, sigma, 3, mode=mode, seed=5 if mode == "sample" else None)
         last = w.numel() - 4000
-        want = Q.reference.categorical(w.view(-1)[last:].cpu(), alpha.cpu(), sigma.cpu(), 3, mode=mode, seed=5,
-                                       offset=last)
+        want = Q.reference.categorical(
+            w.view(-1)[last:].cpu(), alpha.cpu(), sigma.cpu(), 3, mode=mode, seed=5, offset=last
+        )
         assert (q.view(-1)[last:].cpu() == want).float().mean() >= share, mode
         q = None
