@@ -116,10 +116,11 @@ struct Quantizer {
   A scale, low;   // the weights whose codes differ lie in [low, scale]
   A silent;       // a weight whose B is 0
   A inv;          // 0.5/s signed, 1/s unsigned and on the sign grid; 0 where s = 0 or 1/s overflows
+  A slope;        // the same, but 1 there
   A offset;       // 0.5 signed, 0 unsigned and on the sign grid
   A mul, top;     // 2^n, 2^n - 1
-  A bottom;       // the lowest code: 0, on the sign grid -top
-  A mul_lo, top_lo, bottom_lo, pow_k;  // the same of n - k bits; 2^k
+  A bottom, most; // codes of round_clamp lie between: 0, on the sign grid -top, and top; where inv = 0 both are that of 0
+  A mul_lo, bottom_lo, most_lo, pow_k;  // the same of n - k bits; 2^k
   A count;        // of the codes that are stored: 2^n, on the sign grid twice that
   A a, b;         // m = a * c + b
   A step;         // q = m * step
@@ -161,11 +162,18 @@ QUANTOPS_INLINE Quantizer<A> make_quantizer(A s, int64_t n, int64_t k, GridKind 
   p.inv = degenerate ? A(0) : (centred ? A(0.5) : A(1)) / s;
   p.mul = A(int64_t(1) << n);
   p.top = p.mul - A(1);
+  p.slope = degenerate ? A(1) : p.inv;
   p.mul_lo = A(int64_t(1) << (n - k));
-  p.top_lo = p.mul_lo - A(1);
   p.pow_k = A(int64_t(1) << k);
-  p.bottom = grid == kSign ? -p.top : A(0);
-  p.bottom_lo = grid == kSign ? -p.top_lo : A(0);
+  p.most = p.top;
+  p.most_lo = p.mul_lo - A(1);
+  p.bottom = grid == kSign ? -p.most : A(0);
+  p.bottom_lo = grid == kSign ? -p.most_lo : A(0);
+  if (degenerate) {
+    const bool half = centred && n > 0;
+    p.bottom = p.most = half ? A(0.5) * p.mul : A(0);
+    p.bottom_lo = p.most_lo = half ? A(0.5) * p.mul_lo : A(0);
+  }
   p.count = A(int64_t(1) << code_bits(n, grid));
   p.a = (is_signed && full) ? A(2) : A(1);
   p.b = !centred || n == 0 ? A(0) : (full ? -p.top : -A(int64_t(1) << (n - 1)));
@@ -182,12 +190,10 @@ QUANTOPS_INLINE Quantizer<A> make_quantizer(A s, int64_t n, int64_t k, GridKind 
   return p;
 }
 
-// u for the codes of round_clamp; NaN where w is NaN. It clamps w, not u: that takes infinities out before they meet
-// an inverse of 0, and leaves u at most a rounding error outside its range, which rint and the clamp of the code remove.
+// u for the codes of round_clamp, not clamped, since codes are; NaN where w is NaN.
 template <class A>
 QUANTOPS_INLINE A round_clamp_unit(A w, const Quantizer<A>& p) {
-  A v = at_most(at_least(w, p.low), p.scale);
-  return v * p.inv + p.offset;
+  return w * p.slope + p.offset;
 }
 
 // u in [0, 1] as the other code rules take it; NaN where w is NaN.
@@ -203,7 +209,7 @@ QUANTOPS_INLINE A unit(A w, const Quantizer<A>& p) {
 // It may be -0, which `level` makes 0.
 template <class A>
 QUANTOPS_INLINE A round_clamp_code(A u, const Quantizer<A>& p) {
-  return at_least(at_most(rint_product(p.mul, u), p.top), p.bottom);
+  return at_least(at_most(rint_product(p.mul, u), p.most), p.bottom);
 }
 
 template <class A>
@@ -242,7 +248,7 @@ QUANTOPS_INLINE A level(A c, const Quantizer<A>& p) {
 // B_k of the weight with unit u and code c, as a float; NaN where w is, which magnitude and to_int take for 0.
 template <class A>
 QUANTOPS_INLINE A lsb_residual(A u, A c, const Quantizer<A>& p) {
-  const A low = at_least(at_most(rint_product(p.mul_lo, u), p.top_lo), p.bottom_lo);
+  const A low = at_least(at_most(rint_product(p.mul_lo, u), p.most_lo), p.bottom_lo);
   return product_plus(-p.pow_k, low, c);  // exact: pow_k is a power of two
 }
 
@@ -255,10 +261,14 @@ QUANTOPS_INLINE A magnitude(A b) {
   return (b > A(0) ? b : A(0)) + (b < A(0) ? -b : A(0));
 }
 
-// The sign of an integer b; NaN stays NaN.
+// The sign of an integer b; 1 for NaN.
 template <class A>
 QUANTOPS_INLINE A sign(A b) {
-  return at_most(at_least(b, A(-1)), A(1));
+#if defined(__CUDA_ARCH__)
+  return fmax(fmin(b, A(1)), A(-1));  // NaN loses
+#endif
+  const A v = b < A(1) ? b : A(1);
+  return v > A(-1) ? v : A(-1);
 }
 
 template <class A>
@@ -272,17 +282,10 @@ QUANTOPS_INLINE A number_of(A w, const Quantizer<A>& p) {
   return w == w ? w : p.silent;
 }
 
-// As round_clamp_unit, but NaN counts as the lowest weight.
-template <class A>
-QUANTOPS_INLINE A round_clamp_unit_of_number(A w, const Quantizer<A>& p) {
-  A v = w > p.low ? w : p.low;
-  return at_most(v, p.scale) * p.inv + p.offset;
-}
-
-// The sign of B; that of the lowest weight for NaN, which is not inside.
+// The sign of B; 1 for NaN, which is not inside.
 template <class A>
 QUANTOPS_INLINE A lsb_sign(A w, const Quantizer<A>& p) {
-  A u = round_clamp_unit_of_number(w, p);
+  const A u = round_clamp_unit(w, p);
   return sign(lsb_residual(u, round_clamp_code(u, p), p));
 }
 

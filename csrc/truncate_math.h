@@ -89,7 +89,8 @@ QUANTOPS_INLINE Quantizer<A> make_base_quantizer(A s, int64_t base, bool tanh) {
 // infinities out before they meet an inverse of 0; clamping the code does for the rest.
 template <class A>
 QUANTOPS_INLINE A base_code(A x, Rule rule, const Quantizer<A>& p) {
-  const A v = (rule == kNearest ? p.top : p.mul) * round_clamp_unit(x, p);
+  const A u = at_most(at_least(x, p.low), p.scale) * p.inv + p.offset;
+  const A v = (rule == kNearest ? p.top : p.mul) * u;
   return at_most(at_least(rule == kFloor ? floor_small(v) : rint_small(v), A(0)), p.top);
 }
 

@@ -200,7 +200,7 @@ QUANTOPS_INLINE int32_t lsb_element(A w, const Quantizer<A>& p) {
     return to_int(lsb_residual(u, round_clamp_code(u, p), p), p.valid);
   } else {
     const A t = scaled_unit(number_of(w, p), p);
-    const A high = float_of(code_bits<kShort>(t * (p.mul_lo / p.mul), p.bottom_lo, p.top_lo)) - kIntegers;
+    const A high = float_of(code_bits<kShort>(t * (p.mul_lo / p.mul), p.bottom_lo, p.most_lo)) - kIntegers;
     return code_bits<kShort>(t, p.bottom, p.top) - kZeroBits - static_cast<int32_t>(p.pow_k * high);
   }
 }
@@ -254,7 +254,7 @@ QUANTOPS_INLINE A slope_element(A w, const Quantizer<A>& p) {
   } else {  // B_1 itself
     const A t = scaled_unit(w, p);
     const A c = float_of(code_bits<kShort>(t, p.bottom, p.top));
-    const A half = float_of(code_bits<kShort>(t * A(0.5), p.bottom_lo, p.top_lo));
+    const A half = float_of(code_bits<kShort>(t * A(0.5), p.bottom_lo, p.most_lo));
     return (c - (half + half)) + kIntegers;
   }
 }
