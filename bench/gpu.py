@@ -43,7 +43,7 @@ class Place:
     device: str = "cuda"
     cuda: tuple = (("QUANTOPS_BACKEND", "cuda"),)
     triton: tuple = (("QUANTOPS_BACKEND", "triton"),)
-    families: tuple = ("msq", "uniform", "packing", "truncate", "categorical_activation")
+    families: tuple = ("msq", "uniform", "packing", "truncate", "own_scale", "activation", "categorical_activation")
     slow_families: tuple = ("categorical", "categorical_backward")  # to compile, in Triton
     dtypes: tuple = DTYPES
     workloads: str = "16M,resnet50,resnet20,transformer_1b"
