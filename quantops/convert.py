@@ -16,6 +16,9 @@ from quantops.reference.uniform import MAX_BITS
 
 FUSE = ("model", "layer")
 POLICIES = ("quantize", "skip")
+# Parameters that hooks of torch compute a weight from, and what takes them off.
+REPLACED = {"weight_g": "torch.nn.utils.remove_weight_norm", "weight_orig": "torch.nn.utils.remove_spectral_norm"}
+PRUNED = "torch.nn.utils.prune.remove(layer, 'weight')"
 
 
 def check_int(name, value, low, high):
@@ -245,7 +248,13 @@ def _check_weights(modules):
     for name, module in modules.items():
         label = name or "model"
         if parametrize.is_parametrized(module, WEIGHT):
-            raise ValueError(f"{label}: the weight already has a parametrization")
+            kinds = ", ".join(type(p).__name__ for p in module.parametrizations[WEIGHT])
+            raise ValueError(f"{label}: the weight already has a parametrization ({kinds}); expected a plain one: take "
+                             "it off by torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')")
+        for parameter, remove in REPLACED.items():
+            if parameter in module._parameters and WEIGHT not in module._parameters:
+                raise ValueError(f"{label}: its weight is computed from {parameter} before each forward; expected a "
+                                 f"plain one: take that off by {remove}(layer), or {PRUNED} where it is pruned")
         w = module._parameters.get(WEIGHT)
         if w is None:
             raise ValueError(f"{label}: expected a module with a parameter 'weight', got {type(module).__name__} "

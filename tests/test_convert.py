@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 import quantops
 from quantops.convert import is_linear_or_conv, quantize_, unquantize_
@@ -582,3 +582,18 @@ def test_states_of_an_optimizer_made_before_go_to_their_parameters():
     after.load_state_dict(optimizer.state_dict())
     for p in model.parameters():
         assert torch.equal(after.state[p]["exp_avg"], optimizer.state[p]["exp_avg"])
+
+
+@pytest.mark.parametrize("wrap, text", [
+    (nn.utils.parametrizations.weight_norm, r"\(_WeightNorm\).*remove_parametrizations"),
+    (nn.utils.parametrizations.spectral_norm, r"\(_SpectralNorm\).*remove_parametrizations"),
+    (nn.utils.weight_norm, "computed from weight_g .*remove_weight_norm"),
+    (nn.utils.spectral_norm, "computed from weight_orig .*remove_spectral_norm"),
+    (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), r"computed from weight_orig .*prune.remove")])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_weight_that_is_computed_says_how_it_becomes_plain(wrap, text):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    wrap(model[1])
+    with pytest.raises(ValueError, match=f"^1: .*{text}"):
+        quantize_(model, MSQConfig())
+    assert not quantized(model)
