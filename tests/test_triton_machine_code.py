@@ -97,7 +97,7 @@ def _absmean(dtype):
 
 def _truncate(dtype, out, tanh):
     w, s, n, *_ = _inputs(dtype)
-    truncate.truncate(w, s, s, torch.stack([n, n // 2, n // 4]), n, 1, tanh, False, out)
+    truncate.truncate(w, s, s, torch.stack([n, n // 2, n // 4]), n, 1, tanh, False, False, out)
 
 
 def _truncate_backward(dtype, grad_dtype, tanh, covered, scale_grad):
