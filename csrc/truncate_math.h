@@ -98,6 +98,7 @@ QUANTOPS_INLINE A base_code(A x, Rule rule, const Quantizer<A>& p) {
 template <class A>
 struct Width {
   A mul;  // 2^-shift
+  A down;  // half of it - 1/2: what makes the nearest integer of c * mul the one below
   A top;  // 2^m - 1
   A step;  // q = level * step
   A unit_step;  // the step of a scale of one
@@ -112,6 +113,7 @@ QUANTOPS_INLINE Width<A> make_width(A out_scale, int64_t n, int64_t base) {
   if (!valid) n = base = 1;
   Width<A> v;
   v.mul = A(1) / A(int64_t(1) << (base - n));
+  v.down = A(0.5) * v.mul - A(0.5);
   v.top = A((int64_t(1) << n) - 1);
   v.step = valid ? (out_scale + A(0)) / v.top : quiet_nan<A>();  // -0 is 0
   v.unit_step = valid ? A(1) / v.top : quiet_nan<A>();
@@ -121,8 +123,12 @@ QUANTOPS_INLINE Width<A> make_width(A out_scale, int64_t n, int64_t base) {
 // 2 (c >> shift) - (2^m - 1)
 template <class A>
 QUANTOPS_INLINE A odd_level(A c, const Width<A>& v) {
+#if defined(__CUDACC__) || defined(QUANTOPS_EMULATE)
+  return fused(A(2), rint_small(fused(c, v.mul, v.down)), -v.top);  // exact: c has 16 bits, and the power as few
+#else
   const A m = floor_small(c * v.mul);
   return (m + m) - v.top;
+#endif
 }
 
 // (x/s) * inside, where x is w, or tanh(w) under companding.

@@ -220,12 +220,12 @@ __device__ __forceinline__ void backward_item(const T& table, const Cut& cut, co
   const A nothing = used ? A(-0.0) : A(0);  // what a sum starts from: -0 + g is g, -0 too
   Sums sums = {0.0, 0.0};
 
-  auto finish = [&](A w, A total) {
+  auto finish = [&](A w, A total, [[maybe_unused]] A& inner) {
     if constexpr (kKind == kCovered) {
       return Narrow<W>::from(total);
     } else {
       const A t = cut.tanh ? tanh_of(w) : w;
-      if constexpr (kKind == kScales) sums.inner += static_cast<double>(total * inner_term(w, t, p));
+      if constexpr (kKind == kScales) inner = product_plus(total, inner_term(w, t, p), inner);
       A v = cut.tanh ? total * tanh_slope(t) : total;
       v = inside(w, p) ? v : A(0);
       return Narrow<W>::from(valid ? v : quiet_nan<A>());
@@ -265,7 +265,7 @@ __device__ __forceinline__ void backward_item(const T& table, const Cut& cut, co
             for (int e = 0; e < V; ++e) {
               const A v = static_cast<A>(widen(gs[k].v[e]));
               total[k][e] = total[k][e] + v;
-              if constexpr (kKind == kScales) level += v * (odd_level(c[k][e], width[j]) * width[j].unit_step);
+              if constexpr (kKind == kScales) level = product_plus(v, odd_level(c[k][e], width[j]) * width[j].unit_step, level);
             }
             if constexpr (kKind == kScales) sums.level += static_cast<double>(level);
           }
@@ -273,9 +273,11 @@ __device__ __forceinline__ void backward_item(const T& table, const Cut& cut, co
 #pragma unroll
         for (int k = 0; k < K; ++k) {
           Pack<W, V> os;
+          A inner = A(0);  // of a vector
 #pragma unroll
           for (int e = 0; e < V; ++e)
-            os.v[e] = finish(kKind == kCovered ? A(0) : static_cast<A>(widen(xs[k].v[e])), total[k][e]);
+            os.v[e] = finish(kKind == kCovered ? A(0) : static_cast<A>(widen(xs[k].v[e])), total[k][e], inner);
+          if constexpr (kKind == kScales) sums.inner += static_cast<double>(inner);
           store_pack(out + i + k * kWarp * V, os);
         }
       },
@@ -292,7 +294,9 @@ __device__ __forceinline__ void backward_item(const T& table, const Cut& cut, co
           if constexpr (kKind == kScales)
             sums.level += static_cast<double>(v * (odd_level(c, width[j]) * width[j].unit_step));
         }
-        out[i] = finish(w, total);
+        A inner = A(0);
+        out[i] = finish(w, total, inner);
+        if constexpr (kKind == kScales) sums.inner += static_cast<double>(inner);
       });
 
   if constexpr (kKind == kScales) {
