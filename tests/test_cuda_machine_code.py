@@ -113,6 +113,21 @@ def test_activations_move_128_bits(kernels, arch, name, read, dtype):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", ["activation_kernel<{0}, {0}, false>", "gradient_kernel<{0}, false>"])
+@pytest.mark.parametrize("dtype", ["float", "__nv_bfloat16"])
+def test_uniform_activations_move_128_bits(kernels, arch, name, dtype):
+    """The loop over two vectors of eight elements: beside 16-byte words, of each a byte of bits, or eight numbers."""
+    kernel = kernels[arch, name.format(dtype)]
+    main = max(kernel.loops(), key=lambda loop: count(loop, r"LDG\.E\.128"))
+    words = 2 * (2 if dtype == "float" else 1)
+    forward = name.startswith("activation")
+    assert count(main, r"LDG\.E\.128") >= words * (1 if forward else 2) and count(main, r"STG\.E\.128") == words
+    kept = "STG" if forward else "LDG"
+    assert count(main, kept) - count(main, rf"{kept}\.E\.128") == count(main, rf"{kept}\.E\.(U8|64)") == 4
+    print(f"{len(main)} instructions for 16 elements")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name, loads, stores", [
     ("pack_kernel<{}", 8, 1), ("unpack_kernel<{}, Codes", 4, 2), ("unpack_kernel<{}, Values<float, float>", 4, 2),
     ("unpack_kernel<{}, Values<float, __nv_bfloat16>", 4, 1), ("unpack_kernel<{}, Values<double, double>", 4, 4)])

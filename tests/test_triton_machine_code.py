@@ -15,7 +15,15 @@ if triton.knobs.runtime.interpret:
                 allow_module_level=True)
 
 from bench import sass  # noqa: E402
-from quantops.kernels import categorical, categorical_activation, own_scale, packing, truncate, uniform  # noqa: E402
+from quantops.kernels import (  # noqa: E402
+    activation,
+    categorical,
+    categorical_activation,
+    own_scale,
+    packing,
+    truncate,
+    uniform,
+)
 from quantops.kernels.launch import launch  # noqa: E402
 
 if sass.tool("cuobjdump") is None:
@@ -24,7 +32,7 @@ if sass.tool("cuobjdump") is None:
 
 THREADS = 128
 SMALL = ("prepare", "finish_stats", "finish_rows", "finish_scales", "finish_gates", "fill_table",
-         "finish_sums")  # read and write little
+         "finish_sums", "finish", "channel_sums")  # read and write little
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
@@ -137,11 +145,23 @@ def _categorical_backward(dtype, grad_dtype, mode, gates):
     categorical.categorical_backward(grad, x, *rest, mode, 0, False, True, gates > 0)
 
 
-def _activation(dtype, out):
+def _activation(dtype, out, keep, learn, channels=1):
+    x, n = torch.ones(3, channels, 3001, dtype=dtype), torch.tensor([4], dtype=torch.int32)
+    activation.activation(x, torch.ones(channels, dtype=uniform.acc_dtype(dtype)), None, n, 0, True, 0, keep, learn, out)
+
+
+def _activation_backward(dtype, q_dtype, keep, learn, channels=1):
+    grad, n = torch.ones(3, channels, 3001, dtype=q_dtype), torch.tensor([4], dtype=torch.int32)
+    kept = torch.zeros((0, -(-grad.numel() // 8), grad.numel())[keep], dtype=torch.uint8)
+    scale = torch.ones(channels, dtype=uniform.acc_dtype(dtype))
+    activation.activation_backward(grad, grad.to(dtype), grad, kept, scale, None, n, 0, True, 0, keep, learn, dtype)
+
+
+def _categorical_activation(dtype, out):
     categorical_activation.categorical_activation(torch.ones(9001, dtype=dtype), *_activation_widths(dtype), 1, out)
 
 
-def _activation_backward(dtype, q_dtype, grad_of):
+def _categorical_activation_backward(dtype, q_dtype, grad_of):
     grad, q = torch.ones(2, 9001, dtype=q_dtype)
     quarters = torch.zeros(2251, dtype=torch.uint8)
     categorical_activation.categorical_activation_backward(grad, q, quarters, *_activation_widths(dtype), grad_of, True,
@@ -213,15 +233,27 @@ CALLS = {
     "categorical_backward-fp32-soft-gates": ((_categorical_backward, FP32, FP32, 1, 8), {128: (2, 1)}),
     "categorical_backward-fp64-soft-gates": ((_categorical_backward, FP64, FP64, 1, 4), {128: (2, 1)}),
     "categorical_backward-fp32-sample": ((_categorical_backward, FP32, FP32, 2, 0), {128: (2, 1)}),
-    "categorical_activation-fp32": ((_activation, FP32, FP32), {128: (4, 4)}),
-    "categorical_activation-bf16": ((_activation, BF16, BF16), {128: (2, 2)}),
-    "categorical_activation-fp32-bf16": ((_activation, FP32, BF16), {128: (4, 2)}),
-    "categorical_activation-fp64": ((_activation, FP64, FP64), {128: (4, 4)}),
-    "categorical_activation_backward-fp32": ((_activation_backward, FP32, FP32, 1), {128: (4, 2)}),
-    "categorical_activation_backward-fp32-winner": ((_activation_backward, FP32, FP32, 0), {128: (4, 2)}),
-    "categorical_activation_backward-bf16": ((_activation_backward, BF16, BF16, 1), {128: (2, 1)}),
-    "categorical_activation_backward-fp32-bf16": ((_activation_backward, FP32, BF16, 1), {128: (2, 2)}),
-    "categorical_activation_backward-fp64": ((_activation_backward, FP64, FP64, 1), {128: (4, 2)}),
+    "activation-fp32": ((_activation, FP32, FP32, 1, 1), {128: (4, 4)}),
+    "activation-bf16": ((_activation, BF16, BF16, 1, 1), {128: (2, 2)}),
+    "activation-fp32-bf16": ((_activation, FP32, BF16, 2, 2), {128: (4, 2)}),
+    "activation-fp64": ((_activation, FP64, FP64, 1, 1), {128: (4, 4)}),
+    "activation-fp32-channels": ((_activation, FP32, FP32, 1, 1, 3), {128: (4, 4)}),
+    "activation_backward-fp32": ((_activation_backward, FP32, FP32, 1, 0), {128: (2, 2)}),
+    "activation_backward-fp32-clip": ((_activation_backward, FP32, FP32, 1, 1), {128: (4, 2)}),
+    "activation_backward-fp32-step": ((_activation_backward, FP32, FP32, 2, 2), {128: (2, 2)}),
+    "activation_backward-fp32-input": ((_activation_backward, FP32, FP32, 0, 2), {128: (4, 2)}),
+    "activation_backward-bf16": ((_activation_backward, BF16, BF16, 1, 0), {128: (1, 1)}),
+    "activation_backward-fp64-step": ((_activation_backward, FP64, FP64, 2, 2), {128: (2, 2)}),
+    "activation_backward-fp32-channels": ((_activation_backward, FP32, FP32, 2, 2, 3), {128: (2, 2)}),
+    "categorical_activation-fp32": ((_categorical_activation, FP32, FP32), {128: (4, 4)}),
+    "categorical_activation-bf16": ((_categorical_activation, BF16, BF16), {128: (2, 2)}),
+    "categorical_activation-fp32-bf16": ((_categorical_activation, FP32, BF16), {128: (4, 2)}),
+    "categorical_activation-fp64": ((_categorical_activation, FP64, FP64), {128: (4, 4)}),
+    "categorical_activation_backward-fp32": ((_categorical_activation_backward, FP32, FP32, 1), {128: (4, 2)}),
+    "categorical_activation_backward-fp32-winner": ((_categorical_activation_backward, FP32, FP32, 0), {128: (4, 2)}),
+    "categorical_activation_backward-bf16": ((_categorical_activation_backward, BF16, BF16, 1), {128: (2, 1)}),
+    "categorical_activation_backward-fp32-bf16": ((_categorical_activation_backward, FP32, BF16, 1), {128: (2, 2)}),
+    "categorical_activation_backward-fp64": ((_categorical_activation_backward, FP64, FP64, 1), {128: (4, 2)}),
     "absmax-fp32": ((_absmax, FP32), {128: (8, 0)}),
     "absmax-bf16": ((_absmax, BF16), {128: (8, 0)}),
     "absmax-fp64": ((_absmax, FP64), {128: (8, 0)}),
