@@ -99,6 +99,7 @@ def _peers(closed):
 
 def _small(peer):
     """The peer on small weights alone."""
+
     def make(x):
         if x.numel > MOST_OF_REFERENCE:
             raise Absent("the reference's tensor ops take a kilobyte for each weight, and half a second for a million")
@@ -151,6 +152,7 @@ def _learned_winner(x, i, leaves, bits):
 
 def _step_peer(function, **options):
     """A peer of the step from ``function(x, i, leaves, bits)``, the q of weight i."""
+
     def prepare(x):
         n, leaves = len(x.w), [*x.leaves, *x.widths]
         function(x, 0, leaves[::n], x.n)  # raises Absent
@@ -161,6 +163,7 @@ def _step_peer(function, **options):
 
 def _compiled_step_peer(function):
     """The same, the list compiled as one graph."""
+
     def prepare(x):
         n, leaves = len(x.w), [*x.leaves, *x.widths]
         function(x, 0, leaves[::n], x.n)  # raises Absent
@@ -180,12 +183,16 @@ def _learned(x):
 
 
 def _hard_check(got, x):
-    return all(torch.equal(got[i].flatten()[part], _reference(x, i, x.n, part))
-               for i, parts in _checked(x)[0].items() for part in parts)
+    return all(
+        torch.equal(got[i].flatten()[part], _reference(x, i, x.n, part))
+        for i, parts in _checked(x)[0].items()
+        for part in parts
+    )
 
 
 def _soft_check(got, x):
     """To the rounding of q, and of the sum over classes."""
+
     def same(q, i, part):
         room = 1e-5 * float(x.alpha[i])
         want = _reference(x, i, x.n, part).float()
@@ -197,7 +204,8 @@ def _soft_check(got, x):
 def _backward(x):
     """Gradients of the winner for the weights, alpha and sigma."""
     of_w, of_alpha, of_sigma, _ = ops.categorical_backward(
-        x.grad, x.w, x.alpha, x.sigma, x.bits, [], None, 0, 0, True, True, False)
+        x.grad, x.w, x.alpha, x.sigma, x.bits, [], None, 0, 0, True, True, False
+    )
     return [*of_w, *of_alpha, *of_sigma]
 
 
@@ -210,39 +218,89 @@ def _backward_check(got, x):
         sums, room = [], 2 * torch.finfo(grad_w.dtype).eps
         for part in parts_of[i]:
             grad, w = x.grad[i].flatten()[part], x.w[i].flatten()[part]
-            want, *of_scales, _ = reference.categorical_backward(grad, w, x.alpha[i], x.sigma[i], x.n,
-                                                                 grad_of=x.grad_of)
+            want, *of_scales, _ = reference.categorical_backward(
+                grad, w, x.alpha[i], x.sigma[i], x.n, grad_of=x.grad_of
+            )
             if not torch.allclose(grad_w.flatten()[part].float(), want.float(), rtol=room, atol=1e-4):
                 return False
             sums.append(of_scales)
-        return not everything or all(torch.allclose(a, sum(b), rtol=1e-4, atol=1e-4 * x.w[i].numel() ** 0.5)
-                                     for a, b in zip((grad_alpha, grad_sigma), zip(*sums)))
+        return not everything or all(
+            torch.allclose(a, sum(b), rtol=1e-4, atol=1e-4 * x.w[i].numel() ** 0.5)
+            for a, b in zip((grad_alpha, grad_sigma), zip(*sums))
+        )
 
-    return all(same(i, *got[i::len(x.w)]) for i in parts_of)
+    return all(same(i, *got[i :: len(x.w)]) for i in parts_of)
 
 
 def _step_case(name, inputs, peers):
     """q, then the gradients of weights, alpha and sigma."""
-    return Case(name, inputs, lambda s: 3 * s, lambda s: 2 * s, lambda x: step(x, [*x.leaves, *x.widths], _learned(x)),
-                _backward_check, {"all classes": _step_peer(_learned_all_classes, lists=False), **peers},
-                forward=lambda x: (lambda: _learned(x), [*x.leaves, *x.widths]))
+    return Case(
+        name,
+        inputs,
+        lambda s: 3 * s,
+        lambda s: 2 * s,
+        lambda x: step(x, [*x.leaves, *x.widths], _learned(x)),
+        _backward_check,
+        {"all classes": _step_peer(_learned_all_classes, lists=False), **peers},
+        forward=lambda x: (lambda: _learned(x), [*x.leaves, *x.widths]),
+    )
 
 
 CASES = [
-    Case("categorical hard", ClassInputs, lambda s: s, lambda s: s, _forward, _hard_check,
-         _peers(lambda x, i, bits: (x.alpha[i] * _nearest(x.w[i], x.alpha[i], bits)).to(x.w[i].dtype)),
-         cuda="items_kernel<Nearest<T, T>, 32>"),
-    Case("categorical hard, 8 gates", GatedInputs, lambda s: s, lambda s: s, _forward, _hard_check,
-         {name: _small(peer) for name, peer in _peers(_reference).items()},
-         cuda="items_kernel<Bounded<T, T, 7>, 32>"),
-    Case("categorical soft, 4 bits", SoftInputs, lambda s: s, lambda s: s, lambda x: _forward(x, "soft"), _soft_check,
-         {name: _small(peer) for name, peer in _peers(_reference).items()}, turns=True),
+    Case(
+        "categorical hard",
+        ClassInputs,
+        lambda s: s,
+        lambda s: s,
+        _forward,
+        _hard_check,
+        _peers(lambda x, i, bits: (x.alpha[i] * _nearest(x.w[i], x.alpha[i], bits)).to(x.w[i].dtype)),
+        cuda="items_kernel<Nearest<T, T>, 32>",
+    ),
+    Case(
+        "categorical hard, 8 gates",
+        GatedInputs,
+        lambda s: s,
+        lambda s: s,
+        _forward,
+        _hard_check,
+        {name: _small(peer) for name, peer in _peers(_reference).items()},
+        cuda="items_kernel<Bounded<T, T, 7>, 32>",
+    ),
+    Case(
+        "categorical soft, 4 bits",
+        SoftInputs,
+        lambda s: s,
+        lambda s: s,
+        lambda x: _forward(x, "soft"),
+        _soft_check,
+        {name: _small(peer) for name, peer in _peers(_reference).items()},
+        turns=True,
+        cuda="items_kernel<SoftValue<T, T>, 32>",
+        longest=False,
+        table=2,
+    ),
     # What it is measured against is in the step.
-    Case("categorical backward", ClassInputs, lambda s: 2 * s, lambda s: s, _backward, _backward_check,
-         cuda="items_kernel<WinnerOne<T, T, true>, 32>"),
-    _step_case("categorical step", ClassInputs, {
-        "eager": _step_peer(_learned_winner, graph=True), "compiled list": _compiled_step_peer(_learned_winner)}),
+    Case(
+        "categorical backward",
+        ClassInputs,
+        lambda s: 2 * s,
+        lambda s: s,
+        _backward,
+        _backward_check,
+        cuda="items_kernel<WinnerOne<T, T, true>, 32>",
+        longest=False,
+        table=1,
+    ),
+    _step_case(
+        "categorical step",
+        ClassInputs,
+        {"eager": _step_peer(_learned_winner, graph=True), "compiled list": _compiled_step_peer(_learned_winner)},
+    ),
     # As CPQConfig trains unless told otherwise. No peer has these gradients without all classes.
-    _step_case("categorical step, soft gradient, 4 bits", SoftGradientInputs, {
-        "compiled list": _compiled_step_peer(_learned_all_classes)}),
+    _step_case(
+        "categorical step, soft gradient, 4 bits",
+        SoftGradientInputs,
+        {"compiled list": _compiled_step_peer(_learned_all_classes)},
+    ),
 ]

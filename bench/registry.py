@@ -53,6 +53,8 @@ class Case:
     cuda: the name of its kernel in csrc/cuda for short lists, with T for the element type, and longest: whether its
         longest way is the one taken; for the static table.
     turns: whether loops of its kernels turn as often as there are bits or classes, so that no static table counts them.
+    table: words of 16 bytes that its kernel in csrc/cuda reads per element from a table in shared memory: its way leads
+        through them, and past what is done without a table. Where turns holds as well, Triton's alone are not counted.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Case:
     cuda: str | None = None
     longest: bool = True
     turns: bool = False
+    table: int = 0
     family: str = ""
 
     def bytes(self, size):

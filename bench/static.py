@@ -29,8 +29,27 @@ WARPS, REGISTERS, SHARED, BLOCKS = 64, 65536, 227 * 1024, 32  # of a multiproces
 FMA = {"FADD", "FMUL", "FFMA", "IMAD", "HFMA2", "HADD2", "HMUL2", "HMNMX2"}
 FP64 = {"DADD", "DMUL", "DFMA", "DSETP"}
 CONVERSIONS = {"MUFU", "F2I", "I2F", "FRND", "F2F"}
-ELSEWHERE = {"LDG", "STG", "LDS", "STS", "LDC", "LDL", "STL", "BRA", "BSSY", "BSYNC", "EXIT", "NOP", "BAR", "SHFL",
-             "CALL", "RET", "S2R", "CS2R", "WARPSYNC"}
+ELSEWHERE = {
+    "LDG",
+    "STG",
+    "LDS",
+    "STS",
+    "LDC",
+    "LDL",
+    "STL",
+    "BRA",
+    "BSSY",
+    "BSYNC",
+    "EXIT",
+    "NOP",
+    "BAR",
+    "SHFL",
+    "CALL",
+    "RET",
+    "S2R",
+    "CS2R",
+    "WARPSYNC",
+}
 TYPES = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16"}
 SHAPES = [(2, 16384), (64, 9)]  # long rows, for the main path, and short ones
 
@@ -56,6 +75,7 @@ def occupancy(kernel, threads):
 def cost(kernel, way, trips, moved, elements, setup, threads):
     """A row of the table. ``way``: [(address, instruction)] for ``elements`` elements of one lane, ``moved`` bytes;
     ``trips``: {(first, last): how often that loop turns}."""
+
     def times(at):
         return math.prod(n for (first, last), n in trips.items() if first <= at <= last)
 
@@ -64,14 +84,25 @@ def cost(kernel, way, trips, moved, elements, setup, threads):
         counts["issue"] += times(at)
         if unit(text):
             counts[unit(text)] += times(at)
-    seconds = {"memory": moved / elements / BANDWIDTH,
-               **{name: counts[name] / elements / rate for name, rate in RATES.items()}}
+    seconds = {
+        "memory": moved / elements / BANDWIDTH,
+        **{name: counts[name] / elements / rate for name, rate in RATES.items()},
+    }
     binds = max(seconds, key=seconds.get)
-    return {"registers": kernel.registers, "spills": kernel.spills, "stack": kernel.stack, "shared": kernel.shared,
-            "occupancy": occupancy(kernel, threads), "elements": elements, "setup": setup, "bytes": moved / elements,
-            "instructions": {name: n / elements for name, n in counts.items()},
-            "picoseconds": {name: 1e12 * s for name, s in seconds.items()}, "binds": binds,
-            "share_of_copy": seconds["memory"] / seconds[binds]}
+    return {
+        "registers": kernel.registers,
+        "spills": kernel.spills,
+        "stack": kernel.stack,
+        "shared": kernel.shared,
+        "occupancy": occupancy(kernel, threads),
+        "elements": elements,
+        "setup": setup,
+        "bytes": moved / elements,
+        "instructions": {name: n / elements for name, n in counts.items()},
+        "picoseconds": {name: 1e12 * s for name, s in seconds.items()},
+        "binds": binds,
+        "share_of_copy": seconds["memory"] / seconds[binds],
+    }
 
 
 def accesses(kernel, op, code):
@@ -105,9 +136,10 @@ class NoMainPath(Exception):
     """The machine code has no path that moves the case's bytes in one width; says what there is."""
 
 
-def cuda_cost(kernel, reads, writes, longest=True):
+def cuda_cost(kernel, reads, writes, longest=True, table=0):
     """The main loop of a kernel of csrc/cuda: the smallest that has the most wide loads. ``longest``: on the longest
-    way, with all that optional arguments ask for. Setup is the shortest way around the loop."""
+    way, with all that optional arguments ask for. ``table``: see Case. Setup is the shortest way around the loop."""
+
     def inside(span):
         return [(at, text) for at, text in kernel.code if span[0] <= at <= span[1]]
 
@@ -120,9 +152,24 @@ def cuda_cost(kernel, reads, writes, longest=True):
     if writes:
         stores, trips = choose(kernel, "STG", inside(span), elements * writes)
         through = sorted([*through, *stores])
+    if table:
+        rows, turns = table_rows(kernel, inside(span), int(elements), table)
+        through, trips = sorted([*through, *rows]), {**trips, **turns}
     way = kernel.around(*span, [at for at in through if span[0] < at < span[1]], longest)
     moved = elements * writes + WIDE * most
     return cost(kernel, way, trips, moved, elements, len(kernel.shortest([])), 256)
+
+
+def table_rows(kernel, code, elements, table):
+    """(addresses, trips) of the wide loads from shared memory, ``table`` for each element, which has code of its own or
+    a turn of a loop."""
+    rows = [at for at, text in code if sass.opcode(text) == "LDS" and sass.width(text) == WIDE]
+    if len(rows) == elements * table:
+        return rows, {}
+    loops = {s for s in kernel.spans(nested=True) if code[0][0] < s[0] and all(s[0] <= at <= s[1] for at in rows)}
+    if len(rows) != table or not loops:
+        raise NoMainPath(f"{table} wide LDS for each of {elements} elements expected, found {len(rows)}")
+    return rows, {min(loops, key=lambda s: s[1] - s[0]): elements}
 
 
 def triton_cost(kernel, constants, reads, writes):
@@ -166,7 +213,7 @@ def rows():
                     continue
                 row = {"case": case.name, "dtype": str(dtype).removeprefix("torch."), "by": by}
                 try:
-                    if case.turns or (by == "CUDA" and not case.cuda):
+                    if not (case.cuda and (case.table or not case.turns) if by == "CUDA" else not case.turns):
                         raise NoMainPath("not counted: its loops turn as often as there are bits, classes or widths")
                     row.update(function(case, dtype, kernels))
                 except (NoMainPath, ValueError) as error:
@@ -179,15 +226,20 @@ def _cuda_row(case, dtype, kernels):
     name, size = case.cuda.replace("T,", TYPES[dtype] + ",").replace("T>", TYPES[dtype] + ">"), dtype.itemsize
     if (str(ARCH), name) not in kernels:
         raise NoMainPath(f"no kernel {name}")
-    return {"kernel": name, **cuda_cost(kernels[str(ARCH), name], case.reads(size), case.writes(size), case.longest)}
+    return {
+        "kernel": name,
+        **cuda_cost(kernels[str(ARCH), name], case.reads(size), case.writes(size), case.longest, case.table),
+    }
 
 
 def _triton_row(case, dtype, kernels):
     launch = _triton_launch(case, dtype)
     kernel = sass.triton_kernel(sass.triton_binary(launch, ARCH))
     size = dtype.itemsize
-    return {"kernel": launch.kernel.__name__,
-            **triton_cost(kernel, launch.constants, case.reads(size), case.writes(size))}
+    return {
+        "kernel": launch.kernel.__name__,
+        **triton_cost(kernel, launch.constants, case.reads(size), case.writes(size)),
+    }
 
 
 PATH = state.RESULTS / "static" / "h100.json"
@@ -200,16 +252,40 @@ def load():
 
 def table(result, measured=None):
     """Markdown. ``measured``: {(case, dtype, by): share of a copy}, where an H100 was at hand."""
-    head = ["op", "weights", "by", "bytes", "instructions", "setup", "registers", "spills", "occupancy", "binds",
-            "instructions' time / bytes' time", "share of a copy, at most", *["measured"] * bool(measured)]
+    head = [
+        "op",
+        "weights",
+        "by",
+        "bytes",
+        "instructions",
+        "setup",
+        "registers",
+        "spills",
+        "occupancy",
+        "binds",
+        "instructions' time / bytes' time",
+        "share of a copy, at most",
+        *["measured"] * bool(measured),
+    ]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for r in result["rows"]:
         if "absent" in r:
             cells = [r["case"], r["dtype"], r["by"], r["absent"]]
         else:
-            cells = [r["case"], r["dtype"], r["by"], f"{r['bytes']:.2f}", f"{r['instructions']['issue']:.1f}",
-                     str(r["setup"]), str(r["registers"]), str(r["spills"]), f"{r['occupancy']:.2f}", r["binds"],
-                     f"{r['picoseconds']['issue'] / r['picoseconds']['memory']:.2f}", f"{r['share_of_copy']:.2f}"]
+            cells = [
+                r["case"],
+                r["dtype"],
+                r["by"],
+                f"{r['bytes']:.2f}",
+                f"{r['instructions']['issue']:.1f}",
+                str(r["setup"]),
+                str(r["registers"]),
+                str(r["spills"]),
+                f"{r['occupancy']:.2f}",
+                r["binds"],
+                f"{r['picoseconds']['issue'] / r['picoseconds']['memory']:.2f}",
+                f"{r['share_of_copy']:.2f}",
+            ]
             if measured:
                 share = measured.get((r["case"], r["dtype"], r["by"]))
                 cells.append("" if share is None else f"{share:.2f}")
@@ -220,10 +296,12 @@ def table(result, measured=None):
 def heading(result):
     """What was counted, with what."""
     m = result["machine"]
-    return (f"**Counted, not measured: the machine code for an H100 (sm_{ARCH}), nvcc {m['nvcc']}, triton "
-            f"{m['triton']}; commit {m['commit']} of {m['date']}.** Per element: bytes, and instructions of one lane "
-            f"on the main path. \"Share of a copy, at most\": the bytes at {BANDWIDTH / 1e12:.2f} TB/s as a fraction "
-            "of the longest time that bytes or instructions need.")
+    return (
+        f"**Counted, not measured: the machine code for an H100 (sm_{ARCH}), nvcc {m['nvcc']}, triton "
+        f"{m['triton']}; commit {m['commit']} of {m['date']}.** Per element: bytes, and instructions of one lane "
+        f'on the main path. "Share of a copy, at most": the bytes at {BANDWIDTH / 1e12:.2f} TB/s as a fraction '
+        "of the longest time that bytes or instructions need."
+    )
 
 
 def page(result, measured=None):
@@ -234,12 +312,17 @@ def page(result, measured=None):
 def summary(result):
     """What binds which kernels, one paragraph."""
     rows = [r for r in result["rows"] if "absent" not in r]
-    bound = [f"{r['case']} {r['dtype']} ({r['by']}, {r['share_of_copy']:.2f} of a copy at most)" for r in rows
-             if r["binds"] != "memory"]
+    bound = [
+        f"{r['case']} {r['dtype']} ({r['by']}, {r['share_of_copy']:.2f} of a copy at most)"
+        for r in rows
+        if r["binds"] != "memory"
+    ]
     spilled = [f"{r['case']} {r['dtype']} ({r['by']})" for r in rows if r["spills"] or r["stack"]]
-    return (f"Of {len(rows)} kernels, {len(rows) - len(bound)} are bound by memory"
-            + (f"; by instructions: {', '.join(bound)}" if bound else "")
-            + (f". Registers are spilled by {', '.join(spilled)}." if spilled else ". None spills registers."))
+    return (
+        f"Of {len(rows)} kernels, {len(rows) - len(bound)} are bound by memory"
+        + (f"; by instructions: {', '.join(bound)}" if bound else "")
+        + (f". Registers are spilled by {', '.join(spilled)}." if spilled else ". None spills registers.")
+    )
 
 
 def static(args):

@@ -4,7 +4,7 @@
 // There are only 4 2^bits places x' in the cells, so that the factors of dL/dq are a table, a row per place. Its
 // numbers are computed as the categorical backward does for any x.
 #pragma once
-#include "soft_edges.h"
+#include "categorical_backward.h"
 
 namespace quantops {
 
@@ -46,7 +46,7 @@ QUANTOPS_INLINE int places_of(const Levels& l) { return kQuarters * (l.high + 1)
 template <class A>
 QUANTOPS_INLINE Factors<A> winner_factors_at(A x, const Bins<A>& p, const OneInterval<A>& k) {
   const A c = nearest_class(x, p), w = mirrored_offset<false>(x, c, p, k);
-  const Slopes<A> s = winner_of_one<true, true>(c, edge_power<false>(w, k), ends_of<true>(c, k), k);
+  const Slopes<A> s = winner_of_one<true, true>(edge_power<false>(w, k), ends_of<true>(c, k), k);
   Factors<A> f = factors_of_one(c, w, s, p, k);
   f.x = k.scale * mirrored(c * s.rt, c, k);  // as the categorical backward rounds it
   return f;

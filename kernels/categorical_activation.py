@@ -10,9 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
-from quantops.kernels import categorical_math as cm
+from quantops.kernels import categorical_backward as cb
+from quantops.kernels import categorical_gates as cg
+from quantops.kernels import categorical_quantizer as cq
+from quantops.kernels import categorical_soft as cs
+from quantops.kernels import exponential as ex
 from quantops.kernels import math
-from quantops.kernels import soft_edges as se
 from quantops.kernels.launch import TYPES, block_of, in_layouts_of, ints, launch, on_device_of
 from quantops.layout import dense, empty_like
 from quantops.reference.categorical import GRADS
@@ -21,29 +24,29 @@ from quantops.reference.packing import data_shape
 from quantops.reference.uniform import acc_dtype
 from quantops.values import check_categorical_activation
 
-MOST_PLACES = tl.constexpr(4 << cm.MAX_SOFT_BITS.value)
+MOST_PLACES = tl.constexpr(4 << cq.MAX_SOFT_BITS.value)
 TABLE_LANES = tl.constexpr(128)  # places of one program
 
 
 @triton.jit
 def _bins(alpha, sigma, bits):
     """What alpha, sigma and bits fix, and the number of places."""
-    l = cm.make_levels(alpha, 0, tl.load(bits), False, cm.MAX_SOFT_BITS, False)
-    return cm.make_bins(tl.load(alpha), tl.load(sigma), l.low, l.high, l.valid), l
+    l = cg.make_levels(alpha, 0, tl.load(bits), False, cq.MAX_SOFT_BITS, False)
+    return cq.make_bins(tl.load(alpha), tl.load(sigma), l.low, l.high, l.valid), l
 
 
 @triton.jit
 def quarter_of(x, q, p):
     """k of x, whose q is at hand as it is stored; 0 where that is NaN."""
-    v = 4.0 * (x * p.inv_alpha - cm.nearest_class(q, p))
+    v = 4.0 * (x * p.inv_alpha - cq.nearest_class(q, p))
     v = tl.where(v > -2.0, v, -2.0)
-    return (math.floor_small(cm.at_most(v, 1.0)) + 2.0).to(tl.uint32)
+    return (math.floor_small(ex.at_most(v, 1.0)) + 2.0).to(tl.uint32)
 
 
 @triton.jit
 def place_of(q, k, p):
     """4 j + k, 0 where q is NaN."""
-    place = 4.0 * cm.nearest_class(q, p) + k.to(q.dtype)
+    place = 4.0 * cq.nearest_class(q, p) + k.to(q.dtype)
     return tl.where(place == place, place, 0.0).to(tl.int32)
 
 
@@ -64,14 +67,24 @@ def _word(address, start, V: tl.constexpr):
 
 
 @triton.jit
-def _quantize(x_ptr, q_ptr, quarters, left, p, Q_T: tl.constexpr, A: tl.constexpr, V: tl.constexpr, N: tl.constexpr,
-              WHOLE: tl.constexpr):
+def _quantize(
+    x_ptr,
+    q_ptr,
+    quarters,
+    left,
+    p,
+    Q_T: tl.constexpr,
+    A: tl.constexpr,
+    V: tl.constexpr,
+    N: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
     i, shift = _tile(N, V)
     if WHOLE:
         x = math.widen(tl.load(x_ptr + i), A)
     else:
         x = math.widen(tl.load(x_ptr + i, mask=i < left, other=0), A)
-    q = math.narrow(p.alpha * cm.nearest_class(x, p), Q_T)
+    q = math.narrow(p.alpha * cq.nearest_class(x, p), Q_T)
     k = quarter_of(x, math.widen(q, A), p)
     row = tl.arange(0, N // V)
     if WHOLE:
@@ -84,83 +97,66 @@ def _quantize(x_ptr, q_ptr, quarters, left, p, Q_T: tl.constexpr, A: tl.constexp
 
 
 @triton.jit(do_not_specialize=["numel"])
-def quantize(x, q, quarters, alpha, sigma, bits, numel, Q_T: tl.constexpr, A: tl.constexpr, V: tl.constexpr,
-             BLOCK: tl.constexpr):
+def quantize(
+    x, q, quarters, alpha, sigma, bits, numel, Q_T: tl.constexpr, A: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr
+):
     """One program per BLOCK elements."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     p, _ = _bins(alpha, sigma, bits)
     if numel - start >= BLOCK:
         _quantize(x + start, q + start, _word(quarters, start, V), 0, p, Q_T, A, V, BLOCK, True)
     else:  # four at a time, so that no byte is written past the end
-        _quantize(x + start, q + start, _word(quarters, start, 4), numel - start, p, Q_T, A, 4, BLOCK,
-                  False)
+        _quantize(x + start, q + start, _word(quarters, start, 4), numel - start, p, Q_T, A, 4, BLOCK, False)
 
 
 @triton.jit
 def _soft(x, p, l):
     """The soft factors at x, one class up and down at a time."""
-    c = cm.nearest_class(x, p)
-    z = cm.offset_of(x, c, p)
-    y, w = cm.exponential(z - p.half), cm.exponential(-z - p.half)
-    reach = cm.soft_reach(l, p.beta)
-    weight, slope = cm.soft_center(y, w)
+    c = cq.nearest_class(x, p)
+    z = cq.offset_of(x, c, p)
+    y, w = ex.exponential(z - p.half), ex.exponential(-z - p.half)
+    reach = cs.soft_reach(l, p.beta)
+    weight, slope = cs.soft_center(y, w)
     u, first = weight, tl.zeros_like(c)
     step = tl.zeros([], c.dtype)
-    inner = cm.exponential(-p.beta * step)
+    inner = ex.exponential(-p.beta * step)
     for _ in range(1, reach + 1):
         step += 1.0
-        outer = cm.exponential(-p.beta * step)
-        pair = cm.soft_pair(y, w, inner, outer)
+        outer = ex.exponential(-p.beta * step)
+        pair = cs.soft_pair(y, w, inner, outer)
         up, down = tl.where(c + step <= p.high, pair.up, 0.0), tl.where(c - step >= p.low, pair.down, 0.0)
         weight += up + down
         first += step * (up - down)
         inner = outer
     inv = math.divide(1.0, weight)
     mean = first * inv
-    sharp = cm.one_minus_exp(p.beta.to(tl.float64)).to(c.dtype)
+    sharp = ex.one_minus_exp(p.beta.to(tl.float64)).to(c.dtype)
     deviation = -u * mean
     by_x, by_width = deviation * slope, deviation * (0.5 * sharp * u)
     step = tl.zeros([], c.dtype)
-    inner = cm.exponential(-p.beta * step)
+    inner = ex.exponential(-p.beta * step)
     for _ in range(1, reach + 1):
         step += 1.0
-        outer = cm.exponential(-p.beta * step)
-        pair = cm.soft_pair(y, w, inner, outer)
+        outer = ex.exponential(-p.beta * step)
+        pair = cs.soft_pair(y, w, inner, outer)
         up = tl.where(c + step <= p.high, pair.up, 0.0) * (step - mean)
         down = tl.where(c - step >= p.low, pair.down, 0.0) * (-step - mean)
         by_x += up * pair.up_slope - down * pair.down_slope
-        by_width += (up * (0.5 * sharp * pair.up + step * pair.up_slope)
-                     + down * (0.5 * sharp * pair.down + step * pair.down_slope))
+        by_width += up * (0.5 * sharp * pair.up + step * pair.up_slope) + down * (
+            0.5 * sharp * pair.down + step * pair.down_slope
+        )
         inner = outer
-    return cm.soft_factors(by_x, by_width, c, z, mean, inv, p)
-
-
-@triton.jit
-def _soft_by_edges(x, p, k, half, beta):
-    """The same over the edges, where :mod:`quantops.kernels.soft_edges` takes it so."""
-    offset = se.offset_from_middle(x, k)
-    power, v = se.middle_power(offset, k), offset * p.inv_alpha
-    outer, zero, lower = se.outer_edges(power, k), tl.zeros_like(x), k.lower.to(tl.int32)
-    sums = (zero, zero, zero, zero)
-    for n in range(0, lower + k.upper.to(tl.int32)):
-        first = se.inner_edge(se.edge_number(2 * n, half), half, beta, x.dtype)
-        second = se.inner_edge(se.edge_number(2 * n + 1, half), half, beta, x.dtype)
-        if n < lower:
-            sums = se.add_edge_pair(sums, power, v, first, second, True, True)
-        else:
-            sums = se.add_edge_pair(sums, power, v, first, second, False, True)
-    mean = se.edge_mean(sums[1], sums[0], outer, k)
-    return se.edge_factors(v, mean, tl.where(v == v, sums[2], v), sums[3], outer, k, p)
+    return cs.soft_factors(by_x * inv, by_width * inv, c, z, mean, p)
 
 
 @triton.jit
 def _winner(x, p):
-    c = cm.nearest_class(x, p)
-    k = cm.make_one_interval(p)
-    w = cm.mirrored_offset(x, c, p, k)
-    rt, rq = cm.winner_of_one(c, cm.edge_power(w, k), k)
-    _, in_alpha, in_sigma = cm.factors_of_one(c, w, rt, rq, p, k)
-    return k.scale * cm.mirrored(c * rt, c, k), in_alpha, in_sigma
+    c = cq.nearest_class(x, p)
+    k = cb.make_one_interval(p)
+    w = cb.mirrored_offset(x, c, p, k)
+    rt, rq = cb.winner_of_one(c, cb.edge_power(w, k), k)
+    _, in_alpha, in_sigma = cb.factors_of_one(c, w, rt, rq, p, k)
+    return k.scale * cb.mirrored(c * rt, c, k), in_alpha, in_sigma
 
 
 @triton.jit
@@ -173,11 +169,7 @@ def fill_table(table, alpha, sigma, bits, A: tl.constexpr, SOFT: tl.constexpr):
         x = (place.to(A) - 1.5) * (0.25 * p.alpha)
         x = tl.where(place == 0, -float("inf"), tl.where(place == count - 1, float("inf"), x))
         if SOFT:
-            beta, half, k = se.make_soft_edges(tl.load(alpha), tl.load(sigma), p)
-            if k.lower > 0.0:
-                in_x, in_alpha, in_sigma = _soft_by_edges(x, p, k, half, beta)
-            else:
-                in_x, in_alpha, in_sigma = _soft(x, p, l)
+            in_x, in_alpha, in_sigma = _soft(x, p, l)
         else:
             in_x, in_alpha, in_sigma = _winner(x, p)
         valid = p.alpha == p.alpha
@@ -187,8 +179,21 @@ def fill_table(table, alpha, sigma, bits, A: tl.constexpr, SOFT: tl.constexpr):
 
 
 @triton.jit
-def _look_up(g_ptr, q_ptr, quarters, out_ptr, table, left, p, OUT_T: tl.constexpr, A: tl.constexpr, V: tl.constexpr,
-             N: tl.constexpr, SCALE_GRAD: tl.constexpr, WHOLE: tl.constexpr):
+def _look_up(
+    g_ptr,
+    q_ptr,
+    quarters,
+    out_ptr,
+    table,
+    left,
+    p,
+    OUT_T: tl.constexpr,
+    A: tl.constexpr,
+    V: tl.constexpr,
+    N: tl.constexpr,
+    SCALE_GRAD: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
     i, shift = _tile(N, V)
     row = tl.arange(0, N // V)
     if WHOLE:
@@ -215,17 +220,58 @@ def _look_up(g_ptr, q_ptr, quarters, out_ptr, table, left, p, OUT_T: tl.constexp
 
 
 @triton.jit(do_not_specialize=["numel"])
-def look_up(g, q, quarters, out, table, partials, alpha, sigma, bits, numel, OUT_T: tl.constexpr, A: tl.constexpr,
-            V: tl.constexpr, BLOCK: tl.constexpr, SCALE_GRAD: tl.constexpr):
+def look_up(
+    g,
+    q,
+    quarters,
+    out,
+    table,
+    partials,
+    alpha,
+    sigma,
+    bits,
+    numel,
+    OUT_T: tl.constexpr,
+    A: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SCALE_GRAD: tl.constexpr,
+):
     """One program per BLOCK elements; ``partials``: its sums for alpha and sigma."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     p, _ = _bins(alpha, sigma, bits)
     if numel - start >= BLOCK:
-        in_alpha, in_sigma = _look_up(g + start, q + start, _word(quarters, start, V), out + start, table, 0, p, OUT_T,
-                                      A, V, BLOCK, SCALE_GRAD, True)
+        in_alpha, in_sigma = _look_up(
+            g + start,
+            q + start,
+            _word(quarters, start, V),
+            out + start,
+            table,
+            0,
+            p,
+            OUT_T,
+            A,
+            V,
+            BLOCK,
+            SCALE_GRAD,
+            True,
+        )
     else:
-        in_alpha, in_sigma = _look_up(g + start, q + start, _word(quarters, start, 4), out + start, table,
-                                      numel - start, p, OUT_T, A, 4, BLOCK, SCALE_GRAD, False)
+        in_alpha, in_sigma = _look_up(
+            g + start,
+            q + start,
+            _word(quarters, start, 4),
+            out + start,
+            table,
+            numel - start,
+            p,
+            OUT_T,
+            A,
+            4,
+            BLOCK,
+            SCALE_GRAD,
+            False,
+        )
     if SCALE_GRAD:
         tl.store(partials + 2 * tl.program_id(0), in_alpha.to(tl.float64))
         tl.store(partials + 2 * tl.program_id(0) + 1, in_sigma.to(tl.float64))
@@ -259,14 +305,27 @@ def categorical_activation(x, alpha, sigma, bits, grad_of, dtype):
     quarters = x.new_empty(data_shape(x.numel(), QUARTER_BITS, "dense"), dtype=torch.uint8)
     block = block_of(alpha.dtype, [x], values=4)
     with on_device_of([x]):
-        launch(quantize, triton.cdiv(x.numel(), block), x, q, quarters, alpha, sigma, ints(bits), x.numel(),
-               Q_T=TYPES[dtype], A=TYPES[alpha.dtype], V=_row(x, q), BLOCK=block)
+        launch(
+            quantize,
+            triton.cdiv(x.numel(), block),
+            x,
+            q,
+            quarters,
+            alpha,
+            sigma,
+            ints(bits),
+            x.numel(),
+            Q_T=TYPES[dtype],
+            A=TYPES[alpha.dtype],
+            V=_row(x, q),
+            BLOCK=block,
+        )
     return q, quarters
 
 
 def categorical_activation_backward(grad, q, quarters, alpha, sigma, bits, grad_of, scale_grad, dtype):
     check_categorical_activation(alpha, sigma, bits)
-    grad, = in_layouts_of([q], [grad])
+    (grad,) = in_layouts_of([q], [grad])
     out, sums = empty_like(q, dtype), [torch.empty_like(v) for v in (alpha, sigma) if scale_grad]
     bits, acc = ints(bits), TYPES[acc_dtype(dtype)]
     block = block_of(alpha.dtype, [grad], [q], values=8)
@@ -275,10 +334,35 @@ def categorical_activation_backward(grad, q, quarters, alpha, sigma, bits, grad_
         table = torch.empty(3 * MOST_PLACES.value, dtype=alpha.dtype, device=q.device)
         partials = torch.empty(2 * programs, dtype=torch.float64, device=q.device)
         if programs:
-            launch(fill_table, MOST_PLACES.value // TABLE_LANES.value, table, alpha, sigma, bits, A=acc,
-                   SOFT=GRADS[grad_of] == "soft")
-        launch(look_up, programs, grad, q, quarters, out, table, partials, alpha, sigma, bits, q.numel(),
-               OUT_T=TYPES[dtype], A=acc, V=_row(grad, q, out), BLOCK=block, SCALE_GRAD=scale_grad)
+            launch(
+                fill_table,
+                MOST_PLACES.value // TABLE_LANES.value,
+                table,
+                alpha,
+                sigma,
+                bits,
+                A=acc,
+                SOFT=GRADS[grad_of] == "soft",
+            )
+        launch(
+            look_up,
+            programs,
+            grad,
+            q,
+            quarters,
+            out,
+            table,
+            partials,
+            alpha,
+            sigma,
+            bits,
+            q.numel(),
+            OUT_T=TYPES[dtype],
+            A=acc,
+            V=_row(grad, q, out),
+            BLOCK=block,
+            SCALE_GRAD=scale_grad,
+        )
         if scale_grad:
             launch(finish_sums, 1, partials, *sums, programs, A=acc, BLOCK=1024)
     return out, sums

@@ -71,17 +71,17 @@ LOOPS = {
     "level_loop<false, true, float>": ("mulps", "divps", "pslld"),
     "winner_of_many_loop<float>": ("mulps", "divps", "pslld"),
     "winner_gate_loop<float>": ("mulps", "divps"),
-    "draw_loop<float>": ("mulps", "divps", "psrad"),
+    "draw_loop<false, float>": ("mulps", "divps", "psrad"),
+    "draw_loop<true, float>": ("mulps", "divps", "psrad"),
     "soft_pair_loop<1, float>": ("mulps", "divps"),
     "soft_pair_loop<8, float>": ("mulps", "divps", "cmp\\w*ps"),
     "soft_slope_loop<1, float>": ("mulps", "divps"),
     "soft_tail_loop<float>": ("addps", "cmp\\w*ps"),
     "soft_gradient_loop<float>": ("mulps", "addps"),
-    "middle_power_loop<true, float>": ("mulps", "minps", "maxps", "pslld"),
-    "edge_pair_loop<true, true, float>": ("mulps", "divps", "pminsd", "pmaxsd"),
-    "edge_pair_loop<false, false, float>": ("mulps", "divps", "pminsd", "pmaxsd"),
-    "edge_value_loop<float>": ("mulps", "divps"),
-    "edge_gradient_loop<float>": ("mulps", "divps"),
+    "spline_place_loop<true, float>": ("mulps|fn?madd\\w*ps", "minps", "maxps", "(rndscale|round)ps", "fmadd\\w*ps"),
+    "spline_place_loop<false, float>": ("mulps|fn?madd\\w*ps", "minps", "maxps", "(rndscale|round)ps", "fmadd\\w*ps"),
+    "spline_value_loop<float>": ("mulps", "addps"),
+    "spline_gradient_loop<float>": ("mulps", "fmadd\\w*ps"),
     "philox_loop": ("psrlq",),
     "activation_loop<(Keep)1, true, float, float, float>": ("mulps", "minps", "maxps", "(rndscale|round)ps", "por"),
     "activation_loop<(Keep)1, true, BFloat16, BFloat16, float>": ("mulps", "minps", "maxps", "pslld", "psrld", "por"),
@@ -113,8 +113,9 @@ def functions():
     library = library_path("cpu")
     if platform.machine() != "x86_64" or not library.exists() or not shutil.which("objdump"):
         pytest.skip("needs x86-64, the compiled library (pip install -e . with a compiler) and objdump (binutils)")
-    text = subprocess.run(["objdump", "-d", "-C", "--no-show-raw-insn", library], capture_output=True, text=True,
-                          check=True).stdout
+    text = subprocess.run(
+        ["objdump", "-d", "-C", "--no-show-raw-insn", library], capture_output=True, text=True, check=True
+    ).stdout
     found = {}
     for block in re.split(r"\n(?=[0-9a-f]+ <)", text):
         head = re.match(r"[0-9a-f]+ <(.*)\([^()]*\) \[clone \.arch_x86_64_(v\d)[^\]]*\]", block.partition("\n")[0])
@@ -138,12 +139,27 @@ def test_loop_is_vectorized(functions, loop, level, register):
         assert used, f"{loop} [{level}] has no {instruction} on {register}"
 
 
+# Loops of gradients and soft sums alone, QUANTOPS_FUSED_SIMD.
+FUSED = re.compile("(spline(_place|_value|_gradient)?|one_place|edge_power|ends|slopes|winner_of_one)_loop<")
+
+
 def test_arithmetic_is_not_contracted(functions):
-    assert not any(re.search(r"\bvfn?m(add|sub)", code) for clones in functions.values() for code in clones.values())
+    fused = {
+        name for name, clones in functions.items() for code in clones.values() if re.search(r"\bvfn?m(add|sub)", code)
+    }
+    assert all(FUSED.match(name) for name in fused), fused
+    assert len({name.partition("_loop")[0] for name in fused}) > 5
 
 
-@pytest.mark.parametrize("loop", ["quantize_loop<(Form)0, float, float, float>", "cut_loop<float, float, float>",
-                                  "nearest_loop<BFloat16, BFloat16, float>", "decode_loop<int, float, float>"])
+@pytest.mark.parametrize(
+    "loop",
+    [
+        "quantize_loop<(Form)0, float, float, float>",
+        "cut_loop<float, float, float>",
+        "nearest_loop<BFloat16, BFloat16, float>",
+        "decode_loop<int, float, float>",
+    ],
+)
 @pytest.mark.parametrize("level", ["v4", "v3"])
 def test_results_are_streamed_in_half_lines(functions, loop, level):
     """With quarters alone, 16 bytes, ops took two to three times as long wherever memory lay badly."""

@@ -15,15 +15,8 @@ if triton.knobs.runtime.interpret:
                 allow_module_level=True)
 
 from bench import sass  # noqa: E402
-from quantops.kernels import (  # noqa: E402
-    activation,
-    categorical,
-    categorical_activation,
-    own_scale,
-    packing,
-    truncate,
-    uniform,
-)
+from quantops.kernels import (, categorical, categorical_activation, categorical_record  # noqa: E402
+from quantops.kernels import own_scale, packing, truncate, uniform  # noqa: E402
 from quantops.kernels.launch import launch  # noqa: E402
 
 if sass.tool("cuobjdump") is None:
@@ -288,7 +281,7 @@ def test_machine_code(name, arch):
         spills = {op: c for op, c in code.items() if op.startswith(("LDL", "STL"))}
         assert not spills, f"{name} spills registers: {spills}"
         # In float64 the kernels of these families call exp and log of CUDA's libdevice, which have fma, rcp and abs.ftz.
-        libdevice = categorical.__name__, categorical_activation.__name__
+        libdevice = [m.__name__ for m in (categorical, categorical_activation, categorical_record)]
         kinds = "32" if recorded.kernel.__module__ in libdevice else "(32|64)"
         assert not re.search(rf"(?<!\babs)\.ftz\.f{kinds}", kernel.ptx), "denormals would be flushed to zero"
         assert not re.search(r"div\.(full|approx)", kernel.ptx), "division must round as IEEE says"

@@ -2,8 +2,11 @@
 #include <optional>
 #include <tuple>
 
+#include "cpu/categorical_backward_loops.h"
+#include "cpu/categorical_draw_loops.h"
+#include "cpu/categorical_gates_loops.h"
+#include "cpu/categorical_soft_loops.h"
 #include "cpu/list.h"
-#include "cpu/soft_edges_loops.h"
 
 namespace quantops {
 namespace {
@@ -13,7 +16,7 @@ struct Problem {
   List list;
   std::vector<const void*> sigma, gates;  // gates: null without
   std::vector<Levels> levels;
-  std::vector<int64_t> first;             // place of each tensor's element 0 in the list
+  std::vector<int64_t> first;  // place of each tensor's element 0 in the list
   uint64_t seed;
   Tensors kept;
 };
@@ -69,8 +72,8 @@ Problem make_problem(const Tensors& x, const Tensors& alpha, const Tensors& sigm
     QUANTOPS_CHECK(alpha[i].numel() == sigma[i].numel(), entry_name("sigma", i, x.size()),
                    ": expected as many elements as alpha (", alpha[i].numel(), "), got ", sigma[i].numel());
     QUANTOPS_CHECK(p.list.bits[i] >= 0 && p.list.bits[i] <= most_bits, entry_name("bits", i, x.size()),
-                   ": expected 0..", most_bits, most_bits == kMaxSoftBits ? " where soft sums are taken" : "",
-                   ", got ", p.list.bits[i]);
+                   ": expected 0..", most_bits, most_bits == kMaxSoftBits ? " where soft sums are taken" : "", ", got ",
+                   p.list.bits[i]);
     p.list.rows.push_back(rows_of(x[i], alpha[i]));
     p.list.scale.push_back(alpha[i].data_ptr());
     p.sigma.push_back(sigma[i].data_ptr());
@@ -96,15 +99,14 @@ struct Scale {
   Bins<A> bins;
   const A* gates;
   const Levels* levels;
-  const Bounds<A>* bounds;     // of the hard class, or null: it is the nearest one
+  const Bounds<A>* bounds;  // of the hard class, or null: it is the nearest one
   OneScale<A> one;
   Level<A> level[kMaxLevels];  // from the lowest
   int count;
   A sharp;
-  EdgeTable<A> edge_table;     // where the soft sum is taken over the edges: `by_edges`
-  bool by_edges;
-  std::vector<A> decay;        // exp(-beta n), n = 0, 1, ... to where it is felt
-  GateSteps<A> steps;          // `step_count` of them
+  SplineTable<A> table;  // of a soft sum; without intervals where it is taken over the classes
+  std::vector<A> decay;  // exp(-beta n), n = 0, 1, ... to where it is felt
+  GateSteps<A> steps;    // `step_count` of them
   int step_count;
 };
 
@@ -144,84 +146,7 @@ std::vector<std::vector<Bounds<A>>> all_bounds(const Problem& p) {
   return all;
 }
 
-enum class Needs { bins, winner, soft };
-
-template <class A>
-void make_scale(Scale<A>& s, const Problem& p, int64_t t, int64_t row,
-                const std::vector<std::vector<Bounds<A>>>& bounds, Needs needs) {
-  s.levels = &p.levels[t];
-  s.gates = gated<A>(p, t) ? static_cast<const A*>(p.gates[t]) : nullptr;
-  s.bounds = bounds.empty() || bounds[t].empty() ? nullptr : &bounds[t][row];
-  s.bins = make_bins(alpha_of<A>(p, t, row), sigma_of<A>(p, t, row), *s.levels);
-  if (needs == Needs::bins) return;
-  s.sharp = A(one_minus_exp(double(s.bins.beta)));
-  if (needs == Needs::winner) {
-    s.one = make_one_scale(s.bins);
-    s.count = p.gates[t] ? s.levels->count : 1;
-    for (int k = 1; k <= s.count; k++)
-      s.level[k - 1] = p.gates[t] ? make_level(static_cast<const A*>(p.gates[t]), *s.levels, k, s.bins.beta)
-                                  : make_only_level(*s.levels, s.bins.beta);
-    return;
-  }
-  const A alpha = alpha_of<A>(p, t, row), sigma = sigma_of<A>(p, t, row);
-  s.by_edges = !p.gates[t] && has_soft_edges(alpha, sigma, *s.levels);
-  if (s.by_edges) {
-    s.edge_table = make_edge_table(alpha, sigma, *s.levels);
-    return;
-  }
-  s.decay.resize(soft_reach(*s.levels, s.gates, s.bins.beta) + 1);
-  for (size_t n = 0; n < s.decay.size(); n++) s.decay[n] = exponential(-s.bins.beta * A(n));
-  s.step_count = p.gates[t] ? s.levels->count : 1;
-  for (int k = 0; k < kMaxSoftBits; k++) {  // those past the count repeat the last
-    const int32_t top = k < s.step_count - 1 ? top_of_level(k + 1, s.levels->is_signed) : s.levels->high;
-    s.steps.top[k] = A(top);
-    s.steps.bottom[k] = s.levels->is_signed && k < s.step_count - 1 ? A(-top - 1) : A(s.levels->low);
-    s.steps.weight[k] = k < s.step_count ? A(cumulative_gate(s.gates, k + 1)) : A(0);
-  }
-  s.steps.weight[kMaxSoftBits] = A(0);
-}
-
-// --- classes ---------------------------------------------------------------------------------------------------
-
-template <class A>
-void hard_classes(const Scale<A>& s, const A* x, A* j, int64_t n) {
-  if (s.bounds) {
-    bounded_loop(x, j, n, s.bins, *s.bounds, *s.levels);
-  } else {
-    Bins<A> p = s.bins;
-    p.alpha = A(1);
-    nearest_loop(x, j, false, n, p);
-  }
-}
-
-// At most kPart elements; `index`: place of the first in the list.
-template <class A>
-void draw_classes(const Scale<A>& s, const Places<A>& at, A* j, int64_t n, uint64_t seed, uint64_t index) {
-  Draws draws;
-  alignas(64) A mass[kMaxLevels][kPart], left[kPart] = {};
-  std::fill(j, j + n, quiet_nan<A>());
-  philox_loop(draws, n, seed, index);
-  if (s.count > 1) {
-    for (int k = 0; k < s.count; k++)
-      if (s.level[k].step > 0) interval_loop(at, mass[k], left, n, s.level[k], s.bins);
-    first_draw_loop(draws, left, n);
-  } else {  // the interval of all classes: nothing to choose
-    std::fill(mass[0], mass[0] + n, A(0));
-  }
-  for (int k = 0; k < s.count; k++)
-    if (s.level[k].step > 0) draw_loop(at, draws, mass[k], left, j, n, s.level[k], s.bins, k == s.count - 1);
-}
-
-// --- forward ---------------------------------------------------------------------------------------------------
-
-template <bool kSlopes, class A>
-void edge_sums(const Scale<A>& s, EdgePart<A>& part, const A* x, int64_t n) {
-  const SoftEdges<A>& k = s.edge_table.edges;
-  middle_power_loop<kSlopes>(x, part, n, k, s.bins.inv_alpha);
-  const EdgePair<A>* pair = s.edge_table.pair;
-  for (int i = 0; i < k.lower; i++) edge_pair_loop<true, kSlopes>(part, part.lower, n, *pair++);
-  for (int i = 0; i < k.upper; i++) edge_pair_loop<false, kSlopes>(part, part.upper, n, *pair++);
-}
+// --- soft sums ---------------------------------------------------------------------------------------------------
 
 // The first pass. kSteps: of s.steps that are looked at.
 template <int kSteps, class A>
@@ -254,11 +179,122 @@ void soft_slopes(const Scale<A>& s, SoftPart<A>& part, int64_t n, bool tails) {
   }
 }
 
+// The coefficients of the spline, by the sums over the classes at its nodes.
 template <class A>
-void edge_value_part(const Scale<A>& s, const A* x, A* q, int64_t n) {
-  EdgePart<A> part;
-  edge_sums<false>(s, part, x, n);
-  edge_value_loop(part, q, n, s.edge_table.edges, s.bins.alpha);
+void fill_table(Scale<A>& s) {
+  constexpr int kStep = kPart / kSplineOrder;  // intervals at a time
+  const Spline<A>& k = s.table.spline;
+  SoftPart<A> part;
+  for (int first = 0; first < k.intervals; first += kStep) {
+    const int count = std::min(kStep, k.intervals - first), n = count * kSplineOrder;
+    for (int i = 0; i < n; i++) {
+      const SplineNode<A> node = spline_node(first + i / kSplineOrder, i % kSplineOrder, k, s.bins);
+      part.at.c[i] = node.c;
+      part.at.z[i] = node.z;
+    }
+    soft_sums<1>(s, part, n);
+    soft_slopes<1>(s, part, n, false);
+    for (int i = 0; i < count; i++) {
+      A of[kSplineFunctions][kSplineOrder];
+      for (int j = 0; j < kSplineOrder; j++) {
+        const int at = i * kSplineOrder + j;
+        const SplineValues<A> v =
+            spline_values({part.by_x[at], part.by_width[at]}, part.at.z[at], part.first[at], part.weight[at], s.bins);
+        of[0][j] = v.x;
+        of[1][j] = v.alpha;
+        of[2][j] = v.sigma;
+        of[3][j] = v.mean;
+      }
+      for (int f = 0; f < kSplineFunctions; f++) {
+        to_coefficients(of[f]);
+        s.table.set(first + i, f, of[f]);
+      }
+    }
+  }
+}
+
+// --- what a scale fixes ------------------------------------------------------------------------------------------
+
+enum class Needs { bins, winner, soft };
+
+template <class A>
+void make_scale(Scale<A>& s, const Problem& p, int64_t t, int64_t row,
+                const std::vector<std::vector<Bounds<A>>>& bounds, Needs needs) {
+  s.levels = &p.levels[t];
+  s.gates = gated<A>(p, t) ? static_cast<const A*>(p.gates[t]) : nullptr;
+  s.bounds = bounds.empty() || bounds[t].empty() ? nullptr : &bounds[t][row];
+  s.bins = make_bins(alpha_of<A>(p, t, row), sigma_of<A>(p, t, row), *s.levels);
+  if (needs == Needs::bins) return;
+  s.sharp = A(one_minus_exp(double(s.bins.beta)));
+  if (needs == Needs::winner) {
+    s.one = make_one_scale(s.bins);
+    s.count = p.gates[t] ? s.levels->count : 1;
+    for (int k = 1; k <= s.count; k++)
+      s.level[k - 1] = p.gates[t] ? make_level(static_cast<const A*>(p.gates[t]), *s.levels, k, s.bins.beta)
+                                  : make_only_level(*s.levels, s.bins.beta);
+    return;
+  }
+  s.decay.resize(soft_reach(*s.levels, s.gates, s.bins.beta) + 1);
+  for (size_t n = 0; n < s.decay.size(); n++) s.decay[n] = exponential(-s.bins.beta * A(n));
+  s.step_count = p.gates[t] ? s.levels->count : 1;
+  for (int k = 0; k < kMaxSoftBits; k++) {  // those past the count repeat the last
+    const int32_t top = k < s.step_count - 1 ? top_of_level(k + 1, s.levels->is_signed) : s.levels->high;
+    s.steps.top[k] = A(top);
+    s.steps.bottom[k] = s.levels->is_signed && k < s.step_count - 1 ? A(-top - 1) : A(s.levels->low);
+    s.steps.weight[k] = k < s.step_count ? A(cumulative_gate(s.gates, k + 1)) : A(0);
+  }
+  s.steps.weight[kMaxSoftBits] = A(0);
+  s.table.spline = p.gates[t] ? Spline<A>{} : make_spline(s.bins, *s.levels, p.list.rows[t].inner);
+  if (s.table.spline.intervals) fill_table(s);
+}
+
+// --- classes ---------------------------------------------------------------------------------------------------
+
+template <class A>
+void hard_classes(const Scale<A>& s, const A* x, A* j, int64_t n) {
+  if (s.bounds) {
+    bounded_loop(x, j, n, s.bins, *s.bounds, *s.levels);
+  } else {
+    Bins<A> p = s.bins;
+    p.alpha = A(1);
+    nearest_loop(x, j, false, n, p);
+  }
+}
+
+// At most kPart elements; `index`: place of the first in the list.
+template <class A>
+void draw_classes(const Scale<A>& s, const Places<A>& at, A* j, int64_t n, uint64_t seed, uint64_t index) {
+  Draws draws;
+  alignas(64) A mass[kMaxLevels][kPart], left[kPart] = {};
+  std::fill(j, j + n, quiet_nan<A>());
+  philox_loop(draws, n, seed, index);
+  if (s.count > 1) {
+    for (int k = 0; k < s.count; k++)
+      if (s.level[k].step > 0) interval_loop(at, mass[k], left, n, s.level[k], s.bins);
+    first_draw_loop(draws, left, n);
+  } else {  // the interval of all classes: nothing to choose
+    std::fill(mass[0], mass[0] + n, A(0));
+  }
+  for (int k = 0; k < s.count; k++)
+    if (s.level[k].step > 0) {
+      const bool last = k == s.count - 1;
+      if (is_narrow(s.level[k], s.bins))
+        draw_loop<true>(at, draws, mass[k], left, j, n, s.level[k], s.bins, last);
+      else
+        draw_loop<false>(at, draws, mass[k], left, j, n, s.level[k], s.bins, last);
+    }
+}
+
+// --- forward ---------------------------------------------------------------------------------------------------
+
+template <class A>
+void spline_value_part(const Scale<A>& s, const A* x, A* q, int64_t n) {
+  const Spline<A>& k = s.table.spline;
+  SplinePart<A> part;
+  A none[4][kSplineFunctions];
+  spline_place_loop<false>(x, x, part, n, s.bins, k);
+  spline_loop<false>(s.table.row, part, n, none);
+  spline_value_loop(part, q, n, s.bins.alpha, k.middle);
 }
 
 template <int kSteps, class A>
@@ -276,10 +312,14 @@ void forward_part(const Problem& p, int64_t t, const Scale<A>& s, Mode mode, int
     bounded_loop(x, j, n, s.bins, *s.bounds, *s.levels);
     scale_loop(j, q, n, s.bins.alpha);
   } else if (mode == kSoft) {
-    if (s.by_edges) edge_value_part(s, x, q, n);
-    else if (s.step_count == 1) soft_value_part<1>(s, x, q, n);
-    else if (s.step_count <= 4) soft_value_part<4>(s, x, q, n);
-    else soft_value_part<8>(s, x, q, n);
+    if (s.table.spline.intervals)
+      spline_value_part(s, x, q, n);
+    else if (s.step_count == 1)
+      soft_value_part<1>(s, x, q, n);
+    else if (s.step_count <= 4)
+      soft_value_part<4>(s, x, q, n);
+    else
+      soft_value_part<8>(s, x, q, n);
   } else {
     Places<A> at;
     alignas(64) A j[kPart];
@@ -346,8 +386,10 @@ void winner_part(const Problem& p, int64_t t, const Scale<A>& s, Mode mode, int6
                  int64_t n, ScaleSums& sums, GateSums* gates) {
   WinnerPart<A> w;
   place_loop(x, w.at, n, s.bins);
-  if (mode == kHard) hard_classes(s, x, w.j, n);
-  else draw_classes(s, w.at, w.j, n, p.seed, uint64_t(p.first[t] + i));
+  if (mode == kHard)
+    hard_classes(s, x, w.j, n);
+  else
+    draw_classes(s, w.at, w.j, n, p.seed, uint64_t(p.first[t] + i));
   for (int k = 0; k < s.count; k++) {
     const Level<A>& before = s.level[k ? k - 1 : 0];
     level_loop(w, k, n, s.level[k], before.bottom, before.top, s.bins, s.levels->is_signed);
@@ -360,10 +402,16 @@ void winner_part(const Problem& p, int64_t t, const Scale<A>& s, Mode mode, int6
 }
 
 template <class A>
-void edge_gradient_part(const Scale<A>& s, const A* x, const A* g, A* y, int64_t n, ScaleSums& sums) {
-  EdgePart<A> part;
-  edge_sums<true>(s, part, x, n);
-  edge_gradient_loop(part, g, y, n, s.edge_table.edges, s.bins, sums);
+void spline_gradient_part(const Scale<A>& s, const A* x, const A* g, A* y, int64_t n, ScaleSums& sums) {
+  SplinePart<A> part;
+  A of[4][kSplineFunctions];
+  spline_place_loop<true>(x, g, part, n, s.bins, s.table.spline);
+  spline_loop<true>(s.table.row, part, n, of);
+  sums.alpha += spline_gradient_loop(part, g, y, n);
+  for (const A* f : of) {
+    sums.alpha += f[1];
+    sums.sigma += f[2];
+  }
 }
 
 template <int kSteps, class A>
@@ -379,10 +427,14 @@ void soft_gradient_part(const Scale<A>& s, const A* x, const A* g, A* y, int64_t
 
 template <class A>
 void soft_gradient_part(const Scale<A>& s, const A* x, const A* g, A* y, int64_t n, ScaleSums& sums, GateSums* gates) {
-  if (s.by_edges) edge_gradient_part(s, x, g, y, n, sums);
-  else if (s.step_count == 1) soft_gradient_part<1>(s, x, g, y, n, sums, gates);
-  else if (s.step_count <= 4) soft_gradient_part<4>(s, x, g, y, n, sums, gates);
-  else soft_gradient_part<8>(s, x, g, y, n, sums, gates);
+  if (s.table.spline.intervals)
+    spline_gradient_part(s, x, g, y, n, sums);
+  else if (s.step_count == 1)
+    soft_gradient_part<1>(s, x, g, y, n, sums, gates);
+  else if (s.step_count <= 4)
+    soft_gradient_part<4>(s, x, g, y, n, sums, gates);
+  else
+    soft_gradient_part<8>(s, x, g, y, n, sums, gates);
 }
 
 template <class A>
@@ -421,8 +473,10 @@ void backward_into(const Problem& p, const Tensors& grad, Mode mode, bool soft, 
           if (one) return winner_of_one_block<true>(x, g, y, n, s.bins, s.one, sums);
           for (int64_t k = 0; k < n; k += kPart) {
             const int64_t size = std::min(kPart, n - k);
-            if (soft) soft_gradient_part(s, x + k, g + k, y + k, size, sums, gate_sums);
-            else winner_part(p, t, s, mode, i + k, x + k, g + k, y + k, size, sums, gate_sums);
+            if (soft)
+              soft_gradient_part(s, x + k, g + k, y + k, size, sums, gate_sums);
+            else
+              winner_part(p, t, s, mode, i + k, x + k, g + k, y + k, size, sums, gate_sums);
           }
         });
       }
@@ -459,9 +513,11 @@ std::vector<A*> zeros(const Tensors& tensors) {
   return data;
 }
 
-std::tuple<Tensors, Tensors, Tensors, Tensors> categorical_backward(
-    Tensors grad, Tensors x, Tensors alpha, Tensors sigma, Tensor bits, Tensors gates, std::optional<Tensor> seed,
-    int64_t mode, int64_t grad_of, bool is_signed, bool scale_grad, bool gate_grad) {
+std::tuple<Tensors, Tensors, Tensors, Tensors> categorical_backward(Tensors grad, Tensors x, Tensors alpha,
+                                                                    Tensors sigma, Tensor bits, Tensors gates,
+                                                                    std::optional<Tensor> seed, int64_t mode,
+                                                                    int64_t grad_of, bool is_signed, bool scale_grad,
+                                                                    bool gate_grad) {
   const Problem p = make_problem(x, alpha, sigma, bits, gates, seed, mode, grad_of, is_signed);
   check_like("grad", grad, x, kFloats);
   Tensors g;
@@ -473,8 +529,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> categorical_backward(
       grad_alpha.push_back(torch::stable::empty_like(alpha[i]));
       grad_sigma.push_back(torch::stable::empty_like(sigma[i]));
     }
-    if (gate_grad && !gates.empty())
-      grad_gates.push_back(empty_vector(gates[i].numel(), gates[i].scalar_type(), x[0]));
+    if (gate_grad && !gates.empty()) grad_gates.push_back(empty_vector(gates[i].numel(), gates[i].scalar_type(), x[0]));
   }
   auto run = [&](auto zero) {
     using A = decltype(zero);

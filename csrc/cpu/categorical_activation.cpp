@@ -60,7 +60,9 @@ void for_blocks(const List& list, const F& f) {
 
 // Whether the loops see q as it is stored.
 template <class A>
-bool stored_by_loops(Storage t) { return t == native<A>() || (sizeof(A) == 4 && t == Storage::bf16); }
+bool stored_by_loops(Storage t) {
+  return t == native<A>() || (sizeof(A) == 4 && t == Storage::bf16);
+}
 
 template <class A>
 void forward_into(const Problem& p, const Targets& q, uint8_t* quarters) {
@@ -108,13 +110,6 @@ struct FactorTable {
 template <class A>
 void fill_table(FactorTable<A>& table, const Problem& p, const Bins<A>& bins, bool soft) {
   const int count = places_of(p.levels);
-  const A alpha = *static_cast<const A*>(p.list.scale[0]), sigma = *static_cast<const A*>(p.sigma);
-  if (soft && has_soft_edges(alpha, sigma, p.levels)) {
-    const EdgeTable<A> edges = make_edge_table(alpha, sigma, p.levels);
-    for (int i = 0; i < count; i++)
-      put_row(table.row + kRow * i, edge_gradients(middle_of(i, count, bins.alpha), edges, bins));
-    return;
-  }
   A x[kTablePart];
   const OneInterval<A> one = make_one_interval(bins);
   const int reach = soft_reach(p.levels, static_cast<const A*>(nullptr), bins.beta);
@@ -125,7 +120,8 @@ void fill_table(FactorTable<A>& table, const Problem& p, const Bins<A>& bins, bo
     const int n = std::min<int>(kTablePart, count - first);
     for (int i = 0; i < n; i++) x[i] = middle_of(first + i, count, bins.alpha);
     A* rows = table.row + kRow * first;
-    if (soft) soft_factor_loop(x, rows, n, decay.data(), reach, A(one_minus_exp(double(bins.beta))), bins);
+    if (soft)
+      soft_factor_loop(x, rows, n, decay.data(), reach, A(one_minus_exp(double(bins.beta))), bins);
     else
       for (int i = 0; i < n; i++) put_row(rows + kRow * i, winner_factors_at(x[i], bins, one));
   }
@@ -166,8 +162,8 @@ void backward_into(const Problem& p, const Tensor& grad, const uint8_t* quarters
 }
 
 std::tuple<Tensor, Tensors> categorical_activation_backward(Tensor grad, Tensor q, Tensor quarters, Tensor alpha,
-                                                            Tensor sigma, Tensor bits, int64_t grad_of,
-                                                            bool scale_grad, ScalarType dtype) {
+                                                            Tensor sigma, Tensor bits, int64_t grad_of, bool scale_grad,
+                                                            ScalarType dtype) {
   check_float("dtype", dtype);
   check_list("q", {q}, kFloats);
   QUANTOPS_CHECK(dense_rows(q), "q: expected a dense tensor, as the forward pass gives it, got strides ",

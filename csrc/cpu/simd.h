@@ -14,9 +14,14 @@
 #define QUANTOPS_AVX2 "arch=haswell"
 #endif
 // Lambdas inside such a function are not cloned: keep loops in the function itself.
-#define QUANTOPS_SIMD __attribute__((target_clones(QUANTOPS_AVX512, QUANTOPS_AVX2, "default")))
+#define QUANTOPS_CLONES target_clones(QUANTOPS_AVX512, QUANTOPS_AVX2, "default")
+#define QUANTOPS_SIMD __attribute__((QUANTOPS_CLONES))
+// Where products and sums may be fused, which two of the three can: in gradients and soft sums, not in what leads to a
+// code, a class or a draw.
+#define QUANTOPS_FUSED_SIMD __attribute__((QUANTOPS_CLONES, optimize("fp-contract=fast")))
 #else
 #define QUANTOPS_SIMD
+#define QUANTOPS_FUSED_SIMD
 #endif
 
 namespace quantops {

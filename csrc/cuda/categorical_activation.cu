@@ -1,6 +1,7 @@
 // Family `categorical_activation` on CUDA: the ops of quantops/library.py on one tensor. Forward: one kernel. Backward:
-// a small kernel for the table of factors, one for the elements, one that adds up their partial sums. What happens to an
-// element is in csrc/categorical_activation_math.h. Values on the GPU are never read back: those out of range give NaN.
+// a small kernel for the table of factors, one for the elements, one that adds up their partial sums. What happens to
+// an element is in csrc/categorical_activation_math.h. Values on the GPU are never read back: those out of range give
+// NaN.
 #include <tuple>
 
 #include "../categorical_activation_math.h"
@@ -81,7 +82,9 @@ struct alignas(16) Row {
 };
 
 template <class A>
-__device__ __forceinline__ A gate_of(A i, const Bins<A>& p) { return i <= p.high && i >= p.low ? A(1) : A(0); }
+__device__ __forceinline__ A gate_of(A i, const Bins<A>& p) {
+  return i <= p.high && i >= p.low ? A(1) : A(0);
+}
 
 template <class A>
 __device__ __forceinline__ Factors<A> soft_factors_at(A x, const Bins<A>& p, int reach) {
@@ -113,18 +116,13 @@ __device__ __forceinline__ Factors<A> soft_factors_at(A x, const Bins<A>& p, int
 constexpr int kTableThreads = 128;
 template <class A>
 __global__ void __launch_bounds__(kTableThreads) factors_kernel(Row<A>* table, const Widths<A> widths, bool soft) {
-  __shared__ EdgeTable<A> edges;
   const Levels levels = widths.levels();
   const Bins<A> p = widths.bins(levels);
   const int place = blockIdx.x * kTableThreads + threadIdx.x, count = places_of(levels);
-  const bool by_edges = soft && has_soft_edges(*widths.alpha, *widths.sigma, levels);
-  if (by_edges) fill_edge_table(edges, *widths.alpha, *widths.sigma, levels, static_cast<int>(threadIdx.x));
-  __syncthreads();
   if (place >= count) return;
   const A x = middle_of(place, count, p.alpha);
-  Factors<A> f = by_edges ? edge_gradients(x, edges, p)
-                 : soft   ? soft_factors_at(x, p, soft_reach(levels, static_cast<const A*>(nullptr), p.beta))
-                          : winner_factors_at(x, p, make_one_interval(p));
+  Factors<A> f = soft ? soft_factors_at(x, p, soft_reach(levels, static_cast<const A*>(nullptr), p.beta))
+                      : winner_factors_at(x, p, make_one_interval(p));
   if (!(p.alpha == p.alpha)) f = {p.alpha, p.alpha, p.alpha};  // out of range
   table[place] = {f.x, f.alpha, f.sigma, A(0)};
 }
@@ -180,8 +178,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       Pack<O, V> os;
       A of_alpha = A(0), of_sigma = A(0);
 #pragma unroll
-      for (int j = 0; j < V; ++j)
-        os.v[j] = apply(qs[u].v[j], gs[u].v[j], quarter_at(words[u], j), of_alpha, of_sigma);
+      for (int j = 0; j < V; ++j) os.v[j] = apply(qs[u].v[j], gs[u].v[j], quarter_at(words[u], j), of_alpha, of_sigma);
       store_pack(out + (first + u * kWarp) * V, os);
       alpha += static_cast<double>(of_alpha);
       sigma += static_cast<double>(of_sigma);
@@ -277,8 +274,10 @@ void backward_into(const Tensor& q, const Tensor& g, const Tensor& quarters, con
              static_cast<const uint8_t*>(quarters.data_ptr()), static_cast<const Row<A>*>(rows), partial, extent,
              widths);
     };
-    if (sums.empty()) run(factor_kernel<Q, G, O, false>);
-    else run(factor_kernel<Q, G, O, true>);
+    if (sums.empty())
+      run(factor_kernel<Q, G, O, false>);
+    else
+      run(factor_kernel<Q, G, O, true>);
   }
   if (!sums.empty())
     launch(on, sums_kernel<A>, dim3(1), kSumThreads, static_cast<const Sums*>(partial), extent.items(),
@@ -286,8 +285,8 @@ void backward_into(const Tensor& q, const Tensor& g, const Tensor& quarters, con
 }
 
 std::tuple<Tensor, Tensors> categorical_activation_backward(Tensor grad, Tensor q, Tensor quarters, Tensor alpha,
-                                                            Tensor sigma, Tensor bits, int64_t grad_of,
-                                                            bool scale_grad, ScalarType dtype) {
+                                                            Tensor sigma, Tensor bits, int64_t grad_of, bool scale_grad,
+                                                            ScalarType dtype) {
   check_float("dtype", dtype);
   check_list("q", {q}, kFloats);
   QUANTOPS_CHECK(dense_rows(q), "q: expected a dense tensor, as the forward pass gives it, got strides ",
@@ -309,10 +308,12 @@ std::tuple<Tensor, Tensors> categorical_activation_backward(Tensor grad, Tensor 
     using A = Acc<Q>;
     auto run = [&](auto gradient, auto result) {
       backward_into<Q, decltype(gradient), decltype(result)>(read(q, from), read(g, given), packed, parameters,
-                                                            grad_of == kOfSoft, grad_x, sums);
+                                                             grad_of == kOfSoft, grad_x, sums);
     };
-    if (given == from) written == from ? run(Q(), Q()) : run(Q(), A());
-    else written == from ? run(A(), Q()) : run(A(), A());
+    if (given == from)
+      written == from ? run(Q(), Q()) : run(Q(), A());
+    else
+      written == from ? run(A(), Q()) : run(A(), A());
   });
   if (written != dtype) {
     Tensor converted = empty_like(grad_x, dtype);

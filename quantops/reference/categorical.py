@@ -15,6 +15,12 @@ S(A) - S(B) = S(A) S(-B) (1 - exp(B - A)). Arguments of S are relative to ``c``,
 an x farther outside than FAR sigmas counts as FAR sigmas outside, where nothing changes any more in its dtype.
 sigma counts as at least alpha 2^-24 and at most alpha 2^24.
 
+Classes are the same on every backend, and so is q of modes "hard" and "sample". Soft values and gradients may be summed
+in other orders, fused, approximated and interpolated there: the root mean square of their errors against this module in
+float64 is at most 4 times that of this module in their own dtype, plus 2^-24 of the largest in float32. So, element by
+element, two backends differ by at most 4 units of rounding of max|g| max|j| max(1, alpha/sigma), and in dL/dalpha and
+dL/dsigma by 4 of sum|g| max|j|^2 max(1, alpha/sigma)^2.
+
 :func:`quantops.reference.paper.categorical` states the same a second time, with all classes and autograd.
 """
 
@@ -56,14 +62,16 @@ class _Problem:
 
     def __init__(self, x, alpha, sigma, bits, gates, signed, most_bits=MAX_BITS):
         self.acc = acc_dtype(x.dtype)
-        alpha, sigma = (per_row(torch.as_tensor(v, dtype=self.acc, device=x.device).detach(), x)
-                        for v in (alpha, sigma))
+        alpha, sigma = (
+            per_row(torch.as_tensor(v, dtype=self.acc, device=x.device).detach(), x) for v in (alpha, sigma)
+        )
         self.x, self.alpha, self.signed = x.detach().to(self.acc), alpha, signed
         inverse = 1 / alpha
         self.valid = (alpha > 0) & (inverse > 0) & (inverse < torch.inf) & (sigma > 0) & (sigma < torch.inf)
         bits = int(bits)
-        if not 0 <= bits <= most_bits or (gates is not None and (
-                gates.numel() != bits or not bool(((gates >= 0) & (gates <= 1)).all()))):
+        if not 0 <= bits <= most_bits or (
+            gates is not None and (gates.numel() != bits or not bool(((gates >= 0) & (gates <= 1)).all()))
+        ):
             self.valid, bits, gates = torch.zeros_like(self.valid), 0, None
         self.beta64 = (alpha.double() / sigma.double()).clamp(2.0**-24, 2.0**24)
         self.beta = self.beta64.to(self.acc)
@@ -180,7 +188,9 @@ def _draw(p, seed, offset, like):
     """A class drawn from r: first one of the intervals [lo_t, hi_t], of which r is a mixture, then in it.
 
     sum_i G pi_i = sum_t (G_t - G_(t+1)) mass[lo_t, hi_t]. Inside, the logistic distribution of the edges is inverted:
-    with u in (0, 1) and F = (1-u) S(B) + u S(A), log(F/(1-F)) lies between B and A, distributed as it should.
+    with u in (0, 1) and F = (1-u) S(B) + u S(A), log(F/(1-F)) lies between B and A, distributed as it should. Where
+    these are less than a sigma apart, a difference of logarithms has too few digits: it is taken from B on, which is
+    log(1 + u (1-exp(B-A)) S(A)/S(B) / ((1-u) + u S(-A)/S(-B))).
     """
     first, second = uniforms(like, seed, offset)
     steps = p.weights - torch.cat([p.weights[1:], p.weights.new_zeros(1)])
@@ -195,7 +205,10 @@ def _draw(p, seed, offset, like):
         a, b = p.beta * (high + 0.5 - c) - z, p.beta * (low - 0.5 - c) - z
         below = rest * b.sigmoid() + u * a.sigmoid()
         above = rest * (-b).sigmoid() + u * (-a).sigmoid()
-        i = (c + ((below.log() - above.log() + z) / p.beta).round()).clamp(low, high)
+        i = c + ((below.log() - above.log() + z) / p.beta).round()
+        width = p.beta * (high - low + 1)
+        ratio = u * -torch.expm1(-width) * (a.sigmoid() / b.sigmoid()) / (rest + u * ((-a).sigmoid() / (-b).sigmoid()))
+        i = torch.where(width < 1, (low + (ratio.log1p() / p.beta - 0.5)).round(), i).clamp(low, high)
         j = torch.where(j.isnan() & ((left < part) | (high == p.high)), i, j)
         left = left - part
     return j
@@ -226,8 +239,9 @@ def categorical(x, alpha, sigma, bits, *, gates=None, signed=True, mode="hard", 
     return p.checked(p.alpha * f).to(out_dtype or x.dtype)
 
 
-def categorical_backward(grad, x, alpha, sigma, bits, *, gates=None, signed=True, mode="hard", grad_of="winner",
-                         seed=None, offset=0):
+def categorical_backward(
+    grad, x, alpha, sigma, bits, *, gates=None, signed=True, mode="hard", grad_of="winner", seed=None, offset=0
+):
     """(dL/dx, dL/dalpha, dL/dsigma, dL/dgates or None) from ``grad`` = dL/dq; sums in float64, rounded once.
 
     See :func:`quantops.categorical` for the equations of both kinds, "winner" and "soft".
@@ -269,6 +283,7 @@ def _winner_terms(p, j):
 
     dL/dr_j = g alpha j for the class j that won; D = sum_i G pi_i = sum_t (G_t - G_(t+1)) mass[lo_t, hi_t].
     """
+
     def slope(a):
         return a.sigmoid() * (-a).sigmoid()
 

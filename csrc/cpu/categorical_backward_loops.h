@@ -1,0 +1,282 @@
+// Loops over a part of a row: the winner's backward. Each is compiled for three instruction sets (simd.h).
+#pragma once
+#include "categorical_backward.h"
+#include "cpu/categorical_soft_loops.h"
+
+namespace quantops {
+
+// The case of one interval, in short loops, of which the processor has more under way at a time than of a long one.
+constexpr int64_t kOnePart = 512;
+
+template <class A>
+struct OnePart {
+  A c[kOnePart], w[kOnePart];
+  A b[kOnePart], near[kOnePart], far[kOnePart];
+  A rt[kOnePart], rq[kOnePart];
+};
+
+template <bool kPlain, class A>
+QUANTOPS_FUSED_SIMD void one_place_loop(const A* __restrict x, OnePart<A>& part, int64_t n, const Bins<A>& bins,
+                                        const OneInterval<A>& interval) {
+  const Bins<A> p = bins;
+  const OneInterval<A> k = interval;
+  for (int64_t i = 0; i < n; i++) {
+    const A c = nearest_class_or_minus_zero(x[i], p);
+    part.c[i] = c;
+    part.w[i] = mirrored_offset<kPlain>(x[i], c, p, k);
+  }
+}
+
+template <bool kPlain, class A>
+QUANTOPS_FUSED_SIMD void edge_power_loop(OnePart<A>& part, int64_t n, const OneInterval<A>& interval) {
+  const OneInterval<A> k = interval;
+  for (int64_t i = 0; i < n; i++) part.b[i] = edge_power<kPlain>(part.w[i], k);
+}
+
+// Whether an end of the grid can be felt.
+template <class A>
+QUANTOPS_SIMD bool feels_end_loop(const OnePart<A>& part, int64_t n, const OneInterval<A>& interval) {
+  const OneInterval<A> k = interval;
+  int32_t felt = 0;
+  for (int64_t i = 0; i < n; i++) felt += decay_exponent(classes_to_near_end(part.c[i], k), k) >= least_decay<A>();
+  return felt;
+}
+
+template <bool kFar, class A>
+QUANTOPS_FUSED_SIMD void ends_loop(OnePart<A>& part, int64_t n, const OneInterval<A>& interval) {
+  const OneInterval<A> k = interval;
+  for (int64_t i = 0; i < n; i++) {
+    const Ends<A> ends = ends_of<kFar>(part.c[i], k);
+    part.near[i] = ends.near;
+    if (kFar) part.far[i] = ends.far;
+  }
+}
+
+// The same of the classes at an end and one, two, three from it, for scales where no class further away feels an end,
+// or no class is further away: selecting costs a third of an exponential.
+template <class A>
+struct EndTable {
+  static constexpr int kCount = 4;
+  A near[kCount], far[kCount];
+};
+
+template <class A>
+bool has_end_table(const OneInterval<A>& k) {
+  return k.half_classes <= A(4) || decay_of(A(3), k) == A(0);
+}
+
+template <class A>
+EndTable<A> make_end_table(const OneInterval<A>& k) {
+  EndTable<A> table;
+  for (int i = 0; i < EndTable<A>::kCount; i++) {
+    const Ends<A> ends = ends_of<true>(class_from_end(A(i), k), k);
+    table.near[i] = ends.near;
+    table.far[i] = ends.far;
+  }
+  return table;
+}
+
+template <class A>
+QUANTOPS_INLINE A entry_of(A classes_to_end, const A* table) {
+  A entry = table[3];
+  for (int i = 2; i >= 0; i--) entry = classes_to_end < A(i) + A(0.5) ? table[i] : entry;
+  return entry;
+}
+
+// Where the ends come from: none are felt, a table, or ends_loop.
+enum class From { nowhere, table, loop };
+
+template <From from, bool kFar, class A>
+QUANTOPS_FUSED_SIMD void slopes_loop(OnePart<A>& part, int64_t n, const OneInterval<A>& interval,
+                                     const EndTable<A>& ends) {
+  const OneInterval<A> k = interval;
+  const EndTable<A> table = ends;
+  for (int64_t i = 0; i < n; i++) {
+    const A away = from_middle(part.c[i], k);
+    A near = A(0), far = A(0);
+    if (from == From::table) {
+      const A classes = classes_to_near_end(part.c[i], k);
+      near = entry_of(classes, table.near);
+      if (kFar) far = entry_of(classes, table.far);
+    } else if (from == From::loop) {
+      near = part.near[i];
+      if (kFar) far = part.far[i];
+    }
+    const Slopes<A> slopes = winner_of_one<from != From::nowhere, kFar>(part.b[i], make_ends(near, far, away, k), k);
+    part.rt[i] = slopes.rt;
+    part.rq[i] = slopes.rq;
+  }
+}
+
+// The sums of add_winner over the lanes of a block: 16, so that all of them are in registers.
+constexpr int kOneLanes = 16;
+
+template <class A>
+struct OneLanes {
+  A u[kOneLanes] = {}, q[kOneLanes] = {}, c[kOneLanes] = {}, w[kOneLanes] = {};
+
+  void add_to(ScaleSums& sums, const Bins<A>& p, const OneInterval<A>& k) const {
+    double of_u = 0, of_q = 0, of_c = 0, of_w = 0;
+    for (int j = 0; j < kOneLanes; j++) {
+      of_u += u[j];
+      of_q += q[j];
+      of_c += c[j];
+      of_w += w[j];
+    }
+    sums.alpha += winner_alpha<double>(of_u, of_q, of_c, p.beta, k.ratio);
+    sums.sigma += winner_sigma<double>(of_q, of_w, p.beta, k.ratio);
+  }
+};
+
+// kScales: sums for alpha and sigma are wanted.
+template <bool kScales, class A>
+QUANTOPS_INLINE A winner_of_one_at(const OnePart<A>& part, int64_t i, A g, const OneInterval<A>& k, OneLanes<A>& s,
+                                   int j) {
+  return add_winner<kScales>(g, part.c[i], part.w[i], {part.rt[i], part.rq[i]}, k, s.u[j], s.q[j], s.c[j], s.w[j]);
+}
+
+template <bool kScales, class A>
+QUANTOPS_FUSED_SIMD void winner_of_one_loop(const OnePart<A>& part, const A* __restrict g, A* __restrict out, int64_t n,
+                                            const OneInterval<A>& interval, OneLanes<A>& sums) {
+  const OneInterval<A> k = interval;
+  OneLanes<A> s = sums;
+  int64_t i = 0;
+  for (; i + kOneLanes <= n; i += kOneLanes)
+    for (int j = 0; j < kOneLanes; j++) out[i + j] = winner_of_one_at<kScales>(part, i + j, g[i + j], k, s, j);
+  for (int j = 0; i < n; i++, j++) out[i] = winner_of_one_at<kScales>(part, i, g[i], k, s, j);
+  sums = s;
+}
+
+// What a scale fixes of the loops to run.
+template <class A>
+struct OneScale {
+  OneInterval<A> interval;
+  EndTable<A> ends;
+  bool plain, table, far;
+};
+
+template <class A>
+OneScale<A> make_one_scale(const Bins<A>& p) {
+  const OneInterval<A> k = make_one_interval(p);
+  return {k, make_end_table(k), is_plain(k), has_end_table(k), feels_far_end(k)};
+}
+
+template <class A>
+void slopes_of_part(OnePart<A>& part, int64_t n, const OneScale<A>& s) {
+  const OneInterval<A>& k = s.interval;
+  if (k.half_classes > A(4) && !feels_end_loop(part, n, k)) {
+    slopes_loop<From::nowhere, false>(part, n, k, s.ends);
+  } else if (s.table) {
+    if (s.far)
+      slopes_loop<From::table, true>(part, n, k, s.ends);
+    else
+      slopes_loop<From::table, false>(part, n, k, s.ends);
+  } else if (s.far) {
+    ends_loop<true>(part, n, k);
+    slopes_loop<From::loop, true>(part, n, k, s.ends);
+  } else {
+    ends_loop<false>(part, n, k);
+    slopes_loop<From::loop, false>(part, n, k, s.ends);
+  }
+}
+
+// A block of any length.
+template <bool kScales, class A>
+void winner_of_one_block(const A* x, const A* g, A* out, int64_t size, const Bins<A>& p, const OneScale<A>& s,
+                         ScaleSums& sums) {
+  OneLanes<A> lanes;
+  OnePart<A> part;
+  for (int64_t i = 0; i < size; i += kOnePart) {
+    const int64_t n = size - i < kOnePart ? size - i : kOnePart;
+    if (s.plain) {
+      one_place_loop<true>(x + i, part, n, p, s.interval);
+      edge_power_loop<true>(part, n, s.interval);
+    } else {
+      one_place_loop<false>(x + i, part, n, p, s.interval);
+      edge_power_loop<false>(part, n, s.interval);
+    }
+    slopes_of_part(part, n, s);
+    winner_of_one_loop<kScales>(part, g + i, out + i, n, s.interval, lanes);
+  }
+  lanes.add_to(sums, p, s.interval);
+}
+
+// The masses of a part's elements, and the classes that won there.
+template <class A>
+struct alignas(64) WinnerPart {
+  Places<A> at;
+  A j[kPart], gate[kPart];  // gate = G of j's level
+  A total[kPart], by_x[kPart], by_alpha[kPart], top_s[kPart], top_n[kPart], bottom_s[kPart], bottom_n[kPart];
+  A mass[kMaxLevels][kPart];  // of each level's own classes, times G_t
+  A share[kPart];             // g alpha j r
+};
+
+template <bool kFirst, bool kSigned, class A>
+QUANTOPS_SIMD void level_loop(WinnerPart<A>& w, A* __restrict mass, int64_t n, const Level<A>& level, A below, A above,
+                              const Bins<A>& bins) {
+  const Bins<A> p = bins;
+  const Level<A> k = level;
+  for (int64_t i = 0; i < n; i++) {
+    const A j = w.j[i];
+    Masses<A> m = no_masses<A>();
+    if (!kFirst) m = {w.total[i], w.by_x[i], w.by_alpha[i], {w.top_s[i], w.top_n[i]}, {w.bottom_s[i], w.bottom_n[i]}};
+    mass[i] = add_level<kFirst, kSigned>(m, k, w.at.c[i], w.at.z[i], j, p);
+    w.total[i] = m.total;
+    w.by_x[i] = m.by_x;
+    w.by_alpha[i] = m.by_alpha;
+    w.top_s[i] = m.top.s;
+    w.top_n[i] = m.top.n;
+    w.bottom_s[i] = m.bottom.s;
+    w.bottom_n[i] = m.bottom.n;
+    const A before = kFirst ? k.weight : w.gate[i];
+    w.gate[i] = ((j < below) | (j > above)) ? k.weight : before;  // outside the level before
+  }
+}
+
+template <class A>
+void level_loop(WinnerPart<A>& w, int t, int64_t n, const Level<A>& k, A below, A above, const Bins<A>& p,
+                bool is_signed) {
+  if (t == 0)
+    level_loop<true, true>(w, w.mass[t], n, k, below, above, p);
+  else if (is_signed)
+    level_loop<false, true>(w, w.mass[t], n, k, below, above, p);
+  else
+    level_loop<false, false>(w, w.mass[t], n, k, below, above, p);
+}
+
+template <class A>
+QUANTOPS_SIMD void winner_of_many_loop(WinnerPart<A>& w, const A* __restrict g, A* __restrict out, int64_t n, A sharp,
+                                       const Bins<A>& bins, ScaleSums& sums) {
+  const Bins<A> p = bins;
+  gradient_lanes(g, out, n, sums, [&](int64_t i) QUANTOPS_LANES {
+    const Masses<A> m = {w.total[i], w.by_x[i], w.by_alpha[i], {}, {}};
+    A r;
+    const Factors<A> f = winner_of_many(m, w.at.c[i], w.at.z[i], w.j[i], w.gate[i], sharp, p, r);
+    w.share[i] = g[i] * (p.alpha * (w.j[i] * r));
+    return f;
+  });
+}
+
+// Sum of share * ([j is in a level above t] - r of those levels), from the highest t down: `tail` collects their
+// masses.
+template <class A>
+QUANTOPS_INLINE A winner_gate_at(const WinnerPart<A>& w, const A* mass, A* tail, int64_t i, A bottom, A top) {
+  const A all = tail[i] + mass[i], above = ((w.j[i] < bottom) | (w.j[i] > top)) ? A(1) : A(0);
+  tail[i] = all;
+  return w.share[i] * (above - all / w.total[i]);
+}
+
+template <class A>
+QUANTOPS_SIMD double winner_gate_loop(const WinnerPart<A>& w, const A* __restrict mass, A* __restrict tail, int64_t n,
+                                      A bottom, A top) {
+  A sum[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int j = 0; j < kLanes; j++) sum[j] += winner_gate_at(w, mass, tail, i + j, bottom, top);
+  for (int j = 0; i < n; i++, j++) sum[j] += winner_gate_at(w, mass, tail, i, bottom, top);
+  double total = 0;
+  for (int j = 0; j < kLanes; j++) total += sum[j];
+  return total;
+}
+
+}  // namespace quantops

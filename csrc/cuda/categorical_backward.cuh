@@ -1,0 +1,353 @@
+// Family `categorical` on CUDA: gradients, of the winner and of the soft sum.
+#pragma once
+#include "../categorical_backward.h"
+#include "categorical_draw.cuh"
+#include "categorical_soft.cuh"
+
+namespace quantops::cuda {
+
+// The sums of an item for the gradients of alpha, sigma and, where there are kGates, gates times their gates.
+template <bool kGates>
+struct Partial {
+  double alpha, sigma, gate[kMaxLevels];
+};
+template <>
+struct Partial<false> {
+  double alpha, sigma;
+};
+
+// A lane's sums for alpha and sigma: of a vector in the dtype of the arithmetic, then in double, of which a GPU for
+// anything but computing has few units.
+template <class A>
+struct ScaleSums {
+  A of_alpha, of_sigma;
+  double alpha, sigma;
+
+  __device__ __forceinline__ void add(A g, const Factors<A>& f) {
+    of_alpha = product_plus(g, f.alpha, of_alpha);
+    of_sigma = product_plus(g, f.sigma, of_sigma);
+  }
+  __device__ __forceinline__ void flush() {
+    alpha += static_cast<double>(of_alpha);
+    sigma += static_cast<double>(of_sigma);
+    of_alpha = of_sigma = A(0);
+  }
+  template <class P>
+  __device__ __forceinline__ void write(P* partial, int64_t item, int lane) const {
+    const double a = warp_reduce<Add>(alpha), s = warp_reduce<Add>(sigma);
+    if (lane == 0) {
+      partial[item].alpha = a;
+      partial[item].sigma = s;
+    }
+  }
+};
+
+// A thread's sums for the gates of kCount levels, in shared memory, since the levels are counted at run time.
+template <class A, int kCount>
+struct GateSums {
+  A* sum;
+
+  __device__ __forceinline__ GateSums() {
+    __shared__ A shared[kCount][kThreads];
+    sum = &shared[0][threadIdx.x];
+    for (int t = 0; t < kCount; ++t) sum[t * kThreads] = A(0);
+  }
+  __device__ __forceinline__ void add(int t, A v) const { sum[t * kThreads] += v; }
+  template <class P>
+  __device__ __forceinline__ void write(P* partial, int64_t item, int lane) const {
+#pragma unroll 1
+    for (int t = 1; t < kCount; ++t) {
+      const double total = warp_reduce<Add>(static_cast<double>(sum[t * kThreads]));
+      if (lane == 0) partial[item].gate[t] = total;
+    }
+  }
+};
+template <class A>
+struct GateSums<A, 0> {
+  __device__ __forceinline__ void add(int, A) const {}
+  template <class P>
+  __device__ __forceinline__ void write(P*, int64_t, int) const {}
+};
+
+// What the ends of the grid are for the classes at the nearer one and up to 31 from it: a lane computes one of them.
+// It serves grids that have no more, or on which no class further away feels an end.
+template <class A>
+struct EndTable {
+  const Ends<A>* of;  // or null
+
+  __device__ __forceinline__ explicit EndTable(const OneInterval<A>& k) {
+    __shared__ Ends<A> shared[kWarpsPerBlock][kWarp];
+    Ends<A>* mine = shared[warp_index()];
+    const bool fits = k.half_classes <= A(kWarp) || decay_of(A(kWarp - 1), k) == A(0);
+    mine[lane_index()] = ends_of<true>(class_from_end(static_cast<A>(lane_index()), k), k);
+    of = fits ? mine : nullptr;
+    __syncwarp();
+  }
+  __device__ __forceinline__ Ends<A> ends(A c, const OneInterval<A>& k) const {
+    if (!of) return ends_of<true>(c, k);
+    const uint32_t i = index_of(classes_to_near_end(c, k));
+    return of[i < kWarp - 1 ? i : kWarp - 1];
+  }
+};
+
+// Hard classes without gates. kScales: with the gradients of alpha and sigma.
+template <class W, class Grad, bool kScales>
+struct WinnerOne : CategoricalBase {
+  static constexpr int kBytesInFlight = 32;
+  using X = W;
+  using G = Grad;
+  using O = W;
+  using A = Acc<W>;
+  struct State {
+    Bins<A> p;
+    OneInterval<A> k;
+    EndTable<A> table;
+    A of_u, of_q, of_c, of_w;  // of a vector
+    double alpha, sigma;
+  };
+  Source source;
+  Partial<false>* partial;
+
+  __device__ __forceinline__ State begin(const E& e, int64_t row, int which) const {
+    const Bins<A> p = source.bins<A>(e, row, source.levels<A>(e, which));
+    const OneInterval<A> k = make_one_interval(p);
+    return {p, k, EndTable<A>(k), A(0), A(0), A(0), A(0), 0.0, 0.0};
+  }
+  __device__ __forceinline__ O apply(X wide, G gx, State& s) const {
+    const A x = widen(wide), g = static_cast<A>(widen(gx)), c = nearest_class_or_minus_zero(x, s.p);
+    const A w = mirrored_offset<false>(x, c, s.p, s.k), b = edge_power<false>(w, s.k);
+    const Slopes<A> slopes = winner_of_one<true, true>(b, s.table.ends(c, s.k), s.k);
+    return Narrow<O>::from(add_winner<kScales>(g, c, w, slopes, s.k, s.of_u, s.of_q, s.of_c, s.of_w));
+  }
+  template <int kCount>
+  __device__ __forceinline__ void flush(State& s, const X (&)[kCount]) const {
+    if constexpr (!kScales) return;
+    s.alpha += static_cast<double>(winner_alpha(s.of_u, s.of_q, s.of_c, s.p.beta, s.k.ratio));
+    s.sigma += static_cast<double>(winner_sigma(s.of_q, s.of_w, s.p.beta, s.k.ratio));
+    s.of_u = s.of_q = s.of_c = s.of_w = A(0);
+  }
+  __device__ __forceinline__ void end(State& s, int64_t item, int lane) const {
+    if constexpr (!kScales) return;
+    const double alpha = warp_reduce<Add>(s.alpha), sigma = warp_reduce<Add>(s.sigma);
+    if (lane == 0) partial[item] = {alpha, sigma};
+  }
+};
+
+// Classes with gates, or drawn.
+template <class W, class Grad, bool kGates>
+struct WinnerMany : CategoricalBase {
+  static constexpr bool kIndexed = true;
+  static constexpr bool kRolled = true;
+  static constexpr int kBytesInFlight = 16;
+  static constexpr int kBlocks = sizeof(W) == 8 ? 1 : 2;
+  using X = W;
+  using G = Grad;
+  using O = W;
+  using A = Acc<W>;
+  struct State {
+    Bins<A> p;
+    LevelTable<A> table;
+    A sharp, lowest;
+    const A* bound;  // where a class is hard
+    uint64_t seed, first;
+    int64_t index;
+    ScaleSums<A> sums;
+    GateSums<A, kGates ? kMaxLevels : 0> gates;
+  };
+  Source source;
+  bool sample;
+  Partial<kGates>* partial;
+
+  __device__ __forceinline__ State begin(const E& e, int64_t row, int which) const {
+    const Levels l = source.levels<A>(e, which);
+    const Bins<A> p = source.bins<A>(e, row, l);
+    return {p,
+            LevelTable<A>(e, l, p.beta),
+            static_cast<A>(one_minus_exp(static_cast<double>(p.beta))),
+            lowest_value(p),
+            sample ? nullptr : bounds_of<A>(e, row),
+            sample ? static_cast<uint64_t>(*source.seed) : 0,
+            static_cast<uint64_t>(e.first),
+            0,
+            {},
+            {}};
+  }
+
+  __device__ __forceinline__ A hard_class(A x, const State& s) const {
+    const Mirrored<A> m = mirror(x, s.p, s.lowest);
+    A most = std::numeric_limits<A>::infinity();
+#pragma unroll 1
+    for (int t = s.table.count - 2; t >= 0; --t) most = bounded(m.value, most, s.bound[t], s.table.level[t].top);
+    return unmirrored(at_most(m.c, most), m.below);
+  }
+
+  __device__ __forceinline__ O apply(X wide, G gx, State& s) const {
+    const A x = widen(wide), g = static_cast<A>(widen(gx)), c = nearest_class(x, s.p), z = offset_of(x, c, s.p);
+    const A j = sample ? draw(s.table, c, z, s.seed, s.first + s.index, s.p) : hard_class(x, s);
+    Masses<A> m = no_masses<A>();
+    A weight = s.table.level[0].weight;
+    add_level<true, true>(m, s.table.level[0], c, z, j, s.p);
+#pragma unroll 1
+    for (int t = 1; t < s.table.count; ++t) {
+      const Level<A> k = s.table.level[t], before = s.table.level[t - 1];
+      if (source.is_signed)
+        add_level<false, true>(m, k, c, z, j, s.p);
+      else
+        add_level<false, false>(m, k, c, z, j, s.p);
+      if (j < before.bottom || j > before.top) weight = k.weight;
+    }
+    A r;
+    const Factors<A> f = winner_of_many(m, c, z, j, weight, s.sharp, s.p, r);
+    s.sums.add(g, f);
+    if constexpr (kGates) add_gates(s, m, c, z, j, g * (s.p.alpha * (j * r)));
+    return Narrow<O>::from(g * f.x);
+  }
+
+  // share * ([j is in a level above t] - r of those levels) for every t, from the highest down.
+  __device__ __forceinline__ void add_gates(State& s, const Masses<A>& m, A c, A z, A j, A share) const {
+    Edge<A> top = m.top, bottom = m.bottom;
+    A tail = A(0);
+#pragma unroll 1
+    for (int t = s.table.count - 1; t > 0; --t) {
+      const Level<A> k = s.table.level[t], before = s.table.level[t - 1];
+      const Edge<A> top_before = edge_at(s.p.beta * (before.top + A(0.5) - c) - z);
+      const Edge<A> bottom_before = edge_at(s.p.beta * (before.bottom - A(0.5) - c) - z);
+      A mass = (top.s * top_before.n) * k.own;
+      if (source.is_signed) mass += (bottom_before.s * bottom.n) * k.own;
+      tail += mass * k.weight;
+      const A above = j < before.bottom || j > before.top ? A(1) : A(0);
+      s.gates.add(t, share * (above - tail / m.total));
+      top = top_before;
+      bottom = bottom_before;
+    }
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void flush(State& s, const X (&)[kCount]) const {
+    s.sums.flush();
+  }
+  __device__ __forceinline__ void end(State& s, int64_t item, int lane) const {
+    s.sums.write(partial, item, lane);
+    s.gates.write(partial, item, lane);
+  }
+};
+
+// The soft sum.
+template <class W, class Grad, bool kGates>
+struct SoftBackward : CategoricalBase {
+  static constexpr bool kRolled = true;
+  static constexpr int kBytesInFlight = 16;
+  using X = W;
+  using G = Grad;
+  using O = W;
+  using A = Acc<W>;
+  using Soft = SoftTable<A, kGates ? 0 : kOfSlopes>;
+  struct State {
+    Bins<A> p;
+    Soft soft;
+    A sharp;
+    ScaleSums<A> sums;
+    GateSums<A, kGates ? kMaxSoftBits : 0> gates;
+  };
+  Source source;
+  Partial<kGates>* partial;
+
+  __device__ __forceinline__ State begin(const E& e, int64_t row, int which) const {
+    const Levels l = source.levels<A>(e, which);
+    const Bins<A> p = source.bins<A>(e, row, l);
+    return {p, Soft(e, l, p), static_cast<A>(one_minus_exp(static_cast<double>(p.beta))), {}, {}};
+  }
+
+  __device__ __forceinline__ O apply(X wide, G gx, State& s) const {
+    const A x = widen(wide), g = static_cast<A>(widen(gx)), c = nearest_class(x, s.p);
+    if (Soft::kSplined && s.soft.spline.intervals) {
+      const A side = c - s.soft.spline.middle, z = scaled_offset(x, c, s.p.inv_sigma, s.p);
+      const SplinePlace<A> at = spline_place(side, z, s.soft.spline);
+      const A out = g * s.soft.value(0, at), mirrored = change_sign(g, side);
+      s.sums.of_alpha = product_plus(g - out, c, s.sums.of_alpha);
+      s.sums.add(mirrored, {A(0), s.soft.value(1, at), s.soft.value(2, at)});
+      return Narrow<O>::from(out);
+    }
+    const WeighedClasses<A> classes = s.soft.classes();
+    const A z = offset_of(x, c, s.p), y = exponential(z - s.p.half), w = exponential(-z - s.p.half);
+    const SoftSums<A> sums = soft_sums(c, y, w, classes, s.p);
+    const A inv = A(1) / sums.weight, mean = sums.first * inv, scale = (g * s.p.alpha) * inv;
+    const SoftSlopes<A> slopes = soft_slopes(c, y, w, mean, s.sharp, classes, s.p, [&](A i, A deviation) {
+      if constexpr (kGates) add_gate(s, i, scale * deviation);
+    });
+    const Factors<A> f = soft_factors(slopes, c, z, mean, inv, s.p);
+    s.sums.add(g, f);
+    return Narrow<O>::from(g * f.x);
+  }
+
+  // To the sum of class i's own level; `end` makes sums over the levels above.
+  __device__ __forceinline__ void add_gate(State& s, A i, A v) const {
+    if (i >= s.p.low && i <= s.p.high)
+      s.gates.add(level_of(static_cast<int32_t>(i), source.is_signed) - 1, v);
+    else if (i != i)
+      s.gates.add(kMaxSoftBits - 1, i);  // NaN goes to all
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void flush(State& s, const X (&)[kCount]) const {
+    s.sums.flush();
+  }
+  __device__ __forceinline__ void end(State& s, int64_t item, int lane) const {
+    s.sums.write(partial, item, lane);
+    if constexpr (kGates) {
+#pragma unroll 1
+      for (int t = kMaxSoftBits - 2; t > 0; --t) s.gates.add(t, s.gates.sum[(t + 1) * kThreads]);
+      s.gates.write(partial, item, lane);
+    }
+  }
+};
+
+// dL/dalpha and dL/dsigma of every scale.
+template <class A, class P>
+struct FinishWidths {
+  using E = CategoricalEntry;
+  static constexpr bool kPerScale = true;
+  const P* partial;
+
+  __device__ void run(const E& e, int64_t row, int64_t first, int64_t items, int) const {
+    double alpha = 0, sigma = 0;
+#pragma unroll 4
+    for (int64_t i = threadIdx.x; i < items; i += blockDim.x) {
+      alpha += partial[first + i].alpha;
+      sigma += partial[first + i].sigma;
+    }
+    alpha = block_reduce<Add>(alpha);
+    sigma = block_reduce<Add>(sigma);
+    if (threadIdx.x != 0) return;
+    static_cast<A*>(e.result)[row] = static_cast<A>(alpha);
+    static_cast<A*>(e.sigma_result)[row] = static_cast<A>(sigma);
+  }
+};
+
+// dL/dgates of every tensor.
+template <class A>
+struct FinishGates {
+  using E = CategoricalEntry;
+  static constexpr bool kPerScale = false;
+  Source source;
+  const Partial<true>* partial;
+
+  __device__ void run(const E& e, int64_t, int64_t first, int64_t items, int which) const {
+    const Levels levels = source.levels<A>(e, which);
+    A* result = static_cast<A*>(e.gates_result);
+#pragma unroll 1
+    for (int t = 0; t < e.gate_count; ++t) {
+      double sum = 0;
+      if (t > 0 && t < kMaxLevels)
+        for (int64_t i = threadIdx.x; i < items; i += blockDim.x) sum += partial[first + i].gate[t];
+      sum = block_reduce<Add>(sum);
+      if (threadIdx.x != 0) continue;
+      const bool in = t > 0 && t < levels.count;
+      result[t] = !levels.valid ? quiet_nan<A>()
+                  : in          ? static_cast<A>(sum / static_cast<double>(static_cast<const A*>(e.gates)[t]))
+                                : A(0);
+    }
+  }
+};
+
+}  // namespace quantops::cuda
