@@ -104,7 +104,8 @@ def test_every_quarter_of_every_cell(bits):
 @pytest.mark.parametrize("grad", GRADS)
 @pytest.mark.parametrize("bits", BITS if EXHAUSTIVE else (3,))
 def test_gradients_equal_the_chain(bits, grad, dtype):
-    """dL/dx bit for bit; the sums of the same terms to their rounding."""
+    """dL/dx of soft sums bit for bit; of the winner, whose products and sums are fused in the one alone, and the sums, to
+    their rounding."""
     outs = (dtype, torch.bfloat16, torch.float32) if EXHAUSTIVE else (dtype,)
     for ratio, alpha, out in itertools.product(RATIOS, (0.37, 1e-3) if EXHAUSTIVE else (0.37,), outs):
         args = widths(bits, dtype, alpha, ratio)
@@ -115,8 +116,10 @@ def test_gradients_equal_the_chain(bits, grad, dtype):
         q, quarters = forward(x, *args, GRADS.index(grad), out)
         grad_x, sums = backward(g, q, quarters, *args, GRADS.index(grad), True, dtype)
         what = f"{ratio} {alpha} {out}"
-        assert same(q, want[0]) and same(grad_x, want[1]), what
+        assert same(q, want[0]) and (grad == "winner" or same(grad_x, want[1])), what
         unit = torch.finfo(args[0].dtype).eps
+        room = 4 * unit * 2**bits * max(1, ratio) * float(g.double().abs().amax())
+        torch.testing.assert_close(grad_x, want[1], rtol=2 * torch.finfo(dtype).eps, atol=room, equal_nan=True)
         for a, b, size in zip(sums, want[2:], (1, ratio)):  # terms of as much as j alpha/sigma, that of sigma twice
             room = 4 * unit * 2**bits * max(1, ratio) * max(1, size) * float(g.double().abs().sum())
             assert a.shape == (1,) and a.dtype == args[0].dtype
