@@ -39,6 +39,18 @@ def _widths(bits, dtype, alpha=0.37, ratio=2.0):
     return a, a / ratio, torch.tensor([bits], dtype=torch.int32)
 
 
+def _check_gradient(got, want, g, args, grad_of, what):
+    """Of soft sums bit for bit; the winner's, whose products and sums are fused in one alone, to their rounding."""
+    import torch
+
+    if grad_of:
+        return exact(got, want, what)
+    room = 4 * torch.finfo(args[0].dtype).eps * 2 ** int(args[2]) * max(1.0, float(args[0] / args[1]))
+    torch.testing.assert_close(got, want, rtol=2 * torch.finfo(got.dtype).eps, equal_nan=True,
+                               atol=room * float(g.double().nan_to_num().abs().amax()) if g.numel() else 0,
+                               msg=lambda m: f"{what}: {m}")
+
+
 def _check(x, g, args, grad_of, out, what, scale_grad=True):
     import torch
 
@@ -50,7 +62,7 @@ def _check(x, g, args, grad_of, out, what, scale_grad=True):
     options = g, q, quarters, *args, grad_of, scale_grad, x.dtype
     grad_x, sums = emulated("categorical_activation_backward", *options)
     want_x, want_sums = backward(*options)
-    exact(grad_x, want_x, what)
+    _check_gradient(grad_x, want_x, g, args, grad_of, what)
     assert grad_x.stride() == want_x.stride() and len(sums) == len(want_sums) == 2 * scale_grad
     ratio = max(1.0, float(args[0] / args[1]))
     unit, size = torch.finfo(args[0].dtype).eps, float(g.double().nan_to_num().abs().sum())
@@ -126,7 +138,8 @@ def any_q_and_quarters():
     for bits, grad_of in itertools.product((1, 4, 8), (0, 1)):
         options = torch.ones_like(q), q, quarters, *_widths(bits, "float32"), grad_of, True, q.dtype
         want = torch.ops.quantops.categorical_activation_backward(*options)
-        exact(emulated("categorical_activation_backward", *options)[0], want[0], bits)
+        got = emulated("categorical_activation_backward", *options)[0]
+        _check_gradient(got, want[0], options[0], options[3:6], grad_of, bits)
 
 
 @program.check
