@@ -104,8 +104,8 @@ def test_every_quarter_of_every_cell(bits):
 @pytest.mark.parametrize("grad", GRADS)
 @pytest.mark.parametrize("bits", BITS if EXHAUSTIVE else (3,))
 def test_gradients_equal_the_chain(bits, grad, dtype):
-    """dL/dx of soft sums bit for bit; of the winner, whose products and sums are fused in the one alone, and the sums, to
-    their rounding."""
+    """dL/dx of soft sums bit for bit; of the winner, whose products and sums are fused in the one alone, and the sums,
+    to their rounding."""
     outs = (dtype, torch.bfloat16, torch.float32) if EXHAUSTIVE else (dtype,)
     for ratio, alpha, out in itertools.product(RATIOS, (0.37, 1e-3) if EXHAUSTIVE else (0.37,), outs):
         args = widths(bits, dtype, alpha, ratio)
