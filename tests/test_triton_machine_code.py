@@ -15,8 +15,16 @@ if triton.knobs.runtime.interpret:
                 allow_module_level=True)
 
 from bench import sass  # noqa: E402
-from quantops.kernels import (, categorical, categorical_activation, categorical_record  # noqa: E402
-from quantops.kernels import own_scale, packing, truncate, uniform  # noqa: E402
+from quantops.kernels import (  # noqa: E402
+    activation,
+    categorical,
+    categorical_activation,
+    categorical_record,
+    own_scale,
+    packing,
+    truncate,
+    uniform,
+)
 from quantops.kernels.launch import launch  # noqa: E402
 
 if sass.tool("cuobjdump") is None:
