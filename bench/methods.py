@@ -45,7 +45,8 @@ class Float:
 
     def decays(self, parameter):
         """Weight decay is for weights; not for batch norms, biases and scales."""
-        return parameter.dim() > 1
+        acts = (m for m in self.model.modules() if isinstance(m, quantops.UniformActivation))
+        return parameter.dim() > 1 and not any(parameter is p for m in acts for p in m.parameters())
 
     def rate(self, parameter):
         """Its learning rate, as a multiple of that of the run."""
@@ -74,7 +75,7 @@ class MSQ(Float):
     scale of f mean|w|."""
 
     def __init__(self, model, steps, *, bits, k, target, grid, scale, penalty, hessian, threshold, strength, prune,
-                 decisions, samples, sample_size, min_bits, nearest, scale_grad, penalty_unit):
+                 decisions, samples, sample_size, min_bits, nearest, scale_grad, penalty_unit, act_bits=None):
         super().__init__(model, steps)
         self.nearest, self.found = nearest, None  # the bits of each layer, once they are final
         if nearest is not None and target is None:
@@ -82,7 +83,8 @@ class MSQ(Float):
         if nearest is not None:
             self._config({"*": bits})  # ValueError now, not when the bits are found
         quantops.quantize_(model, quantops.MSQConfig(
-            bits=bits, k=k, grid=grid, scale=scale, penalty=penalty, scale_grad=scale_grad, penalty_unit=penalty_unit))
+            bits=bits, k=k, grid=grid, scale=scale, penalty=penalty, scale_grad=scale_grad, penalty_unit=penalty_unit,
+            act_bits=act_bits, act="input"))
         self.decoupled, self.sample_size, self.controller = penalty == "decoupled", sample_size, None
         if target is not None:
             self.controller = quantops.MSQController(

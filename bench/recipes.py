@@ -8,7 +8,7 @@ from bench import methods
 
 COMMON = {"batch": 128, "lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4}  # SGD, cosine schedule to 0
 EVERYWHERE = ("JPEG images in the place of the original ones; finetuned from --init, for --epochs; activations stay "
-              "float; all layers, first and last too, are quantized; SGD, cosine schedule, lr 0.02 unless named")
+              "float unless named; all layers, first and last too, are quantized; SGD, cosine schedule, lr 0.02 unless named")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,5 +137,18 @@ DETAILS = {
                              "1 bit beside a sign, 3 levels, 3.07 mean|w|"),
 }
 RECIPES |= DETAILS
-GROUPS = {"all": tuple(RECIPES), "details": (*DETAILS, "float")}
+
+# Activations too, in front of every layer that is quantized (the networks call functional ReLUs), with LSQ's steps.
+_ACTS = "inputs of all layers, the image too, with LSQ's steps; "
+ACTIVATIONS = {
+    **{f"msq-a{n}": Recipe(methods.MSQ, _MSQ | {"act_bits": n}, _MSQ_PAPER,
+                           f"{_ACTS}activations of {n} bits; " + _MSQ_DEVIATIONS) for n in (4, 3, 2)},
+    "truncquant-activations": Recipe(
+        methods.Truncated, _TRUNCATED | {"act_bits": "weights", "act": "input"}, "TruncQuant, arXiv 2506.11431",
+        f"{_ACTS}a step for each width, where the paper clamps to [0, 1]; scale max|w| without tanh"),
+    **{f"cpq-w{n}a{n}": Recipe(methods.CPQ, _BITS | {"bits": n, "act_bits": n, "act": "input"}, "CPQ, arXiv 2109.02100",
+                               f"{_ACTS}activations by the uniform rule") for n in (4, 3)},
+}
+RECIPES |= ACTIVATIONS
+GROUPS = {"all": tuple(RECIPES), "details": (*DETAILS, "float"), "activations": (*ACTIVATIONS, "float")}
 SEPARATE = tuple(name for name in RECIPES if name.startswith("separate-"))  # together they are one row of a table

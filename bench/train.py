@@ -11,12 +11,14 @@ from pathlib import Path
 
 import torch
 
+import quantops
 from bench import data, machine, models, state
 from bench.recipes import COMMON, EVERYWHERE, GROUPS, RECIPES
 from bench.store import UNFINISHED, read_json, read_states, write_json
 from quantops.files import write_whole
 
 COLD = 10  # steps of a process that are not timed
+CALIBRATION = 4  # batches that quantizers of activations start from
 TEST_BATCH = 1000
 STATES = {"configuration", "model", "method", "optimizer", "epochs", "bytes", "step_seconds", "peak", "start_accuracy",
           "random", "cuda"}  # of a run, after every epoch
@@ -249,6 +251,8 @@ class Run:
     def go(self, end, bar):
         """Trains to the end or until ``end`` on the monotonic clock; the result, or None where the time was up."""
         if self.start_accuracy is None:
+            if any(isinstance(m, quantops.UniformActivation) for m in self.model.modules()):
+                quantops.calibrate(self.model, self.batches(0), steps=CALIBRATION)
             self.start_accuracy = self.accuracy()
         bar.update(len(self.epochs) * self.per_epoch)
         while len(self.epochs) < self.args.epochs:
