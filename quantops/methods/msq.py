@@ -359,7 +359,8 @@ class MSQController:
         compression = 32 * sum(numel) / sum(numel * n_l) >= target
 
     so that no layer loses a bit after the target is reached. Omega, and its mean, are over the layers with "prune" on.
-    The compression is over all weights quantized with MSQConfig, those with fixed bits too; other weights do not count.
+    The compression is over all weights quantized with MSQConfig, those with fixed bits too; other weights do not count,
+    nor, as papers have it, do the signs of the sign grid.
     The new k_l stays, limited again, for the penalty of the steps that follow.
 
     Args:
