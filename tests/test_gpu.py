@@ -124,6 +124,14 @@ def test_the_name_of_the_gpu(monkeypatch, tmp_path):
     assert gpu.device() == (torch.cuda.get_device_name() if torch.cuda.is_available() else "")
 
 
+def test_the_commit_of_a_tree_without_git(monkeypatch):
+    monkeypatch.setattr(state, "output", lambda *command: "")
+    monkeypatch.delenv("QUANTOPS_COMMIT", raising=False)
+    assert state.commit() == "unknown"
+    monkeypatch.setenv("QUANTOPS_COMMIT", "abcdef")
+    assert state.commit() == "abcdef"
+
+
 def test_a_folder_that_cannot_be_written_to_is_left_alone(monkeypatch, tmp_path):
     (tmp_path / "build").write_text("a file")
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
