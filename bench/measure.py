@@ -261,9 +261,12 @@ def time_box(seconds):
 def empty_compile_cache(keep=False):
     """torch.compile and Triton find nothing that was compiled before, unless ``keep``; and a list of many shapes stays
     compiled."""
-    from torch._inductor import utils
+    cache = contextlib.nullcontext()
+    if not keep:
+        from torch._inductor import utils  # takes seconds
 
-    with contextlib.nullcontext() if keep else utils.fresh_cache(), torch._dynamo.config.patch(recompile_limit=256):
+        cache = utils.fresh_cache()
+    with cache, torch._dynamo.config.patch(recompile_limit=256):
         yield
 
 
