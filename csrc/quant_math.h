@@ -109,8 +109,8 @@ QUANTOPS_INLINE A quiet_nan() {
 // Where values lie; the order of GRIDS in the reference. On the sign grid a code has a sign in what follows.
 enum GridKind : int64_t { kDyadic = 0, kFull = 1, kSign = 2 };
 
-// All that one scale and one (bits, k) fix. Out-of-range values make `offset`, the steps and `outside` NaN and put every
-// weight outside, so every float that is computed from them is NaN too; integer results ask `valid`.
+// All that one scale and one (bits, k) fix. Out-of-range values make `offset`, the steps and `outside` NaN and put
+// every weight outside, so every float that is computed from them is NaN too; integer results ask `valid`.
 template <class A>
 struct Quantizer {
   A scale, low;   // the weights whose codes differ lie in [low, scale]
@@ -119,7 +119,7 @@ struct Quantizer {
   A slope;        // the same, but 1 there
   A offset;       // 0.5 signed, 0 unsigned and on the sign grid
   A mul, top;     // 2^n, 2^n - 1
-  A bottom, most; // codes of round_clamp lie between: 0, on the sign grid -top, and top; where inv = 0 both are that of 0
+  A bottom, most;  // round_clamp's codes lie between 0 (sign grid: -top) and top; where inv = 0, both are that of w = 0
   A mul_lo, bottom_lo, most_lo, pow_k;  // the same of n - k bits; 2^k
   A count;        // of the codes that are stored: 2^n, on the sign grid twice that
   A a, b;         // m = a * c + b

@@ -1,5 +1,5 @@
-// How numbers are combined: by a warp, by a block, and by the last block of a launch. Orders are fixed, so that sums are
-// the same bits every time.
+// How numbers are combined: by a warp, by a block, and by the last block of a launch. Orders are fixed, so that sums
+// are the same bits every time.
 #pragma once
 #include <cstring>
 
@@ -58,8 +58,8 @@ __device__ __forceinline__ T block_reduce(T v) {
 // between launches.
 __device__ static unsigned blocks_done[kCounters];
 
-// Whether this block is the last one of the launch to come here. It then sees what all others wrote before. Every thread
-// of every block must come.
+// Whether this block is the last one of the launch to come here. It then sees what all others wrote before. Every
+// thread of every block must come.
 __device__ __forceinline__ bool is_last_block(int counter) {
   __shared__ bool last;
   __threadfence();

@@ -265,7 +265,8 @@ __device__ __forceinline__ void backward_item(const T& table, const Cut& cut, co
             for (int e = 0; e < V; ++e) {
               const A v = static_cast<A>(widen(gs[k].v[e]));
               total[k][e] = total[k][e] + v;
-              if constexpr (kKind == kScales) level = product_plus(v, odd_level(c[k][e], width[j]) * width[j].unit_step, level);
+              if constexpr (kKind == kScales)
+                level = product_plus(v, odd_level(c[k][e], width[j]) * width[j].unit_step, level);
             }
             if constexpr (kKind == kScales) sums.level += static_cast<double>(level);
           }
