@@ -60,7 +60,6 @@ struct AddSums {
 // q and its sums; the sums alone where Out is None.
 template <class W, class Out>
 struct Msq : SumOp<Sums, AddSums, false> {
-  static constexpr int kBlocks = sizeof(Acc<W>) == 4 && size_of<Out> <= 4 ? 3 : 2;  // arithmetic to hide: 80 registers
   using X = W;
   using G = None;
   using O = Out;
