@@ -67,6 +67,8 @@ def read_states(name, path):
     """What torch.save wrote; ValueError naming the file where it is damaged."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"{name}: {path} is no state dict: {error.strerror}") from None
     except Exception as error:  # torch, zipfile and pickle raise errors of many kinds
         raise ValueError(f"{name}: {path} is damaged or was not written by torch.save ({type(error).__name__}): remove "
                          "it, or put a whole one there") from None
