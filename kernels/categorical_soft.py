@@ -93,7 +93,7 @@ def soft_sums(c, y, w, at, p, reach, steps, HAS_GATES: tl.constexpr, TABLE: tl.c
     step = tl.zeros([], c.dtype)
     u, _ = soft_center(y, w)
     weight, first = gate_of(c, step, at, p, reach, HAS_GATES) * u, tl.zeros_like(c)
-    inner = step + 1.0
+    inner = _decay(0, step, at, p, TABLE)
     for n in range(1, steps + 1):
         step += 1.0
         outer = _decay(n, step, at, p, TABLE)
@@ -152,7 +152,7 @@ def soft_slopes(
         for _ in tl.static_range(1, LEVELS):
             tails = tails + (tl.zeros_like(c),)
         tails = _add_tails(tails, c, deviation, SIGNED, LEVELS)
-    inner = step + 1.0
+    inner = _decay(0, step, at, p, TABLE)
     for n in range(1, steps + 1):
         step += 1.0
         outer = _decay(n, step, at, p, TABLE)
@@ -200,11 +200,11 @@ def make_spline(p, long):
     half = ((p.high - p.low + 1.0).to(tl.int32) // 2).to(T)
     fits = long & (half > 0.0) & (p.alpha == p.alpha) & (p.beta > 0.25) & (p.beta < 32.0)
     beta = tl.where(fits, p.beta, 1.0)
-    per_class = 1.0 + tl.floor(beta * (1.0 / 1.2))
-    cells = tl.minimum(2.0 + tl.floor(math.divide(20.0, beta)), half)
+    per_class = 1.0 + math.floor_small(beta * (1.0 / 1.2))
+    cells = tl.minimum(2.0 + math.floor_small(math.divide(20.0, beta)), half)
     rate = math.divide(per_class, beta) * (1.0 - 1.0 / 4096)  # the intervals cover a bin with its rounding
     shift = 0.5 * per_class - 0.5
-    beyond = 1.0 + tl.floor(17.0 * rate)
+    beyond = 1.0 + math.floor_small(17.0 * rate)
     intervals = cells * per_class + beyond
     return Spline(
         tl.where(fits & (intervals <= MOST_INTERVALS), intervals, 0.0),
@@ -260,7 +260,14 @@ def _write_coefficients(to, values, there):
 @triton.jit
 def _cosine(k):
     """cos(pi k/16)"""
-    return tl.cos(k.to(tl.float64) * 0.19634954084936207)
+    m = k & 31
+    m = tl.where(m > 16, 32 - m, m)
+    n = tl.where(m > 8, 16 - m, m)
+    v = tl.where(n == 0, 1.0, tl.where(n == 1, 0.98078528040323, tl.where(n == 2, 0.92387953251129, 0.0)))
+    v = tl.where(n == 3, 0.83146961230255, tl.where(n == 4, 0.70710678118655, v))
+    v = tl.where(n == 5, 0.55557023301960, tl.where(n == 6, 0.38268343236509, v))
+    v = tl.where(n == 7, 0.19509032201613, v)
+    return tl.where(m > 8, -v, v)
 
 
 @triton.jit
@@ -275,7 +282,7 @@ def fill_spline(to, k, at, p, reach, FUNCTIONS: tl.constexpr):
     """Writes the coefficients: of an interval those of the mean, or of x, alpha and sigma, from t^0 on."""
     T: tl.constexpr = p.beta.dtype
     interval = tl.arange(0, 64)
-    cell = tl.minimum(tl.floor(math.divide(interval.to(T), k.per_class)), k.cells - 1.0)
+    cell = tl.minimum(math.floor_small(math.divide(interval.to(T), k.per_class)), k.cells - 1.0)
     node = 0.5 * _cosine(2 * tl.arange(0, ORDER)[None, :] + 1).to(T)
     z = math.divide(((interval.to(T) - cell * k.per_class)[:, None] + node) - k.shift, k.rate)
     c = (p.high - ((k.cells - 1.0) - cell))[:, None] + tl.zeros_like(z)
