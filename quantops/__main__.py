@@ -1,5 +1,5 @@
-"""``python -m quantops`` prints which kernels serve which device; ``demo`` trains on real data; ``show FILE`` tells what
-a file of integer weights holds."""
+"""``python -m quantops`` prints which kernels serve which device; ``demo`` trains on real data; ``show FILE`` tells
+what a file of integer weights holds."""
 
 import argparse
 
