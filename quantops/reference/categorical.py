@@ -19,7 +19,8 @@ Classes are the same on every backend, and so is q of modes "hard" and "sample".
 in other orders, fused, approximated and interpolated there: the root mean square of their errors against this module in
 float64 is at most 4 times that of this module in their own dtype, plus 2^-24 of the largest in float32. So, element by
 element, two backends differ by at most 4 units of rounding of max|g| max|j| max(1, alpha/sigma), and in dL/dalpha and
-dL/dsigma by 4 of sum|g| max|j|^2 max(1, alpha/sigma)^2.
+dL/dsigma by 4 of sum|g| max|j|^2 max(1, alpha/sigma)^2. In dL/dx, classes j beyond those of 8 bits allow
+1 + max|j| alpha / (256 sigma) times as much, since x - alpha c of a far class is known to 2^-32 of x alone.
 
 :func:`quantops.reference.paper.categorical` states the same a second time, with all classes and autograd.
 """
