@@ -39,6 +39,8 @@ test: $(VENV)/.installed
 		$(foreach family,uniform truncate packing categorical activation categorical_activation,tests/test_$(family).py) \
 		tests/test_errors.py tests/test_limits.py \
 		|| status=$$?; \
+	echo "Two minutes of make fuzz:"; \
+	$(PY) tests/fuzz --minutes 2 --seed 1 || status=$$?; \
 	exit $$status
 
 LINTERS ?= ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1

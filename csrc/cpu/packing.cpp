@@ -48,7 +48,7 @@ Tensors pack(Tensors codes, std::vector<int64_t> bits, int64_t layout) {
     in.push_back(torch::stable::contiguous(codes[i]));
     numel.push_back(codes[i].numel());
     out.push_back(empty_packed(numel[i], bits[i], layout, codes[i]));
-    if (layout == kPlanes && bits[i]) {
+    if (layout == kPlanes && bits[i] && numel[i]) {
       uint8_t* row = static_cast<uint8_t*>(out[i].data_ptr());
       const int64_t bytes = octets_of(numel[i]), stride = plane_bytes(numel[i]);
       for (int64_t q = 0; q < bits[i]; q++, row += stride) std::memset(row + bytes, 0, stride - bytes);
