@@ -75,10 +75,10 @@ def includes(torch):
     return ["-Icsrc", "-isystem", os.path.join(torch, "include"), "-isystem", os.path.join(torch, "include", api)]
 
 
-def run_compiler(command):
+def run_compiler(command, **settings):
     """Runs a compiler. What it complains about first is in the error: the output of builds, pip shows to nobody."""
     try:
-        run = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
+        run = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace", **settings)
     except OSError as error:
         raise CompileError(f"{command[0]}: {error.strerror}") from None
     sys.stderr.write(run.stderr)
@@ -91,7 +91,7 @@ def run_compiler(command):
 class BuildKernels(build_ext):
     def build_extension(self, ext):
         cuda = ext.name.endswith("_cuda")
-        self.compiler.spawn = run_compiler
+        self.compiler.spawn = self.compiler.call = run_compiler  # by older and by newer setuptools
         try:
             self.build_cuda(ext) if cuda else super().build_extension(ext)
         except Exception as error:

@@ -97,7 +97,7 @@ def prepare(
         reach = cs.soft_reach(l, p.beta).to(A)
         tl.store(to + cs.REACH, reach)
         first = tl.load(entry + SPLINE)
-        k = cs.make_spline(p, first >= 0)
+        k = cs.make_spline(p, (first >= 0) & (not HAS_GATES))
         _write(to + cs.SPLINE, k)
         if not HAS_GATES and A == tl.float32:
             if k.intervals > 0.0:

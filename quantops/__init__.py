@@ -1,6 +1,6 @@
 """Fused kernels for quantization-aware training with MSQ, TruncQuant and CPQ."""
 
-from quantops import backends, decompositions, foreach, layout, reference
+from quantops import backends, foreach, layout, reference
 from quantops.activation import UniformActivation, activation_scales, calibrate
 from quantops.backends import info
 from quantops.categorical_activation import CategoricalActivation
@@ -32,8 +32,6 @@ from quantops.packed import Packed
 from quantops.penalty import penalty
 from quantops.report import bit_report
 from quantops.version import __version__
-
-decompositions.register()
 
 __all__ = [
     "CPQConfig", "CategoricalActivation", "IntWeight", "MSQ", "MSQConfig", "MSQController", "MultiBatchNorm", "Packed",

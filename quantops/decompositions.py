@@ -1,11 +1,10 @@
 """Ops as chains of aten ops, for graphs that run without quantops: their default kernels, which compute the reference.
 
-torch.onnx.export finds these by itself; for exported programs there is :func:`quantops.export.to_aten`. Results are
-equal bit for bit, but for means, which may differ in their last place.
+For exported programs, see :func:`quantops.export.to_aten`. Results are equal bit for bit, but for means, which may differ
+in their last place. torch's own table of decompositions has none of these: Inductor would refuse our ops.
 """
 
 import torch
-from torch._decomp import decomposition_table
 
 from quantops import default, reference
 from quantops.library import OPS, ops
@@ -31,11 +30,6 @@ def table():
     found[ops.activation.default] = _activation
     found[ops.categorical_activation.default] = _categorical_activation
     return found
-
-
-def register():
-    """Makes the table known to torch, beside its own decompositions."""
-    decomposition_table.update(table())
 
 
 def _activation(x, scale, offset, bits, rule, signed, front, keep, learn, dtype):

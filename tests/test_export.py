@@ -152,9 +152,10 @@ def test_errors_write_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_torch_onnx_export_by_itself(tmp_path):
+def test_torch_onnx_export_of_an_aten_graph():
     model, x = made(CONFIGS["msq 4"])
-    proto = torch.onnx.export(model, (x,), dynamo=True, verbose=False).model_proto
+    program = export.to_aten(torch.export.export(model, (x,)))
+    proto = torch.onnx.export(program, dynamo=True, verbose=False).model_proto
     want = model(x).detach()
     assert (run(proto, x)[0] - want).abs().max() <= 1e-5 * want.abs().max()
 
@@ -192,16 +193,18 @@ def test_decompositions_of_every_op_that_they_have():
     w, s = [torch.randn(4, 6, generator=g), torch.randn(5, generator=g)], [torch.tensor(1.5), torch.tensor(2.0)]
     n, k = torch.tensor([4, 2], dtype=torch.int32), torch.tensor([1, 1], dtype=torch.int32)
     ops, f32 = torch.ops.quantops, torch.float32
-    codes = ops.encode(w, s, n, 0, True)
+    codes = ops.encode(w, s, n, 0, 0, True)
     packed = ops.pack(codes, [4, 2], 0)
     calls = {
-        "absmax": (w, True), "absmean": (w, False), "round_clamp": (w, s, n, False, True, False, f32),
-        "msq": (w, s, n, k, False, False, f32), "lsb": (w, s, n, k), "lsb_stats": (w, s, n, k, False, False),
-        "uniform_backward": (w, torch.ones(2), w, s, n, k, False, True, True), "encode": (w, s, n, 1, True),
-        "decode": (codes, s, n, False, True, f32), "truncate": (w, s, [], n.view(1, 2), n + 2, 1, True, False, f32),
+        "absmax": (w, True), "absmean": (w, False), "round_clamp": (w, s, n, 0, True, False, f32),
+        "msq": (w, s, n, k, 0, False, f32), "lsb": (w, s, n, k, 2), "lsb_stats": (w, s, n, k, 1, False),
+        "uniform_backward": (w, torch.ones(2), w, s, n, k, 0, True, True), "encode": (w, s, n, 1, 1, True),
+        "decode": (codes, s, n, 0, True, f32),
+        "truncate": (w, s, [], n.view(1, 2), n + 2, 1, True, False, False, f32),
+        "own_scale": (w, False, True), "own_scale_backward": (w, s, s, False),
         "truncate_backward": (w, w, s, s, n.view(1, 2), n + 2, 1, True, False, True), "pack": (codes, [4, 2], 1),
         "unpack": (packed, [4, 6, 5], [2, 1], [4, 2], n, 0),
-        "decode_packed": (packed, [4, 6, 5], [2, 1], [4, 2], s, n, 0, False, True, f32),
+        "decode_packed": (packed, [4, 6, 5], [2, 1], [4, 2], s, n, 0, 0, True, f32),
         "categorical": (w, s, s, n, [], None, 0, 0, True, f32),
         "activation": (w[0], s[0], None, n[:1], 0, True, 0, 1, 0, f32),
         "categorical_activation": (w[0], s[0], s[0], n[:1], 1, f32),

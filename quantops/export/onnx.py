@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from quantops.export.aten import to_aten
 from quantops.export.trained import level_range, need, trained
 from quantops.files import write_whole
 
@@ -61,10 +62,9 @@ def float_graph(model, args, kwargs, bits, opset, dynamic_shapes, input_names, o
         if w.dtype not in FLOATS:
             raise ValueError(f"{name}: expected a weight of float32, float16 or bfloat16, got {w.dtype}")
     # Not optimized: folding batch norms into weights would change these, and runtimes do it behind the integers.
-    program = torch.onnx.export(plain, args, kwargs=kwargs, dynamo=True, opset_version=opset, verbose=False,
-                                dynamic_shapes=dynamic_shapes, input_names=input_names, output_names=output_names,
-                                optimize=False)
-    proto = program.model_proto
+    program = to_aten(torch.export.export(plain, args, kwargs, dynamic_shapes=dynamic_shapes))  # activations have ops
+    proto = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, optimize=False,
+                              input_names=input_names, output_names=output_names).model_proto
     for name in weights:
         if all(t.name != name for t in proto.graph.initializer):
             raise ValueError(f"{name}: the exported graph has no initializer of this name; does the model use it?")
