@@ -40,7 +40,7 @@ test: $(VENV)/.installed
 		tests/test_errors.py tests/test_limits.py \
 		|| status=$$?; \
 	echo "Two minutes of make fuzz:"; \
-	$(PY) tests/fuzz --minutes 2 --seed 1 || status=$$?; \
+	OMP_NUM_THREADS=1 $(PY) tests/fuzz --minutes 2 --seed 1 || status=$$?; \
 	exit $$status
 
 LINTERS ?= ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1
@@ -62,10 +62,11 @@ format: $(VENV)/.lint
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(NATIVE)
 
+# One thread of torch each: a sum of several threads' parts is another one in its last place where their number is.
 # Random tests: oracles, sanitizers, damaged files, threads; see tests/fuzz/__main__.py. MINUTES=10 SEED=7 TARGETS=oracle,
 # or REPLAY=build/fuzz/FILE.json: what a failure has left, again.
 fuzz: $(VENV)/.installed
-	$(PY) tests/fuzz $(if $(REPLAY),--replay $(REPLAY),--minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)) \
+	OMP_NUM_THREADS=1 $(PY) tests/fuzz $(if $(REPLAY),--replay $(REPLAY),--minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)) \
 		$(if $(TARGETS),--targets $(TARGETS)))
 
 # On a CPU, within 10 minutes; the JSON, report.md and plots go to bench/results/<device>/.
