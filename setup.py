@@ -109,11 +109,35 @@ class BuildKernels(build_ext):
         lib = os.path.join(torch_folder(), "lib")
         # A CPU build of torch has no libtorch_cuda to name; in a CUDA build libtorch stands for it.
         cuda = ["-ltorch_cuda"] if os.path.exists(os.path.join(lib, "libtorch_cuda.so")) else []
-        run_compiler([
-            nvcc(), "-shared", "-o", target, *ext.sources, *gencode(), "-std=c++17", "-O3", "-fmad=false",
-            "--expt-relaxed-constexpr", "-DUSE_CUDA", TORCH_TARGET, "--threads", "2",
-            "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off", *includes(torch_folder()),
-            f"-L{lib}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", *cuda, "-cudart", "shared"])
+        run_compiler(
+            [
+                nvcc(),
+                "-shared",
+                "-o",
+                target,
+                *ext.sources,
+                *gencode(),
+                "-std=c++17",
+                "-O3",
+                "-fmad=false",
+                "--expt-relaxed-constexpr",
+                "-DUSE_CUDA",
+                TORCH_TARGET,
+                "--threads",
+                "2",
+                "-Xcompiler",
+                "-fPIC,-fvisibility=hidden,-ffp-contract=off",
+                *includes(torch_folder()),
+                f"-L{lib}",
+                "-Xlinker",
+                "--no-as-needed",
+                "-ltorch",
+                "-ltorch_cpu",
+                *cuda,
+                "-cudart",
+                "shared",
+            ]
+        )
 
     def leave(self, ext, reason):
         """Leaves what says why there is no library in its place, or nothing where there is one. A library of an earlier
@@ -147,29 +171,55 @@ def extensions():
     torch = torch_folder()
     if torch is None:  # while pip asks what the build needs; see setup_requires
         return []
-    found = [Extension(
-        "quantops._cpu", sorted(glob.glob("csrc/cpu/*.cpp")), py_limited_api=True, optional=True, language="c++",
-        extra_compile_args=[*includes(torch), *CXX_FLAGS, *MATH_FLAGS],
-        library_dirs=[os.path.join(torch, "lib")], libraries=["torch_cpu"],
-        depends=glob.glob("csrc/*.h") + glob.glob("csrc/cpu/*.h"))]
+    found = [
+        Extension(
+            "quantops._cpu",
+            sorted(glob.glob("csrc/cpu/*.cpp")),
+            py_limited_api=True,
+            optional=True,
+            language="c++",
+            extra_compile_args=[*includes(torch), *CXX_FLAGS, *MATH_FLAGS],
+            library_dirs=[os.path.join(torch, "lib")],
+            libraries=["torch_cpu"],
+            depends=glob.glob("csrc/*.h") + glob.glob("csrc/cpu/*.h"),
+        )
+    ]
     if wants_cuda(torch):
-        found.append(Extension(
-            "quantops._cuda", sorted(glob.glob("csrc/cuda/*.cu")), py_limited_api=True, optional=True,
-            depends=glob.glob("csrc/*.h") + glob.glob("csrc/cuda/*.cuh")))
+        found.append(
+            Extension(
+                "quantops._cuda",
+                sorted(glob.glob("csrc/cuda/*.cu")),
+                py_limited_api=True,
+                optional=True,
+                depends=glob.glob("csrc/*.h") + glob.glob("csrc/cuda/*.cuh"),
+            )
+        )
     return found
 
 
-PACKAGES = {"quantops": "quantops", "quantops.reference": "quantops/reference", "quantops.default": "quantops/default",
-            "quantops.autograd": "quantops/autograd", "quantops.checks": "quantops/checks",
-            "quantops.methods": "quantops/methods", "quantops.demo": "quantops/demo",
-            "quantops.export": "quantops/export", "quantops.kernels": "kernels",
-            "quantops.csrc": "csrc", "quantops.csrc.cpu": "csrc/cpu", "quantops.csrc.cuda": "csrc/cuda"}
+PACKAGES = {
+    "quantops": "quantops",
+    "quantops.reference": "quantops/reference",
+    "quantops.default": "quantops/default",
+    "quantops.autograd": "quantops/autograd",
+    "quantops.checks": "quantops/checks",
+    "quantops.methods": "quantops/methods",
+    "quantops.demo": "quantops/demo",
+    "quantops.export": "quantops/export",
+    "quantops.kernels": "kernels",
+    "quantops.csrc": "csrc",
+    "quantops.csrc.cpu": "csrc/cpu",
+    "quantops.csrc.cuda": "csrc/cuda",
+}
 
 setup(
     packages=list(PACKAGES),
     package_dir=PACKAGES,
-    package_data={"quantops.csrc": ["*.h"], "quantops.csrc.cpu": ["*.cpp", "*.h"],
-                  "quantops.csrc.cuda": ["*.cu", "*.cuh"]},
+    package_data={
+        "quantops.csrc": ["*.h"],
+        "quantops.csrc.cpu": ["*.cpp", "*.h"],
+        "quantops.csrc.cuda": ["*.cu", "*.cuh"],
+    },
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildKernels},
     setup_requires=[] if torch_folder() else ["torch>=2.10"],

@@ -43,12 +43,15 @@ def _pieces(x, i):
 
 
 def _forward_check(got, x):
-    return all(torch.equal(in_memory(q), torch.cat([reference.activation(t, s, BITS)[0] for t, _ in _pieces(x, i)]))
-               for i, ((q, _), s) in enumerate(zip(got, x.ends)))
+    return all(
+        torch.equal(in_memory(q), torch.cat([reference.activation(t, s, BITS)[0] for t, _ in _pieces(x, i)]))
+        for i, ((q, _), s) in enumerate(zip(got, x.ends))
+    )
 
 
 def _step_check(learn):
     """dL/dx bit for bit; the sum for the scale against the exact one, to the rounding of what is kept of its terms."""
+
     def check(got, x):
         for i, s in enumerate(x.ends):
             parts = [reference.activation_backward(g, t, None, None, s, BITS, learn="clip") for t, g in _pieces(x, i)]
@@ -68,6 +71,7 @@ def _step_check(learn):
 
 def _eager(learn):
     """The papers' chains, on a step (LSQ) or a clip (PACT)."""
+
     def lsq(t, s):
         factor = (TOP * t.numel()) ** -0.5
         step_ = (s * factor + (s - s * factor).detach()) / (TOP + 1)
@@ -82,12 +86,12 @@ def _eager(learn):
 
     def prepare(x):
         return [*x.leaves, *x.end_leaves], lambda bits: [
-            chain(t, s.to(t.dtype)) for t, s in zip(x.leaves, x.end_leaves)]
+            chain(t, s.to(t.dtype)) for t, s in zip(x.leaves, x.end_leaves)
+        ]
 
     def compiled(x):
         call = torch.compile(chain)
-        return [*x.leaves, *x.end_leaves], lambda bits: [
-            call(t, s.to(t.dtype)) for t, s in zip(x.leaves, x.end_leaves)]
+        return [*x.leaves, *x.end_leaves], lambda bits: [call(t, s.to(t.dtype)) for t, s in zip(x.leaves, x.end_leaves)]
 
     return {"eager": step_peer(prepare), "compiled": step_peer(compiled, compiles=True)}
 
@@ -97,23 +101,49 @@ def _torch_learnable(x):
     zero = torch.zeros(1, device=x.w[0].device)
     return [*x.leaves, *steps], lambda bits: [
         torch._fake_quantize_learnable_per_tensor_affine(t, s, zero, 0, TOP, (TOP * max(1, t.numel())) ** -0.5)
-        for t, s in zip(x.leaves, steps)]
+        for t, s in zip(x.leaves, steps)
+    ]
 
 
 def _case(name, learn, reads, writes, keeps, peers):
-    return Case(name, ActivationInputs, reads, writes,
-                lambda x: step(x, [*x.leaves, *x.end_leaves], _quantized(x, learn)), _step_check(learn), peers,
-                forward=lambda x: (lambda: _quantized(x, learn), [*x.leaves, *x.end_leaves]), keeps=keeps)
+    return Case(
+        name,
+        ActivationInputs,
+        reads,
+        writes,
+        lambda x: step(x, [*x.leaves, *x.end_leaves], _quantized(x, learn)),
+        _step_check(learn),
+        peers,
+        forward=lambda x: (lambda: _quantized(x, learn), [*x.leaves, *x.end_leaves]),
+        keeps=keeps,
+    )
 
 
 CASES = [
-    Case("activation forward", ActivationInputs, lambda s: s, lambda s: s + 0.125,
-         lambda x: [ops.activation(t, s, None, x.bits, 0, False, 0, 1, 0, t.dtype) for t, s in zip(x.w, x.ends)],
-         _forward_check),
+    Case(
+        "activation forward",
+        ActivationInputs,
+        lambda s: s,
+        lambda s: s + 0.125,
+        lambda x: [ops.activation(t, s, None, x.bits, 0, False, 0, 1, 0, t.dtype) for t, s in zip(x.w, x.ends)],
+        _forward_check,
+    ),
     # x to q and 8 bits; then dL/dq and these to dL/dx.
-    _case("LSQ activation step", "step", lambda s: 2 * s + 1, lambda s: 2 * s + 1, lambda s: 1.0,
-          {**_eager("step"), "torch learnable": step_peer(_torch_learnable)}),
+    _case(
+        "LSQ activation step",
+        "step",
+        lambda s: 2 * s + 1,
+        lambda s: 2 * s + 1,
+        lambda s: 1.0,
+        {**_eager("step"), "torch learnable": step_peer(_torch_learnable)},
+    ),
     # x to q and a bit; then dL/dq, q and the bit to dL/dx.
-    _case("PACT activation step", "clip", lambda s: 3 * s + 0.125, lambda s: 2 * s + 0.125, lambda s: s + 0.125,
-          _eager("clip")),
+    _case(
+        "PACT activation step",
+        "clip",
+        lambda s: 3 * s + 0.125,
+        lambda s: 2 * s + 0.125,
+        lambda s: s + 0.125,
+        _eager("clip"),
+    ),
 ]

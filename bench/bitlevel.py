@@ -83,7 +83,7 @@ class BSQWeight(nn.Module):
         low, bits = (used[0], used[-1] + 1 - used[0]) if used else (0, 0)
         self.unit.mul_(2**low)
         self.resize(bits)
-        return digits[low:low + bits].contiguous()
+        return digits[low : low + bits].contiguous()
 
     def resize(self, bits):
         """For planes of ``bits`` bits."""
@@ -93,8 +93,10 @@ class BSQWeight(nn.Module):
 def group_lasso(layers):
     """Sum over layers of (share of all weights) * bits * sum_b ||plane b||, which weighs a layer by its memory."""
     total = sum(planes.shape[2] for _, planes in layers)
-    return sum(torch.linalg.vector_norm(planes.flatten(1), dim=1).sum() * (planes.shape[2] * bits / total)
-               for bits, planes in layers)
+    return sum(
+        torch.linalg.vector_norm(planes.flatten(1), dim=1).sum() * (planes.shape[2] * bits / total)
+        for bits, planes in layers
+    )
 
 
 class FixedBits(nn.Module):
@@ -184,8 +186,11 @@ class CSQWeight(nn.Module):
 
 def parametrized(model, kind):
     """[(name, layer, its parametrization)] of the layers with one of ``kind``."""
-    return [(name, m, m.parametrizations.weight[0]) for name, m in model.named_modules()
-            if parametrize.is_parametrized(m, "weight") and isinstance(m.parametrizations.weight[0], kind)]
+    return [
+        (name, m, m.parametrizations.weight[0])
+        for name, m in model.named_modules()
+        if parametrize.is_parametrized(m, "weight") and isinstance(m.parametrizations.weight[0], kind)
+    ]
 
 
 def planes(layer):

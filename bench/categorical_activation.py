@@ -61,8 +61,9 @@ class _Chain(torch.autograd.Function):
         x = (torch.arange(4 * 2**BITS, device=q.device) - 1.5) * (alpha / 4)
         x[0], x[-1] = -torch.inf, torch.inf
         rows = [[v.expand(len(x)).contiguous()] for v in (alpha, sigma)]
-        factors = ops.categorical_backward([torch.ones_like(x)], [x], *rows, bits, [], None, 0, SOFT, False, True,
-                                           False)[:3]
+        factors = ops.categorical_backward(
+            [torch.ones_like(x)], [x], *rows, bits, [], None, 0, SOFT, False, True, False
+        )[:3]
         by_x, by_alpha, by_sigma = (v[0].index_select(0, place).view(q.shape) for v in factors)
         g = grad.float()
         return (g * by_x).to(q.dtype), (g * by_alpha).sum().reshape(1), (g * by_sigma).sum().reshape(1), None
@@ -70,6 +71,7 @@ class _Chain(torch.autograd.Function):
 
 def _peer(make, **options):
     """A peer of the step; ``make()``: the function of x, alpha, sigma and bits."""
+
     def prepare(x):
         function, n, leaves = make(), len(x.w), [*x.leaves, *x.widths]
         return leaves, lambda bits: [function(*leaves[i::n], x.bits) for i in range(n)]
@@ -79,8 +81,10 @@ def _peer(make, **options):
 
 def _quantized(x):
     n = len(x.w)
-    return [ops.categorical_activation(t, a, s, x.bits, SOFT, t.dtype)[0]
-            for t, a, s in zip(x.leaves, x.widths[:n], x.widths[n:])]
+    return [
+        ops.categorical_activation(t, a, s, x.bits, SOFT, t.dtype)[0]
+        for t, a, s in zip(x.leaves, x.widths[:n], x.widths[n:])
+    ]
 
 
 def _reference(x, i):
@@ -96,11 +100,13 @@ def _reference(x, i):
 
 def _check(got, x):
     """Against the reference; sums to within the rounding of their terms, which are of both signs."""
+
     def same(i, *gradients):
         want = _reference(x, i)
         eps, room = torch.finfo(x.w[i].dtype).eps, 1e-4 * max(1, x.w[i].numel()) ** 0.5
         return torch.allclose(gradients[0].float(), want[0].float(), rtol=2 * eps, atol=1e-4) and all(
-            torch.allclose(a, b, rtol=1e-4, atol=room) for a, b in zip(gradients[1:], want[1:]))
+            torch.allclose(a, b, rtol=1e-4, atol=room) for a, b in zip(gradients[1:], want[1:])
+        )
 
     n = len(x.w)
     return all(same(i, *got[i::n]) for i in range(n))
@@ -108,9 +114,18 @@ def _check(got, x):
 
 CASES = [
     # x to q and quarters; then dL/dq, q and quarters to dL/dx. Kept: q and two bits.
-    Case("categorical activation step", ActivationInputs, lambda s: 3 * s + 0.25, lambda s: 2 * s + 0.25,
-         lambda x: step(x, [*x.leaves, *x.widths], _quantized(x)), _check,
-         {"eager": _peer(lambda: _Chain.apply),
-          "compiled": _peer(lambda: torch.compile(lambda *args: _Chain.apply(*args)), compiles=True)},
-         forward=lambda x: (lambda: _quantized(x), [*x.leaves, *x.widths]), keeps=lambda s: s + 0.25),
+    Case(
+        "categorical activation step",
+        ActivationInputs,
+        lambda s: 3 * s + 0.25,
+        lambda s: 2 * s + 0.25,
+        lambda x: step(x, [*x.leaves, *x.widths], _quantized(x)),
+        _check,
+        {
+            "eager": _peer(lambda: _Chain.apply),
+            "compiled": _peer(lambda: torch.compile(lambda *args: _Chain.apply(*args)), compiles=True),
+        },
+        forward=lambda x: (lambda: _quantized(x), [*x.leaves, *x.widths]),
+        keeps=lambda s: s + 0.25,
+    )
 ]

@@ -37,8 +37,10 @@ def compare(args):
             word, unit = "slower" if change > 1 else "faster", "times the copy or the unquantized step"
             print(f"{word} {change:5.2f}x   {key}   ({old[key]:.2f} -> {new[key]:.2f} {unit})")
     slower = [key for key in both if changes[key] > args.ratio]
-    print(f"{len(both)} rows in both, {len(old) - len(both)} only in the old, {len(new) - len(both)} only in the new; "
-          f"the largest slowdown is {max(changes.values()):.2f}x; {len(slower)} slower than {args.ratio}x")
+    print(
+        f"{len(both)} rows in both, {len(old) - len(both)} only in the old, {len(new) - len(both)} only in the new; "
+        f"the largest slowdown is {max(changes.values()):.2f}x; {len(slower)} slower than {args.ratio}x"
+    )
     return int(bool(slower))
 
 

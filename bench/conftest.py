@@ -20,6 +20,5 @@ def pytest_generate_tests(metafunc):
         for dtype in option("--dtypes").split(","):
             for case in cases():
                 names = [name for name, peer in case.peers.items() if option("--compiled") or not peer.compiles]
-                made += [(case, workload, dtype, name) for name in (OURS, COPY, *names)
-                         if DTYPES[dtype] in case.dtypes]
+                made += [(case, workload, dtype, name) for name in (OURS, COPY, *names) if DTYPES[dtype] in case.dtypes]
     metafunc.parametrize("case,workload,dtype,function", made, ids=[f"{c.name}-{w}-{d}-{f}" for c, w, d, f in made])

@@ -95,10 +95,17 @@ def measure_costs(device, batch, amp, compile_seconds, budget):
     times = measure.interleave(calls, budget, least=9, most=100)
     held = {name: training_bytes(t.model, t.optimizer) for name, t in trainings.items()}
     peaks = {name: measure.peak_bytes(t.step, device) for name, t in trainings.items()}
-    row = {"network": "resnet20", "batch": batch, "arithmetic": "bfloat16 autocast" if amp else "float32", "base": BASE,
-           "times": {name: measure.summary(t) for name, t in times.items()},
-           "ratio": {name: measure.ratio(t, times[BASE]) for name, t in times.items()},
-           "held": held, "peak_bytes": peaks, "absent": absent}
+    row = {
+        "network": "resnet20",
+        "batch": batch,
+        "arithmetic": "bfloat16 autocast" if amp else "float32",
+        "base": BASE,
+        "times": {name: measure.summary(t) for name, t in times.items()},
+        "ratio": {name: measure.ratio(t, times[BASE]) for name, t in times.items()},
+        "held": held,
+        "peak_bytes": peaks,
+        "absent": absent,
+    }
     if torch.device(device).type == "cuda":
         row["launches"] = {name: measure.launches(t.step, device) for name, t in trainings.items()}
     return row
@@ -126,8 +133,10 @@ def costs(args):
         result.add(row)
         for name, t in row["times"].items():
             held, peak = state_bytes(row["held"][name]) / 1e6, row["peak_bytes"][name] / 1e6
-            print(f"{row['arithmetic']:18} {name:24} {1e3 * t['median']:8.2f} ms  {row['ratio'][name]:6.3f}x   "
-                  f"state {held:6.2f} MB   peak {peak:7.1f} MB")
+            print(
+                f"{row['arithmetic']:18} {name:24} {1e3 * t['median']:8.2f} ms  {row['ratio'][name]:6.3f}x   "
+                f"state {held:6.2f} MB   peak {peak:7.1f} MB"
+            )
         for name, why in row["absent"].items():
             print(f"{name}: {why}")
     print(f"wrote {result.path}")

@@ -103,8 +103,10 @@ def _npz(path, size):
         raise ValueError(f"data: {path} is not an .npz file") from None
     if missing:
         raise ValueError(f"data: {path} has no array {', '.join(missing)}")
-    return [_part(part, *(arrays[f"{part}_{kind}"] for kind in ("jpeg", "offsets", "labels")), size)
-            for part in ("train", "test")]
+    return [
+        _part(part, *(arrays[f"{part}_{kind}"] for kind in ("jpeg", "offsets", "labels")), size)
+        for part in ("train", "test")
+    ]
 
 
 def _part(part, blob, offsets, labels, size):
@@ -112,11 +114,14 @@ def _part(part, blob, offsets, labels, size):
         raise ValueError(f"data: {part}_jpeg: expected a row of uint8, got {blob.dtype} of shape {blob.shape}")
     ends = offsets.astype(np.int64) if offsets.ndim == 1 and offsets.dtype.kind in "iu" else np.zeros(0, np.int64)
     if len(ends) < 2 or ends[0] != 0 or ends[-1] != len(blob) or (np.diff(ends) <= 0).any():
-        raise ValueError(f"data: {part}_offsets: expected increasing integers from 0 to the {len(blob)} bytes of "
-                         f"{part}_jpeg")
+        raise ValueError(
+            f"data: {part}_offsets: expected increasing integers from 0 to the {len(blob)} bytes of {part}_jpeg"
+        )
     if labels.shape != (len(ends) - 1,) or labels.dtype.kind not in "iu":
-        raise ValueError(f"data: {part}_labels: expected {len(ends) - 1} integers, one per image, got {labels.dtype} "
-                         f"of shape {labels.shape}")
+        raise ValueError(
+            f"data: {part}_labels: expected {len(ends) - 1} integers, one per image, got {labels.dtype} "
+            f"of shape {labels.shape}"
+        )
     files = (io.BytesIO(blob[a:b].tobytes()) for a, b in zip(ends, ends[1:]))
     return Images(_decode(files, size), torch.from_numpy(labels.astype(np.int64)))
 
@@ -127,8 +132,13 @@ def _folder(path, size):
         if list(found[0]) != list(found[1]):
             raise ValueError(f"data: {path}: train has the classes {list(found[0])}, test {list(found[1])}")
     else:
-        found = [{name: [f for i, f in enumerate(files) if (i % HELD_OUT == 0) == test]
-                  for name, files in _classes(path).items()} for test in (False, True)]
+        found = [
+            {
+                name: [f for i, f in enumerate(files) if (i % HELD_OUT == 0) == test]
+                for name, files in _classes(path).items()
+            }
+            for test in (False, True)
+        ]
     made = []
     for classes in found:
         files = [(file, i) for i, files in enumerate(classes.values()) for file in files]
@@ -140,8 +150,11 @@ def _folder(path, size):
 
 def _classes(path):
     """{class: image files}."""
-    found = {folder.name: sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES)
-             for folder in sorted(path.iterdir()) if folder.is_dir()}
+    found = {
+        folder.name: sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES)
+        for folder in sorted(path.iterdir())
+        if folder.is_dir()
+    }
     found = {name: files for name, files in found.items() if files}
     if len(found) < 2:
         raise ValueError(f"data: {path}: expected folders of images, one per class, found {len(found)}")
@@ -154,7 +167,7 @@ def _classes(path):
 def batches(images, size, generator):
     """Shuffled, augmented and normalised training batches of one epoch; what is left of the last one is dropped."""
     order = torch.randperm(len(images.y), generator=generator, device=images.x.device)
-    for i in order[:len(order) // size * size].split(size):
+    for i in order[: len(order) // size * size].split(size):
         yield normalise(augment(images.x[i], generator)), images.y[i]
 
 

@@ -144,7 +144,9 @@ def table(found, folders):
         else "\n\nNothing here was measured on a GPU: the CUDA and Triton kernels were compiled, their machine "
         "code was checked, and\nthey were run on a CPU bit for bit; no GPU has run them yet."
     )
-    notes = f"{name}; networks were trained on one core of it. * quantizes to the nearest code alone: no LSBs, no penalty."
+    notes = (
+        f"{name}; networks were trained on one core of it. * quantizes to the nearest code alone: no LSBs, no penalty."
+    )
     return report.markdown(["what", "where", "measured"], [list(line) for line in lines]) + f"\n\n{notes}{gpu}"
 
 

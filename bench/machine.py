@@ -27,11 +27,17 @@ def keep_memory():
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return
-    done = [libc.mallopt(option, value) for option, value in (
-        (M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 1 << 28))]
+    done = [
+        libc.mallopt(option, value) for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 1 << 28))
+    ]
     if all(done):
-        _allocator.update(name="glibc keeps freed memory", M_MMAP_MAX=0, M_TRIM_THRESHOLD="never", M_TOP_PAD=1 << 28,
-                          large_workloads=WITHOUT_THREAD_CACHES)
+        _allocator.update(
+            name="glibc keeps freed memory",
+            M_MMAP_MAX=0,
+            M_TRIM_THRESHOLD="never",
+            M_TOP_PAD=1 << 28,
+            large_workloads=WITHOUT_THREAD_CACHES,
+        )
 
 
 def has_thread_caches():
@@ -64,23 +70,33 @@ def _version(module):
 
 def _gpu():
     properties = torch.cuda.get_device_properties(0)
-    driver = output("nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit",
-                     "--format=csv,noheader")
-    return {"device": properties.name, "driver": driver.splitlines()[0] if driver else "unknown",
-            "cuda": torch.version.cuda, "multiprocessors": properties.multi_processor_count,
-            "memory_gib": round(properties.total_memory / 2**30, 1), "l2_bytes": properties.L2_cache_size}
+    driver = output(
+        "nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit", "--format=csv,noheader"
+    )
+    return {
+        "device": properties.name,
+        "driver": driver.splitlines()[0] if driver else "unknown",
+        "cuda": torch.version.cuda,
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "l2_bytes": properties.L2_cache_size,
+    }
 
 
 def _cpu():
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.*)", info.read_text()) if info.exists() else []
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    return {"device": f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads, "
-                      f"{torch.backends.cpu.get_cpu_capability()}",
-            "driver": f"{platform.system()} {re.match('[0-9.]*', platform.release())[0]}",
-            "threads": torch.get_num_threads(), "last_level_cache_bytes": last_level_cache(),
-            "second_level_cache_bytes": cache_bytes(level=2),
-            "huge_pages": pages.read_text().strip() if pages.exists() else "unknown", "allocator": dict(_allocator)}
+    return {
+        "device": f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}",
+        "driver": f"{platform.system()} {re.match('[0-9.]*', platform.release())[0]}",
+        "threads": torch.get_num_threads(),
+        "last_level_cache_bytes": last_level_cache(),
+        "second_level_cache_bytes": cache_bytes(level=2),
+        "huge_pages": pages.read_text().strip() if pages.exists() else "unknown",
+        "allocator": dict(_allocator),
+    }
 
 
 def last_level_cache():
@@ -106,6 +122,12 @@ def describe(device):
 
 def versions():
     """Software and state of the code."""
-    return {"torch": torch.__version__, "triton": _version("triton"), "python": platform.python_version(),
-            "quantops": quantops.__version__, "commit": commit(), "sources": sources(),
-            "date": datetime.date.today().isoformat()}
+    return {
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "quantops": quantops.__version__,
+        "commit": commit(),
+        "sources": sources(),
+        "date": datetime.date.today().isoformat(),
+    }

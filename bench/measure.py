@@ -67,8 +67,9 @@ def _cpu_calls(functions, bytes_moved, cold_too):
 
 
 def _cuda_calls(functions, captured):
-    flush = torch.empty(max(4 * torch.cuda.get_device_properties(0).L2_cache_size, 1 << 28), dtype=torch.int8,
-                        device="cuda")
+    flush = torch.empty(
+        max(4 * torch.cuda.get_device_properties(0).L2_cache_size, 1 << 28), dtype=torch.int8, device="cuda"
+    )
 
     def events(fn, clear):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -87,8 +88,12 @@ def _cuda_calls(functions, captured):
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    calls = {"cold": {n: (lambda fn=fn: events(fn, True)) for n, fn in functions.items()},
-             "wall": {n: (lambda fn=fn: wall(fn)) for n, fn in functions.items()}, "kernel": {}, "kernel warm": {}}
+    calls = {
+        "cold": {n: (lambda fn=fn: events(fn, True)) for n, fn in functions.items()},
+        "wall": {n: (lambda fn=fn: wall(fn)) for n, fn in functions.items()},
+        "kernel": {},
+        "kernel warm": {},
+    }
     for name in captured:
         try:
             once, many = _graph(functions[name], 1), _graph(functions[name], GRAPH_CALLS)
@@ -122,15 +127,20 @@ def timings(functions, device, bytes_moved, budget, captured):
     cuda = torch.device(device).type == "cuda"
     regimes = _cuda_calls(functions, captured) if cuda else _cpu_calls(functions, bytes_moved, captured)
     shares = {regime: 1 + 2 * (regime in HEADLINE[torch.device(device).type]) for regime in regimes}
-    return {regime: interleave(calls, budget * shares[regime] / sum(shares.values()))
-            for regime, calls in regimes.items()}
+    return {
+        regime: interleave(calls, budget * shares[regime] / sum(shares.values())) for regime, calls in regimes.items()
+    }
 
 
 def summary(times):
     """Median and the 10th and 90th percentile, in seconds."""
     times = sorted(times)
-    return {"median": statistics.median(times), "p10": times[len(times) // 10], "p90": times[-1 - len(times) // 10],
-            "rounds": len(times)}
+    return {
+        "median": statistics.median(times),
+        "p10": times[len(times) // 10],
+        "p90": times[-1 - len(times) // 10],
+        "rounds": len(times),
+    }
 
 
 def ratio(numerator, denominator):

@@ -74,22 +74,62 @@ class MSQ(Float):
     number f: once the target is reached, the layers train on with the nearest rule, with the bits that they have and a
     scale of f mean|w|."""
 
-    def __init__(self, model, steps, *, bits, k, target, grid, scale, penalty, hessian, threshold, strength, prune,
-                 decisions, samples, sample_size, min_bits, nearest, scale_grad, penalty_unit, act_bits=None):
+    def __init__(
+        self,
+        model,
+        steps,
+        *,
+        bits,
+        k,
+        target,
+        grid,
+        scale,
+        penalty,
+        hessian,
+        threshold,
+        strength,
+        prune,
+        decisions,
+        samples,
+        sample_size,
+        min_bits,
+        nearest,
+        scale_grad,
+        penalty_unit,
+        act_bits=None,
+    ):
         super().__init__(model, steps)
         self.nearest, self.found = nearest, None  # the bits of each layer, once they are final
         if nearest is not None and target is None:
             raise ValueError("nearest: expected None, for no bits are found without a target")
         if nearest is not None:
             self._config({"*": bits})  # ValueError now, not when the bits are found
-        quantops.quantize_(model, quantops.MSQConfig(
-            bits=bits, k=k, grid=grid, scale=scale, penalty=penalty, scale_grad=scale_grad, penalty_unit=penalty_unit,
-            act_bits=act_bits, act="input"))
+        quantops.quantize_(
+            model,
+            quantops.MSQConfig(
+                bits=bits,
+                k=k,
+                grid=grid,
+                scale=scale,
+                penalty=penalty,
+                scale_grad=scale_grad,
+                penalty_unit=penalty_unit,
+                act_bits=act_bits,
+                act="input",
+            ),
+        )
         self.decoupled, self.sample_size, self.controller = penalty == "decoupled", sample_size, None
         if target is not None:
             self.controller = quantops.MSQController(
-                model, target, interval=max(1, int(prune * steps / decisions)), threshold=threshold, strength=strength,
-                hessian=hessian, samples=samples, min_bits=min_bits)
+                model,
+                target,
+                interval=max(1, int(prune * steps / decisions)),
+                threshold=threshold,
+                strength=strength,
+                hessian=hessian,
+                samples=samples,
+                min_bits=min_bits,
+            )
             self.log = self.controller.log
 
     @property
@@ -107,15 +147,19 @@ class MSQ(Float):
 
     def after_step(self, step, x, y):
         if self.controller is not None:
-            self.controller.step(lambda: self._loss(x[:self.sample_size], y[:self.sample_size]))
+            self.controller.step(lambda: self._loss(x[: self.sample_size], y[: self.sample_size]))
             if self.nearest is not None and self.controller.done and self.found is None:
                 self._go_on({row.name: row.bits for row in quantops.bit_report(self.model).rows})
         return False
 
     def _config(self, bits):
         return quantops.TruncQuantConfig(
-            bits=(max(bits.values()),), rule="nearest", scale=self.nearest, batch_norm=False,
-            overrides={name: {"bits": n} for name, n in bits.items()})
+            bits=(max(bits.values()),),
+            rule="nearest",
+            scale=self.nearest,
+            batch_norm=False,
+            overrides={name: {"bits": n} for name, n in bits.items()},
+        )
 
     def _go_on(self, bits):
         """By the nearest rule, with these bits. The weights stay the same Parameters."""
@@ -161,8 +205,13 @@ class Truncated(Float):
         if not self.joint:
             return super().backward(forward, x, y)
         with forward.autocast():  # around the call of the root, where the weights are quantized
-            done = quantops.joint_step(forward.model, lambda out: F.cross_entropy(out.float(), y), x,
-                                       weights=[1 / len(self.widths)] * len(self.widths), distill=self.distill)
+            done = quantops.joint_step(
+                forward.model,
+                lambda out: F.cross_entropy(out.float(), y),
+                x,
+                weights=[1 / len(self.widths)] * len(self.widths),
+                distill=self.distill,
+            )
         return done.loss
 
     def average_bits(self):
@@ -227,8 +276,14 @@ class CPQ(Float):
             return False
         self._finish_dropbits()
         report = quantops.bit_report(self.model)
-        self.log.append({"step": step, "compression": report.compression, "average_bits": report.average_bits,
-                         "layers": [{"name": row.name, "bits_after": row.bits} for row in report.rows]})
+        self.log.append(
+            {
+                "step": step,
+                "compression": report.compression,
+                "average_bits": report.average_bits,
+                "layers": [{"name": row.name, "bits_after": row.bits} for row in report.rows],
+            }
+        )
         return True
 
     def _finish_dropbits(self):
@@ -277,8 +332,14 @@ class _BitLevel(Float):
     def note(self, step):
         """Adds the bits to the log."""
         average, ratio = self._compression(self.widths())
-        self.log.append({"step": step, "compression": ratio, "average_bits": average,
-                         "layers": [{"name": name, "bits_after": bits} for name, (_, bits) in self.widths().items()]})
+        self.log.append(
+            {
+                "step": step,
+                "compression": ratio,
+                "average_bits": average,
+                "layers": [{"name": name, "bits_after": bits} for name, (_, bits) in self.widths().items()],
+            }
+        )
 
 
 class BSQ(_BitLevel):

@@ -20,16 +20,25 @@ class ScaleInputs(Inputs):
 def _backward(mean):
     return dict(
         run=lambda x: ops.own_scale_backward(x.w, x.scale, x.grad_scale, mean),
-        check=lambda got, x: equal(got, (reference.own_scale_backward(*each, mean=mean)
-                                         for each in zip(x.w, x.scale, x.grad_scale))),
+        check=lambda got, x: equal(
+            got, (reference.own_scale_backward(*each, mean=mean) for each in zip(x.w, x.scale, x.grad_scale))
+        ),
         peers=op_peers(lambda x, i, bits: reference.own_scale_backward(x.w[i], x.scale[i], x.grad_scale[i], mean=mean)),
-        cuda="items_kernel<OwnScale<T>, 60>")
+        cuda="items_kernel<OwnScale<T>, 60>",
+    )
 
 
 CASES = [
-    Case("own_scale", Inputs, lambda s: s, lambda s: 0, lambda x: ops.own_scale(x.w, False, False),
-         lambda got, x: torch.equal(got, torch.stack([reference.absmax(t) for t in x.w])),
-         op_peers(lambda x, i, bits: x.w[i].abs().max()), cuda="items_kernel<AbsMax<T>, 60>"),
+    Case(
+        "own_scale",
+        Inputs,
+        lambda s: s,
+        lambda s: 0,
+        lambda x: ops.own_scale(x.w, False, False),
+        lambda got, x: torch.equal(got, torch.stack([reference.absmax(t) for t in x.w])),
+        op_peers(lambda x, i, bits: x.w[i].abs().max()),
+        cuda="items_kernel<AbsMax<T>, 60>",
+    ),
     Case("own_scale backward, mean", ScaleInputs, lambda s: s, lambda s: s, **_backward(True)),
     Case("own_scale backward, max", ScaleInputs, lambda s: 2 * s, lambda s: s, **_backward(False)),
 ]

@@ -40,20 +40,50 @@ def _codes_of(data, shape, bits):
 
 
 CASES = [
-    Case("pack 4 bits", PackInputs, lambda s: 4, lambda s: BITS / 8,
-         lambda x: [p.data for p in foreach.pack(x.codes, BITS)],
-         lambda got, x: equal(got, (reference.pack(c, BITS) for c in x.codes)),
-         op_peers(lambda x, i, bits: _bits_of(x.codes[i], bits)), dtypes=(torch.float32,), turns=True),
-    Case("unpack 4 bits", PackInputs, lambda s: BITS / 8, lambda s: 4, lambda x: foreach.unpack(x.packed),
-         lambda got, x: equal(got, x.codes),
-         op_peers(lambda x, i, bits: _codes_of(x.packed[i].data, x.codes[i].shape, bits)), dtypes=(torch.float32,),
-         turns=True),
-    Case("unpack 2 of 4 bits", PackInputs, lambda s: 2 / 8, lambda s: 4, lambda x: foreach.unpack(x.packed, 2),
-         lambda got, x: equal(got, (c >> 2 for c in x.codes)), dtypes=(torch.float32,), turns=True),
-    Case("decode packed 4 bits", PackInputs, lambda s: BITS / 8, lambda s: s,
-         lambda x: foreach.decode(x.packed, x.scale, out_dtype=x.w[0].dtype),
-         lambda got, x: equal(got, (reference.decode(c, s, BITS, dtype=x.w[0].dtype)
-                                    for c, s in zip(x.codes, x.scale))),
-         op_peers(lambda x, i, bits: reference.decode(
-             _codes_of(x.packed[i].data, x.codes[i].shape, bits), x.scale[i], bits, dtype=x.w[0].dtype)), turns=True),
+    Case(
+        "pack 4 bits",
+        PackInputs,
+        lambda s: 4,
+        lambda s: BITS / 8,
+        lambda x: [p.data for p in foreach.pack(x.codes, BITS)],
+        lambda got, x: equal(got, (reference.pack(c, BITS) for c in x.codes)),
+        op_peers(lambda x, i, bits: _bits_of(x.codes[i], bits)),
+        dtypes=(torch.float32,),
+        turns=True,
+    ),
+    Case(
+        "unpack 4 bits",
+        PackInputs,
+        lambda s: BITS / 8,
+        lambda s: 4,
+        lambda x: foreach.unpack(x.packed),
+        lambda got, x: equal(got, x.codes),
+        op_peers(lambda x, i, bits: _codes_of(x.packed[i].data, x.codes[i].shape, bits)),
+        dtypes=(torch.float32,),
+        turns=True,
+    ),
+    Case(
+        "unpack 2 of 4 bits",
+        PackInputs,
+        lambda s: 2 / 8,
+        lambda s: 4,
+        lambda x: foreach.unpack(x.packed, 2),
+        lambda got, x: equal(got, (c >> 2 for c in x.codes)),
+        dtypes=(torch.float32,),
+        turns=True,
+    ),
+    Case(
+        "decode packed 4 bits",
+        PackInputs,
+        lambda s: BITS / 8,
+        lambda s: s,
+        lambda x: foreach.decode(x.packed, x.scale, out_dtype=x.w[0].dtype),
+        lambda got, x: equal(got, (reference.decode(c, s, BITS, dtype=x.w[0].dtype) for c, s in zip(x.codes, x.scale))),
+        op_peers(
+            lambda x, i, bits: reference.decode(
+                _codes_of(x.packed[i].data, x.codes[i].shape, bits), x.scale[i], bits, dtype=x.w[0].dtype
+            )
+        ),
+        turns=True,
+    ),
 ]

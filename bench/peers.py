@@ -68,8 +68,11 @@ def chain_peers(chain, columns=2, graph=True):
         call = torch.compile(lambda w, bits: [chain(t, bits) for t in w])
         return x.leaves, lambda bits: split(call(x.leaves, bits))
 
-    return {"eager": step_peer(eager, graph=graph), "compiled": step_peer(each, compiles=True, graph=True),
-            "compiled list": step_peer(whole, compiles=True, whole_list=True, graph=True)}
+    return {
+        "eager": step_peer(eager, graph=graph),
+        "compiled": step_peer(each, compiles=True, graph=True),
+        "compiled list": step_peer(whole, compiles=True, whole_list=True, graph=True),
+    }
 
 
 # torch's own fake quantizers: nearest code, symmetric, no LSBs, no penalty.
@@ -89,8 +92,10 @@ def torch_per_tensor(x):
 
     def quantize(bits):
         low, high = _range(bits)
-        return [torch.fake_quantize_per_tensor_affine(t, t.detach().abs().max().float() / high, zero, low, high)
-                for t in x.leaves]
+        return [
+            torch.fake_quantize_per_tensor_affine(t, t.detach().abs().max().float() / high, zero, low, high)
+            for t in x.leaves
+        ]
 
     return x.leaves, quantize
 
@@ -101,8 +106,12 @@ def torch_per_channel(x):
 
     def quantize(bits):
         low, high = _range(bits)
-        return [torch.fake_quantize_per_channel_affine(
-            t, t.detach().flatten(1).abs().amax(1).float() / high, zero[t.shape[0]], 0, low, high) for t in x.leaves]
+        return [
+            torch.fake_quantize_per_channel_affine(
+                t, t.detach().flatten(1).abs().amax(1).float() / high, zero[t.shape[0]], 0, low, high
+            )
+            for t in x.leaves
+        ]
 
     return x.leaves, quantize
 
@@ -115,10 +124,14 @@ def torch_learnable(x, per_row):
     def quantize(bits):
         low, high = _range(bits)
         if per_row:
-            return [torch._fake_quantize_learnable_per_channel_affine(t, s, zero[s.numel()], 0, low, high, 1.0)
-                    for t, s in zip(x.leaves, scales)]
-        return [torch._fake_quantize_learnable_per_tensor_affine(t, s, zero[1], low, high, 1.0)
-                for t, s in zip(x.leaves, scales)]
+            return [
+                torch._fake_quantize_learnable_per_channel_affine(t, s, zero[s.numel()], 0, low, high, 1.0)
+                for t, s in zip(x.leaves, scales)
+            ]
+        return [
+            torch._fake_quantize_learnable_per_tensor_affine(t, s, zero[1], low, high, 1.0)
+            for t, s in zip(x.leaves, scales)
+        ]
 
     return [*x.leaves, *scales], quantize
 
@@ -150,10 +163,12 @@ def brevitas(x, per_row):
     layers = []
     for t in x.w:
         matrix = t.reshape(t.shape[0], -1)
-        layer = nn.QuantLinear(matrix.shape[1], matrix.shape[0], bias=False, weight_quant=kind, dtype=t.dtype,
-                               device=t.device)
+        layer = nn.QuantLinear(
+            matrix.shape[1], matrix.shape[0], bias=False, weight_quant=kind, dtype=t.dtype, device=t.device
+        )
         with torch.no_grad():
             layer.weight.copy_(matrix)
         layers.append(layer)
     return [layer.weight for layer in layers], lambda bits: [
-        layer.quant_weight().value.view_as(t) for layer, t in zip(layers, x.w)]
+        layer.quant_weight().value.view_as(t) for layer, t in zip(layers, x.w)
+    ]

@@ -20,8 +20,10 @@ class Device:
 
     def __init__(self, folder):
         self.folder = folder
-        self.ops, self.steps = ({name: read_json(path) for name in IMPLEMENTATIONS
-                                 if (path := folder / f"{kind}-{name}.json").exists()} for kind in ("ops", "steps"))
+        self.ops, self.steps = (
+            {name: read_json(path) for name in IMPLEMENTATIONS if (path := folder / f"{kind}-{name}.json").exists()}
+            for kind in ("ops", "steps")
+        )
 
     @property
     def all(self):
@@ -42,15 +44,20 @@ class Device:
         states = sorted({f"{r['machine']['commit']} of {r['machine']['date']}" for r in self.all})
         allocator = f", allocator: {m['allocator']['name']}" if "allocator" in m else ""
         cuda = f", CUDA {m['cuda']}" if "cuda" in m else ""
-        return (f"{m['device']}, {m['driver']}{cuda}, torch {m['torch']}, triton {m['triton']}{allocator}; commit "
-                f"{', '.join(states)}.")
+        return (
+            f"{m['device']}, {m['driver']}{cuda}, torch {m['torch']}, triton {m['triton']}{allocator}; commit "
+            f"{', '.join(states)}."
+        )
 
 
 def devices(folders=None):
     """The folders that have results, the latest first; of one day, that with most rows."""
     found = [Device(Path(f)) for f in folders or sorted(p for p in RESULTS.iterdir() if p.is_dir())]
-    return sorted((d for d in found if d.all), reverse=True,
-                  key=lambda d: (max(r["machine"]["date"] for r in d.all), sum(len(r["rows"]) for r in d.all)))
+    return sorted(
+        (d for d in found if d.all),
+        reverse=True,
+        key=lambda d: (max(r["machine"]["date"] for r in d.all), sum(len(r["rows"]) for r in d.all)),
+    )
 
 
 def _time(seconds):
@@ -75,19 +82,42 @@ def step_table(device, case=STEP):
     peers = [p for p in _peers_of(rows) if any(p in r["ratio"] for r in rows)]
     others = [name for name in device.ops if device.ops[name] is not device.peers]
     first = next(iter(device.ops))
-    head = ["weights", f"quantops, {IMPLEMENTATIONS[first]}", *(IMPLEMENTATIONS[o] for o in others), *peers,
-            "kept, B/weight", "eager keeps", "peak, B/weight", "eager's peak"]
+    head = [
+        "weights",
+        f"quantops, {IMPLEMENTATIONS[first]}",
+        *(IMPLEMENTATIONS[o] for o in others),
+        *peers,
+        "kept, B/weight",
+        "eager keeps",
+        "peak, B/weight",
+        "eager's peak",
+    ]
     body = []
     for r in rows:
         ours = r["times"][r["headline"]][OURS]["median"]
-        again = [next((q for q in device.ops[o]["rows"] if (q["case"], q["workload"], q["dtype"]) == (
-            case, r["workload"], r["dtype"])), None) for o in others]
-        body.append([f"{r['workload']} {SHORT[r['dtype']]}", _time(ours),
-                     *("" if q is None else _time(q["times"][q["headline"]][OURS]["median"]) for q in again),
-                     *(f"{r['ratio'][p]:.1f}x" if p in r["ratio"] else "" for p in peers),
-                     f"{targets.kept(r):.2f}", f"{targets.kept(r, 'eager'):.0f}" if "eager" in r["saved_bytes"] else "",
-                     f"{r['peak_bytes'][OURS] / r['numel']:.0f}",
-                     f"{r['peak_bytes']['eager'] / r['numel']:.0f}" if "eager" in r["peak_bytes"] else ""])
+        again = [
+            next(
+                (
+                    q
+                    for q in device.ops[o]["rows"]
+                    if (q["case"], q["workload"], q["dtype"]) == (case, r["workload"], r["dtype"])
+                ),
+                None,
+            )
+            for o in others
+        ]
+        body.append(
+            [
+                f"{r['workload']} {SHORT[r['dtype']]}",
+                _time(ours),
+                *("" if q is None else _time(q["times"][q["headline"]][OURS]["median"]) for q in again),
+                *(f"{r['ratio'][p]:.1f}x" if p in r["ratio"] else "" for p in peers),
+                f"{targets.kept(r):.2f}",
+                f"{targets.kept(r, 'eager'):.0f}" if "eager" in r["saved_bytes"] else "",
+                f"{r['peak_bytes'][OURS] / r['numel']:.0f}",
+                f"{r['peak_bytes']['eager'] / r['numel']:.0f}" if "eager" in r["peak_bytes"] else "",
+            ]
+        )
     notes = {name: note for r in rows for name, note in r["notes"].items()}
     text = "; ".join(f"{name}: {note}" for name, note in notes.items())
     return markdown(head, body) + (f"\n\nLess work than the op: {text}." if text else "")
@@ -100,9 +130,14 @@ def compile_table(device, case=STEP):
     for name, result in device.ops.items():
         for r in (r for r in result["rows"] if r["case"] == case and r["workload"] != CALL):
             ours = [r["first_calls"][OURS]["first_call"]]
-            for label, values in ((f"quantops, {IMPLEMENTATIONS[name]}", ours),
-                                  *((peer, [seconds[k] for k in ("first_call", "change_of_bits", "second_change")])
-                                    for peer, seconds in r["first_calls"].items() if peer != OURS)):
+            for label, values in (
+                (f"quantops, {IMPLEMENTATIONS[name]}", ours),
+                *(
+                    (peer, [seconds[k] for k in ("first_call", "change_of_bits", "second_change")])
+                    for peer, seconds in r["first_calls"].items()
+                    if peer != OURS
+                ),
+            ):
                 cells = [f"{v:.2f} s" for v in values] + ["-"] * (3 - len(values))
                 body.append([f"{r['workload']} {r['dtype']}", label, *cells])
     return markdown(["weights", "by", "first call", "first change of bits", "second"], body) if body else ""
@@ -111,9 +146,12 @@ def compile_table(device, case=STEP):
 def share_table(device, promised=False):
     """Share of a copy of each op on each workload, or on those that have a target alone; a cell has one figure per
     implementation, those that miss a target are bold."""
-    rows = {(name, r["case"], r["workload"], r["dtype"]): r for name, result in device.ops.items()
-            for r in result["rows"]
-            if (r["workload"] in targets.LARGE + targets.LISTS if promised else r["workload"] != CALL)}
+    rows = {
+        (name, r["case"], r["workload"], r["dtype"]): r
+        for name, result in device.ops.items()
+        for r in result["rows"]
+        if (r["workload"] in targets.LARGE + targets.LISTS if promised else r["workload"] != CALL)
+    }
     if not rows:
         return ""
     cases = list(dict.fromkeys(key[1] for key in rows))
@@ -128,8 +166,10 @@ def share_table(device, promised=False):
                 figures.append(f"**{v:.2f}**" if least is not None and v < least else f"{v:.2f}")
         return " / ".join(figures)
 
-    return markdown(["op", *(f"{w} {SHORT[d]}" for w, d in kinds)],
-                    [[case, *(cell(case, *kind) for kind in kinds)] for case in cases])
+    return markdown(
+        ["op", *(f"{w} {SHORT[d]}" for w, d in kinds)],
+        [[case, *(cell(case, *kind) for kind in kinds)] for case in cases],
+    )
 
 
 def reason_table(device):
@@ -137,12 +177,28 @@ def reason_table(device):
     body = []
     for result in device.ops.values():
         for why in targets.reasons(result):
-            body.append([
-                why.row["case"], f"{why.row['workload']} {SHORT[why.row['dtype']]}", f"{why.share:.2f}",
-                f"{why.limit:.2f}", f"{1e12 * why.seconds:.0f}", f"{1e12 * why.copy:.0f}", f"{why.most:.2f}",
-                "arithmetic" if why.arithmetic else "not by arithmetic alone"])
-    head = ["op", "weights", "share of a copy", "target", "ps per weight from cache", "copy from memory, ps",
-            "share at most", "bound by"]
+            body.append(
+                [
+                    why.row["case"],
+                    f"{why.row['workload']} {SHORT[why.row['dtype']]}",
+                    f"{why.share:.2f}",
+                    f"{why.limit:.2f}",
+                    f"{1e12 * why.seconds:.0f}",
+                    f"{1e12 * why.copy:.0f}",
+                    f"{why.most:.2f}",
+                    "arithmetic" if why.arithmetic else "not by arithmetic alone",
+                ]
+            )
+    head = [
+        "op",
+        "weights",
+        "share of a copy",
+        "target",
+        "ps per weight from cache",
+        "copy from memory, ps",
+        "share at most",
+        "bound by",
+    ]
     return markdown(head, body) if body else ""
 
 
@@ -156,34 +212,64 @@ def row_table(device):
     for name, result in device.ops.items():
         for r in result["rows"]:
             spread = r["times"][r["headline"]][OURS]
-            body.append([
-                IMPLEMENTATIONS[name], r["case"], f"{r['workload']} {r['dtype']}", _time(spread["median"]),
-                f"{_time(spread['p10'])} .. {_time(spread['p90'])}", f"{r['gigabytes_per_second'][r['headline']]:.1f}",
-                ", ".join(f"{regime} {v:.2f}" for regime, v in r["share_of_copy"].items()),
-                ", ".join(f"{p} {v:.1f}x" for p, v in r["ratio"].items()),
-                ", ".join(f"{p} {v}" for p, v in r["launches"].items()),
-                ", ".join(f"{p} {v / r['numel']:.1f}" for p, v in r["peak_bytes"].items())])
-    return markdown(["by", "op", "weights", "time", "10th..90th percentile", "GB/s", "share of a copy", "peers",
-                     "launches (CPU: dispatches)", "peak, B/weight"], body)
+            body.append(
+                [
+                    IMPLEMENTATIONS[name],
+                    r["case"],
+                    f"{r['workload']} {r['dtype']}",
+                    _time(spread["median"]),
+                    f"{_time(spread['p10'])} .. {_time(spread['p90'])}",
+                    f"{r['gigabytes_per_second'][r['headline']]:.1f}",
+                    ", ".join(f"{regime} {v:.2f}" for regime, v in r["share_of_copy"].items()),
+                    ", ".join(f"{p} {v:.1f}x" for p, v in r["ratio"].items()),
+                    ", ".join(f"{p} {v}" for p, v in r["launches"].items()),
+                    ", ".join(f"{p} {v / r['numel']:.1f}" for p, v in r["peak_bytes"].items()),
+                ]
+            )
+    return markdown(
+        [
+            "by",
+            "op",
+            "weights",
+            "time",
+            "10th..90th percentile",
+            "GB/s",
+            "share of a copy",
+            "peers",
+            "launches (CPU: dispatches)",
+            "peak, B/weight",
+        ],
+        body,
+    )
 
 
 def call_line(device):
     """Microseconds of eager calls."""
     return "\n\n".join(
         f"Microseconds of an eager call on 64 elements, {IMPLEMENTATIONS[name]}: "
-        + ", ".join(f"`{call}` {v:.1f}" for call, v in result["call_microseconds"].items()) + "."
-        for name, result in device.ops.items())
+        + ", ".join(f"`{call}` {v:.1f}" for call, v in result["call_microseconds"].items())
+        + "."
+        for name, result in device.ops.items()
+    )
 
 
 def steps_tables(device):
     """Training steps, as multiples of the unquantized one of their group: MSQ's, then TruncQuant's of all widths."""
-    return "\n\n".join(filter(None, (_steps_table(device, steps.BASE, steps.VARIANTS),
-                                     _steps_table(device, steps.JOINT_BASE, steps.JOINT))))
+    return "\n\n".join(
+        filter(
+            None,
+            (_steps_table(device, steps.BASE, steps.VARIANTS), _steps_table(device, steps.JOINT_BASE, steps.JOINT)),
+        )
+    )
 
 
 def _steps_table(device, group, variants):
-    rows = [(name, r) for name, result in device.steps.items() for r in result["rows"]
-            if r["base"].partition(",")[0] == group]
+    rows = [
+        (name, r)
+        for name, result in device.steps.items()
+        for r in result["rows"]
+        if r["base"].partition(",")[0] == group
+    ]
     if not rows:
         return ""
     labels = [v for v in variants if v != group]
@@ -192,9 +278,16 @@ def _steps_table(device, group, variants):
         shorter = {label.partition(",")[0]: v for label, v in r["ratio"].items()}
         compiled = ", compiled model" if "," in r["base"] else ""
         base = r["times"].get(r["base"])
-        body.append([f"{r['network']}{compiled}", "x".join(map(str, r["input"])), r["dtype"], IMPLEMENTATIONS[name],
-                     _time(base["median"]) if base else "",
-                     *(f"{shorter[v]:.3f}x" if v in shorter else "" for v in labels)])
+        body.append(
+            [
+                f"{r['network']}{compiled}",
+                "x".join(map(str, r["input"])),
+                r["dtype"],
+                IMPLEMENTATIONS[name],
+                _time(base["median"]) if base else "",
+                *(f"{shorter[v]:.3f}x" if v in shorter else "" for v in labels),
+            ]
+        )
     return markdown(["network", "input", "arithmetic", "by", group, *labels], body)
 
 
@@ -229,18 +322,26 @@ def summary(device):
     """The part of the first device in bench/README.md."""
     parts = [brief(device)]
     if device.ops:
-        parts += ["The MSQ step (scales, quantized weights, sums, gradient); peers as multiples of quantops' time:",
-                  step_table(device)]
-        parts += ["Share of a copy's speed (1.00: as fast as torch copies the bytes that the op must move"
-                  + (f"; {' / '.join(IMPLEMENTATIONS[n] for n in device.ops)}" if len(device.ops) > 1 else "")
-                  + "; bold: misses the target):", share_table(device, promised=True)]
+        parts += [
+            "The MSQ step (scales, quantized weights, sums, gradient); peers as multiples of quantops' time:",
+            step_table(device),
+        ]
+        parts += [
+            "Share of a copy's speed (1.00: as fast as torch copies the bytes that the op must move"
+            + (f"; {' / '.join(IMPLEMENTATIONS[n] for n in device.ops)}" if len(device.ops) > 1 else "")
+            + "; bold: misses the target):",
+            share_table(device, promised=True),
+        ]
         if reason_table(device):
-            parts += ["What misses its target, and the measured reason: the op's time per weight on a tensor in one "
-                      f"core's caches ({targets.CACHED} weights, 10th percentile, less the time of a call, over "
-                      f"{_gains(device)}, as many times as fast as one thread all are there), the time in which all "
-                      "threads copy the bytes of a weight from memory, and the share of the copy's speed that the "
-                      "first leaves, however well memory is used (not told of ops that were faster from memory than "
-                      "from caches, in a disturbed run):", reason_table(device)]
+            parts += [
+                "What misses its target, and the measured reason: the op's time per weight on a tensor in one "
+                f"core's caches ({targets.CACHED} weights, 10th percentile, less the time of a call, over "
+                f"{_gains(device)}, as many times as fast as one thread all are there), the time in which all "
+                "threads copy the bytes of a weight from memory, and the share of the copy's speed that the "
+                "first leaves, however well memory is used (not told of ops that were faster from memory than "
+                "from caches, in a disturbed run):",
+                reason_table(device),
+            ]
         parts.append(call_line(device))
     if device.steps:
         parts += ["Whole training steps, as multiples of the unquantized step of the same run:", steps_tables(device)]
@@ -255,9 +356,11 @@ def page(device):
     parts = [f"# Benchmarks: {device.machine['device']}", summary(device)]
     parts += [f"![{name}]({name}.png)" for name in plots(device) if (device.folder / f"{name}.png").exists()]
     if device.ops:
-        for title, text in (("Share of a copy, all weights", share_table(device)),
-                            ("What the first calls cost, for the MSQ step", compile_table(device)),
-                            ("Every row", row_table(device))):
+        for title, text in (
+            ("Share of a copy, all weights", share_table(device)),
+            ("What the first calls cost, for the MSQ step", compile_table(device)),
+            ("Every row", row_table(device)),
+        ):
             parts += [f"## {title}", text] if text else []
     if absences(device):
         parts += ["## Left out, and why", absences(device)]
@@ -316,8 +419,9 @@ def _draw_roofline(device, figure):
     for name, result in device.ops.items():
         for dtype in dict.fromkeys(r["dtype"] for r in result["rows"]):
             workload = _largest(device, dtype)
-            rows = {r["case"]: targets.share(r) for r in result["rows"]
-                    if r["workload"] == workload and r["dtype"] == dtype}
+            rows = {
+                r["case"]: targets.share(r) for r in result["rows"] if r["workload"] == workload and r["dtype"] == dtype
+            }
             series[f"{IMPLEMENTATIONS[name]}, {workload} {dtype}"] = [rows.get(c) for c in cases]
     _bars(axis, cases, series)
     axis.axvline(1, color="0.3", lw=1)
@@ -333,11 +437,21 @@ def _draw_memory(device, figure):
     workload, dtype = most["workload"], most["dtype"]
     rows = [r for r in rows if r["workload"] == workload and r["dtype"] == dtype]
     names, axes = [OURS, *_peers_of(rows)], figure.subplots(1, 2, sharey=True)
-    for axis, key, title in zip(axes, ("saved_bytes", "peak_bytes"), (
-            "kept for the backward pass, beyond the parameters", "most allocated at once, results among it")):
-        _bars(axis, [r["case"] for r in rows], {
-            n: [r[key][n] / r["numel"] if n in r[key] else None for r in rows]
-            for n in names if any(n in r[key] for r in rows)}, "%.0f")
+    for axis, key, title in zip(
+        axes,
+        ("saved_bytes", "peak_bytes"),
+        ("kept for the backward pass, beyond the parameters", "most allocated at once, results among it"),
+    ):
+        _bars(
+            axis,
+            [r["case"] for r in rows],
+            {
+                n: [r[key][n] / r["numel"] if n in r[key] else None for r in rows]
+                for n in names
+                if any(n in r[key] for r in rows)
+            },
+            "%.0f",
+        )
         axis.set(title=title, xlabel=f"bytes per weight, {workload} {dtype}")
 
 
@@ -345,9 +459,14 @@ def _draw_steps(device, figure):
     axis = figure.subplots()
     rows = [r for result in device.steps.values() for r in result["rows"]]
     labels = list(dict.fromkeys(label for r in rows for label in r["ratio"]))
-    _bars(axis, [f"{r['network']}{', compiled' * (',' in r['base'])}{', all widths' * (r['base'] == steps.JOINT_BASE)}"
-                 for r in rows],
-          {label: [r["ratio"].get(label) for r in rows] for label in labels})
+    _bars(
+        axis,
+        [
+            f"{r['network']}{', compiled' * (',' in r['base'])}{', all widths' * (r['base'] == steps.JOINT_BASE)}"
+            for r in rows
+        ],
+        {label: [r["ratio"].get(label) for r in rows] for label in labels},
+    )
     axis.axvline(1, color="0.3", lw=1)
     axis.set(title=f"time of a training step, unquantized = 1\n{device.machine['device']}", xlabel="multiple")
 
@@ -374,7 +493,7 @@ def insert(path, text, begin=BEGIN, end=END):
     old = path.read_text()
     if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
         raise SystemExit(f"{path}: expected one {begin} and, after it, one {end}")
-    path.write_text(f"{old[:old.index(begin)]}{begin}\n{text}\n{old[old.index(end):]}")
+    path.write_text(f"{old[: old.index(begin)]}{begin}\n{text}\n{old[old.index(end) :]}")
 
 
 def report(args):

@@ -22,18 +22,21 @@ from quantops.library import ops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NETWORKS = ("resnet20", "resnet50", "mobilenet_v3_large", "deit_small", "transformer_1b")
-WORKLOADS = {"cpu": (CALL, "64K", "1M", "16M", "256M", *NETWORKS),
-             "cuda": ("64K", "1M", "16M", "256M", *NETWORKS)}
+WORKLOADS = {"cpu": (CALL, "64K", "1M", "16M", "256M", *NETWORKS), "cuda": ("64K", "1M", "16M", "256M", *NETWORKS)}
 BUDGET = {"cpu": 0.4, "cuda": 0.25}  # seconds of timing for a row
 
 # torch.compile takes seconds per graph, and a minute or more for a list as one graph: not everything is compiled unless
 # asked for. The result says what was left out.
 COMPILED = ("16M",)
 SOFT = "categorical step, soft gradient, 4 bits"  # with all classes, for which memory ends before 16M
-COMPILED_STEPS = {"cpu": {(SOFT, "1M", "float32"),
-                          *(("msq step", w, "float32") for w in ("64K", "1M", "resnet20", "resnet50"))},
-                  "cuda": {(step, w, "float32") for step in ("msq step", "truncate step")
-                           for w in ("64K", "1M", "256M", "resnet20", "resnet50", "deit_small", "transformer_1b")}}
+COMPILED_STEPS = {
+    "cpu": {(SOFT, "1M", "float32"), *(("msq step", w, "float32") for w in ("64K", "1M", "resnet20", "resnet50"))},
+    "cuda": {
+        (step, w, "float32")
+        for step in ("msq step", "truncate step")
+        for w in ("64K", "1M", "256M", "resnet20", "resnet50", "deit_small", "transformer_1b")
+    },
+}
 LARGEST_GRAPH = 1 << 26  # elements; a CUDA graph holds memory of its own, and of larger ones launches are no part
 
 
@@ -134,22 +137,39 @@ def measure_one(case, workload, dtype, plan):
     times = {r: of for r, of in times.items() if OURS in of and COPY in of}  # without those that no CUDA graph held
     headline = next(r for r in measure.HEADLINE[torch.device(device).type] if r in times)
 
-    row = {"case": case.name, "family": case.family, "workload": workload, "dtype": dtype, "numel": x.numel,
-           "tensors": x.tensors, "trains": case.forward is not None, "keeps": case.keeps(DTYPES[dtype].itemsize),
-           "bytes_per_weight": moved, "headline": headline, "copy_factor": factor,
-           "times": {regime: {name: measure.summary(t) for name, t in of.items()} for regime, of in times.items()},
-           "share_of_copy": {r: factor * measure.ratio(of[COPY], of[OURS]) for r, of in times.items()},
-           "ratio": {name: _ratio(times, headline, name) for name in peers},
-           "gigabytes_per_second": {
-               r: moved * x.numel / measure.summary(of[OURS])["median"] / 1e9 for r, of in times.items()},
-           "peak_bytes": {name: measure.peak_bytes(f, device) for name, f in functions.items() if name != COPY},
-           "launches": {name: measure.launches(f, device) for name, f in functions.items()
-                        if plan.counts_launches(workload, dtype) and (plan.cuda or name not in compiled)},
-           "first_calls": {OURS: {"first_call": first}, **compiled}, "absent": absent,
-           "notes": {name: peer.note for name, (peer, _) in peers.items() if peer.note}}
+    row = {
+        "case": case.name,
+        "family": case.family,
+        "workload": workload,
+        "dtype": dtype,
+        "numel": x.numel,
+        "tensors": x.tensors,
+        "trains": case.forward is not None,
+        "keeps": case.keeps(DTYPES[dtype].itemsize),
+        "bytes_per_weight": moved,
+        "headline": headline,
+        "copy_factor": factor,
+        "times": {regime: {name: measure.summary(t) for name, t in of.items()} for regime, of in times.items()},
+        "share_of_copy": {r: factor * measure.ratio(of[COPY], of[OURS]) for r, of in times.items()},
+        "ratio": {name: _ratio(times, headline, name) for name in peers},
+        "gigabytes_per_second": {
+            r: moved * x.numel / measure.summary(of[OURS])["median"] / 1e9 for r, of in times.items()
+        },
+        "peak_bytes": {name: measure.peak_bytes(f, device) for name, f in functions.items() if name != COPY},
+        "launches": {
+            name: measure.launches(f, device)
+            for name, f in functions.items()
+            if plan.counts_launches(workload, dtype) and (plan.cuda or name not in compiled)
+        },
+        "first_calls": {OURS: {"first_call": first}, **compiled},
+        "absent": absent,
+        "notes": {name: peer.note for name, (peer, _) in peers.items() if peer.note},
+    }
     if case.forward:
-        forwards = {OURS: case.forward, **{name: peer.forward for name, (peer, _) in peers.items()
-                                           if peer.forward and not peer.compiles}}
+        forwards = {
+            OURS: case.forward,
+            **{name: peer.forward for name, (peer, _) in peers.items() if peer.forward and not peer.compiles},
+        }
         row["saved_bytes"] = {name: measure.saved_bytes(*forward(x)) for name, forward in forwards.items()}
     return row
 
@@ -216,9 +236,11 @@ def line(row):
     saved = row.get("saved_bytes")
     kept = f"   keeps {saved[OURS] / row['numel']:.2f} B/weight" if saved else ""
     ours = 1e3 * row["times"][headline][OURS]["median"]
-    return (f"{row['case']:26} {row['workload']:19} {row['dtype']:9} {ours:9.3f} ms  "
-            f"{row['gigabytes_per_second'][headline]:7.1f} GB/s  {row['share_of_copy'][headline]:5.2f} of a copy"
-            f"{others}{kept}")
+    return (
+        f"{row['case']:26} {row['workload']:19} {row['dtype']:9} {ours:9.3f} ms  "
+        f"{row['gigabytes_per_second'][headline]:7.1f} GB/s  {row['share_of_copy'][headline]:5.2f} of a copy"
+        f"{others}{kept}"
+    )
 
 
 def noisy(rows):
@@ -250,10 +272,18 @@ def run(args):
     done = {(r["case"], r["workload"], r["dtype"]) for r in [*result.rows, *left_out]}
     workloads = args.workloads.split(",") if args.workloads else WORKLOADS[plan.kind]
     wanted = _wanted(args.cases)
-    rows = [(case, workload, dtype) for workload in workloads for dtype in args.dtypes.split(",") for case in cases()
-            if case.name in wanted and DTYPES[dtype] in case.dtypes and (case.name, workload, dtype) not in done]
-    apart = set() if plan.cuda or args.allocator_as_is or not machine.has_thread_caches() else {
-        w for w in workloads if is_large(shapes_of(w))}
+    rows = [
+        (case, workload, dtype)
+        for workload in workloads
+        for dtype in args.dtypes.split(",")
+        for case in cases()
+        if case.name in wanted and DTYPES[dtype] in case.dtypes and (case.name, workload, dtype) not in done
+    ]
+    apart = (
+        set()
+        if plan.cuda or args.allocator_as_is or not machine.has_thread_caches()
+        else {w for w in workloads if is_large(shapes_of(w))}
+    )
     for case, workload, dtype in rows:
         if workload in apart:
             continue
@@ -295,17 +325,41 @@ def _wanted(names):
 def _apart(args, case, workload, dtype, end):
     """Goes on with a large row in a process of its own, without thread caches and what peers before it have kept; gives
     its exit status."""
-    return subprocess.run([sys.executable, "-m", "bench", *args.argv, "--cases", case, "--workloads", workload,
-                           "--dtypes", dtype, "--resume", "--seconds", str(max(end - time.monotonic(), 1))],
-                          env={**os.environ, **machine.WITHOUT_THREAD_CACHES}).returncode
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "bench",
+            *args.argv,
+            "--cases",
+            case,
+            "--workloads",
+            workload,
+            "--dtypes",
+            dtype,
+            "--resume",
+            "--seconds",
+            str(max(end - time.monotonic(), 1)),
+        ],
+        env={**os.environ, **machine.WITHOUT_THREAD_CACHES},
+    ).returncode
 
 
 def _each_backend(args):
     """A process per backend, since one is chosen at import; the peers are measured beside the first."""
     end, worst = time.monotonic() + args.seconds, 0
     for i, backend in enumerate(args.backends.split(",")):
-        command = [sys.executable, "-m", "bench", *args.argv, "--backends", "", "--seconds",
-                   str(max(end - time.monotonic(), 1)), *["--no-peers"] * (i > 0)]
+        command = [
+            sys.executable,
+            "-m",
+            "bench",
+            *args.argv,
+            "--backends",
+            "",
+            "--seconds",
+            str(max(end - time.monotonic(), 1)),
+            *["--no-peers"] * (i > 0),
+        ]
         print(f"QUANTOPS_BACKEND={backend}", flush=True)
         status = subprocess.run(command, env={**os.environ, "QUANTOPS_BACKEND": backend}).returncode
         if status == store.UNFINISHED:

@@ -12,8 +12,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 # Those of setup.py.
-FLAGS = ["-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", "-DUSE_CUDA",
-         "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fmad=false",
+    "--expt-relaxed-constexpr",
+    "-DUSE_CUDA",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+]
 
 
 def nvcc():
@@ -69,8 +75,9 @@ class Kernel:
     def spans(self, nested=False):
         """Addresses (first, last) of the innermost loops, or of all."""
         spans = [(to, at) for at, text in self.code if (to := target(text)) is not None and to < at]
-        return spans if nested else [
-            s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
+        return (
+            spans if nested else [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
+        )
 
     def opcodes(self):
         """{opcode with its modifiers: how often}."""
@@ -169,22 +176,46 @@ def cuda_kernels(archs, folder, sources=None, timeout=900):
     for source in SOURCES if sources is None else sources:
         for arch in archs:
             made = Path(folder) / f"{source.stem}_{arch}.o"
-            jobs.append((arch, made, subprocess.Popen([
-                nvcc(), "-c", str(source), "-o", str(made), *FLAGS,
-                f"-gencode=arch=compute_{arch},code=[sm_{arch},compute_{arch}]", "-Xptxas", "-v", "-Xcompiler", "-fPIC",
-                *(f"-I{p}" for p in include_paths())], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)))
+            jobs.append(
+                (
+                    arch,
+                    made,
+                    subprocess.Popen(
+                        [
+                            nvcc(),
+                            "-c",
+                            str(source),
+                            "-o",
+                            str(made),
+                            *FLAGS,
+                            f"-gencode=arch=compute_{arch},code=[sm_{arch},compute_{arch}]",
+                            "-Xptxas",
+                            "-v",
+                            "-Xcompiler",
+                            "-fPIC",
+                            *(f"-I{p}" for p in include_paths()),
+                        ],
+                        text=True,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.STDOUT,
+                    ),
+                )
+            )
     for arch, made, job in jobs:
         log = job.communicate(timeout=timeout)[0]
         if job.returncode:
             raise RuntimeError(log)
         report = re.findall(
             r"Function properties for (\S+)\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill "
-            r"loads\n.*?Used (\d+) registers(.*)", log)
+            r"loads\n.*?Used (\d+) registers(.*)",
+            log,
+        )
         names = dict(zip((r[0] for r in report), _demangle(r[0] for r in report)))
         for mangled, stack, stores, loads, registers, rest in report:
             shared = re.search(r"(\d+) bytes smem", rest)
-            found[arch, names[mangled]] = Kernel(int(stack), int(stores) + int(loads), int(registers),
-                                                 int(shared[1]) if shared else 0)
+            found[arch, names[mangled]] = Kernel(
+                int(stack), int(stores) + int(loads), int(registers), int(shared[1]) if shared else 0
+            )
         parts = re.split(r"Function : (\S+)", run(cuobjdump, "-sass", made))
         for mangled, body in zip(parts[1::2], parts[2::2]):
             found[arch, names[mangled]].code = _instructions(body)
@@ -230,18 +261,24 @@ def triton_binary(launch, arch, fusion=None):
     if fusion is not None:
         options["enable_fp_fusion"] = fusion
     values = dict(zip(kernel.arg_names, launch.args)) | {
-        k: v for k, v in launch.constants.items() if k in kernel.arg_names}
+        k: v for k, v in launch.constants.items() if k in kernel.arg_names
+    }
 
     def name(dtype):
         return str(dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf").replace("int", "i")
 
     names = {torch.bool: "i1", torch.uint8: "u8"}
-    types = {n: "*" + names.get(v.dtype, name(v.dtype)) if isinstance(v, torch.Tensor) else "constexpr"
-             for n, v in values.items()}
+    types = {
+        n: "*" + names.get(v.dtype, name(v.dtype)) if isinstance(v, torch.Tensor) else "constexpr"
+        for n, v in values.items()
+    }
     fixed = {n: v for n, v in values.items() if not isinstance(v, torch.Tensor)}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if types[n] != "constexpr"}
-    return triton.compile(ASTSource(kernel, {n: types[n] for n in kernel.arg_names}, fixed, aligned),
-                          target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(
+        ASTSource(kernel, {n: types[n] for n in kernel.arg_names}, fixed, aligned),
+        target=GPUTarget("cuda", arch, 32),
+        options=options,
+    )
 
 
 def triton_kernel(binary):
@@ -250,8 +287,10 @@ def triton_kernel(binary):
         cubin.write(binary.asm["cubin"])
         cubin.flush()
         code = _instructions(run(tool("cuobjdump"), "-sass", cubin.name))
-        usage = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)",
-                                                  run(tool("cuobjdump"), "-res-usage", cubin.name))}
+        usage = {
+            k: int(v)
+            for k, v in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", run(tool("cuobjdump"), "-res-usage", cubin.name))
+        }
     kernel = Kernel(usage["STACK"], usage["LOCAL"], usage["REG"], max(usage["SHARED"], binary.metadata.shared))
     kernel.code, kernel.ptx = code, binary.asm["ptx"]
     return kernel

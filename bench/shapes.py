@@ -1,8 +1,14 @@
 """What is measured: single weights of many sizes, and the weight lists of networks that people train."""
 
 CALL = "64"  # so small that its time is that of a call, whatever the size
-SIZES = {CALL: (8, 8), "64K": (64, 1024), "1M": (1024, 1024), "16M": (4096, 4096), "64M": (8192, 8192),
-         "256M": (16384, 16384)}
+SIZES = {
+    CALL: (8, 8),
+    "64K": (64, 1024),
+    "1M": (1024, 1024),
+    "16M": (4096, 4096),
+    "64M": (8192, 8192),
+    "256M": (16384, 16384),
+}
 
 
 def resnet20():
@@ -30,9 +36,22 @@ def resnet50():
 def mobilenet_v3_large():
     """MobileNetV3-Large: 64 weights, many depthwise ones, 5.5 M elements."""
     rows = [  # kernel, expanded, out, squeeze-excite
-        (3, 16, 16, 0), (3, 64, 24, 0), (3, 72, 24, 0), (5, 72, 40, 24), (5, 120, 40, 32), (5, 120, 40, 32),
-        (3, 240, 80, 0), (3, 200, 80, 0), (3, 184, 80, 0), (3, 184, 80, 0), (3, 480, 112, 120), (3, 672, 112, 168),
-        (5, 672, 160, 168), (5, 960, 160, 240), (5, 960, 160, 240)]
+        (3, 16, 16, 0),
+        (3, 64, 24, 0),
+        (3, 72, 24, 0),
+        (5, 72, 40, 24),
+        (5, 120, 40, 32),
+        (5, 120, 40, 32),
+        (3, 240, 80, 0),
+        (3, 200, 80, 0),
+        (3, 184, 80, 0),
+        (3, 184, 80, 0),
+        (3, 480, 112, 120),
+        (3, 672, 112, 168),
+        (5, 672, 160, 168),
+        (5, 960, 160, 240),
+        (5, 960, 160, 240),
+    ]
     shapes, below = [(16, 3, 3, 3)], 16
     for kernel, expanded, out, squeeze in rows:
         if expanded != below:

@@ -214,8 +214,10 @@ class EagerWidths(Variant):
         return ([paper.truncate(w, m) for w in self.weights.values()] for m in WIDTHS)
 
     def loss(self, training):
-        return sum(training.task_loss(torch.func.functional_call(self.model, dict(zip(self.weights, q)), (training.x,)))
-                   for q in self.each_width())
+        return sum(
+            training.task_loss(torch.func.functional_call(self.model, dict(zip(self.weights, q)), (training.x,)))
+            for q in self.each_width()
+        )
 
 
 class CompiledWidths(EagerWidths):
@@ -231,13 +233,26 @@ class CompiledWidths(EagerWidths):
         return self.call(list(self.weights.values()))
 
 
-VARIANTS = {BASE: Unquantized, "quantops": Fused, "quantops decoupled": Decoupled, "eager chain": Eager,
-            "compiled chain": CompiledList}
-COMPILED_MODELS = {f"{BASE}, compiled model": _compiled(Unquantized), "quantops, compiled model": _compiled(Fused),
-                   "eager chain, compiled model": _compiled(Eager)}
+VARIANTS = {
+    BASE: Unquantized,
+    "quantops": Fused,
+    "quantops decoupled": Decoupled,
+    "eager chain": Eager,
+    "compiled chain": CompiledList,
+}
+COMPILED_MODELS = {
+    f"{BASE}, compiled model": _compiled(Unquantized),
+    "quantops, compiled model": _compiled(Fused),
+    "eager chain, compiled model": _compiled(Eager),
+}
 
-JOINT = {JOINT_BASE: Passes, "quantops joint_step": JointStep, "quantops joint_loss": JointLoss,
-         "eager chain": EagerWidths, "compiled chain": CompiledWidths}
+JOINT = {
+    JOINT_BASE: Passes,
+    "quantops joint_step": JointStep,
+    "quantops joint_loss": JointLoss,
+    "eager chain": EagerWidths,
+    "compiled chain": CompiledWidths,
+}
 
 
 class Training:
@@ -329,14 +344,24 @@ def measure_network(name, device, kinds, compile_seconds, budget, keep_caches=Fa
     peaks = {label: measure.peak_bytes(lambda v=v: training.step(v), device) for label, v in variants.items()}
     saved = {label: saved_bytes(training, v) for label, v in variants.items() if v.holds and not v.compiles}
     weights = [m.weight for m in quantized_layers(training.model).values()]
-    row = {"network": name, "input": list(training.size), "dtype": "bfloat16 autocast" if training.cuda else "float32",
-           "weights": sum(w.numel() for w in weights), "tensors": len(weights), "base": first,
-           "times": {label: measure.summary(t) for label, t in times.items()},
-           "ratio": {label: measure.ratio(t, times[first]) for label, t in times.items() if first in times},
-           "saved_bytes": saved, "peak_bytes": peaks, "first_calls": compiled, "absent": absent}
+    row = {
+        "network": name,
+        "input": list(training.size),
+        "dtype": "bfloat16 autocast" if training.cuda else "float32",
+        "weights": sum(w.numel() for w in weights),
+        "tensors": len(weights),
+        "base": first,
+        "times": {label: measure.summary(t) for label, t in times.items()},
+        "ratio": {label: measure.ratio(t, times[first]) for label, t in times.items() if first in times},
+        "saved_bytes": saved,
+        "peak_bytes": peaks,
+        "first_calls": compiled,
+        "absent": absent,
+    }
     if training.cuda:
-        row["launches"] = {label: measure.launches(lambda v=v: training.step(v), device)
-                           for label, v in variants.items()}
+        row["launches"] = {
+            label: measure.launches(lambda v=v: training.step(v), device) for label, v in variants.items()
+        }
     return row
 
 

@@ -70,8 +70,10 @@ def read_states(name, path):
     except FileNotFoundError as error:
         raise ValueError(f"{name}: {path} is no state dict: {error.strerror}") from None
     except Exception as error:  # torch, zipfile and pickle raise errors of many kinds
-        raise ValueError(f"{name}: {path} is damaged or was not written by torch.save ({type(error).__name__}): remove "
-                         "it, or put a whole one there") from None
+        raise ValueError(
+            f"{name}: {path} is damaged or was not written by torch.save ({type(error).__name__}): remove "
+            "it, or put a whole one there"
+        ) from None
 
 
 def prepare(args):

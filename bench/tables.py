@@ -18,8 +18,9 @@ class Folder:
     """The results of a device: ``costs``, [(implementation, result)], and ``runs``, {label: results of its seeds}."""
 
     def __init__(self, path):
-        self.costs = [(name, read_json(file)) for name in IMPLEMENTATIONS
-                      if (file := path / f"costs-{name}.json").exists()]
+        self.costs = [
+            (name, read_json(file)) for name in IMPLEMENTATIONS if (file := path / f"costs-{name}.json").exists()
+        ]
         self.runs = {}
         found = [read_json(file) for file in sorted((path / "train").glob("*.json"))]
         for name in RECIPES:
@@ -49,13 +50,35 @@ def costs_table(folder):
         for row in result["rows"]:
             for way, times in row["times"].items():
                 held = row["held"][way]
-                body.append([
-                    way, row["arithmetic"], IMPLEMENTATIONS[name], f"{1e3 * times['median']:.1f} ms",
-                    f"{row['ratio'][way]:.3f}x", f"{held['trainable_parameters']:,}", _mega(state_bytes(held)),
-                    f"{state_bytes(held) / state_bytes(row['held'][OURS]):.1f}x", _mega(row["peak_bytes"][way]),
-                    str(row["launches"][way]) if "launches" in row else ""])
-    return markdown(["way", "arithmetic", "by", "step", f"{BASE} = 1", "trainable parameters",
-                     "parameters, gradients, momentum", f"{OURS} = 1", "peak of a step", "launches"], body)
+                body.append(
+                    [
+                        way,
+                        row["arithmetic"],
+                        IMPLEMENTATIONS[name],
+                        f"{1e3 * times['median']:.1f} ms",
+                        f"{row['ratio'][way]:.3f}x",
+                        f"{held['trainable_parameters']:,}",
+                        _mega(state_bytes(held)),
+                        f"{state_bytes(held) / state_bytes(row['held'][OURS]):.1f}x",
+                        _mega(row["peak_bytes"][way]),
+                        str(row["launches"][way]) if "launches" in row else "",
+                    ]
+                )
+    return markdown(
+        [
+            "way",
+            "arithmetic",
+            "by",
+            "step",
+            f"{BASE} = 1",
+            "trainable parameters",
+            "parameters, gradients, momentum",
+            f"{OURS} = 1",
+            "peak of a step",
+            "launches",
+        ],
+        body,
+    )
 
 
 def _mean(results, key):
@@ -80,24 +103,54 @@ def _images_seen(results):
 def runs_table(folder):
     """What each method has come to, the longest runs first, and how far below float training for as long."""
     body, ordered = [], sorted(folder.runs.items(), key=lambda item: -_images_seen(item[1]))
-    unquantized = {_budget(runs[0]): statistics.mean(r["accuracy"]["final"] for r in runs)
-                   for _, runs in ordered if runs[0]["configuration"]["method"] == "float"}
+    unquantized = {
+        _budget(runs[0]): statistics.mean(r["accuracy"]["final"] for r in runs)
+        for _, runs in ordered
+        if runs[0]["configuration"]["method"] == "float"
+    }
     for label, results in ordered:
         first, reached = results[0], statistics.mean(r["accuracy"]["final"] for r in results)
         without = None if first["configuration"]["method"] == "float" else unquantized.get(_budget(first))
         state = first["parameter_bytes"] + first["gradient_bytes"] + first["optimizer_bytes"]
-        body.append([
-            label, _budget(first), str(len(results)), _mean(results, lambda r: r["accuracy_at_the_start"]),
-            _mean(results, lambda r: r["accuracy"]["final"]),
-            "" if without is None else f"{without - reached:.2f}",
-            _mean(results, lambda r: r["compression"]),
-            _mean(results, lambda r: r["average_bits"]), f"{first['trainable_parameters']:,}", _mega(state),
-            _mega(first["peak_bytes"]) if first["peak_bytes"] else "",
-            f"{1e3 * statistics.mean(r['step_seconds'] for r in results):.0f} ms" if first["step_seconds"] else "",
-            f"{statistics.mean(r['seconds_to_the_final_network'] for r in results):.0f} s"])
-    return markdown(["method", "epochs x images", "seeds", "accuracy at the start, %", "at the end, %", "below float",
-                     "compression", "average bits", "trainable parameters", "parameters, gradients, momentum", "peak",
-                     "step", "to the final network"], body) if body else ""
+        body.append(
+            [
+                label,
+                _budget(first),
+                str(len(results)),
+                _mean(results, lambda r: r["accuracy_at_the_start"]),
+                _mean(results, lambda r: r["accuracy"]["final"]),
+                "" if without is None else f"{without - reached:.2f}",
+                _mean(results, lambda r: r["compression"]),
+                _mean(results, lambda r: r["average_bits"]),
+                f"{first['trainable_parameters']:,}",
+                _mega(state),
+                _mega(first["peak_bytes"]) if first["peak_bytes"] else "",
+                f"{1e3 * statistics.mean(r['step_seconds'] for r in results):.0f} ms" if first["step_seconds"] else "",
+                f"{statistics.mean(r['seconds_to_the_final_network'] for r in results):.0f} s",
+            ]
+        )
+    return (
+        markdown(
+            [
+                "method",
+                "epochs x images",
+                "seeds",
+                "accuracy at the start, %",
+                "at the end, %",
+                "below float",
+                "compression",
+                "average bits",
+                "trainable parameters",
+                "parameters, gradients, momentum",
+                "peak",
+                "step",
+                "to the final network",
+            ],
+            body,
+        )
+        if body
+        else ""
+    )
 
 
 def widths_table(folder):
@@ -106,13 +159,25 @@ def widths_table(folder):
     for label, results in folder.runs.items():
         for kind in ("", RE_ESTIMATED):
             if all(f"{m} bits{kind}" in results[0]["accuracy"] for m in WIDTHS):
-                body.append([label + kind, _budget(results[0]), str(len(results)),
-                             *(_mean(results, lambda r, m=m: r["accuracy"][f"{m} bits{kind}"]) for m in WIDTHS)])
+                body.append(
+                    [
+                        label + kind,
+                        _budget(results[0]),
+                        str(len(results)),
+                        *(_mean(results, lambda r, m=m: r["accuracy"][f"{m} bits{kind}"]) for m in WIDTHS),
+                    ]
+                )
     separate = [folder.runs.get(name) for name in SEPARATE]
     if any(separate):
         some = next(runs for runs in separate if runs)
-        body.append(["separate networks", _budget(some[0]), str(len(some)),
-                     *("" if runs is None else _mean(runs, lambda r: r["accuracy"]["final"]) for runs in separate)])
+        body.append(
+            [
+                "separate networks",
+                _budget(some[0]),
+                str(len(some)),
+                *("" if runs is None else _mean(runs, lambda r: r["accuracy"]["final"]) for runs in separate),
+            ]
+        )
     heads = ["trained by", "epochs x images", "seeds", *(f"{m} bit{'s' * (m > 1)}, %" for m in WIDTHS)]
     return markdown(heads, body) if body else ""
 
@@ -123,8 +188,10 @@ def deviations(found):
     names = dict.fromkeys(r["configuration"]["method"] for f in found for runs in f.runs.values() for r in runs)
     for name in names:
         recipe = RECIPES[name]
-        lines.append(f"- {name} ({recipe.paper}): {recipe.deviations}."
-                     + (f" The paper: {recipe.claims}." if recipe.claims else ""))
+        lines.append(
+            f"- {name} ({recipe.paper}): {recipe.deviations}."
+            + (f" The paper: {recipe.claims}." if recipe.claims else "")
+        )
     return "\n".join(lines)
 
 
@@ -135,8 +202,10 @@ def summary(folder):
     parts = [f"**{m['device']}, {m['driver']}, torch {m['torch']}; commit {', '.join(commits)}.**"]
     if folder.costs:
         batch = folder.costs[0][1]["rows"][0]["batch"]
-        parts += [f"A training step of ResNet-20, batch {batch}, all ways in turn, medians of the rounds:",
-                  costs_table(folder)]
+        parts += [
+            f"A training step of ResNet-20, batch {batch}, all ways in turn, medians of the rounds:",
+            costs_table(folder),
+        ]
     if folder.runs:
         parts += ["Networks:", runs_table(folder)]
         if widths_table(folder):
@@ -148,8 +217,9 @@ def tables(args):
     """Prints the tables of ``bench costs`` and ``bench train``, and writes them --into a page."""
     found = folders(args.folders)
     if not found:
-        raise SystemExit(f"bench: no results of bench costs or bench train in "
-                         f"{', '.join(map(str, args.folders)) or RESULTS}")
+        raise SystemExit(
+            f"bench: no results of bench costs or bench train in {', '.join(map(str, args.folders)) or RESULTS}"
+        )
     parts = [summary(f) for f in found]
     if any(f.runs for f in found):
         parts.append(deviations(found))

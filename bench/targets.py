@@ -123,28 +123,45 @@ def of_ops(result):
     for names, least in ((LARGE, SHARE[kind]), (LISTS, SHARE_OF_LISTS)):
         of = [r for r in rows if r["workload"] in names and not r["trains"] and r["case"] not in OWN]
         measured = ", ".join(n for n in names if any(r["workload"] == n for r in of))
-        found += _verdict(f"ops run at {least:.2f} of a copy or more: {measured}", [(share(r), _where(r)) for r in of],
-                          lambda v, least=least: v < least, min)
+        found += _verdict(
+            f"ops run at {least:.2f} of a copy or more: {measured}",
+            [(share(r), _where(r)) for r in of],
+            lambda v, least=least: v < least,
+            min,
+        )
     for case in OWN:
         figures = [(1 / share(r), _where(r)) for r in rows if r["case"] == case and limit(r, kind)]
         if figures:
             most = 1 / OWN[case][kind]
-            found += _verdict(f"{case} takes {most:.2f}x of a copy or less", figures,
-                              lambda v, most=most: v > most, max)
+            found += _verdict(
+                f"{case} takes {most:.2f}x of a copy or less", figures, lambda v, most=most: v > most, max
+            )
     for workload, most in MSQ_STEP.items() if kind == "cpu" else ():
-        figures = [(1 / share(r), _where(r)) for r in rows
-                   if (r["case"], r["workload"], r["dtype"]) == ("msq step", workload, "float32")]
-        found += _verdict(f"msq step at {workload} takes {most:.2f}x of a copy or less", figures,
-                          lambda v, most=most: v > most, max)
+        figures = [
+            (1 / share(r), _where(r))
+            for r in rows
+            if (r["case"], r["workload"], r["dtype"]) == ("msq step", workload, "float32")
+        ]
+        found += _verdict(
+            f"msq step at {workload} takes {most:.2f}x of a copy or less", figures, lambda v, most=most: v > most, max
+        )
     figures = [(r["ratio"][peer], f"{_where(r)}, {peer}") for r in rows for peer in COMPILED if peer in r["ratio"]]
     found += _verdict("torch.compile takes 1.00x of quantops' time or more", figures, lambda v: v < 1, min)
     figures = [(kept(r) - r["keeps"], _where(r)) for r in rows if "saved_bytes" in r and r["workload"] != CALL]
-    found += _verdict(f"bytes per weight kept for backward beyond what the op needs: only scales, < {KEPT}", figures,
-                      lambda v: v >= KEPT, max)
+    found += _verdict(
+        f"bytes per weight kept for backward beyond what the op needs: only scales, < {KEPT}",
+        figures,
+        lambda v: v >= KEPT,
+        max,
+    )
     if result["machine"]["implementation"] in ("cpp", "cuda"):  # of Triton, Python is a part
         calls = [(v, name) for name, v in result["call_microseconds"].items() if name.startswith("ops.")]
-        found += _verdict(f"an op's call takes {CALL_MICROSECONDS:.0f} microseconds or less", calls,
-                          lambda v: v > CALL_MICROSECONDS, max)
+        found += _verdict(
+            f"an op's call takes {CALL_MICROSECONDS:.0f} microseconds or less",
+            calls,
+            lambda v: v > CALL_MICROSECONDS,
+            max,
+        )
     return found
 
 
@@ -157,8 +174,12 @@ def of_steps(result):
         ours = [v for label, v in row["ratio"].items() if label.startswith(OURS)]
         if row["network"] in LISTS and ours and row["base"].startswith("unquantized"):
             figures.append((min(ours), f"{row['network']}, against {row['base']}"))
-    return _verdict(f"a step, penalty in the loss or decoupled, takes {STEP}x of the unquantized one or less", figures,
-                    lambda v: v > STEP, max)
+    return _verdict(
+        f"a step, penalty in the loss or decoupled, takes {STEP}x of the unquantized one or less",
+        figures,
+        lambda v: v > STEP,
+        max,
+    )
 
 
 def table(verdicts):

@@ -20,8 +20,19 @@ from quantops.files import write_whole
 COLD = 10  # steps of a process that are not timed
 CALIBRATION = 4  # batches that quantizers of activations start from
 TEST_BATCH = 1000
-STATES = {"configuration", "model", "method", "optimizer", "epochs", "bytes", "step_seconds", "peak", "start_accuracy",
-          "random", "cuda"}  # of a run, after every epoch
+STATES = {
+    "configuration",
+    "model",
+    "method",
+    "optimizer",
+    "epochs",
+    "bytes",
+    "step_seconds",
+    "peak",
+    "start_accuracy",
+    "random",
+    "cuda",
+}  # of a run, after every epoch
 
 
 class Forward:
@@ -61,6 +72,7 @@ class Clock:
 
 def renamed(weights):
     """A state dict of a ResNet with the names of torchvision, under the names of bench/models.py."""
+
     def name(key):
         key = re.sub(r"^layer(\d)\.(\d)\.", lambda m: f"blocks.{3 * (int(m[1]) - 1) + int(m[2])}.", key)
         return re.sub(r"^(conv|bn)1\.", r"\1.", key).replace(".downsample.", ".down.")
@@ -84,10 +96,12 @@ def training_bytes(model, optimizer):
     """{what: bytes} that training holds besides activations."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     kept = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor) and t.dim()]
-    return {"trainable_parameters": sum(p.numel() for p in parameters),
-            "parameter_bytes": sum(p.nbytes for p in parameters),
-            "gradient_bytes": sum(p.grad.nbytes for p in parameters if p.grad is not None),
-            "optimizer_bytes": sum(t.nbytes for t in kept)}
+    return {
+        "trainable_parameters": sum(p.numel() for p in parameters),
+        "parameter_bytes": sum(p.nbytes for p in parameters),
+        "gradient_bytes": sum(p.grad.nbytes for p in parameters if p.grad is not None),
+        "optimizer_bytes": sum(t.nbytes for t in kept),
+    }
 
 
 class Run:
@@ -103,8 +117,9 @@ class Run:
         self.settings = recipe.settings | args.set
         self.per_epoch = len(images.train.y) // self.common["batch"]
         if self.per_epoch < 1:
-            raise ValueError(f"subset: expected at least one batch of {self.common['batch']} images, got "
-                             f"{len(images.train.y)}")
+            raise ValueError(
+                f"subset: expected at least one batch of {self.common['batch']} images, got {len(images.train.y)}"
+            )
         self.total = self.per_epoch * args.epochs
         self.model = initialised(images.classes, seed, args.init).to(self.device, memory_format=torch.channels_last)
         torch.manual_seed(seed)  # for methods that draw: the same whether weights were drawn before or not
@@ -121,9 +136,14 @@ class Run:
             if p.requires_grad:
                 groups.setdefault((self.method.decays(p), self.method.rate(p)), []).append(p)
         return torch.optim.SGD(
-            [{"params": members, "weight_decay": decays * self.common["weight_decay"], "rate": rate}
-             for (decays, rate), members in groups.items()],
-            lr=self.common["lr"], momentum=self.common["momentum"], fused=True)
+            [
+                {"params": members, "weight_decay": decays * self.common["weight_decay"], "rate": rate}
+                for (decays, rate), members in groups.items()
+            ],
+            lr=self.common["lr"],
+            momentum=self.common["momentum"],
+            fused=True,
+        )
 
     def batches(self, epoch):
         """The training batches of an epoch: the same however the run came to it."""
@@ -166,15 +186,21 @@ class Run:
         if not math.isfinite(loss):
             raise SystemExit(f"bench: {self.label()}, epoch {done + 1}: the loss is {loss}")
         seconds = clock.seconds()
-        self.step_seconds += seconds[self.cold:]
+        self.step_seconds += seconds[self.cold :]
         self.cold = max(0, self.cold - len(seconds))
         if self.device.type == "cuda":
             self.peak = max(self.peak, torch.cuda.max_memory_allocated() - self.before)
         if step == self.total:
             self.method.finish()
-        self.epochs.append({"loss": loss, "seconds": time.perf_counter() - begin, "accuracy": self.accuracy(),
-                            "average_bits": self.method.average_bits(),
-                            "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad)})
+        self.epochs.append(
+            {
+                "loss": loss,
+                "seconds": time.perf_counter() - begin,
+                "accuracy": self.accuracy(),
+                "average_bits": self.method.average_bits(),
+                "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            }
+        )
 
     # Results.
 
@@ -188,9 +214,18 @@ class Run:
     def configuration(self):
         """What the figures depend on, beyond code and machine; two runs with the same are one run."""
         args = self.args
-        return {"method": self.name, "seed": self.seed, "epochs": args.epochs, "subset": args.subset,
-                "amp": args.amp, "compile": args.compile, "init": args.init and Path(args.init).name,
-                "data": Path(args.data).name, **self.common, "settings": self.settings}
+        return {
+            "method": self.name,
+            "seed": self.seed,
+            "epochs": args.epochs,
+            "subset": args.subset,
+            "amp": args.amp,
+            "compile": args.compile,
+            "init": args.init and Path(args.init).name,
+            "data": Path(args.data).name,
+            **self.common,
+            "settings": self.settings,
+        }
 
     def write(self):
         """The JSON of a finished run."""
@@ -198,25 +233,41 @@ class Run:
         found = self.method.accuracies(self.accuracy, lambda: self.batches(self.args.epochs))
         bits = self.method.average_bits()
         result = {
-            "machine": self.machine, "label": self.label(), "configuration": self.configuration(),
-            "paper": recipe.paper, "deviations": [EVERYWHERE, recipe.deviations],
+            "machine": self.machine,
+            "label": self.label(),
+            "configuration": self.configuration(),
+            "paper": recipe.paper,
+            "deviations": [EVERYWHERE, recipe.deviations],
             "images": {"train": len(self.images.train.y), "test": len(self.images.test.y)},
-            "accuracy_at_the_start": self.start_accuracy, "accuracy": found,
-            "average_bits": bits, "compression": None if not bits else 32 / bits, **self.bytes,
+            "accuracy_at_the_start": self.start_accuracy,
+            "accuracy": found,
+            "average_bits": bits,
+            "compression": None if not bits else 32 / bits,
+            **self.bytes,
             "peak_bytes": self.peak or None,
             "step_seconds": statistics.median(self.step_seconds) if self.step_seconds else None,
             "seconds_to_the_final_network": sum(e["seconds"] for e in self.epochs),
-            "epochs": self.epochs, "log": self.method.log}
+            "epochs": self.epochs,
+            "log": self.method.log,
+        }
         write_json(self.path(), result)
         return result
 
     def save(self):
         """After every epoch."""
-        states = {"configuration": json.dumps(self.configuration()), "model": self.model.state_dict(),
-                  "method": self.method.state(), "optimizer": self.optimizer.state_dict(), "epochs": self.epochs,
-                  "bytes": self.bytes, "step_seconds": self.step_seconds, "peak": self.peak,
-                  "start_accuracy": self.start_accuracy, "random": torch.get_rng_state(),
-                  "cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None}
+        states = {
+            "configuration": json.dumps(self.configuration()),
+            "model": self.model.state_dict(),
+            "method": self.method.state(),
+            "optimizer": self.optimizer.state_dict(),
+            "epochs": self.epochs,
+            "bytes": self.bytes,
+            "step_seconds": self.step_seconds,
+            "peak": self.peak,
+            "start_accuracy": self.start_accuracy,
+            "random": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+        }
         path = self.path().with_suffix(".pt")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda file: torch.save(states, file))
@@ -262,10 +313,12 @@ class Run:
             self.epoch(bar)
             self.save()
             last = self.epochs[-1]
-            bar.write(f"{self.label()} seed {self.seed} epoch {len(self.epochs)}/{self.args.epochs}: loss "
-                      f"{last['loss']:.4f}, accuracy {last['accuracy']:.2f} %"
-                      + (f", {last['average_bits']:.3f} bits" if last["average_bits"] else "")
-                      + f", {last['seconds']:.1f} s")
+            bar.write(
+                f"{self.label()} seed {self.seed} epoch {len(self.epochs)}/{self.args.epochs}: loss "
+                f"{last['loss']:.4f}, accuracy {last['accuracy']:.2f} %"
+                + (f", {last['average_bits']:.3f} bits" if last["average_bits"] else "")
+                + f", {last['seconds']:.1f} s"
+            )
         result = self.write()
         if self.args.save:
             self.args.save.mkdir(parents=True, exist_ok=True)
@@ -281,8 +334,10 @@ def _settings(texts, names):
         key, sign, value = text.partition("=")
         for name in names:
             if not sign or key not in RECIPES[name].settings:
-                raise ValueError(f"set: expected SETTING=VALUE with a setting of {name}, "
-                                 f"{', '.join(RECIPES[name].settings) or 'which has none'}, got {text!r}")
+                raise ValueError(
+                    f"set: expected SETTING=VALUE with a setting of {name}, "
+                    f"{', '.join(RECIPES[name].settings) or 'which has none'}, got {text!r}"
+                )
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value)
         found[key] = value
@@ -335,8 +390,12 @@ def train(args):
                 if result is None:
                     print("the time is up; the same command with --resume goes on")
                     return UNFINISHED
-                print(f"{run.path()}: " + ", ".join(f"{k} {v:.2f} %" for k, v in result["accuracy"].items())
-                      + (f", {result['compression']:.2f}x" if result["compression"] else ""), flush=True)
+                print(
+                    f"{run.path()}: "
+                    + ", ".join(f"{k} {v:.2f} %" for k, v in result["accuracy"].items())
+                    + (f", {result['compression']:.2f}x" if result["compression"] else ""),
+                    flush=True,
+                )
     except ValueError as error:
         raise SystemExit(f"bench: {error}") from None
     except KeyboardInterrupt:

@@ -63,21 +63,47 @@ def _forward_check(got, x):
 
 
 def _step_check(got, x):
-    return equal(got, (reference.truncate_backward(x.grad[i::len(x.w)], t, s, WIDTHS, covered=True)[0]
-                       for i, (t, s) in enumerate(zip(x.w, x.scale))))
+    return equal(
+        got,
+        (
+            reference.truncate_backward(x.grad[i :: len(x.w)], t, s, WIDTHS, covered=True)[0]
+            for i, (t, s) in enumerate(zip(x.w, x.scale))
+        ),
+    )
 
 
 CASES = [
-    Case("truncate 8-4-2-1", WidthInputs, lambda s: s, lambda s: len(WIDTHS) * s,
-         lambda x: _truncate(x.w, x.scale, x.n), _forward_check,
-         op_peers(lambda x, i, bits: [
-             reference.truncate(x.w[i], x.scale[i], n, base_bits=bits) for n in _widths(bits)]),
-         cuda="truncate_kernel<T, T, CutTable<36, 156> >", longest=False),  # the longest has tanh and other rules
-    Case("truncate backward", WidthInputs, lambda s: len(WIDTHS) * s, lambda s: s, _backward, _step_check,
-         op_peers(lambda x, i, bits: functools.reduce(torch.add, x.grad[i::len(x.w)]))),
-    Case("truncate step", WidthInputs, lambda s: (1 + len(WIDTHS)) * s, lambda s: (1 + len(WIDTHS)) * s,
-         lambda x: step(x, x.leaves, _truncate(x.leaves, None, x.n)), _step_check,
-         {"eager": step_peer(lambda x: (x.leaves, lambda bits: _chain(x.leaves, bits)), graph=True),
-          "compiled list": step_peer(_compiled, compiles=True, whole_list=True, graph=True)},
-         forward=lambda x: (lambda: _truncate(x.leaves, None, x.n), x.leaves)),
+    Case(
+        "truncate 8-4-2-1",
+        WidthInputs,
+        lambda s: s,
+        lambda s: len(WIDTHS) * s,
+        lambda x: _truncate(x.w, x.scale, x.n),
+        _forward_check,
+        op_peers(lambda x, i, bits: [reference.truncate(x.w[i], x.scale[i], n, base_bits=bits) for n in _widths(bits)]),
+        cuda="truncate_kernel<T, T, CutTable<36, 156> >",
+        longest=False,
+    ),  # the longest has tanh and other rules
+    Case(
+        "truncate backward",
+        WidthInputs,
+        lambda s: len(WIDTHS) * s,
+        lambda s: s,
+        _backward,
+        _step_check,
+        op_peers(lambda x, i, bits: functools.reduce(torch.add, x.grad[i :: len(x.w)])),
+    ),
+    Case(
+        "truncate step",
+        WidthInputs,
+        lambda s: (1 + len(WIDTHS)) * s,
+        lambda s: (1 + len(WIDTHS)) * s,
+        lambda x: step(x, x.leaves, _truncate(x.leaves, None, x.n)),
+        _step_check,
+        {
+            "eager": step_peer(lambda x: (x.leaves, lambda bits: _chain(x.leaves, bits)), graph=True),
+            "compiled list": step_peer(_compiled, compiles=True, whole_list=True, graph=True),
+        },
+        forward=lambda x: (lambda: _truncate(x.leaves, None, x.n), x.leaves),
+    ),
 ]

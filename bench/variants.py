@@ -35,11 +35,29 @@ def build(name, arch="90"):
     from torch.utils.cpp_extension import include_paths, library_paths
 
     libraries = [f"-L{p}" for p in library_paths()]
-    subprocess.run([
-        sass.nvcc(), "-shared", "-o", str(path(name)), *sass.FLAGS, *(f"-D{d}" for d in VARIANTS[name]),
-        f"-gencode=arch=compute_{arch},code=sm_{arch}", *(str(sass.ROOT / f"csrc/cuda/{f}.cu") for f in FAMILIES),
-        "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off", *(f"-I{p}" for p in include_paths()), *libraries,
-        "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-cudart", "shared"], check=True)
+    subprocess.run(
+        [
+            sass.nvcc(),
+            "-shared",
+            "-o",
+            str(path(name)),
+            *sass.FLAGS,
+            *(f"-D{d}" for d in VARIANTS[name]),
+            f"-gencode=arch=compute_{arch},code=sm_{arch}",
+            *(str(sass.ROOT / f"csrc/cuda/{f}.cu") for f in FAMILIES),
+            "-Xcompiler",
+            "-fPIC,-fvisibility=hidden,-ffp-contract=off",
+            *(f"-I{p}" for p in include_paths()),
+            *libraries,
+            "-Xlinker",
+            "--no-as-needed",
+            "-ltorch",
+            "-ltorch_cpu",
+            "-cudart",
+            "shared",
+        ],
+        check=True,
+    )
     return path(name)
 
 

@@ -85,7 +85,9 @@ QUANTOPS_INLINE A rint_code(A v) {
 }
 #else
 template <class A>
-QUANTOPS_INLINE A rint_code(A v) { return rint_small(v); }
+QUANTOPS_INLINE A rint_code(A v) {
+  return rint_small(v);
+}
 #endif
 
 // m of v = x - offset. As the reference has it, which clamps before it rounds: the ends are integers and rounding keeps

@@ -51,7 +51,9 @@ QUANTOPS_INLINE double fused(double a, double b, double c) {
 // a * b + c in the fewest instructions: rounded once, or twice. The same where a * b is exact; else of sums and their
 // terms alone.
 template <class A>
-QUANTOPS_INLINE A product_plus(A a, A b, A c) { return fused(a, b, c); }
+QUANTOPS_INLINE A product_plus(A a, A b, A c) {
+  return fused(a, b, c);
+}
 
 // Adding this to |v| < 2^22 leaves no room for a fraction: it rounds to an integer, half to even.
 template <class A>
@@ -59,9 +61,13 @@ constexpr A kRounding = sizeof(A) == 4 ? A(12582912.) : A(6755399441055744.);  /
 
 // rint, half to even, for |v| < 2^22; and of a product that is exact.
 template <class A>
-QUANTOPS_INLINE A rint_small(A v) { return (v + kRounding<A>) - kRounding<A>; }
+QUANTOPS_INLINE A rint_small(A v) {
+  return (v + kRounding<A>)-kRounding<A>;
+}
 template <class A>
-QUANTOPS_INLINE A rint_product(A a, A b) { return fused(a, b, kRounding<A>) - kRounding<A>; }
+QUANTOPS_INLINE A rint_product(A a, A b) {
+  return fused(a, b, kRounding<A>) - kRounding<A>;
+}
 template <class A>
 QUANTOPS_INLINE A floor_small(A v) {
   A r = rint_small(v);
@@ -69,11 +75,15 @@ QUANTOPS_INLINE A floor_small(A v) {
 }
 #else  // CPUs have instructions for both
 template <class A>
-QUANTOPS_INLINE A product_plus(A a, A b, A c) { return a * b + c; }
+QUANTOPS_INLINE A product_plus(A a, A b, A c) {
+  return a * b + c;
+}
 QUANTOPS_INLINE float rint_small(float v) { return __builtin_rintf(v); }
 QUANTOPS_INLINE double rint_small(double v) { return __builtin_rint(v); }
 template <class A>
-QUANTOPS_INLINE A rint_product(A a, A b) { return rint_small(a * b); }
+QUANTOPS_INLINE A rint_product(A a, A b) {
+  return rint_small(a * b);
+}
 QUANTOPS_INLINE float floor_small(float v) { return __builtin_floorf(v); }
 QUANTOPS_INLINE double floor_small(double v) { return __builtin_floor(v); }
 #endif
@@ -113,20 +123,20 @@ enum GridKind : int64_t { kDyadic = 0, kFull = 1, kSign = 2 };
 // every weight outside, so every float that is computed from them is NaN too; integer results ask `valid`.
 template <class A>
 struct Quantizer {
-  A scale, low;   // the weights whose codes differ lie in [low, scale]
-  A silent;       // a weight whose B is 0
-  A inv;          // 0.5/s signed, 1/s unsigned and on the sign grid; 0 where s = 0 or 1/s overflows
-  A slope;        // the same, but 1 there
-  A offset;       // 0.5 signed, 0 unsigned and on the sign grid
-  A mul, top;     // 2^n, 2^n - 1
+  A scale, low;    // the weights whose codes differ lie in [low, scale]
+  A silent;        // a weight whose B is 0
+  A inv;           // 0.5/s signed, 1/s unsigned and on the sign grid; 0 where s = 0 or 1/s overflows
+  A slope;         // the same, but 1 there
+  A offset;        // 0.5 signed, 0 unsigned and on the sign grid
+  A mul, top;      // 2^n, 2^n - 1
   A bottom, most;  // round_clamp's codes lie between 0 (sign grid: -top) and top; where inv = 0, both are that of w = 0
   A mul_lo, bottom_lo, most_lo, pow_k;  // the same of n - k bits; 2^k
-  A count;        // of the codes that are stored: 2^n, on the sign grid twice that
-  A a, b;         // m = a * c + b
-  A step;         // q = m * step
-  A unit_step;    // the step of a scale of one
-  A inv_scale;    // 1/s, 0 where s = 0 or 1/s overflows
-  A outside;      // the gradient of a weight outside the scale: 0
+  A count;                              // of the codes that are stored: 2^n, on the sign grid twice that
+  A a, b;                               // m = a * c + b
+  A step;                               // q = m * step
+  A unit_step;                          // the step of a scale of one
+  A inv_scale;                          // 1/s, 0 where s = 0 or 1/s overflows
+  A outside;                            // the gradient of a weight outside the scale: 0
   bool is_signed, valid;
 };
 
@@ -149,7 +159,7 @@ template <class A>
 QUANTOPS_INLINE Quantizer<A> make_quantizer(A s, int64_t n, int64_t k, GridKind grid, bool is_signed) {
   Quantizer<A> p;
   const bool full = grid == kFull, centred = is_signed && grid != kSign;  // centred: w = 0 has u = 0.5
-  s = s + A(0);  // -0 is 0
+  s = s + A(0);                                                           // -0 is 0
   p.valid = valid_bits(n, k, grid) && valid_scale(s);
   p.is_signed = is_signed;
   p.scale = s;

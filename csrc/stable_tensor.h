@@ -32,21 +32,29 @@ template <class... Parts>
 }
 
 // The parts of the message are evaluated only where the check fails.
-#define QUANTOPS_CHECK(ok, ...)                \
-  do {                                         \
-    if (!(ok)) ::quantops::fail(__VA_ARGS__);  \
+#define QUANTOPS_CHECK(ok, ...)               \
+  do {                                        \
+    if (!(ok)) ::quantops::fail(__VA_ARGS__); \
   } while (0)
 
 inline std::string dtype_name(ScalarType t) {
   switch (t) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Byte: return "uint8";
-    default: return torch::headeronly::toString(t);
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Byte:
+      return "uint8";
+    default:
+      return torch::headeronly::toString(t);
   }
 }
 
@@ -84,8 +92,8 @@ inline std::string entry_name(const char* name, size_t i, size_t count) {
 
 // ---------------------------------------------------------------------------------------------------------- dtypes
 
-constexpr std::initializer_list<ScalarType> kFloats = {
-    ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double};
+constexpr std::initializer_list<ScalarType> kFloats = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half,
+                                                       ScalarType::Double};
 
 inline bool is_float(ScalarType t) {
   return t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half || t == ScalarType::Double;
@@ -235,8 +243,9 @@ inline void check_scales(const Tensors& scale, const Tensors& w, ScalarType dtyp
     QUANTOPS_CHECK(device_of(s) == device, name(), ": expected device ", device_name(w[0]),
                    ", where the weights are, got ", device_name(s));
     int64_t rows = w[i].dim() ? w[i].size(0) : 1;
-    QUANTOPS_CHECK(s.numel() == 1 || (s.numel() == rows && s.size(0) == rows), name(), ": expected one element or one per row (", rows,
-                   ") of a weight of shape ", numbers(w[i].sizes()), ", got shape ", numbers(s.sizes()));
+    QUANTOPS_CHECK(s.numel() == 1 || (s.numel() == rows && s.size(0) == rows), name(),
+                   ": expected one element or one per row (", rows, ") of a weight of shape ", numbers(w[i].sizes()),
+                   ", got shape ", numbers(s.sizes()));
     QUANTOPS_CHECK(s.is_contiguous(), name(), ": expected a contiguous tensor, got strides ", numbers(s.strides()));
   }
 }

@@ -97,10 +97,10 @@ QUANTOPS_INLINE A base_code(A x, Rule rule, const Quantizer<A>& p) {
 // A width that is cut from codes of a base width, on the full grid.
 template <class A>
 struct Width {
-  A mul;  // 2^-shift
-  A down;  // half of it - 1/2: what makes the nearest integer of c * mul the one below
-  A top;  // 2^m - 1
-  A step;  // q = level * step
+  A mul;        // 2^-shift
+  A down;       // half of it - 1/2: what makes the nearest integer of c * mul the one below
+  A top;        // 2^m - 1
+  A step;       // q = level * step
   A unit_step;  // the step of a scale of one
 };
 

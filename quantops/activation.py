@@ -52,9 +52,24 @@ class UniformActivation(Settings, torch.nn.Module):
     x: any shape, float32, bfloat16, float16 or float64; q has its dtype, under autocast the autocast dtype.
     """
 
-    def __init__(self, bits=4, *, rule="round_clamp", scale="step", signed=None, relu=False, offset=False,
-                 channels=None, keep=None, percentile=100.0, momentum=0.1, widths=None, shared=True, device=None,
-                 dtype=torch.float32):
+    def __init__(
+        self,
+        bits=4,
+        *,
+        rule="round_clamp",
+        scale="step",
+        signed=None,
+        relu=False,
+        offset=False,
+        channels=None,
+        keep=None,
+        percentile=100.0,
+        momentum=0.1,
+        widths=None,
+        shared=True,
+        device=None,
+        dtype=torch.float32,
+    ):
         super().__init__()
         check_choice("rule", rule, RULES)
         check_choice("signed", signed, (None, True, False))
@@ -66,8 +81,10 @@ class UniformActivation(Settings, torch.nn.Module):
         if scale not in SCALES and not (number and 2.0**-100 <= scale <= 2.0**100):
             raise ValueError(f"scale: expected one of {', '.join(map(repr, SCALES))} or a number > 0, got {scale!r}")
         if (relu or offset) and (signed or (relu and offset)):
-            raise ValueError("relu, offset: expected one of them alone, and unsigned codes, got "
-                             f"relu={relu}, offset={offset}, signed={signed}")
+            raise ValueError(
+                "relu, offset: expected one of them alone, and unsigned codes, got "
+                f"relu={relu}, offset={offset}, signed={signed}"
+            )
         for name, value, low, high in (("percentile", percentile, 0, 100), ("momentum", momentum, 0, 1)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value <= high:
                 raise ValueError(f"{name}: expected a number in ({low}, {high}], got {value!r}")
@@ -75,8 +92,11 @@ class UniformActivation(Settings, torch.nn.Module):
         self.learn = "step" if scale == "step" else "clip" if scale == "clip" or offset else None
         keep = ("residual" if self.learn == "step" else "bits") if keep is None else keep
         checks.activation.choices(rule, bool(signed), "relu" if relu else None, keep, self.learn, None)
-        self.widths = tuple(check_int("widths", n, 1, MAX_BITS) for n in widths) if widths else (
-            check_int("bits", bits, 0, MAX_BITS),)
+        self.widths = (
+            tuple(check_int("widths", n, 1, MAX_BITS) for n in widths)
+            if widths
+            else (check_int("bits", bits, 0, MAX_BITS),)
+        )
         self.rule, self.relu, self.keep, self.scale, self.per_width = rule, relu, keep, scale, not shared
         self.percentile, self.momentum, self.joint_graph = percentile, momentum, False
         rows = len(self.widths) if self.per_width else 1
@@ -87,8 +107,9 @@ class UniformActivation(Settings, torch.nn.Module):
         self.register_buffer("start", torch.zeros(rows, count, **made))  # 0 until values are known
         self.register_buffer("negative", torch.zeros(1, **made))  # part of x below 0, where values came from
         known = False if relu or offset else signed
-        self.register_buffer("is_signed", torch.full((1,), -1 if known is None else int(known), dtype=torch.int8,
-                                                     device=device))
+        self.register_buffer(
+            "is_signed", torch.full((1,), -1 if known is None else int(known), dtype=torch.int8, device=device)
+        )
         values = torch.zeros(rows, count, **made)
         if scale in ("step", "clip"):
             self.register_parameter(scale, torch.nn.Parameter(values))
@@ -102,8 +123,14 @@ class UniformActivation(Settings, torch.nn.Module):
             self.started = [signed is not None or relu or offset] * rows
 
     def settings(self):
-        return {"method": "uniform activation", "rule": self.rule, "scale": self.scale, "relu": self.relu,
-                "offset": self.offset is not None, "widths": list(self.widths) if len(self.widths) > 1 else None}
+        return {
+            "method": "uniform activation",
+            "rule": self.rule,
+            "scale": self.scale,
+            "relu": self.relu,
+            "offset": self.offset is not None,
+            "widths": list(self.widths) if len(self.widths) > 1 else None,
+        }
 
     # Values.
 
@@ -153,15 +180,22 @@ class UniformActivation(Settings, torch.nn.Module):
             return x.relu() if self.relu else x
         if not all(self.started) and not self.started[self.place]:
             if not self.training:
-                raise RuntimeError("UniformActivation: evaluated before it has a scale; expected a training forward, "
-                                   "quantops.calibrate(model, batches) or a state dict first")
+                raise RuntimeError(
+                    "UniformActivation: evaluated before it has a scale; expected a training forward, "
+                    "quantops.calibrate(model, batches) or a state dict first"
+                )
             self._begin([self._statistics(x)])
         elif self.scale == "tracked" and self.training:
             self._track(x)
         acc = acc_dtype(x.dtype)
         scale, offset = (None if v is None else v.to(acc) for v in self.values())
-        options = (RULES.index(self.rule), bool(self.signed), int(self.relu), KEEPS.index(self.keep),
-                   LEARNS.index(self.learn))
+        options = (
+            RULES.index(self.rule),
+            bool(self.signed),
+            int(self.relu),
+            KEEPS.index(self.keep),
+            LEARNS.index(self.learn),
+        )
         return call(ops.activation, x, scale, offset, self.bits, *options, checks.dtype_of(None, [x]))[0]
 
     # Where values come from.
@@ -180,7 +214,7 @@ class UniformActivation(Settings, torch.nn.Module):
             raise ValueError(f"x: expected values to take a scale from, got shape {tuple(x.shape)}")
         size = rows.abs()
         if self.percentile < 100:
-            sample = size[:, ::max(1, size.shape[1] // SAMPLE)]
+            sample = size[:, :: max(1, size.shape[1] // SAMPLE)]
             end = sample.quantile(self.percentile / 100, dim=1)
         else:
             end = size.amax(1)
@@ -242,8 +276,10 @@ class UniformActivation(Settings, torch.nn.Module):
 
     def extra_repr(self):
         bits = "?" if self.bits.is_meta else int(self.bits)
-        return (f"bits={bits}{f' of {self.widths}' if len(self.widths) > 1 else ''}, rule={self.rule!r}, "
-                f"scale={self.scale!r}, signed={self.signed}, relu={self.relu}, keep={self.keep!r}")
+        return (
+            f"bits={bits}{f' of {self.widths}' if len(self.widths) > 1 else ''}, rule={self.rule!r}, "
+            f"scale={self.scale!r}, signed={self.signed}, relu={self.relu}, keep={self.keep!r}"
+        )
 
 
 # Where they stand in a network.
@@ -263,8 +299,10 @@ def _quantize_output(layer, args, output):
 def check_relus(model):
     """ValueError for a model without modules that act="relu" replaces."""
     if not any(_is_relu(m) for m in model.modules()):
-        raise ValueError("act_bits: expected modules of nn.ReLU, nn.ReLU6 or nn.Hardtanh(0, ...) to quantize, "
-                         f"{type(model).__name__} has none; act='input' quantizes what goes into each layer")
+        raise ValueError(
+            "act_bits: expected modules of nn.ReLU, nn.ReLU6 or nn.Hardtanh(0, ...) to quantize, "
+            f"{type(model).__name__} has none; act='input' quantizes what goes into each layer"
+        )
 
 
 def _is_relu(m):
@@ -279,7 +317,8 @@ def replace_relus(model, make):
     replace(model, lambda m: make(like) if _is_relu(m) else None)
     for m in model.modules():  # nn.TransformerEncoderLayer evaluates a fused ReLU by this number
         if isinstance(getattr(m, "activation", None), (UniformActivation, CategoricalActivation)) and hasattr(
-                m, "activation_relu_or_gelu"):
+            m, "activation_relu_or_gelu"
+        ):
             m.activation_relu_or_gelu = 0
 
 
@@ -381,8 +420,13 @@ def activation_scales(model):
     for name, m in activations(model):
         if isinstance(m, UniformActivation) and m.started[m.place]:
             scale, offset = (None if v is None else v.detach().clone() for v in m.values())
-            found[name] = {"scale": scale, "offset": offset, "bits": int(m.bits), "rule": m.rule,
-                           "signed": bool(m.signed)}
+            found[name] = {
+                "scale": scale,
+                "offset": offset,
+                "bits": int(m.bits),
+                "rule": m.rule,
+                "signed": bool(m.signed),
+            }
     return found
 
 
@@ -402,7 +446,7 @@ class ActivationConfig(QuantConfig):
     keeps a float input too. Modules inside nn.MultiheadAttention are not called by it: their inputs stay float.
     """
 
-    act_bits: int | None = None
+    act_bits: int | str | None = None
     act: str = "relu"
     act_scale: str | float = "step"
     act_signed: bool | None = None
@@ -417,8 +461,9 @@ class ActivationConfig(QuantConfig):
         self.check_act_bits("act_bits", self.act_bits)
         number = isinstance(self.act_scale, (int, float)) and not isinstance(self.act_scale, bool)
         if self.act_scale not in SCALES and not (number and 2.0**-100 <= self.act_scale <= 2.0**100):
-            raise ValueError(f"act_scale: expected one of {', '.join(map(repr, SCALES))} or a number > 0, got "
-                             f"{self.act_scale!r}")
+            raise ValueError(
+                f"act_scale: expected one of {', '.join(map(repr, SCALES))} or a number > 0, got {self.act_scale!r}"
+            )
         patterns = self.act_outputs
         if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
             raise ValueError(f"act_outputs: expected a tuple of patterns of module names, got {patterns!r}")
@@ -432,16 +477,25 @@ class ActivationConfig(QuantConfig):
 
     def activation(self, like, bits, relu):
         """The quantizer of ``bits`` for a model of parameters like ``like``."""
-        return UniformActivation(bits, rule=self.act_rule, scale=self.act_scale, relu=relu,
-                                 signed=None if relu else self.act_signed, device=like.device, dtype=like.dtype)
+        return UniformActivation(
+            bits,
+            rule=self.act_rule,
+            scale=self.act_scale,
+            relu=relu,
+            signed=None if relu else self.act_signed,
+            device=like.device,
+            dtype=like.dtype,
+        )
 
     def prepare(self, model, layers):
         super().prepare(model, layers)
         bits = {name: settings.get("act_bits", self.act_bits) for name, (_, settings) in layers.items()}
         for name, (_, settings) in layers.items():
             if "act_bits" in settings and (self.act != "input" or self.act_bits is None):
-                raise ValueError(f"{name}: act_bits of a layer: expected act='input' and act_bits, got act="
-                                 f"{self.act!r}, act_bits={self.act_bits}")
+                raise ValueError(
+                    f"{name}: act_bits of a layer: expected act='input' and act_bits, got act="
+                    f"{self.act!r}, act_bits={self.act_bits}"
+                )
             self.check_act_bits(f"{name}: act_bits", bits[name])
         if self.act_bits is None:
             return
@@ -449,6 +503,8 @@ class ActivationConfig(QuantConfig):
         if self.act == "relu":
             replace_relus(model, lambda like: self.activation(like, self.act_bits, True))
         else:
-            quantize_inputs([(module, bits[name]) for name, (module, _) in layers.items()],
-                            lambda like, n: self.activation(like, n, False))
+            quantize_inputs(
+                [(module, bits[name]) for name, (module, _) in layers.items()],
+                lambda like, n: self.activation(like, n, False),
+            )
         quantize_outputs(outputs, lambda like: self.activation(like, self.act_bits, False), like)

@@ -35,9 +35,11 @@ def _load_library(kind):
     path = library_path(kind)
     if not path.exists():
         failed = path.with_name(path.name + ".failed")  # by setup.py
-        why = f"{path.name} " + (failed.read_text().strip() if failed.exists() else
-                                 f"was not built (it needs {'nvcc' if kind == 'cuda' else 'a C++ compiler'} at "
-                                 "installation)")
+        why = f"{path.name} " + (
+            failed.read_text().strip()
+            if failed.exists()
+            else f"was not built (it needs {'nvcc' if kind == 'cuda' else 'a C++ compiler'} at installation)"
+        )
         if (Path(__file__).parents[1] / "setup.py").exists():
             why += f"; this is the source tree {path.parents[1]}: pip install -e . builds it in place"
         return why
@@ -130,8 +132,12 @@ def info():
     """Which implementation serves which device, and why another is off. Print it, or read it as a dict."""
     compiled = _serving["cpu"][0] == "cpp"
     notes = {
-        ("cpu", "cpp"): (f"compiled C++, {_instruction_set()} (torch: {torch.backends.cpu.get_cpu_capability()}), "
-                         f"{torch.get_num_threads()} threads") if compiled else "",
+        ("cpu", "cpp"): (
+            f"compiled C++, {_instruction_set()} (torch: {torch.backends.cpu.get_cpu_capability()}), "
+            f"{torch.get_num_threads()} threads"
+        )
+        if compiled
+        else "",
         ("cuda", "cuda"): "compiled CUDA C++",
         ("cuda", "triton"): "Triton kernels, compiled at their first call",
     }

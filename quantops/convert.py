@@ -60,7 +60,7 @@ class QuantConfig:
         check_choice("cache", self.cache, (True, False))
         for end in ("first", "last"):
             policy = getattr(self, end)
-            if isinstance(policy, str) or isinstance(policy, bool) or not isinstance(policy, int):
+            if isinstance(policy, (str, bool)) or not isinstance(policy, int):
                 check_choice(end, policy, POLICIES)
             else:
                 check_int(end, policy, 0, MAX_BITS)
@@ -68,8 +68,10 @@ class QuantConfig:
             raise ValueError(f"overrides: expected a dict, got {type(self.overrides).__name__}")
         for pattern, values in self.overrides.items():
             if not isinstance(pattern, str) or not isinstance(values, dict):
-                raise ValueError(f"overrides[{pattern!r}]: expected a dict of settings under a pattern of layer names, "
-                                 f"got {values!r}")
+                raise ValueError(
+                    f"overrides[{pattern!r}]: expected a dict of settings under a pattern of layer names, "
+                    f"got {values!r}"
+                )
             for key in values:
                 check_choice(f"overrides[{pattern!r}]", key, self.settings)
 
@@ -113,8 +115,10 @@ def quantize_(model, config, filter_fn=None):
     (choose one), a weight on the meta device, and settings out of range. TypeError for what is not a config.
     """
     if not isinstance(config, QuantConfig):
-        raise TypeError("config: expected MSQConfig, TruncQuantConfig, CPQConfig or another config of quantops, got "
-                        f"{type(config).__name__}")
+        raise TypeError(
+            "config: expected MSQConfig, TruncQuantConfig, CPQConfig or another config of quantops, got "
+            f"{type(config).__name__}"
+        )
     check_module(model)
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"filter_fn: expected a function of (name, module), got {type(filter_fn).__name__}")
@@ -126,8 +130,10 @@ def quantize_(model, config, filter_fn=None):
         raise ValueError(f"filter_fn: matches none of the modules of {type(model).__name__}")
     _check_weights(modules)
     settings = _settings(list(modules), config)
-    made = [(name or "model", modules[name], config.quantizer(name or "model", modules[name].weight, values))
-            for name, values in settings.items()]
+    made = [
+        (name or "model", modules[name], config.quantizer(name or "model", modules[name].weight, values))
+        for name, values in settings.items()
+    ]
     config.prepare(model, {name: (modules[name], values) for name, values in settings.items()})
 
     layers = []
@@ -154,8 +160,11 @@ def quantize_(model, config, filter_fn=None):
 def _take_float_weight(layer, state_dict, prefix, *_):
     """A state dict of the float network sets the float weight; what is not in it, such as bits, stays as it is."""
     inside = f"{prefix}parametrizations.{WEIGHT}."
-    if parametrize.is_parametrized(layer, WEIGHT) and prefix + WEIGHT in state_dict and (
-            f"{inside}original" not in state_dict):
+    if (
+        parametrize.is_parametrized(layer, WEIGHT)
+        and prefix + WEIGHT in state_dict
+        and (f"{inside}original" not in state_dict)
+    ):
         w = state_dict[f"{inside}original"] = state_dict.pop(prefix + WEIGHT)
         quantizer = layer.parametrizations[WEIGHT][0]
         if w.shape == layer.parametrizations[WEIGHT].original.shape:  # else torch says that it is not
@@ -194,8 +203,9 @@ def unquantize_(model):
     groups = {id(group) for _, _, _, group in _group_hooks(model)}
     for name, owner, quantizer in layers:
         if quantizer.group.whole and id(quantizer.group) not in groups:
-            raise ValueError(f"model: {name or 'it'} is quantized with the whole that quantize_ was called with; "
-                             "expected that model")
+            raise ValueError(
+                f"model: {name or 'it'} is quantized with the whole that quantize_ was called with; expected that model"
+            )
         check_only(name, owner)
         if not trackable(owner.original):
             raise ValueError(f"{name or 'model'}: expected a plain weight, got a {type(owner.original).__name__}")
@@ -231,9 +241,13 @@ def remove_quantizers(model, leave_quantized):
 
 def _group_hooks(model):
     """[(module, its dictionary of hooks, key, WeightGroup)]"""
-    return [(module, hooks, key, group) for module in model.modules()
-            for hooks in (module._forward_pre_hooks, module._forward_hooks) for key, hook in hooks.items()
-            if isinstance(group := getattr(hook, "__self__", hook), WeightGroup)]
+    return [
+        (module, hooks, key, group)
+        for module in model.modules()
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        for key, hook in hooks.items()
+        if isinstance(group := getattr(hook, "__self__", hook), WeightGroup)
+    ]
 
 
 def _own_class(layer):
@@ -249,21 +263,28 @@ def _check_weights(modules):
         label = name or "model"
         if parametrize.is_parametrized(module, WEIGHT):
             kinds = ", ".join(type(p).__name__ for p in module.parametrizations[WEIGHT])
-            raise ValueError(f"{label}: the weight already has a parametrization ({kinds}); expected a plain one: take "
-                             "it off by torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')")
+            raise ValueError(
+                f"{label}: the weight already has a parametrization ({kinds}); expected a plain one: take "
+                "it off by torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+            )
         for parameter, remove in REPLACED.items():
             if parameter in module._parameters and WEIGHT not in module._parameters:
-                raise ValueError(f"{label}: its weight is computed from {parameter} before each forward; expected a "
-                                 f"plain one: take that off by {remove}(layer), or {PRUNED} where it is pruned")
+                raise ValueError(
+                    f"{label}: its weight is computed from {parameter} before each forward; expected a "
+                    f"plain one: take that off by {remove}(layer), or {PRUNED} where it is pruned"
+                )
         w = module._parameters.get(WEIGHT)
         if w is None:
-            raise ValueError(f"{label}: expected a module with a parameter 'weight', got {type(module).__name__} "
-                             "without one")
+            raise ValueError(
+                f"{label}: expected a module with a parameter 'weight', got {type(module).__name__} without one"
+            )
         if isinstance(w, torch.nn.parameter.UninitializedParameter) or w.device.type == "meta":
             raise ValueError(f"{label}: expected a weight with values, got one that is not initialized")
         if w.dtype not in FLOATS or w.dim() == 0:
-            raise ValueError(f"{label}: expected a floating-point weight with at least one dimension, got {w.dtype} of "
-                             f"shape {tuple(w.shape)}")
+            raise ValueError(
+                f"{label}: expected a floating-point weight with at least one dimension, got {w.dtype} of "
+                f"shape {tuple(w.shape)}"
+            )
         if id(w) in owners:
             raise ValueError(f"{label}: shares its weight with {owners[id(w)]}: let filter_fn choose one of them")
         owners[id(w)] = label
@@ -282,8 +303,9 @@ def _settings(names, config):
     for pattern, values in config.overrides.items():
         matched = [name for name in settings if fnmatch.fnmatchcase(name or "model", pattern)]
         if not matched:
-            raise ValueError(f"overrides[{pattern!r}]: matches none of the layers "
-                             f"{', '.join(name or 'model' for name in settings)}")
+            raise ValueError(
+                f"overrides[{pattern!r}]: matches none of the layers {', '.join(name or 'model' for name in settings)}"
+            )
         for name in matched:
             settings[name].update(values)
     return settings

@@ -34,8 +34,13 @@ def left_in_float(model):
                 seen.add(id(p))
                 matrix = p.dim() > 1 and not isinstance(module, Settings)
                 kind = type(module).__name__
-                why = (f"no matrix, of {kind}" if not matrix else f"{kind} was not chosen" if name == "weight" else
-                       f"{kind} has it under another name than weight")
+                why = (
+                    f"no matrix, of {kind}"
+                    if not matrix
+                    else f"{kind} was not chosen"
+                    if name == "weight"
+                    else f"{kind} has it under another name than weight"
+                )
                 found.append(LeftFloat(f"{path}.{name}".removeprefix("."), tuple(p.shape), p.numel(), why, matrix))
     return found
 
@@ -47,6 +52,8 @@ def warn_of_the_rest(model):
     if taken < LEAST * (taken + rest):
         names = ", ".join(f"{v.name} ({v.why})" for v in left[:NAMED])
         more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
-        warnings.warn(f"quantize_: {taken / (taken + rest):.1%} of the weights in matrices are quantized, in float "
-                      f"stay {names}{more}; filter_fn chooses layers, quantops.bit_report(model) tells all",
-                      stacklevel=3)
+        warnings.warn(
+            f"quantize_: {taken / (taken + rest):.1%} of the weights in matrices are quantized, in float "
+            f"stay {names}{more}; filter_fn chooses layers, quantops.bit_report(model) tells all",
+            stacklevel=3,
+        )

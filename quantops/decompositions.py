@@ -1,7 +1,7 @@
 """Ops as chains of aten ops, for graphs that run without quantops: their default kernels, which compute the reference.
 
-For exported programs, see :func:`quantops.export.to_aten`. Results are equal bit for bit, but for means, which may differ
-in their last place. torch's own table of decompositions has none of these: Inductor would refuse our ops.
+For exported programs, see :func:`quantops.export.to_aten`. Results are equal bit for bit, but for means, which may
+differ in their last place. torch's own table of decompositions has none of these: Inductor would refuse our ops.
 """
 
 import torch
@@ -34,8 +34,17 @@ def table():
 
 def _activation(x, scale, offset, bits, rule, signed, front, keep, learn, dtype):
     """q, and what is kept as it is of a contiguous x."""
-    q, kept = reference.activation(x, scale, bits, offset=offset, rule=RULES[rule], signed=signed, front=FRONTS[front],
-                                   keep=KEEPS[keep], out_dtype=dtype)
+    q, kept = reference.activation(
+        x,
+        scale,
+        bits,
+        offset=offset,
+        rule=RULES[rule],
+        signed=signed,
+        front=FRONTS[front],
+        keep=KEEPS[keep],
+        out_dtype=dtype,
+    )
     if kept is None:
         return q, x.new_empty(0, dtype=torch.uint8)
     return q, pack(kept.to(torch.int32), 1, layout="dense") if KEEPS[keep] == "bits" else kept.reshape(-1)
@@ -44,8 +53,10 @@ def _activation(x, scale, offset, bits, rule, signed, front, keep, learn, dtype)
 def _categorical(x, alpha, sigma, bits, gates, seed, mode, grad_of, signed, dtype):
     """The hard value without gates: the class nearest to x."""
     if MODES[mode] != "hard" or gates:
-        raise ValueError(f"categorical: expected mode 'hard' without gates in a graph of aten ops, got "
-                         f"{MODES[mode]!r}{' with gates' if gates else ''}; call model.eval() before the export")
+        raise ValueError(
+            f"categorical: expected mode 'hard' without gates in a graph of aten ops, got "
+            f"{MODES[mode]!r}{' with gates' if gates else ''}; call model.eval() before the export"
+        )
     return [_nearest(*values, signed).to(dtype) for values in zip(x, alpha, sigma, bits.reshape(-1))]
 
 

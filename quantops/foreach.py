@@ -88,8 +88,7 @@ def msq(w, scale, bits, k=1, *, grid=None, out_dtype=None, out=None):
     scale, covered = _scales(w, scale)
     if out is not None:
         out = checks.outputs(out, w, [*scale, n, k], out_dtype)
-        sums = [torch.empty(len(w), dtype=t, device=w[0].device)
-                for t in (scale[0].dtype, torch.int64, scale[0].dtype)]
+        sums = [torch.empty(len(w), dtype=t, device=w[0].device) for t in (scale[0].dtype, torch.int64, scale[0].dtype)]
         ops.msq_out(w, scale, n, k, grid, out, *sums)
         _written(out)
         return MSQ(out, *sums)
@@ -130,13 +129,16 @@ def add_lsb_grad_(grad, w, scale, bits, k, strength, *, grid=None):
         checks.strength(strength)
         strength = torch.full((), strength, dtype=scale[0].dtype, device=w[0].device)
     if strength.numel() not in (1, len(w)) or strength.device != w[0].device:
-        raise ValueError(f"strength: expected one element or one per weight ({len(w)}) on {w[0].device}, got shape "
-                         f"{tuple(strength.shape)} on {strength.device}")
+        raise ValueError(
+            f"strength: expected one element or one per weight ({len(w)}) on {w[0].device}, got shape "
+            f"{tuple(strength.shape)} on {strength.device}"
+        )
     strength = strength.reshape(-1).expand(len(w)).to(scale[0].dtype).contiguous()
     checks.own_memory({"grad": grad}, [*w, *scale, n, k, strength])
     # Autograd may have laid a gradient out in another way than its weight; the kernel walks both alike.
-    same = [g if g.stride() == t.stride() and dense_rows(t) else empty_like(t, g.dtype).copy_(g)
-            for g, t in zip(grad, w)]
+    same = [
+        g if g.stride() == t.stride() and dense_rows(t) else empty_like(t, g.dtype).copy_(g) for g, t in zip(grad, w)
+    ]
     ops.add_lsb_grad_(same, w, scale, n, k, grid, strength)
     for g, s in zip(grad, same):
         if g is not s:
@@ -163,8 +165,9 @@ def decode(codes, scale, bits=None, *, grid=None, signed=True, out_dtype=None):
     return ops.decode(codes, scale, n, grid, signed, dtype)
 
 
-def truncate(w, scale, bits, *, base_bits=8, rule="floor", companding=None, out_scale=None, slope="ste",
-             out_dtype=None):
+def truncate(
+    w, scale, bits, *, base_bits=8, rule="floor", companding=None, out_scale=None, slope="ste", out_dtype=None
+):
     """Weights truncated to one or several widths from one read, see :func:`quantops.truncate`.
 
     Unlike elsewhere a list of ``bits`` is a list of widths, not of weights: an int, or an integer tensor with an entry
@@ -178,11 +181,12 @@ def truncate(w, scale, bits, *, base_bits=8, rule="floor", companding=None, out_
     exact = checks.choice("slope", slope, SLOPES) == "exact" and (out_scale is not None or tanh)
     scale, out_scale = checks.out_scales(scale if exact and out_scale is None else out_scale, scale, w)
     q = call(ops.truncate, w, scale, out_scale, n, base, rule, tanh, covered, exact, checks.dtype_of(out_dtype, w))
-    return q if one else tuple(q[i: i + len(w)] for i in range(0, len(q), len(w)))
+    return q if one else tuple(q[i : i + len(w)] for i in range(0, len(q), len(w)))
 
 
-def categorical(x, alpha, sigma, bits, *, gates=None, signed=True, mode="hard", grad="winner", seed=None,
-                out_dtype=None):
+def categorical(
+    x, alpha, sigma, bits, *, gates=None, signed=True, mode="hard", grad="winner", seed=None, out_dtype=None
+):
     """Categorically quantized tensors, see :func:`quantops.categorical`.
 
     ``gates``: None, or a list with a tensor per entry of ``x``. One seed serves the list: its elements are counted
@@ -193,5 +197,15 @@ def categorical(x, alpha, sigma, bits, *, gates=None, signed=True, mode="hard", 
     checks.choice("signed", signed, (True, False))
     n = checks.categorical_bits(bits, x, mode, grad)
     alpha, sigma = checks.alpha_and_sigma(alpha, sigma, x)
-    return call(ops.categorical, x, alpha, sigma, n, checks.gates(gates, bits, x), checks.seed(seed, mode, x), *options,
-                signed, checks.dtype_of(out_dtype, x))
+    return call(
+        ops.categorical,
+        x,
+        alpha,
+        sigma,
+        n,
+        checks.gates(gates, bits, x),
+        checks.seed(seed, mode, x),
+        *options,
+        signed,
+        checks.dtype_of(out_dtype, x),
+    )

@@ -70,15 +70,14 @@ def round_clamp(w, scale, bits, *, signed=True, grid=None, out_dtype=None, out=N
     Returns q in w's shape. dL/dw = g * inside; dL/ds = sum g * (q/s - (w/s) * inside). Saves nothing but its inputs.
     Raises ValueError or TypeError naming the argument, what was expected and what came.
     """
-    return foreach.round_clamp([w], _one(scale), bits, signed=signed, grid=grid, out_dtype=out_dtype,
-                               out=_outs(out))[0]
+    return foreach.round_clamp([w], _one(scale), bits, signed=signed, grid=grid, out_dtype=out_dtype, out=_outs(out))[0]
 
 
 def lsb(w, scale, bits, k=1, *, grid=None):
     """The LSB residual B_k = c_n - 2^k c_(n-k) (int32, w's shape), 1 <= k < n; arXiv 2507.22349.
 
-    ``grid`` matters where it is "sign". 0 means: representable with n - k bits. sign(B) points away from the nearest value whose k LSBs are zero.
-    ``k = 0`` gives zeros. No gradient.
+    ``grid`` matters where it is "sign". 0 means: representable with n - k bits. sign(B) points away from the
+    nearest value whose k LSBs are zero. ``k = 0`` gives zeros. No gradient.
     """
     return foreach.lsb([w], _one(scale), bits, k, grid=grid)[0]
 
@@ -125,8 +124,9 @@ def decode(codes, scale, bits=None, *, grid=None, signed=True, out_dtype=None):
     return foreach.decode([codes], [scale], bits, grid=grid, signed=signed, out_dtype=out_dtype)[0]
 
 
-def truncate(w, scale, bits, *, base_bits=8, rule="floor", companding=None, out_scale=None, slope="ste",
-             out_dtype=None):
+def truncate(
+    w, scale, bits, *, base_bits=8, rule="floor", companding=None, out_scale=None, slope="ste", out_dtype=None
+):
     """Weights whose low bits are cut off by a shift: TruncQuant (arXiv 2506.11431).
 
         c_N = the code of width N = base_bits by ``rule``         see :func:`encode`; signed
@@ -155,8 +155,8 @@ def truncate(w, scale, bits, *, base_bits=8, rule="floor", companding=None, out_
     Under companding dL/dw is multiplied by 1 - tanh(w)^2, and x = (tanh(w) / tanh(s)) * (1 - tanh(s)^2): the same
     equations through tanh. ``slope="exact"`` multiplies dL/dw, and dL/ds where there is an out_scale, by the slope that
     q has, out_scale/s, under companding out_scale/tanh(s): the true derivative of out_scale tanh(w)/tanh(s). One pass
-    more where the slope is not 1. All gradients of a call are read once; nothing is saved but the inputs. Second derivatives
-    count w and s as constants in these, as the STE has it, but for the slope of tanh.
+    more where the slope is not 1. All gradients of a call are read once; nothing is saved but the inputs. Second
+    derivatives count w and s as constants in these, as the STE has it, but for the slope of tanh.
 
     A bit-width, base width or scale out of range raises ValueError on CPU; on other devices values in tensors are not
     read back and give NaN for that output.
@@ -165,9 +165,18 @@ def truncate(w, scale, bits, *, base_bits=8, rule="floor", companding=None, out_
     several = dims > 0 or isinstance(bits, (list, tuple))
     if dims == 1:
         bits = bits.unsqueeze(1)
-    q = foreach.truncate([w], _one(scale), bits, base_bits=base_bits, rule=rule, companding=companding,
-                         out_scale=_one(out_scale), slope=slope, out_dtype=out_dtype)
-    return tuple(v for v, in q) if several else q[0]
+    q = foreach.truncate(
+        [w],
+        _one(scale),
+        bits,
+        base_bits=base_bits,
+        rule=rule,
+        companding=companding,
+        out_scale=_one(out_scale),
+        slope=slope,
+        out_dtype=out_dtype,
+    )
+    return tuple(v for (v,) in q) if several else q[0]
 
 
 def pack(codes, bits, *, layout="planes"):
@@ -192,8 +201,9 @@ def unpack(packed, bits=None):
     return foreach.unpack([packed], bits)[0]
 
 
-def categorical(x, alpha, sigma, bits, *, gates=None, signed=True, mode="hard", grad="winner", seed=None,
-                out_dtype=None):
+def categorical(
+    x, alpha, sigma, bits, *, gates=None, signed=True, mode="hard", grad="winner", seed=None, out_dtype=None
+):
     """The categorical quantizer of CPQ with DropBits (arXiv 2109.02100), without a tensor of the 2^b classes.
 
     Grid g_i = alpha i, i = lo..hi (signed -2^(b-1)..2^(b-1) - 1, unsigned 0..2^b - 1). With S the logistic sigmoid,
@@ -235,12 +245,23 @@ def categorical(x, alpha, sigma, bits, *, gates=None, signed=True, mode="hard", 
     Returns q in x's shape. Raises ValueError or TypeError naming the argument, what was expected and what came; values
     on other devices than the CPU are not read back and give NaN where out of range. NaN in x gives NaN there.
     """
-    return foreach.categorical([x], [alpha], [sigma], bits, gates=None if gates is None else [gates], signed=signed,
-                               mode=mode, grad=grad, seed=seed, out_dtype=out_dtype)[0]
+    return foreach.categorical(
+        [x],
+        [alpha],
+        [sigma],
+        bits,
+        gates=None if gates is None else [gates],
+        signed=signed,
+        mode=mode,
+        grad=grad,
+        seed=seed,
+        out_dtype=out_dtype,
+    )[0]
 
 
-def quantize_activation(x, scale, bits, *, offset=None, rule="round_clamp", signed=False, front=None, keep=None,
-                        learn=None, out_dtype=None):
+def quantize_activation(
+    x, scale, bits, *, offset=None, rule="round_clamp", signed=False, front=None, keep=None, learn=None, out_dtype=None
+):
     """Activations by the uniform code rules, with as little kept for the backward pass as it needs.
 
         v = x - offset,  c = the code of v by ``rule``,  q = m * step + offset        the equations above
@@ -278,7 +299,7 @@ def quantize_activation(x, scale, bits, *, offset=None, rule="round_clamp", sign
     Returns q in x's shape. Raises ValueError or TypeError naming the argument, what was expected and what came; values
     on other devices than the CPU are not read back and give NaN where out of range.
     """
-    x, = checks.tensors("x", [x])
+    (x,) = checks.tensors("x", [x])
     keep = ("residual" if learn == "step" else "bits") if keep is None else keep
     options = checks.activation.choices(rule, signed, front, keep, learn, offset)
     scale = checks.activation.channel_values("scale", scale, x)

@@ -26,9 +26,14 @@ def hessian_trace(loss, params, samples=8, *, seed=0, generator=None):
     """
     params = list(params)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        raise ValueError("loss: expected a scalar tensor that requires grad, got "
-                         + (f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
-                            if isinstance(loss, torch.Tensor) else type(loss).__name__))
+        raise ValueError(
+            "loss: expected a scalar tensor that requires grad, got "
+            + (
+                f"shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
+                if isinstance(loss, torch.Tensor)
+                else type(loss).__name__
+            )
+        )
     if not params:
         raise ValueError("params: expected at least one tensor, got none")
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
@@ -47,8 +52,9 @@ def hessian_trace(loss, params, samples=8, *, seed=0, generator=None):
     draw = _Signs(seed, generator)
     for _ in range(samples if curved else 0):
         v = [draw(p) for p in params]
-        products = torch.autograd.grad([grads[i] for i in curved], params, [v[i] for i in curved],
-                                       retain_graph=True, allow_unused=True)
+        products = torch.autograd.grad(
+            [grads[i] for i in curved], params, [v[i] for i in curved], retain_graph=True, allow_unused=True
+        )
         for t, h, s in zip(total, products, v):
             if h is not None:
                 t += (h.detach() * s).sum(dtype=dtype)

@@ -89,14 +89,27 @@ def show(path):
             scales = math.prod(slice_of(f, f"{name}.scale").get_shape())
             held = bits * _file_bytes(shape) + scales * (8 if entry["dtype"] == "float64" else 4)
             total, numel = total + held, numel + math.prod(shape)
-            rows.append((name, "x".join(map(str, shape)) or "one", f"{bits} bits" + " fixed" * (entry["fixed"] is True),
-                         entry["grid"] + " unsigned" * (entry["signed"] is False), entry["dtype"],
-                         f"{scales} scale" + "s" * (scales != 1), f"{held:,} bytes"))
+            rows.append(
+                (
+                    name,
+                    "x".join(map(str, shape)) or "one",
+                    f"{bits} bits" + " fixed" * (entry["fixed"] is True),
+                    entry["grid"] + " unsigned" * (entry["signed"] is False),
+                    entry["dtype"],
+                    f"{scales} scale" + "s" * (scales != 1),
+                    f"{held:,} bytes",
+                )
+            )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]
     average = 8 * total / numel if numel else 0.0
-    return "\n".join([*lines, f"{len(rows)} weights, {numel:,} elements, {total:,} bytes: {average:.2f} bits each with "
-                      f"the scales; format {FORMAT} {VERSION}"])
+    return "\n".join(
+        [
+            *lines,
+            f"{len(rows)} weights, {numel:,} elements, {total:,} bytes: {average:.2f} bits each with "
+            f"the scales; format {FORMAT} {VERSION}",
+        ]
+    )
 
 
 def parts_of(weights):
@@ -107,11 +120,17 @@ def parts_of(weights):
             raise TypeError(f"weights[{name!r}]: expected an IntWeight under a string, got {type(v).__name__}")
         check(name, v)
         # Copies of their own: safetensors refuses tensors that share memory.
-        planes = v.packed.data[:, :_file_bytes(v.shape)].detach().cpu().contiguous().clone()
+        planes = v.packed.data[:, : _file_bytes(v.shape)].detach().cpu().contiguous().clone()
         scale = v.scale.detach().cpu().contiguous().clone()
         tensors[f"{name}.planes"], tensors[f"{name}.scale"] = planes, scale
-        entry = {"bits": v.bits, "grid": v.grid, "signed": v.signed, "shape": list(v.shape),
-                 "fixed": v.fixed, "dtype": str(v.dtype).removeprefix("torch.")}
+        entry = {
+            "bits": v.bits,
+            "grid": v.grid,
+            "signed": v.signed,
+            "shape": list(v.shape),
+            "fixed": v.fixed,
+            "dtype": str(v.dtype).removeprefix("torch."),
+        }
         about[name] = {**entry, "crc32": [crc32(scale, entry), *(crc32(t) for t in planes)]}
     return tensors, about
 
@@ -178,12 +197,18 @@ def weights_of(f, metadata, bits):
 
 def _weight(f, name, entry, bits):
     stored, shape, sums = _sizes(name, entry)
-    settings = {"grid": entry["grid"], "signed": entry["signed"], "dtype": _DTYPES[entry["dtype"]],
-                "fixed": entry["fixed"]}
+    settings = {
+        "grid": entry["grid"],
+        "signed": entry["signed"],
+        "dtype": _DTYPES[entry["dtype"]],
+        "fixed": entry["fixed"],
+    }
     planes, used, rows = slice_of(f, f"{name}.planes"), _file_bytes(shape), code_bits(stored, settings["grid"])
     if planes.get_shape() != [rows, used] or planes.get_dtype() != "U8" or len(sums) != 1 + rows:
-        raise ValueError(f"{name}: expected planes of shape {[rows, used]} for {stored} bits and shape "
-                         f"{list(shape)}, got {planes.get_dtype()} of shape {planes.get_shape()}")
+        raise ValueError(
+            f"{name}: expected planes of shape {[rows, used]} for {stored} bits and shape "
+            f"{list(shape)}, got {planes.get_dtype()} of shape {planes.get_shape()}"
+        )
     kind = slice_of(f, f"{name}.scale").get_dtype()
     if kind not in _SCALES:
         raise ValueError(f"{name}: expected a scale of float32 or float64, got {kind}")
@@ -204,9 +229,15 @@ def _weight(f, name, entry, bits):
 
 def _sizes(name, entry):
     """(bits, shape, checksums) of what the metadata say of a weight; ValueError where they say anything else."""
-    if (not isinstance(entry, dict) or entry.keys() != _ENTRY or not isinstance(entry["grid"], str)
-            or not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES
-            or not _integers(entry["shape"]) or not _integers(entry["crc32"])):
+    if (
+        not isinstance(entry, dict)
+        or entry.keys() != _ENTRY
+        or not isinstance(entry["grid"], str)
+        or not isinstance(entry["dtype"], str)
+        or entry["dtype"] not in _DTYPES
+        or not _integers(entry["shape"])
+        or not _integers(entry["crc32"])
+    ):
         raise ValueError(f"{name}: bad metadata {shown(entry)}")
     bits, shape = entry["bits"], entry["shape"]
     if type(bits) is not int or not 0 <= bits <= MAX_BITS:
@@ -255,11 +286,15 @@ def targets_of(model, weights):
         p = params[name]
         tied = [n for n, other in params.items() if other is p and n not in weights]
         if tied:
-            raise ValueError(f"{name}: the model has one parameter for it and {', '.join(tied)}, which the file does "
-                             "not have and was not quantized; expected a model with a parameter for each")
+            raise ValueError(
+                f"{name}: the model has one parameter for it and {', '.join(tied)}, which the file does "
+                "not have and was not quantized; expected a model with a parameter for each"
+            )
         if p.is_meta or isinstance(p, torch.nn.parameter.UninitializedParameter):
-            raise ValueError(f"{name}: expected a parameter with memory, got one that is not initialized or on the "
-                             "meta device: model.to_empty(device=...) gives it some")
+            raise ValueError(
+                f"{name}: expected a parameter with memory, got one that is not initialized or on the "
+                "meta device: model.to_empty(device=...) gives it some"
+            )
         if p.shape != v.shape:
             raise ValueError(f"{name}: the file has shape {tuple(v.shape)}, the model {tuple(p.shape)}")
         if not p.is_floating_point():

@@ -23,8 +23,8 @@ class IntWeight:
 
     At m < n bits the codes are c >> (n-m) and the step is that of m bits. On the full grid and with floor codes
     (TruncQuant, arXiv 2506.11431) that is the weight that was trained at m bits, ``quantops.truncate``, bit for bit. On
-    the dyadic grid (MSQ, arXiv 2507.22349) it rounds down to a multiple of 2^(n-m) steps, on the sign grid towards 0, and
-    changes nothing where the bits that are cut off are zero, as its penalty makes them. On the sign grid n does not
+    the dyadic grid (MSQ, arXiv 2507.22349) it rounds down to a multiple of 2^(n-m) steps, on the sign grid towards 0,
+    and changes nothing where the bits that are cut off are zero, as its penalty makes them. On the sign grid n does not
     count the sign: the first plane has the signs, and the n below it the magnitude.
     """
 
@@ -46,7 +46,7 @@ class IntWeight:
         stored = code_bits(bits, settings.get("grid", GRIDS[0]))
         if codes.device.type != "cpu" and codes.numel():
             low, high = codes.aminmax()
-            if not 0 <= int(low) <= int(high) < 2 ** stored:
+            if not 0 <= int(low) <= int(high) < 2**stored:
                 raise ValueError(f"codes: expected values in 0..2^{stored} - 1, got {int(low)}..{int(high)}")
         return cls(foreach.pack([codes], stored)[0], scale, **settings)
 
@@ -77,8 +77,9 @@ class IntWeight:
     def levels(self):
         """m, the integers of which q = m * step: int32, in the weight's shape; all 0 for 0 bits."""
         unit = torch.full_like(self.scale, self.unit)
-        return foreach.decode([self.packed], [unit], grid=self.grid, signed=self.signed,
-                              out_dtype=unit.dtype)[0].to(torch.int32)
+        return foreach.decode([self.packed], [unit], grid=self.grid, signed=self.signed, out_dtype=unit.dtype)[0].to(
+            torch.int32
+        )
 
     @property
     def step(self):
@@ -91,8 +92,9 @@ class IntWeight:
 
     def dequantize(self, bits=None):
         """The weights, at n bits as the training forward had them, bit for bit. ``bits``: fewer of them, see above."""
-        return foreach.decode([self.packed], [self.scale], bits, grid=self.grid, signed=self.signed,
-                              out_dtype=self.dtype)[0]
+        return foreach.decode(
+            [self.packed], [self.scale], bits, grid=self.grid, signed=self.signed, out_dtype=self.dtype
+        )[0]
 
 
 @torch.no_grad()
@@ -125,16 +127,20 @@ def check(name, v):
     rows = v.shape[0] if v.shape else 1
     acc = torch.float64 if v.dtype == torch.float64 else torch.float32
     for wrong, text in (
-        (len(v.shape) > 64 or max((math.prod(v.shape), *v.shape)) > MOST,
-         f"expected a shape of at most 64 dims and 2^40 elements, got {tuple(v.shape)}"),
+        (
+            len(v.shape) > 64 or max((math.prod(v.shape), *v.shape)) > MOST,
+            f"expected a shape of at most 64 dims and 2^40 elements, got {tuple(v.shape)}",
+        ),
         (v.packed.device.type == "meta", "expected codes with values, got some on the meta device"),
         (v.grid not in GRIDS, f"expected a grid of {GRIDS}, got {v.grid!r}"),
         (type(v.fixed) is not bool, f"expected fixed true or false, got {v.fixed!r}"),
         (type(v.signed) is not bool, f"expected signed true or false, got {v.signed!r}"),
         (v.dtype not in checks.FLOATS, f"expected a dtype of {[str(d) for d in checks.FLOATS]}, got {v.dtype}"),
         (v.scale.dtype != acc, f"expected a scale of {acc}, got {v.scale.dtype}"),
-        (v.scale.shape not in ((), (1,), (rows,)), f"expected one scale or one per row ({rows}), got shape "
-                                                   f"{tuple(v.scale.shape)}"),
+        (
+            v.scale.shape not in ((), (1,), (rows,)),
+            f"expected one scale or one per row ({rows}), got shape {tuple(v.scale.shape)}",
+        ),
     ):
         if wrong:
             raise ValueError(f"{name}: {text}")

@@ -4,8 +4,8 @@ Every op takes a list of weights; a single weight is a list of one. In all schem
 and device; ``scale`` holds one contiguous tensor per weight, with one element or one per row (dim 0), of the
 arithmetic dtype (float64 for float64 weights, else float32); ``bits`` and ``k`` are int32 tensors on the weights'
 device with one element per weight; per-weight sums come back as one tensor with an element per weight. ``grid``
-and ``rule`` count in GRIDS and RULES of the reference. ``covered`` promises that every weight is inside its scale (the scale is
-max|w|): the backward is then the identity but for the penalty.
+and ``rule`` count in GRIDS and RULES of the reference. ``covered`` promises that every weight is inside its scale (the
+scale is max|w|): the backward is then the identity but for the penalty.
 
 Of the categorical ops: ``alpha`` and ``sigma`` are like ``scale``, with equally many elements; ``gates`` holds a tensor
 of ``bits`` values per weight, or nothing; ``seed`` is an int64 tensor of one element; ``mode`` and ``grad_of`` count in
@@ -48,8 +48,7 @@ OPS = {
         "add_lsb_grad_": "(Tensor(a!)[] grad, Tensor[] w, Tensor[] scale, Tensor bits, Tensor k, int grid, "
         "Tensor strength) -> ()",
         "encode": "(Tensor[] w, Tensor[] scale, Tensor bits, int rule, int grid, bool signed) -> Tensor[]",
-        "decode": "(Tensor[] codes, Tensor[] scale, Tensor bits, int grid, bool signed, ScalarType dtype) -> "
-        "Tensor[]",
+        "decode": "(Tensor[] codes, Tensor[] scale, Tensor bits, int grid, bool signed, ScalarType dtype) -> Tensor[]",
     },
     # Scales as functions of their weights, through which gradients flow, as not through absmax and absmean: max|w|, or
     # `mean` mean|w|.
@@ -58,8 +57,8 @@ OPS = {
         "own_scale_backward": "(Tensor[] w, Tensor[] scale, Tensor[] grad_scale, bool mean) -> Tensor[] grad_w",
     },
     # bits: (widths, weights). Lists of q and of their gradients run width by width: that of width j of weight i is
-    # entry j * len(w) + i, an empty tensor where there is no gradient. out_scale: [] where it is the scale. `exact`: the
-    # slope of q is out_scale/scale, not 1, which is up to autograd.
+    # entry j * len(w) + i, an empty tensor where there is no gradient. out_scale: [] where it is the scale. `exact`:
+    # the slope of q is out_scale/scale, not 1, which is up to autograd.
     "truncate": {
         "truncate": "(Tensor[] w, Tensor[] scale, Tensor[] out_scale, Tensor bits, Tensor base_bits, int rule, "
         "bool tanh, bool covered, bool exact, ScalarType dtype) -> Tensor[] q",
@@ -293,8 +292,12 @@ def _fake_categorical(x, alpha, sigma, bits, gates, seed, mode, grad_of, signed,
 @_fake
 def _fake_categorical_backward(grad, x, alpha, sigma, bits, gates, seed, mode, grad_of, signed, scale_grad, gate_grad):
     alphas, sigmas = ([torch.empty_like(v) for v in values] if scale_grad else [] for values in (alpha, sigma))
-    return ([empty_like(t, t.dtype) for t in x], alphas, sigmas,
-            [g.new_empty(g.numel()) for g in gates] if gate_grad else [])
+    return (
+        [empty_like(t, t.dtype) for t in x],
+        alphas,
+        sigmas,
+        [g.new_empty(g.numel()) for g in gates] if gate_grad else [],
+    )
 
 
 @_fake

@@ -106,8 +106,10 @@ class PerThread:
             return value
         values = list(self._all.values())
         if len(values) > 1:
-            raise RuntimeError("a checkpointed part is computed again while several threads are in joint steps of one "
-                               "model, and its width is not known; expected one thread, or no checkpointing")
+            raise RuntimeError(
+                "a checkpointed part is computed again while several threads are in joint steps of one "
+                "model, and its width is not known; expected one thread, or no checkpointing"
+            )
         return values[0] if values else None
 
 
@@ -202,18 +204,29 @@ class WeightQuantizer(Settings, torch.nn.Module):
 
 def trackable(w):
     """True for plain tensors with a version counter."""
-    return (type(w) in (torch.nn.Parameter, torch.Tensor) and not w.is_inference()
-            and not torch._C._functorch.is_functorch_wrapped_tensor(w))
+    return (
+        type(w) in (torch.nn.Parameter, torch.Tensor)
+        and not w.is_inference()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(w)
+    )
 
 
 def _mark(quantizer, w):
     """What changes whenever q would: storage and version of the weight, identity and version of the rest."""
     buffers, state = quantizer._buffers.values(), quantizer._parameters.values()
-    versions = *map(version, buffers),
+    versions = (*map(version, buffers),)
     if versions != quantizer.noted:
         quantizer.check_written()
-    return (w.data_ptr(), w._version, quantizer.batch_key, quantizer.moves, versions, *map(id, buffers),
-            *map(id, state), *map(version, state))
+    return (
+        w.data_ptr(),
+        w._version,
+        quantizer.batch_key,
+        quantizer.moves,
+        versions,
+        *map(id, buffers),
+        *map(id, state),
+        *map(version, state),
+    )
 
 
 class Pass:
@@ -232,28 +245,49 @@ class Pass:
     def unchanged(self, i, quantizer, w):
         """True where entry i would be computed from the same values now."""
         mark = self.marks[i]
-        return (mark is not None and w is self.w[i] and mark == _mark(quantizer, w) and self.steps == _steps[0]
-                and self.inference == torch.is_inference_mode_enabled())
+        return (
+            mark is not None
+            and w is self.w[i]
+            and mark == _mark(quantizer, w)
+            and self.steps == _steps[0]
+            and self.inference == torch.is_inference_mode_enabled()
+        )
 
     def fits(self, i, quantizer, w):
         """True where entry i has the value, the dtype and the wish for a gradient that a read of ``w`` has now."""
-        return (self.value.q is not None and self.unchanged(i, quantizer, w)
-                and (self.dtype == w.dtype and not torch.is_autocast_enabled(self.device)
-                     or self.dtype == checks.dtype_of(None, [w]))
-                and (not torch.is_grad_enabled() or self.value.q[i].requires_grad == quantizer.wants_grad(w)))
+        return (
+            self.value.q is not None
+            and self.unchanged(i, quantizer, w)
+            and (
+                self.dtype == w.dtype
+                and not torch.is_autocast_enabled(self.device)
+                or self.dtype == checks.dtype_of(None, [w])
+            )
+            and (not torch.is_grad_enabled() or self.value.q[i].requires_grad == quantizer.wants_grad(w))
+        )
 
     def serves(self, i, quantizer, w):
         """True where entry i is what a read of ``w`` gives now, with its graph."""
-        return (self.task == torch._C._current_graph_task_id() and self.fits(i, quantizer, w)
-                and (self.running or quantizer.identity or not torch.is_grad_enabled()
-                     or not used_up(self.value.q[i].grad_fn)))
+        return (
+            self.task == torch._C._current_graph_task_id()
+            and self.fits(i, quantizer, w)
+            and (
+                self.running
+                or quantizer.identity
+                or not torch.is_grad_enabled()
+                or not used_up(self.value.q[i].grad_fn)
+            )
+        )
 
     def repeats(self, quantizers, w):
         """True where the whole list call would give the same values now, and nobody has written into those it gave."""
-        return (len(w) == len(self.w) and self.dtype == checks.dtype_of(None, w)
-                and all(t._version == v for t, v in zip(self.value.q, self.versions))
-                and all(p is o for p, o in zip(quantizers, self.quantizers))
-                and all(self.unchanged(i, p, t) for i, (p, t) in enumerate(zip(quantizers, w))))
+        return (
+            len(w) == len(self.w)
+            and self.dtype == checks.dtype_of(None, w)
+            and all(t._version == v for t, v in zip(self.value.q, self.versions))
+            and all(p is o for p, o in zip(quantizers, self.quantizers))
+            and all(self.unchanged(i, p, t) for i, (p, t) in enumerate(zip(quantizers, w)))
+        )
 
     def free(self):
         """Holds no q any more, and whoever has a place in it finds none."""
@@ -290,8 +324,10 @@ class _Unseen(torch.autograd.graph.saved_tensors_hooks):
     def _unpack(saved):
         t, version = saved
         if t._version != version:  # torch looks at this only where there are no hooks
-            raise RuntimeError(f"a weight of shape {tuple(t.shape)} was changed in place after the forward pass that "
-                               "this backward pass needs it from")
+            raise RuntimeError(
+                f"a weight of shape {tuple(t.shape)} was changed in place after the forward pass that "
+                "this backward pass needs it from"
+            )
         return t
 
 
@@ -394,8 +430,10 @@ class WeightGroup:
         values_alone = _saved_tensors_hooks() is not None or not torch.is_grad_enabled()
         fits = values_alone and done is not None and done.fits(i, p, w)
         if p.draws and torch.is_grad_enabled() and not (fits and self._only(done)):
-            raise RuntimeError("a checkpointed part is computed again, and it is not known which weights were drawn "
-                               'for it (DropBits, mode="sample"): take fuse="layer", where it draws the same again')
+            raise RuntimeError(
+                "a checkpointed part is computed again, and it is not known which weights were drawn "
+                'for it (DropBits, mode="sample"): take fuse="layer", where it draws the same again'
+            )
         return done.value.q[i] if fits else None
 
     def _only(self, done):
@@ -453,7 +491,7 @@ def launch(quantizers, w):
         if not found or (found[2] is None and len(quantizers) > 1):
             raise
         layer = quantizers[int(found[2] or 0)].layer
-        raise ValueError(f"{layer}: {found[1]}: {str(error)[found.end():]}") from error
+        raise ValueError(f"{layer}: {found[1]}: {str(error)[found.end() :]}") from error
 
 
 def batches(pairs):
@@ -474,8 +512,10 @@ def shown(t):
 def check_only(name, owner):
     """ValueError where a weight has other parametrizations besides its quantizer."""
     if len(owner) > 1:
-        raise ValueError(f"{name or 'model'}: expected a weight with no other parametrization than that of "
-                         f"quantize_, got {', '.join(type(p).__name__ for p in owner)}")
+        raise ValueError(
+            f"{name or 'model'}: expected a weight with no other parametrization than that of "
+            f"quantize_, got {', '.join(type(p).__name__ for p in owner)}"
+        )
 
 
 def check_module(model):

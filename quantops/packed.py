@@ -52,14 +52,17 @@ class Packed:
 def _check(packed):
     """Raises where that is no list of Packed of one layout. That their data fit their shapes, the ops check."""
     if not isinstance(packed, (list, tuple)) or not packed:
-        raise TypeError(f"packed: expected a non-empty list of Packed, got {kind(packed)}"
-                        + (" of length 0" if isinstance(packed, (list, tuple)) else ""))
+        raise TypeError(
+            f"packed: expected a non-empty list of Packed, got {kind(packed)}"
+            + (" of length 0" if isinstance(packed, (list, tuple)) else "")
+        )
     for i, p in enumerate(packed):
         if not isinstance(p, Packed):
             raise TypeError(f"{entry('packed', i, packed)}: expected a Packed, got {kind(p)}")
         if p.layout != packed[0].layout:
-            raise ValueError(f"packed: expected one layout, got {packed[0].layout!r} in entry 0 and {p.layout!r} in "
-                             f"entry {i}")
+            raise ValueError(
+                f"packed: expected one layout, got {packed[0].layout!r} in entry 0 and {p.layout!r} in entry {i}"
+            )
     checks.choice("packed.layout", packed[0].layout, LAYOUTS)
 
 

@@ -47,22 +47,38 @@ class BitReport(NamedTuple):
 
     def __str__(self):
         head = ("layer", "shape", "weights", "bits", "k", "beta", "sq_error", "scale")
-        table = [head] + [(r.name, "x".join(map(str, r.shape)), str(r.numel), str(r.bits), str(r.k), f"{r.beta:.4f}",
-                           f"{r.sq_error:.4g}", f"{r.scale:.4g}") for r in self.rows]
+        table = [head] + [
+            (
+                r.name,
+                "x".join(map(str, r.shape)),
+                str(r.numel),
+                str(r.bits),
+                str(r.k),
+                f"{r.beta:.4f}",
+                f"{r.sq_error:.4g}",
+                f"{r.scale:.4g}",
+            )
+            for r in self.rows
+        ]
         widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-        lines = ["  ".join(v.ljust(n) if i < 2 else v.rjust(n) for i, (v, n) in enumerate(zip(row, widths)))
-                 for row in table]
+        lines = [
+            "  ".join(v.ljust(n) if i < 2 else v.rjust(n) for i, (v, n) in enumerate(zip(row, widths))) for row in table
+        ]
         lines.insert(1, "-" * len(lines[0]))
         stored = "" if self.stored == self.compression else f", {self.stored:.2f}x as stored"
         lines.append(f"average {self.average_bits:.3f} bits, compression {self.compression:.2f}x of 32{stored}")
-        lines += [f"activations {a.name}: {a.bits} bits, {'signed' if a.signed else 'unsigned'}, up to {a.scale:.4g}"
-                  + (f", {a.negative:.1%} of what comes in is negative" if a.negative and not a.signed else "")
-                  for a in self.activations]
+        lines += [
+            f"activations {a.name}: {a.bits} bits, {'signed' if a.signed else 'unsigned'}, up to {a.scale:.4g}"
+            + (f", {a.negative:.1%} of what comes in is negative" if a.negative and not a.signed else "")
+            for a in self.activations
+        ]
         matrices = [v for v in self.left if v.matrix]
         lines += [f"in float {v.name}: {'x'.join(map(str, v.shape))}, {v.why}" for v in matrices]
         rest = sum(v.numel for v in self.left) - sum(v.numel for v in matrices)
-        lines.append(f"of the whole model, with {rest} parameters in float that are no matrices: compression "
-                     f"{self.whole_compression:.2f}x of 32")
+        lines.append(
+            f"of the whole model, with {rest} parameters in float that are no matrices: compression "
+            f"{self.whole_compression:.2f}x of 32"
+        )
         return "\n".join(lines)
 
 
@@ -86,9 +102,16 @@ def bit_report(model):
     if not layers:
         raise ValueError(f"model: expected weights quantized by quantops.quantize_, {type(model).__name__} has none")
     measured = measure([(p, owner.original) for _, owner, p in layers])
-    rows = [LayerBits(name or "model", tuple(owner.original.shape), owner.original.numel(), *measured[p],
-                      p.stored_bits(measured[p][0]))
-            for name, owner, p in layers]
+    rows = [
+        LayerBits(
+            name or "model",
+            tuple(owner.original.shape),
+            owner.original.numel(),
+            *measured[p],
+            p.stored_bits(measured[p][0]),
+        )
+        for name, owner, p in layers
+    ]
     sizes, bits = [r.numel for r in rows], [r.bits for r in rows]
     average = sum(n * b for n, b in zip(sizes, bits)) / max(sum(sizes), 1)
     acts = tuple(ActivationBits(name or "model", *m.report()) for name, m in activations(model))

@@ -4,6 +4,7 @@ import json
 import operator
 import warnings
 import zlib
+from collections.abc import Container
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -25,8 +26,8 @@ class Settings:
     number than theirs, and :meth:`check_written` raises. Copies of buffers copy it too.
     """
 
-    counts = {}
-    constants = {}
+    counts: dict[str, Container] = {}
+    constants: dict[str, torch.Tensor] = {}
     sealed = noted = None
     layer = "a module of quantops"  # or its name, for messages
     is_layer = False  # True where its parameters are the network's own, and not those of a quantizer
@@ -75,17 +76,25 @@ class Settings:
             self.write(**{name: self._buffers[name].item() for name in self.counts})
             return
         *found, seal = [t.tolist() for t in values]
-        if seal != self._hash(found[:len(self.counts)]) or found[len(self.counts):] != list(self.constants.values()):
+        if seal != self._hash(found[: len(self.counts)]) or found[len(self.counts) :] != list(self.constants.values()):
             told = ", ".join(f"{n} = {v}" for n, v in zip((*self.counts, *self.constants), found))
-            raise ValueError(f"{self.layer}: {told}: expected values that quantops has set, got others, as where models "
-                             "are averaged; take AveragedModel(use_buffers=False), which copies such numbers, and "
-                             "set_precision or set_bits to change them")
+            raise ValueError(
+                f"{self.layer}: {told}: expected values that quantops has set, got others, as where models "
+                "are averaged; take AveragedModel(use_buffers=False), which copies such numbers, and "
+                "set_precision or set_bits to change them"
+            )
         self._note()
 
     def _restore_constants(self):
         """to_empty() leaves them without their values, and a load to a module on the meta device on that."""
-        device = next((t.device for t in (*self._buffers.values(), *self._parameters.values())
-                       if t is not None and not t.is_meta), None)
+        device = next(
+            (
+                t.device
+                for t in (*self._buffers.values(), *self._parameters.values())
+                if t is not None and not t.is_meta
+            ),
+            None,
+        )
         for name, value in self.constants.items():
             t = self._buffers[name]
             if t.is_meta and device is not None:
@@ -122,8 +131,11 @@ class Settings:
             return
         if found is None:
             if any(key.startswith(prefix) for key in state_dict):
-                warnings.warn("the state dict does not say which settings its numbers were made with (an earlier "
-                              "version of quantops); they are taken to be those of the model", stacklevel=1)
+                warnings.warn(
+                    "the state dict does not say which settings its numbers were made with (an earlier "
+                    "version of quantops); they are taken to be those of the model",
+                    stacklevel=1,
+                )
             state_dict[prefix + KEY] = self.get_extra_state()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         self._restore_constants()

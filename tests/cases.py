@@ -8,8 +8,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # Triton's interpreter takes milliseconds for a program: there, fewer and smaller cases of the same kinds.
 EXHAUSTIVE = os.environ.get("TRITON_INTERPRET") != "1"
 
-SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-38, 3e38, -3e38, 1.0, -1.0, 0.5, -0.5, 0.25, 1 / 3, float("inf"),
-           -float("inf"), float("nan")]
+SPECIAL = [
+    0.0,
+    -0.0,
+    1e-45,
+    -1e-45,
+    1e-38,
+    3e38,
+    -3e38,
+    1.0,
+    -1.0,
+    0.5,
+    -0.5,
+    0.25,
+    1 / 3,
+    float("inf"),
+    -float("inf"),
+    float("nan"),
+]
 
 
 def weights(dtype=torch.float32, seed=0, special=True):
@@ -58,8 +74,12 @@ def scales(w, per_row, seed=1):
 
 def same(a, b):
     """Equal value for value in one dtype and shape; NaN equals NaN."""
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.isnan(), b.isnan()) and torch.equal(
-        a.masked_fill(a.isnan(), 0), b.masked_fill(b.isnan(), 0))
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.isnan(), b.isnan())
+        and torch.equal(a.masked_fill(a.isnan(), 0), b.masked_fill(b.isnan(), 0))
+    )
 
 
 def free_gigabytes():
@@ -99,8 +119,9 @@ def check_scale_grad(got, grad, w, s, bits, grid, signed, what):
     ratio = torch.where(w == w, ratio, torch.nan)
     finfo = torch.finfo(acc)
     room = g.abs() * (2 * finfo.eps * (ratio.abs() + inner.abs()) + finfo.tiny * finfo.eps) + finfo.tiny * finfo.eps
-    want, bound = ((v.reshape(s.numel(), -1).sum(1) if v.numel() else v.new_zeros(s.numel()))
-                   for v in (g * (ratio - inner), room))
+    want, bound = (
+        (v.reshape(s.numel(), -1).sum(1) if v.numel() else v.new_zeros(s.numel())) for v in (g * (ratio - inner), room)
+    )
     bound = bound + finfo.eps * want.abs()
     assert got.shape == s.shape and got.dtype == acc, what
     off = (got.reshape(-1).double() - want).abs()

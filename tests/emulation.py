@@ -29,13 +29,34 @@ def build(folder, *families, key="CPU"):
     if compiler is None:
         pytest.skip("no C++ compiler to build the CUDA kernels for the CPU with: install g++, or set CXX")
     library = Path(folder) / "cuda_on_cpu.so"
-    subprocess.run([
-        compiler, "-x", "c++", "-std=c++17", "-O1", "-w", "-ffp-contract=off", "-fno-strict-aliasing", "-shared",
-        "-fPIC", f"-DQUANTOPS_EMULATE={key}", "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        f"-I{ROOT / 'tests/cuda_on_cpu'}", *(f"-I{p}" for p in include_paths()),
-        *(str(ROOT / f"csrc/cuda/{f}.cu") for f in families), "-x", "none", *(f"-L{p}" for p in library_paths()),
-        "-ltorch_cpu", *os.environ.get("QUANTOPS_EMULATE_FLAGS", "").split(), "-o", str(library)],
-        check=True, timeout=600)
+    subprocess.run(
+        [
+            compiler,
+            "-x",
+            "c++",
+            "-std=c++17",
+            "-O1",
+            "-w",
+            "-ffp-contract=off",
+            "-fno-strict-aliasing",
+            "-shared",
+            "-fPIC",
+            f"-DQUANTOPS_EMULATE={key}",
+            "-DTORCH_TARGET_VERSION=0x020a000000000000",
+            f"-I{ROOT / 'tests/cuda_on_cpu'}",
+            *(f"-I{p}" for p in include_paths()),
+            *(str(ROOT / f"csrc/cuda/{f}.cu") for f in families),
+            "-x",
+            "none",
+            *(f"-L{p}" for p in library_paths()),
+            "-ltorch_cpu",
+            *os.environ.get("QUANTOPS_EMULATE_FLAGS", "").split(),
+            "-o",
+            str(library),
+        ],
+        check=True,
+        timeout=600,
+    )
     return library
 
 
@@ -57,8 +78,14 @@ class Program:
         """{name of the check: None, or what it raised}."""
         library = build(folder, *self.families, key=self.key)
         env = {**os.environ, "QUANTOPS_BACKEND": self.backend, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-        out = subprocess.run([sys.executable, self.file, str(library)], env=env, cwd=library.parent, text=True,
-                             capture_output=True, timeout=600)
+        out = subprocess.run(
+            [sys.executable, self.file, str(library)],
+            env=env,
+            cwd=library.parent,
+            text=True,
+            capture_output=True,
+            timeout=600,
+        )
         try:
             return json.loads(out.stdout.splitlines()[-1])
         except (IndexError, ValueError):

@@ -94,8 +94,12 @@ def same(a, b):
 
 def close(a, b, tolerance=1e-6):
     assert a.keys() == b.keys()
-    return all(torch.allclose(a[k].double(), b[k].double(), rtol=0, atol=tolerance * (1 + float(b[k].abs().max())))
-               if b[k].is_floating_point() else torch.equal(a[k], b[k]) for k in a)
+    return all(
+        torch.allclose(a[k].double(), b[k].double(), rtol=0, atol=tolerance * (1 + float(b[k].abs().max())))
+        if b[k].is_floating_point()
+        else torch.equal(a[k], b[k])
+        for k in a
+    )
 
 
 def set_precision(model, bits, k=1):
@@ -123,6 +127,7 @@ def separable():
 
 def noting(found):
     """A compiler of aot_autograd that appends the names of quantops' ops in a graph, and runs the graph as it is."""
+
     def compiler(graph, inputs):
         from functorch.compile import make_boxed_func
 

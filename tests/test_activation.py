@@ -18,8 +18,15 @@ from quantops.reference.activation import KEEPS, LEARNS, RESIDUALS
 from quantops.reference.uniform import RULES
 
 ops = torch.ops.quantops
-FITTING = (("input", None), ("input", "clip"), ("input", "step"), ("bits", None), ("bits", "clip"), ("residual", None),
-           ("residual", "step"))
+FITTING = (
+    ("input", None),
+    ("input", "clip"),
+    ("input", "step"),
+    ("bits", None),
+    ("bits", "clip"),
+    ("residual", None),
+    ("residual", "step"),
+)
 
 
 def accumulates(dtype):
@@ -66,7 +73,7 @@ def test_equals_reference(rule, dtype):
     for i, x in enumerate(kinds_of(dtype)):
         x = x if x.numel() < 9000 else x[3:5000] if x.dim() == 1 else x[:1, :5000]
         g = torch.randn(x.shape, generator=generator)
-        fitting = FITTING if EXHAUSTIVE else FITTING[i % 3::3]
+        fitting = FITTING if EXHAUSTIVE else FITTING[i % 3 :: 3]
         for (j, (keep, learn)), channels in itertools.product(enumerate(fitting), (False, True)):
             if channels and not (x.dim() > 1 and 1 < x.shape[1] < 100):
                 continue
@@ -107,8 +114,10 @@ def test_floor_codes_are_cut():
 def spread(seed=0, n=6000):
     """(x, g) in float64: signed, one and a half scales of 1 wide."""
     generator = torch.Generator().manual_seed(seed)
-    return (3 * torch.rand(n, generator=generator, dtype=torch.float64) - 1.5,
-            torch.randn(n, generator=generator, dtype=torch.float64))
+    return (
+        3 * torch.rand(n, generator=generator, dtype=torch.float64) - 1.5,
+        torch.randn(n, generator=generator, dtype=torch.float64),
+    )
 
 
 def gradients(x, scale, g, offset=None, **settings):
@@ -164,8 +173,9 @@ def test_pact():
     """arXiv 1805.06085, equations 1 to 3: the clip gets the sum of g where x is at or above it."""
     x, g = spread()
     for keep in ("input", "bits"):
-        q, grad_x, grad_clip = gradients(x, torch.ones(1, dtype=torch.float64), g, rule="nearest", front="relu",
-                                         learn="clip", keep=keep)
+        q, grad_x, grad_clip = gradients(
+            x, torch.ones(1, dtype=torch.float64), g, rule="nearest", front="relu", learn="clip", keep=keep
+        )
         torch.testing.assert_close(q, (x.clamp(0, 1) * 15).round() / 15)
         assert torch.equal(grad_x, g * ((x > 0) & (x <= 1)))
         torch.testing.assert_close(grad_clip, g[x > 1].sum().reshape(1))
@@ -189,17 +199,27 @@ def test_channels():
     layouts = torch.contiguous_format, torch.channels_last
     for layout, (keep, learn) in itertools.product(layouts, FITTING[1:] if EXHAUSTIVE else FITTING[4::2]):
         laid, settings = x.to(memory_format=layout), dict(signed=True, keep=keep)
-        got = gradients(laid, scale, g, offset, **settings, learn=learn) if learn else [
-            Q.quantize_activation(laid, scale, 4, offset=offset, **settings)]
+        got = (
+            gradients(laid, scale, g, offset, **settings, learn=learn)
+            if learn
+            else [Q.quantize_activation(laid, scale, 4, offset=offset, **settings)]
+        )
         for c in range(5 if EXHAUSTIVE else 2):
             if learn:
-                one = gradients(x[:, c:c + 1], scale[c:c + 1], g[:, c:c + 1], offset[c:c + 1], signed=True, keep=keep,
-                                learn=learn)
+                one = gradients(
+                    x[:, c : c + 1],
+                    scale[c : c + 1],
+                    g[:, c : c + 1],
+                    offset[c : c + 1],
+                    signed=True,
+                    keep=keep,
+                    learn=learn,
+                )
                 for a, b in zip(got[2:], one[2:]):
-                    torch.testing.assert_close(a[c:c + 1], b, rtol=1e-5, atol=1e-5)
-                assert torch.equal(got[1][:, c:c + 1], one[1])
-            want = Q.quantize_activation(x[:, c:c + 1], scale[c], 4, offset=offset[c], signed=True)
-            assert torch.equal(got[0][:, c:c + 1], want)
+                    torch.testing.assert_close(a[c : c + 1], b, rtol=1e-5, atol=1e-5)
+                assert torch.equal(got[1][:, c : c + 1], one[1])
+            want = Q.quantize_activation(x[:, c : c + 1], scale[c], 4, offset=offset[c], signed=True)
+            assert torch.equal(got[0][:, c : c + 1], want)
 
 
 def test_sums():
@@ -276,12 +296,13 @@ def test_second_derivatives(keep):
 
     products = []
     for quantize in (lambda h: Q.quantize_activation(h, scale, 4, learn=learn, keep=keep), ste):
-        grad, = torch.autograd.grad(loss(quantize), w, create_graph=True)
+        (grad,) = torch.autograd.grad(loss(quantize), w, create_graph=True)
         products.append(torch.autograd.grad((grad * torch.ones_like(grad)).sum(), w)[0])
     torch.testing.assert_close(*products)
     if learn:
-        grad, = torch.autograd.grad(loss(lambda h: Q.quantize_activation(h, scale, 4, learn=learn, keep=keep)), scale,
-                                    create_graph=True)
+        (grad,) = torch.autograd.grad(
+            loss(lambda h: Q.quantize_activation(h, scale, 4, learn=learn, keep=keep)), scale, create_graph=True
+        )
         with pytest.raises(NotImplementedError, match="second derivatives of the scale"):
             grad.sum().backward()
 
@@ -313,8 +334,7 @@ def test_checkpointing(reentrant):
     x, scale = torch.randn(6, 10, requires_grad=True), torch.ones(1, requires_grad=True)
     for learn in ("clip", "step"):
         g = torch.randn(6, 10)
-        q = checkpoint(lambda a, b: Q.quantize_activation(a, b, 4, learn=learn), x, scale,
-                       use_reentrant=reentrant)
+        q = checkpoint(lambda a, b: Q.quantize_activation(a, b, 4, learn=learn), x, scale, use_reentrant=reentrant)
         x.grad = scale.grad = None
         q.backward(g)
         want = gradients(x, scale, g, learn=learn)
@@ -334,8 +354,9 @@ def test_compile():
     torch._dynamo.reset()
     n = torch.tensor([4], dtype=torch.int32)
     frames = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda x, s: Q.quantize_activation(x * 1, s, n, learn="step") * 1, fullgraph=True,
-                             backend=frames)
+    compiled = torch.compile(
+        lambda x, s: Q.quantize_activation(x * 1, s, n, learn="step") * 1, fullgraph=True, backend=frames
+    )
     for bits in (4, 2):
         n.fill_(bits)
         x = torch.randn(2, 3, 5, 5).to(memory_format=torch.channels_last).requires_grad_()
@@ -399,17 +420,47 @@ def test_bad_input(name):
         Q.quantize_activation(**{"x": X, "scale": 1.0, "bits": 4, **change})
 
 
-@pytest.mark.parametrize("name, bad", [
-    ("scale", torch.ones(2)), ("scale", torch.ones(1).double()), ("offset", torch.ones(3)), ("bits", torch.tensor([4])),
-    ("rule", 3), ("front", 2), ("keep", 3), ("learn", 3), ("learn", 2), ("dtype", torch.int32),
-    ("grad", torch.ones(4, 2)[:, 0]), ("q", torch.ones(5)), ("q", None), ("kept", torch.zeros(2, dtype=torch.uint8)),
-    ("kept", torch.zeros(1)), ("x", None)])
+@pytest.mark.parametrize(
+    "name, bad",
+    [
+        ("scale", torch.ones(2)),
+        ("scale", torch.ones(1).double()),
+        ("offset", torch.ones(3)),
+        ("bits", torch.tensor([4])),
+        ("rule", 3),
+        ("front", 2),
+        ("keep", 3),
+        ("learn", 3),
+        ("learn", 2),
+        ("dtype", torch.int32),
+        ("grad", torch.ones(4, 2)[:, 0]),
+        ("q", torch.ones(5)),
+        ("q", None),
+        ("kept", torch.zeros(2, dtype=torch.uint8)),
+        ("kept", torch.zeros(1)),
+        ("x", None),
+    ],
+)
 def test_the_ops_themselves_read_nothing_out_of_bounds(name, bad):
-    shared = {"scale": torch.ones(1), "offset": None, "bits": torch.tensor([4], dtype=torch.int32), "rule": 0,
-              "signed": False, "front": 0, "keep": 1, "learn": 1, "dtype": torch.float32}
+    shared = {
+        "scale": torch.ones(1),
+        "offset": None,
+        "bits": torch.tensor([4], dtype=torch.int32),
+        "rule": 0,
+        "signed": False,
+        "front": 0,
+        "keep": 1,
+        "learn": 1,
+        "dtype": torch.float32,
+    }
     forward = {"x": torch.rand(4), **shared}
-    backward = {"grad": torch.rand(4), "x": None, "q": torch.rand(4), "kept": torch.zeros(1, dtype=torch.uint8),
-                **shared}
+    backward = {
+        "grad": torch.rand(4),
+        "x": None,
+        "q": torch.rand(4),
+        "kept": torch.zeros(1, dtype=torch.uint8),
+        **shared,
+    }
     for op, arguments in ((ops.activation, forward), (ops.activation_backward, backward)):
         op(*arguments.values())
         if name not in arguments or (name == "x" and op is ops.activation):
@@ -424,8 +475,15 @@ def test_the_ops_themselves_read_nothing_out_of_bounds(name, bad):
 def test_reference_marks_values_out_of_range():
     """NaN where values cannot be read back to raise."""
     x, one, n = torch.rand(4), torch.ones(1), torch.tensor(4)
-    for scale, offset, bits in ((-one, None, n), (one * NAN, None, n), (one * 0, None, n), (one, one * torch.inf, n),
-                                (one, None, n + 13), (one, None, n - 5), (one * 1e-31, None, n)):
+    for scale, offset, bits in (
+        (-one, None, n),
+        (one * NAN, None, n),
+        (one * 0, None, n),
+        (one, one * torch.inf, n),
+        (one, None, n + 13),
+        (one, None, n - 5),
+        (one * 1e-31, None, n),
+    ):
         q, kept = Q.reference.activation(x, scale, bits, offset=offset, keep="residual")
         assert q.isnan().all()
         found = Q.reference.activation_backward(x, None, None, kept, scale, bits, offset=offset, learn="step")

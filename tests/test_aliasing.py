@@ -49,9 +49,17 @@ def _add(grad, w, scale=None, bits=4, strength=0.1):
 
 def _raw_msq(q=None, penalty=None, sq_error=None, scale=None):
     q = torch.empty(4, 6) if q is None else q
-    ops.msq_out([W], [torch.ones(1) if scale is None else scale], BITS, K, 0, [q],
-                torch.empty(1) if penalty is None else penalty, torch.empty(1, dtype=torch.int64),
-                torch.empty(1) if sq_error is None else sq_error)
+    ops.msq_out(
+        [W],
+        [torch.ones(1) if scale is None else scale],
+        BITS,
+        K,
+        0,
+        [q],
+        torch.empty(1) if penalty is None else penalty,
+        torch.empty(1, dtype=torch.int64),
+        torch.empty(1) if sq_error is None else sq_error,
+    )
 
 
 G, ONE = torch.ones(4, 6), torch.ones(1)
@@ -70,10 +78,16 @@ OVERLAPS = {
     "an expanded gradient": (lambda: _add([torch.ones(1, 6).expand(4, 6)], [W]), "grad"),
     "an expanded out": (lambda: Q.round_clamp(W, 1.0, 4, out=torch.ones(1, 6).expand(4, 6)), "out"),
     "op: out is w": (lambda: ops.round_clamp_out([W], [ONE], BITS, 0, True, [W]), "out"),
-    "op: out over a scale": (lambda: _out_over_scale(
-        lambda w, s, n, out: ops.round_clamp_out(w, s, BITS, 0, True, out)), "out"),
-    "op: a gradient twice": (lambda: ops.add_lsb_grad_([G, G], [W, W], [ONE, ONE.clone()], BITS.repeat(2), K.repeat(2),
-                                                       0, torch.full((2,), 0.1)), r"grad\[[01]\]"),
+    "op: out over a scale": (
+        lambda: _out_over_scale(lambda w, s, n, out: ops.round_clamp_out(w, s, BITS, 0, True, out)),
+        "out",
+    ),
+    "op: a gradient twice": (
+        lambda: ops.add_lsb_grad_(
+            [G, G], [W, W], [ONE, ONE.clone()], BITS.repeat(2), K.repeat(2), 0, torch.full((2,), 0.1)
+        ),
+        r"grad\[[01]\]",
+    ),
     "op: sums over each other": (lambda: _raw_msq(penalty=ONE, sq_error=ONE), "penalty|sq_error"),
     "op: a sum over the scale": (lambda: _raw_msq(penalty=ONE, scale=ONE), "penalty"),
 }

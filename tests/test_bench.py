@@ -42,8 +42,14 @@ QUICK = ["--workloads", "tiny", "--dtypes", "float32", "--budget", "0.001", "--d
 
 
 def _case(**changes):
-    values = dict(name="a case", inputs=Inputs, reads=lambda s: s, writes=lambda s: s, check=lambda got, x: True,
-                  run=lambda x: ops.round_clamp_out(x.w, x.scale, x.bits, False, True, x.target))
+    values = dict(
+        name="a case",
+        inputs=Inputs,
+        reads=lambda s: s,
+        writes=lambda s: s,
+        check=lambda got, x: True,
+        run=lambda x: ops.round_clamp_out(x.w, x.scale, x.bits, False, True, x.target),
+    )
     return registry.Case(**{**values, **changes})
 
 
@@ -72,8 +78,11 @@ def test_every_op_of_every_family_is_in_a_case():
     for case in registry.cases():
         for dtype in case.dtypes[:1]:
             x = case.inputs(shapes.shapes_of("tiny"), dtype, "cpu")
-            seen |= {op.name().removeprefix("quantops::") for op, _ in measure.dispatched(lambda: case.run(x))
-                     if op.namespace == "quantops"}
+            seen |= {
+                op.name().removeprefix("quantops::")
+                for op, _ in measure.dispatched(lambda: case.run(x))
+                if op.namespace == "quantops"
+            }
     assert {name for family in OPS.values() for name in family} - variants <= seen
 
 
@@ -123,8 +132,9 @@ def test_a_wrong_result_is_not_timed():
 
 def test_the_reference_is_not_timed():
     env = {**os.environ, "QUANTOPS_BACKEND": "reference"}
-    done = subprocess.run([sys.executable, "-m", "bench", "run", *QUICK], env=env, cwd=ROOT, capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "run", *QUICK], env=env, cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 1 and "cpu is served by reference, not by compiled kernels" in done.stderr
 
 
@@ -198,12 +208,20 @@ def test_resuming_from_a_cut_result_names_it(tmp_path):
 
 @pytest.mark.parametrize("module, command", [("quantops", "demo"), ("bench", "small")])
 def test_an_interrupt_shows_no_traceback(module, command):
-    program = (f"import sys, runpy, quantops.demo, bench.small; sys.argv = ['x', '{command}']\n"
-               "def stop(*a): raise KeyboardInterrupt\n"
-               f"quantops.demo.run = bench.small.small = stop\n"
-               f"runpy.run_module('{module}', run_name='__main__', alter_sys=True)")
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])})
+    program = (
+        f"import sys, runpy, quantops.demo, bench.small; sys.argv = ['x', '{command}']\n"
+        "def stop(*a): raise KeyboardInterrupt\n"
+        f"quantops.demo.run = bench.small.small = stop\n"
+        f"runpy.run_module('{module}', run_name='__main__', alter_sys=True)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+    )
     assert done.returncode == 130 and "interrupted" in done.stdout and "Traceback" not in done.stderr, done.stderr
 
 
@@ -236,16 +254,23 @@ def test_large_rows_run_in_processes_without_thread_caches(tmp_path, monkeypatch
     monkeypatch.setattr(room, "LARGE", 1 << 10)
     monkeypatch.setenv("GLIBC_TUNABLES", "")
     started, path = [], tmp_path / "r.json"
-    monkeypatch.setattr(run, "subprocess", types.SimpleNamespace(
-        run=lambda command, env: started.append((command, env)) or types.SimpleNamespace(returncode=store.UNFINISHED)))
+    monkeypatch.setattr(
+        run,
+        "subprocess",
+        types.SimpleNamespace(
+            run=lambda command, env: (
+                started.append((command, env)) or types.SimpleNamespace(returncode=store.UNFINISHED)
+            )
+        ),
+    )
     assert main(["run", *QUICK, "--cases", "absmax", "--out", str(path)]) == store.UNFINISHED
-    (command, env), = started
+    ((command, env),) = started
     assert not json.loads(path.read_text())["rows"]
     monkeypatch.setattr(room, "LARGE", 1 << 27)
     for name, value in machine.WITHOUT_THREAD_CACHES.items():
         assert env[name] == value
         monkeypatch.setenv(name, value)
-    assert not machine.has_thread_caches() and main(command[command.index("bench") + 1:]) == 0
+    assert not machine.has_thread_caches() and main(command[command.index("bench") + 1 :]) == 0
     assert [r["case"] for r in json.loads(path.read_text())["rows"]] == ["absmax"]
 
 
@@ -266,8 +291,10 @@ def test_large_categorical_weights_are_checked_in_part(monkeypatch):
         results[1].view(-1)[1 << 10] += 1  # the second piece of the second weight
         assert not case.check(results, x)
         monkeypatch.setattr(categorical, "MOST_CHECKED", x.numel // 2)  # every other piece
-        assert categorical._checked(x) == ({0: [slice(0, 1024), slice(2048, 3072)], 1: [slice(0, 1024),
-                                                                                        slice(2048, 3072)]}, False)
+        assert categorical._checked(x) == (
+            {0: [slice(0, 1024), slice(2048, 3072)], 1: [slice(0, 1024), slice(2048, 3072)]},
+            False,
+        )
         assert case.check(results, x)
         results[1].view(-1)[0] += 1
         assert not case.check(results, x)
@@ -282,7 +309,7 @@ def test_functions_take_turns_in_random_order():
     order = []
     calls = {name: (lambda name=name: order.append(name) or 1.0) for name in "abc"}
     times = measure.interleave(calls, budget=60, most=30)
-    rounds = [order[i:i + 3] for i in range(3, len(order), 3)]  # the first ones warm up
+    rounds = [order[i : i + 3] for i in range(3, len(order), 3)]  # the first ones warm up
     assert len(rounds) == 30 and all(sorted(r) == ["a", "b", "c"] for r in rounds) and len({*map(tuple, rounds)}) > 1
     assert all(len(t) == 30 for t in times.values())
 
@@ -377,9 +404,10 @@ def test_all_ways_to_train_are_one_training(small_network):
     for label in ("quantops decoupled", "eager chain"):
         for (name, w), a, b in zip(training.model.named_parameters(), grads["quantops"], grads[label]):
             # The chain gives no gradient where its code was clamped, in the last half bin: it differentiates the clamp.
-            free = w < w.abs().max() * (1 - 2 ** -steps.BITS)
-            torch.testing.assert_close(a[free], b[free], rtol=1e-3, atol=1e-5,
-                                       msg=lambda text: f"{label}, {name}: {text}")
+            free = w < w.abs().max() * (1 - 2**-steps.BITS)
+            torch.testing.assert_close(
+                a[free], b[free], rtol=1e-3, atol=1e-5, msg=lambda text: f"{label}, {name}: {text}"
+            )
     kinds = {k: v for k, v in steps.VARIANTS.items() if not v.compiles}
     row = steps.measure_network("small", "cpu", kinds, 60, 0.01)
     assert row["ratio"][steps.BASE] == 1 and row["ratio"].keys() == kinds.keys() and not row["absent"]
@@ -469,8 +497,11 @@ def test_headline_of_the_committed_results():
 def test_of_several_devices_the_latest_is_told_whole(result, tmp_path):
     for name, date in (("early", "2026-01-01"), ("late", "2026-01-02")):
         (tmp_path / name).mkdir()
-        _rewrite(result, tmp_path / name / "ops-cpp.json",
-                 lambda data, name=name, date=date: data["machine"].update(device=f"the {name} one", date=date))
+        _rewrite(
+            result,
+            tmp_path / name / "ops-cpp.json",
+            lambda data, name=name, date=date: data["machine"].update(device=f"the {name} one", date=date),
+        )
     page = tmp_path / "README.md"
     page.write_text(f"{report.BEGIN}\n{report.END}\n")
     assert main(["report", str(tmp_path / "early"), str(tmp_path / "late"), "--into", str(page)]) == 0
@@ -481,14 +512,28 @@ def test_of_several_devices_the_latest_is_told_whole(result, tmp_path):
 
 
 def _row(**changes):
-    return {"case": "c", "workload": "16M", "dtype": "float32", "numel": 100, "trains": False, "keeps": 0.0,
-            "headline": "warm", "share_of_copy": {"warm": 0.9}, "ratio": {}, **changes}
+    return {
+        "case": "c",
+        "workload": "16M",
+        "dtype": "float32",
+        "numel": 100,
+        "trains": False,
+        "keeps": 0.0,
+        "headline": "warm",
+        "share_of_copy": {"warm": 0.9},
+        "ratio": {},
+        **changes,
+    }
 
 
 def test_targets():
     machine = {"kind": "cpu", "implementation": "cpp"}
-    rows = [_row(), _row(share_of_copy={"warm": 0.5}, case="slow"), _row(workload="64K", share_of_copy={"warm": 0.1}),
-            _row(trains=True, share_of_copy={"warm": 0.1}, saved_bytes={OURS: 3}, ratio={"compiled": 0.8})]
+    rows = [
+        _row(),
+        _row(share_of_copy={"warm": 0.5}, case="slow"),
+        _row(workload="64K", share_of_copy={"warm": 0.1}),
+        _row(trains=True, share_of_copy={"warm": 0.1}, saved_bytes={OURS: 3}, ratio={"compiled": 0.8}),
+    ]
     found = targets.of_ops({"machine": machine, "rows": rows, "call_microseconds": {"ops.x": 6.0, "clone": 9.0}})
     large, compiled, kept, call = found
     assert (large.met, large.missed, large.figures, large.worst) == (False, 1, 2, 0.5) and "slow" in large.where
@@ -502,35 +547,52 @@ def test_targets():
     assert verdict.target == "categorical hard takes 1.30x of a copy or less"
     assert (verdict.figures, verdict.missed, verdict.worst) == (2, 1, 1 / 0.70)
     assert targets.OWN.keys() | {"msq step"} <= {c.name for c in registry.cases()}
-    steps = [_row(case="msq step", trains=True, workload=w, dtype=d, share_of_copy={"warm": v})
-             for w, d, v in (("1M", "float32", 0.41), ("16M", "float32", 0.8), ("1M", "bfloat16", 0.1))]
+    steps = [
+        _row(case="msq step", trains=True, workload=w, dtype=d, share_of_copy={"warm": v})
+        for w, d, v in (("1M", "float32", 0.41), ("16M", "float32", 0.8), ("1M", "bfloat16", 0.1))
+    ]
     small, large = targets.of_ops({"machine": machine, "rows": steps, "call_microseconds": {}})
     assert small.target == "msq step at 1M takes 2.50x of a copy or less" and large.met
     assert (small.figures, small.missed, small.worst) == (1, 0, 1 / 0.41)
     assert targets.of_steps({"machine": machine, "rows": []}) == []
-    row = {"network": "resnet50", "base": "unquantized", "ratio": {"unquantized": 1.0, "quantops": 1.05,
-                                                                   "quantops decoupled": 1.02, "eager chain": 2.0}}
-    verdict, = targets.of_steps({"machine": {"kind": "cuda"}, "rows": [row]})
+    row = {
+        "network": "resnet50",
+        "base": "unquantized",
+        "ratio": {"unquantized": 1.0, "quantops": 1.05, "quantops decoupled": 1.02, "eager chain": 2.0},
+    }
+    (verdict,) = targets.of_steps({"machine": {"kind": "cuda"}, "rows": [row]})
     assert verdict.met and verdict.worst == 1.02
 
 
 def test_reasons_of_what_misses():
     """A copy of 16M weights from memory takes 10 ns a weight."""
+
     def rows(name, share, cached):
         def row(workload, numel, seconds):
             times = {"warm": {OURS: {"p10": seconds}, COPY: {"median": 1e-8 * numel / 2}}}
-            return _row(case=name, workload=workload, numel=numel, share_of_copy={"warm": share}, times=times,
-                        copy_factor=2, bytes_per_weight=8)
+            return _row(
+                case=name,
+                workload=workload,
+                numel=numel,
+                share_of_copy={"warm": share},
+                times=times,
+                copy_factor=2,
+                bytes_per_weight=8,
+            )
 
         return [row("64", 64, 1e-6), row("64K", 1 << 16, 1e-6 + cached * (1 << 16)), row("16M", 1 << 24, 1.0)]
 
     machine = {"kind": "cpu", "second_level_cache_bytes": 1 << 20}
-    every = [*rows("much arithmetic", 0.6, 3e-8), *rows("little", 0.6, 1e-8), *rows("met", 0.9, 3e-8),
-             *rows("faster from memory", 0.7, 3e-8)]
+    every = [
+        *rows("much arithmetic", 0.6, 3e-8),
+        *rows("little", 0.6, 1e-8),
+        *rows("met", 0.9, 3e-8),
+        *rows("faster from memory", 0.7, 3e-8),
+    ]
     much, little = targets.reasons({"machine": machine, "gain_of_threads": 2.0, "rows": every})
     assert much.row["case"] == "much arithmetic" and much.arithmetic and abs(much.most - 10 / 15) < 1e-6
     assert little.row["case"] == "little" and not little.arithmetic and abs(little.most - 2) < 1e-6
-    less, = targets.reasons({"machine": machine, "gain_of_threads": 1.0, "rows": rows("little", 0.6, 1.5e-8)})
+    (less,) = targets.reasons({"machine": machine, "gain_of_threads": 1.0, "rows": rows("little", 0.6, 1.5e-8)})
     assert less.arithmetic and abs(less.most - 10 / 15) < 1e-6  # threads of one core
     machine["second_level_cache_bytes"] = 1 << 18
     assert targets.reasons({"machine": machine, "gain_of_threads": 2.0, "rows": every}) == []
@@ -546,16 +608,33 @@ def _opcodes(way):
 
 def test_ways_through_machine_code():
     kernel = sass.Kernel(0, 0, 32)
-    kernel.code = [(16 * i, text) for i, text in enumerate([
-        "MOV R1, R2", "@P0 BRA 0x40", "CALL.REL 0x90", "FADD R1, R1, R2", "LDG.E.128 R4, desc[UR4][R2.64]",
-        "@P1 BRA 0x70", "FRND R4, R4", "STG.E.128 desc[UR4][R2.64], R4", "@!P2 BRA 0x40", "EXIT"])]
+    kernel.code = [
+        (16 * i, text)
+        for i, text in enumerate(
+            [
+                "MOV R1, R2",
+                "@P0 BRA 0x40",
+                "CALL.REL 0x90",
+                "FADD R1, R1, R2",
+                "LDG.E.128 R4, desc[UR4][R2.64]",
+                "@P1 BRA 0x70",
+                "FRND R4, R4",
+                "STG.E.128 desc[UR4][R2.64], R4",
+                "@!P2 BRA 0x40",
+                "EXIT",
+            ]
+        )
+    ]
     assert kernel.spans() == [(0x40, 0x80)]
     assert _opcodes(kernel.around(0x40, 0x80, [0x70], longest=True)) == ["LDG", "BRA", "FRND", "STG", "BRA"]
     assert _opcodes(kernel.around(0x40, 0x80, [0x70], longest=False)) == ["LDG", "BRA", "STG", "BRA"]
     assert _opcodes(kernel.shortest([0x40, 0x70])) == ["MOV", "BRA", "LDG", "BRA", "STG", "BRA", "EXIT"]
     found = static.cuda_cost(kernel, reads=4, writes=4)
-    assert found["bytes"] == 8 and found["elements"] == 4 and found["instructions"] == {
-        "issue": 1.25, "alu": 0, "fp64": 0, "conversions": 0.25}
+    assert (
+        found["bytes"] == 8
+        and found["elements"] == 4
+        and found["instructions"] == {"issue": 1.25, "alu": 0, "fp64": 0, "conversions": 0.25}
+    )
     assert found["binds"] == "memory" and found["share_of_copy"] == 1 and found["occupancy"] == 1
     with pytest.raises(static.NoMainPath, match="STG of 12 bytes a thread expected"):
         static.cuda_cost(kernel, reads=4, writes=3)
@@ -563,9 +642,19 @@ def test_ways_through_machine_code():
 
 def test_a_loop_over_results_is_counted_as_often_as_it_turns():
     kernel = sass.Kernel(0, 0, 32)
-    kernel.code = [(16 * i, text) for i, text in enumerate([
-        "LDG.E.128 R4, desc[UR4][R2.64]", "FMUL R4, R4, R4", "STG.E.128 desc[UR4][R2.64], R4", "@P0 BRA 0x10",
-        "@P1 BRA 0x0", "EXIT"])]
+    kernel.code = [
+        (16 * i, text)
+        for i, text in enumerate(
+            [
+                "LDG.E.128 R4, desc[UR4][R2.64]",
+                "FMUL R4, R4, R4",
+                "STG.E.128 desc[UR4][R2.64], R4",
+                "@P0 BRA 0x10",
+                "@P1 BRA 0x0",
+                "EXIT",
+            ]
+        )
+    ]
     found = static.cuda_cost(kernel, reads=4, writes=16)  # four results of what was read once
     assert found["instructions"]["issue"] == (1 + 4 * 3 + 1) / 4 and found["bytes"] == 20
 

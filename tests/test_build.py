@@ -23,9 +23,23 @@ COMPILERS = [*filter(shutil.which, ["g++"]), *CLANGS[:1]]
 def test_compilers_have_nothing_to_say(compiler):
     for source in sorted(ROOT.glob("csrc/cpu/*.cpp")):
         run = subprocess.run(
-            [compiler, "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-std=c++17", f"-I{ROOT / 'csrc'}",
-             *(f"-isystem{p}" for p in include_paths()), "-DTORCH_TARGET_VERSION=0x020a000000000000",
-             "-fvisibility=hidden", source], capture_output=True, text=True, timeout=120)
+            [
+                compiler,
+                "-fsyntax-only",
+                "-Wall",
+                "-Wextra",
+                "-Werror",
+                "-std=c++17",
+                f"-I{ROOT / 'csrc'}",
+                *(f"-isystem{p}" for p in include_paths()),
+                "-DTORCH_TARGET_VERSION=0x020a000000000000",
+                "-fvisibility=hidden",
+                source,
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert run.returncode == 0 and not run.stderr, run.stderr[:2000]
 
 
@@ -42,10 +56,21 @@ def tree(tmp_path):
 def build(tree, compiler):
     """Builds in place; gives back what was said and the file that tells why there is no library."""
     # The interpreter's own launcher asks for the torch to build with; torch is where this process has it.
-    env = {**os.environ, "CC": str(compiler), "CXX": str(compiler), "QUANTOPS_CUDA": "0",
-           "PYTHONPATH": str(Path(torch.__file__).parents[1])}
-    run = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tree, env=env, text=True,
-                         capture_output=True, timeout=300)
+    env = {
+        **os.environ,
+        "CC": str(compiler),
+        "CXX": str(compiler),
+        "QUANTOPS_CUDA": "0",
+        "PYTHONPATH": str(Path(torch.__file__).parents[1]),
+    }
+    run = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=tree,
+        env=env,
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
     assert run.returncode == 0, run.stderr
     return run.stderr, tree / "quantops" / "_cpu.abi3.so.failed"
 

@@ -138,8 +138,18 @@ def test_error_of_float32(grad):
         torchs = [v[place] for v in factors(args[0][0], args[1][0], bits, grad)]
         # One element at a time, so that the sums have one term each.
         rows = range(len(x)) if EXHAUSTIVE else range(0, len(x), 20)
-        got = [backward(torch.ones(1), q[i:i + 1], *forward(x[i:i + 1], *args, 0, x.dtype)[1:],
-                                       *args, GRADS.index(grad), True, x.dtype) for i in rows]
+        got = [
+            backward(
+                torch.ones(1),
+                q[i : i + 1],
+                *forward(x[i : i + 1], *args, 0, x.dtype)[1:],
+                *args,
+                GRADS.index(grad),
+                True,
+                x.dtype,
+            )
+            for i in rows
+        ]
         got = [torch.stack([v[0][0] for v in got]), *(torch.stack([v[1][n][0] for v in got]) for n in (0, 1))]
         for name, a, b, c in zip(("x", "alpha", "sigma"), got, torchs, exact):
             b, c = b[list(rows)], c[list(rows)]
@@ -165,7 +175,7 @@ def test_dtypes_and_layouts(dtype):
     """Storage dtypes, strides, empty tensors, gradients of other layouts: a kernel's arithmetic does not see them."""
     args = widths(3, dtype)
     for i, x in enumerate(kinds_of(dtype)[:-1]):
-        for j, grad_dtype in enumerate({dtype, torch.float32} if EXHAUSTIVE else {dtype}):
+        for grad_dtype in {dtype, torch.float32} if EXHAUSTIVE else {dtype}:
             g = torch.randn(x.shape, generator=torch.Generator().manual_seed(i)).to(grad_dtype)
             if i % 3 == 1:
                 g = torch.randn(()).to(grad_dtype).expand(x.shape)  # the gradient of a sum
@@ -180,8 +190,9 @@ def test_dtypes_and_layouts(dtype):
             assert torch.equal(flat, quarters)  # padded with zeros
             k = torch.empty_like(q, dtype=torch.int32)
             in_memory(k).copy_(ref.unpack(quarters, (x.numel(),), 2, layout="dense"))
-            plain = backward(g.to(acc).contiguous(), wide, ref.pack(k.contiguous(), 2, layout="dense"),
-                                            *args, 1, True, acc)
+            plain = backward(
+                g.to(acc).contiguous(), wide, ref.pack(k.contiguous(), 2, layout="dense"), *args, 1, True, acc
+            )
             assert same(grad_x, plain[0].to(dtype)), i
             for a, b in zip(sums, plain[1]):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(1 + g.double().nan_to_num().abs().sum()))
@@ -256,7 +267,7 @@ def test_second_derivatives_raise_and_changes_in_place_do():
     x = torch.rand(20, requires_grad=True)
     alpha, sigma, bits = (t.requires_grad_() if t.is_floating_point() else t for t in widths(4, x.dtype))
     q = forward(x, alpha, sigma, bits, 1, x.dtype)[0]
-    g, = torch.autograd.grad(q.square().sum(), x, create_graph=True)
+    (g,) = torch.autograd.grad(q.square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivatives"):
         g.sum().backward()
     q = forward(x, alpha, sigma, bits, 1, x.dtype)[0]
@@ -281,10 +292,11 @@ def test_only_what_is_wanted():
 def test_compile(backend):
     torch._dynamo.reset()
     args = widths(4, torch.float32)
-    compiled = torch.compile(lambda x, a, s: forward(x * 1, a, s, args[2], 1, x.dtype)[0] * 1, fullgraph=True,
-                             backend=backend)
+    compiled = torch.compile(
+        lambda x, a, s: forward(x * 1, a, s, args[2], 1, x.dtype)[0] * 1, fullgraph=True, backend=backend
+    )
     for shape, layout in (((2, 3, 5, 5), torch.channels_last), ((7, 9), torch.contiguous_format)):
-        x = spread(150, 4, 0.37, torch.float32)[:torch.Size(shape).numel()].view(shape).to(memory_format=layout)
+        x = spread(150, 4, 0.37, torch.float32)[: torch.Size(shape).numel()].view(shape).to(memory_format=layout)
         g = torch.randn(shape)
         leaves = [t.detach().requires_grad_() for t in (x, *args[:2])]
         q = compiled(*leaves)
@@ -298,26 +310,46 @@ def test_compile(backend):
 def test_values_out_of_range_raise_on_a_cpu():
     x, (alpha, sigma, bits) = torch.rand(4), widths(4, torch.float32)
     q, quarters = forward(x, alpha, sigma, bits, 1, x.dtype)
-    for bad, text in (((-alpha, sigma, bits), "alpha"), ((alpha * 1e-39, sigma, bits), "alpha"),
-                      ((alpha, sigma * torch.nan, bits), "sigma"), ((alpha, sigma, bits + 5), r"bits.*0\.\.8.*got 9")):
+    for bad, text in (
+        ((-alpha, sigma, bits), "alpha"),
+        ((alpha * 1e-39, sigma, bits), "alpha"),
+        ((alpha, sigma * torch.nan, bits), "sigma"),
+        ((alpha, sigma, bits + 5), r"bits.*0\.\.8.*got 9"),
+    ):
         with pytest.raises(ValueError, match=text):
             forward(x, *bad, 1, x.dtype)
         with pytest.raises(ValueError, match=text):
             backward(x, q, quarters, *bad, 1, True, x.dtype)
 
 
-@pytest.mark.parametrize("name, bad, error", [
-    ("x", torch.ones(4, dtype=torch.int32), (TypeError, ValueError)), ("alpha", torch.ones(2), ValueError),
-    ("alpha", torch.ones(1).double(), ValueError), ("sigma", torch.ones(1).double(), ValueError),
-    ("bits", torch.tensor([4]), ValueError), ("grad_of", 2, ValueError), ("dtype", torch.int32, ValueError),
-    ("q", torch.ones(4, 2)[:, 0], ValueError), ("grad", torch.ones(5), ValueError),
-    ("quarters", torch.zeros(2, dtype=torch.uint8), ValueError), ("quarters", torch.zeros(1), ValueError)])
+@pytest.mark.parametrize(
+    "name, bad, error",
+    [
+        ("x", torch.ones(4, dtype=torch.int32), (TypeError, ValueError)),
+        ("alpha", torch.ones(2), ValueError),
+        ("alpha", torch.ones(1).double(), ValueError),
+        ("sigma", torch.ones(1).double(), ValueError),
+        ("bits", torch.tensor([4]), ValueError),
+        ("grad_of", 2, ValueError),
+        ("dtype", torch.int32, ValueError),
+        ("q", torch.ones(4, 2)[:, 0], ValueError),
+        ("grad", torch.ones(5), ValueError),
+        ("quarters", torch.zeros(2, dtype=torch.uint8), ValueError),
+        ("quarters", torch.zeros(1), ValueError),
+    ],
+)
 def test_arguments_that_do_not_fit(name, bad, error):
     alpha, sigma, bits = widths(4, torch.float32)
     both = {"alpha": alpha, "sigma": sigma, "bits": bits, "grad_of": 1}
     given = {"x": torch.rand(4), **both, "dtype": torch.float32}
-    kept = {"grad": torch.rand(4), "q": torch.rand(4), "quarters": torch.zeros(1, dtype=torch.uint8), **both,
-            "scale_grad": True, "dtype": torch.float32}
+    kept = {
+        "grad": torch.rand(4),
+        "q": torch.rand(4),
+        "quarters": torch.zeros(1, dtype=torch.uint8),
+        **both,
+        "scale_grad": True,
+        "dtype": torch.float32,
+    }
     for op, arguments in ((forward, given), (backward, kept)):
         op(*arguments.values())
         if name in arguments:
@@ -328,8 +360,12 @@ def test_arguments_that_do_not_fit(name, bad, error):
 def test_reference_marks_values_out_of_range():
     """NaN where values cannot be read back to raise."""
     x, (alpha, sigma, bits) = torch.rand(4), widths(4, torch.float32)
-    for bad in ((-alpha, sigma, bits), (alpha, sigma * torch.inf, bits), (alpha, sigma, bits + 5),
-                (alpha, sigma, -bits)):
+    for bad in (
+        (-alpha, sigma, bits),
+        (alpha, sigma * torch.inf, bits),
+        (alpha, sigma, bits + 5),
+        (alpha, sigma, -bits),
+    ):
         q, quarters = ref.categorical_activation(x, *bad)
         assert q.isnan().all()
         assert all(v.isnan().all() for v in ref.categorical_activation_backward(x, x, quarters, *bad))
@@ -340,10 +376,15 @@ def test_reference_marks_values_out_of_range():
 def test_triton_marks_values_out_of_range(monkeypatch, grad_of):
     """NaN where the kernels cannot raise; nothing is read out of bounds."""
     from quantops.kernels import categorical_activation as kernels
+
     monkeypatch.setattr(kernels, "check_categorical_activation", lambda *args: None)  # it raises on CPU
     x, (alpha, sigma, bits) = torch.rand(4), widths(4, torch.float32)
-    for bad in ((-alpha, sigma, bits), (alpha, sigma * torch.inf, bits), (alpha, sigma, bits + 5),
-                (alpha, sigma, -bits)):
+    for bad in (
+        (-alpha, sigma, bits),
+        (alpha, sigma * torch.inf, bits),
+        (alpha, sigma, bits + 5),
+        (alpha, sigma, -bits),
+    ):
         q, quarters = forward(x, *bad, grad_of, x.dtype)
         grad_x, sums = backward(x, x, quarters, *bad, grad_of, True, x.dtype)
         assert all(v.isnan().all() for v in (q, grad_x, *sums))

@@ -11,9 +11,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FUSES = pytest.mark.parametrize("fuse", ["model", "layer"])
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True])
 CONFIGS = {
-    "msq": MSQConfig, "msq, mean": lambda **o: MSQConfig(bits=3, scale=2.8, **o),
-    "truncquant": lambda **o: TruncQuantConfig(companding="tanh", **o), "cpq": CPQConfig,
-    "cached": lambda **o: CPQConfig(cache=True, **o)}
+    "msq": MSQConfig,
+    "msq, mean": lambda **o: MSQConfig(bits=3, scale=2.8, **o),
+    "truncquant": lambda **o: TruncQuantConfig(companding="tanh", **o),
+    "cpq": CPQConfig,
+    "cached": lambda **o: CPQConfig(cache=True, **o),
+}
 DRAWN = {"dropbits": {"dropbits": "learned"}, "sample": {"mode": "sample"}}
 
 
@@ -32,8 +35,11 @@ class Net(nn.Module):
 
     def forward(self, x):
         for layer in (self.a, self.b):
-            x = self.part(layer, x) if self.reentrant is None else checkpoint(self.part, layer, x,
-                                                                             use_reentrant=self.reentrant)
+            x = (
+                self.part(layer, x)
+                if self.reentrant is None
+                else checkpoint(self.part, layer, x, use_reentrant=self.reentrant)
+            )
         return self.c(x)
 
 
@@ -54,8 +60,13 @@ def under_autocast(model, x):
         model(x)
 
 
-BETWEEN = {"nothing": lambda model, x: None, "no_grad": without_graph, "evaluation": evaluated,
-           "autocast": under_autocast, "another": lambda model, x: model(2 * x).sum()}
+BETWEEN = {
+    "nothing": lambda model, x: None,
+    "no_grad": without_graph,
+    "evaluation": evaluated,
+    "autocast": under_autocast,
+    "another": lambda model, x: model(2 * x).sum(),
+}
 
 
 def gradients(config, reentrant, between, regular=False, **settings):

@@ -28,8 +28,15 @@ needs_safetensors = pytest.mark.skipif(importlib.util.find_spec("safetensors") i
 
 def net(dtype=torch.float32):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.Flatten(),
-                         nn.Linear(6 * 16, 8), nn.Linear(8, 3)).to(dtype)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3),
+        nn.Flatten(),
+        nn.Linear(6 * 16, 8),
+        nn.Linear(8, 3),
+    ).to(dtype)
 
 
 def names(model):
@@ -56,8 +63,11 @@ def test_default_filter_takes_linear_and_conv_in_place():
     old = before["5.weight"].detach().clone()
     optimizer.step()  # an optimizer made before still trains these weights
     assert not torch.equal(old, model[5].parametrizations.weight.original)
-    assert set(model.state_dict()) >= {"0.parametrizations.weight.original", "0.parametrizations.weight.0.bits",
-                                       "0.parametrizations.weight.0.k"}
+    assert set(model.state_dict()) >= {
+        "0.parametrizations.weight.original",
+        "0.parametrizations.weight.0.bits",
+        "0.parametrizations.weight.0.k",
+    }
 
 
 def test_filter_chooses_any_module_with_a_weight():
@@ -94,21 +104,24 @@ def _complex():
     return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.complex64))
 
 
-@pytest.mark.parametrize("make, config, filter_fn, text", [
-    (net, {}, lambda name, m: False, "filter_fn: matches none"),
-    (net, {"overrides": {"layer9.*": {"bits": 4}}}, None, r"overrides\['layer9\.\*'\]: .* none of the layers 0, 3"),
-    (net, {"first": "skip", "overrides": {"0": {"bits": 4}}}, None, r"overrides\['0'\]: matches none"),
-    (lambda: nn.Linear(2, 2), {"first": "skip"}, None, "first, last: skip every layer"),
-    (net, {"overrides": {"5": {"bits": 17}}}, None, "5: bits: expected an integer 0..16, got 17"),
-    (net, {"overrides": {"5": {"bits": 1}}}, None, "5: expected k < bits = 1"),
-    (net, {}, lambda name, m: True, "model: expected a module with a parameter 'weight', got Sequential"),
-    (net, {}, lambda name, m: name in ("0", "2"), "2: expected a module with a parameter 'weight', got ReLU"),
-    (_shared, {}, None, "1: shares its weight with 0"),
-    (_parametrized, {}, None, "1: the weight already has a parametrization"),
-    (_complex, {}, None, "1: expected a floating-point weight .*complex64"),
-    (lambda: nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3)), {}, None, "1: .*not initialized"),
-    (lambda: nn.Linear(2, 2, device="meta"), {}, None, "model: .*not initialized"),
-])
+@pytest.mark.parametrize(
+    "make, config, filter_fn, text",
+    [
+        (net, {}, lambda name, m: False, "filter_fn: matches none"),
+        (net, {"overrides": {"layer9.*": {"bits": 4}}}, None, r"overrides\['layer9\.\*'\]: .* none of the layers 0, 3"),
+        (net, {"first": "skip", "overrides": {"0": {"bits": 4}}}, None, r"overrides\['0'\]: matches none"),
+        (lambda: nn.Linear(2, 2), {"first": "skip"}, None, "first, last: skip every layer"),
+        (net, {"overrides": {"5": {"bits": 17}}}, None, "5: bits: expected an integer 0..16, got 17"),
+        (net, {"overrides": {"5": {"bits": 1}}}, None, "5: expected k < bits = 1"),
+        (net, {}, lambda name, m: True, "model: expected a module with a parameter 'weight', got Sequential"),
+        (net, {}, lambda name, m: name in ("0", "2"), "2: expected a module with a parameter 'weight', got ReLU"),
+        (_shared, {}, None, "1: shares its weight with 0"),
+        (_parametrized, {}, None, "1: the weight already has a parametrization"),
+        (_complex, {}, None, "1: expected a floating-point weight .*complex64"),
+        (lambda: nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3)), {}, None, "1: .*not initialized"),
+        (lambda: nn.Linear(2, 2, device="meta"), {}, None, "model: .*not initialized"),
+    ],
+)
 def test_errors_leave_the_model_untouched(make, config, filter_fn, text):
     model = make()
     keys, classes = list(model.state_dict()), [type(m) for m in model.modules()]
@@ -128,17 +141,31 @@ def test_twice_and_compiled_and_wrong_config_are_errors():
         quantize_(torch.compile(net()), MSQConfig())
 
 
-@pytest.mark.parametrize("options, text", [
-    ({"bits": 17}, "bits: expected an integer 0..16, got 17"), ({"bits": -1}, "bits: .*got -1"),
-    ({"bits": 8.0}, "bits: .*got 8.0"), ({"bits": True}, "bits: .*got True"), ({"bits": 2, "k": 2}, "k < bits = 2"),
-    ({"k": -1}, "k: .*got -1"), ({"grid": "even"}, "grid: expected one of 'dyadic', 'full', 'sign', got 'even'"),
-    ({"scale": "max"}, "scale: expected 'absmax' or a positive number .*'max'"), ({"scale": 0}, "scale: .*got 0"),
-    ({"scale": True}, "scale: .*True"), ({"per_row": 1}, "per_row: "),
-    ({"penalty": "l2"}, "penalty: expected one of 'loss', 'decoupled'"),
-    ({"fuse": "all"}, "fuse: "), ({"cache": None}, "cache: "), ({"first": "fixed"}, "first: "),
-    ({"last": 17}, "last: .*17"), ({"first": True}, "first: "), ({"overrides": []}, "overrides: "),
-    ({"overrides": {"a": 4}}, r"overrides\['a'\]: "), ({"overrides": {"a": {"bit": 4}}}, r"overrides\['a'\]: .*'bit'"),
-])
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"bits": 17}, "bits: expected an integer 0..16, got 17"),
+        ({"bits": -1}, "bits: .*got -1"),
+        ({"bits": 8.0}, "bits: .*got 8.0"),
+        ({"bits": True}, "bits: .*got True"),
+        ({"bits": 2, "k": 2}, "k < bits = 2"),
+        ({"k": -1}, "k: .*got -1"),
+        ({"grid": "even"}, "grid: expected one of 'dyadic', 'full', 'sign', got 'even'"),
+        ({"scale": "max"}, "scale: expected 'absmax' or a positive number .*'max'"),
+        ({"scale": 0}, "scale: .*got 0"),
+        ({"scale": True}, "scale: .*True"),
+        ({"per_row": 1}, "per_row: "),
+        ({"penalty": "l2"}, "penalty: expected one of 'loss', 'decoupled'"),
+        ({"fuse": "all"}, "fuse: "),
+        ({"cache": None}, "cache: "),
+        ({"first": "fixed"}, "first: "),
+        ({"last": 17}, "last: .*17"),
+        ({"first": True}, "first: "),
+        ({"overrides": []}, "overrides: "),
+        ({"overrides": {"a": 4}}, r"overrides\['a'\]: "),
+        ({"overrides": {"a": {"bit": 4}}}, r"overrides\['a'\]: .*'bit'"),
+    ],
+)
 def test_config_errors_name_the_field(options, text):
     with pytest.raises(ValueError, match=text):
         MSQConfig(**options)
@@ -180,8 +207,16 @@ def test_another_method_goes_on_at_the_bits_that_one_has_found():
     model = quantize_(net(), MSQConfig(overrides={"0": {"bits": 4}, "5": {"bits": 2}}))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     bits = {row.name: row.bits for row in quantops.bit_report(model).rows}
-    quantize_(unquantize_(model), TruncQuantConfig(bits=(8,), rule="nearest", scale=1.87, batch_norm=False,
-                                                   overrides={name: {"bits": n} for name, n in bits.items()}))
+    quantize_(
+        unquantize_(model),
+        TruncQuantConfig(
+            bits=(8,),
+            rule="nearest",
+            scale=1.87,
+            batch_norm=False,
+            overrides={name: {"bits": n} for name, n in bits.items()},
+        ),
+    )
     assert {row.name: row.bits for row in quantops.bit_report(model).rows} == bits == {"0": 4, "3": 8, "5": 2, "6": 8}
     assert model[5].weight.unique().numel() <= 4
     before = model[5].parametrizations.weight.original.detach().clone()
@@ -318,8 +353,10 @@ def test_a_file_costs_its_bits_and_a_header(tmp_path):
     torch.manual_seed(0)
     for bits in (0, 1, 3, 8, 11, 16):
         shapes = [(64, 300), (3, 5), (7, 11, 3, 3), (1000,), (1, 0)]
-        weights = {f"layer{i}.weight": IntWeight.from_codes(torch.randint(0, 2**bits, s), torch.rand(s[0]), bits)
-                   for i, s in enumerate(shapes)}
+        weights = {
+            f"layer{i}.weight": IntWeight.from_codes(torch.randint(0, 2**bits, s), torch.rand(s[0]), bits)
+            for i, s in enumerate(shapes)
+        }
         path = tmp_path / "w.safetensors"
         save_int(weights, path)
         scales = sum(4 * v.scale.numel() for v in weights.values())
@@ -352,8 +389,13 @@ def test_a_file_opens_at_any_lower_precision(tmp_path, rule, grid):
     if rule == "floor":  # the codes of a narrower weight are those of the wider one, cut
         narrow = IntWeight.from_codes(quantops.encode(w, scale, 5, rule="floor"), scale, 5, grid=grid)
         assert torch.equal(load_int(path, bits=5)["a"].dequantize(), narrow.dequantize())
-    for m, text in ((9, "bits: expected at most 8, .* got 9"), (17, "bits: expected an integer 0..16"), (-1, "bits: "),
-                    (2.0, "bits: expected an integer"), (True, "bits: expected an integer")):
+    for m, text in (
+        (9, "bits: expected at most 8, .* got 9"),
+        (17, "bits: expected an integer 0..16"),
+        (-1, "bits: "),
+        (2.0, "bits: expected an integer"),
+        (True, "bits: expected an integer"),
+    ):
         with pytest.raises(ValueError, match=text):
             load_int(path, bits=m)
     plain = nn.ParameterDict({"a": torch.ones(24, 50)})
@@ -386,8 +428,12 @@ def test_opening_at_two_bits_reads_two_planes(tmp_path):
     codes = torch.randint(0, 16, (8 * 65536,))
     for m in (2, 4):
         save_int({"w": IntWeight.from_codes(codes, torch.ones(()), 4)}, path)
-        run = subprocess.run([sys.executable, "-c", CUT, path, str(m)], capture_output=True, text=True,
-                             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+        run = subprocess.run(
+            [sys.executable, "-c", CUT, path, str(m)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
         if m == 2:
             assert run.stdout.split() == [str((codes >> 2).sum().item())], run.stderr
         else:
@@ -475,35 +521,47 @@ def _rewrite(path, change):
 
 
 @needs_safetensors
-@pytest.mark.parametrize("change, text", [
-    (lambda t, m, a: m.update(format="pt"), "expected the format 'quantops-int'.*got 'pt'"),
-    (lambda t, m, a: m.clear(), "expected the format"),
-    (lambda t, m, a: m.update(version="1"), "expected version 2 of the format, got '1'"),
-    (lambda t, m, a: m.update(weights="{"), "metadata is not JSON"),
-    (lambda t, m, a: a.clear(), "metadata lists no weights"),
-    (lambda t, m, a: t.pop("5.weight.scale"), ".*differ in .*5.weight.scale"),
-    (lambda t, m, a: t.update(extra=torch.ones(1)), ".*differ in .*extra"),
-    (lambda t, m, a: a["5.weight"].pop("grid"), "5.weight: bad metadata"),
-    (lambda t, m, a: a["5.weight"].update(dtype="int8"), "5.weight: bad metadata"),
-    (lambda t, m, a: a["5.weight"].update(bits=17), "5.weight: expected bits 0..16, got 17"),
-    (lambda t, m, a: a["5.weight"].update(bits="4"), "5.weight: expected bits 0..16, got '4'"),
-    (lambda t, m, a: a["5.weight"].update(bits=3), r"5.weight: expected planes of shape \[3, 96\].*got U8 .*\[4, 96\]"),
-    (lambda t, m, a: a["5.weight"].update(crc32=[1]), "5.weight: expected planes"),
-    (lambda t, m, a: a["5.weight"].update(crc32=["x"]), "5.weight: bad metadata"),
-    (lambda t, m, a: a.update({"5.weight": []}), "5.weight: bad metadata"),
-    (lambda t, m, a: a["5.weight"].update(shape=[8, 95]), "5.weight: expected planes of shape"),
-    (lambda t, m, a: a["5.weight"].update(shape=[10**30]), "5.weight: expected a shape of at most"),
-    (lambda t, m, a: a["5.weight"].update(shape=[-8, -96]), "5.weight: "),
-    (lambda t, m, a: t.update({"5.weight.planes": torch.ones(4, 96)}), "5.weight: expected planes .*got F32"),
-    (lambda t, m, a: a["5.weight"].update(grid="full"), "5.weight: the checksum of scale and metadata does not match"),
-    (lambda t, m, a: a["5.weight"].update(grid="even"), "5.weight: expected a grid"),
-    (lambda t, m, a: a["5.weight"].update(shape=[96, 8]), "5.weight: expected one scale or one per row"),
-    (lambda t, m, a: t["5.weight.planes"][3, 17].bitwise_xor_(1), "5.weight: the checksum of plane 3 does not match"),
-    (lambda t, m, a: t["5.weight.scale"][0].mul_(2), "5.weight: the checksum of scale and metadata does not match"),
-    (lambda t, m, a: t["5.weight.scale"].fill_(float("nan")), "5.weight: expected finite scales"),
-    (lambda t, m, a: t.update({"5.weight.scale": torch.ones(3)}), "5.weight: expected one scale or one per row"),
-    (lambda t, m, a: t.update({"5.weight.scale": torch.ones(8).double()}), "5.weight: expected a scale of"),
-])
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (lambda t, m, a: m.update(format="pt"), "expected the format 'quantops-int'.*got 'pt'"),
+        (lambda t, m, a: m.clear(), "expected the format"),
+        (lambda t, m, a: m.update(version="1"), "expected version 2 of the format, got '1'"),
+        (lambda t, m, a: m.update(weights="{"), "metadata is not JSON"),
+        (lambda t, m, a: a.clear(), "metadata lists no weights"),
+        (lambda t, m, a: t.pop("5.weight.scale"), ".*differ in .*5.weight.scale"),
+        (lambda t, m, a: t.update(extra=torch.ones(1)), ".*differ in .*extra"),
+        (lambda t, m, a: a["5.weight"].pop("grid"), "5.weight: bad metadata"),
+        (lambda t, m, a: a["5.weight"].update(dtype="int8"), "5.weight: bad metadata"),
+        (lambda t, m, a: a["5.weight"].update(bits=17), "5.weight: expected bits 0..16, got 17"),
+        (lambda t, m, a: a["5.weight"].update(bits="4"), "5.weight: expected bits 0..16, got '4'"),
+        (
+            lambda t, m, a: a["5.weight"].update(bits=3),
+            r"5.weight: expected planes of shape \[3, 96\].*got U8 .*\[4, 96\]",
+        ),
+        (lambda t, m, a: a["5.weight"].update(crc32=[1]), "5.weight: expected planes"),
+        (lambda t, m, a: a["5.weight"].update(crc32=["x"]), "5.weight: bad metadata"),
+        (lambda t, m, a: a.update({"5.weight": []}), "5.weight: bad metadata"),
+        (lambda t, m, a: a["5.weight"].update(shape=[8, 95]), "5.weight: expected planes of shape"),
+        (lambda t, m, a: a["5.weight"].update(shape=[10**30]), "5.weight: expected a shape of at most"),
+        (lambda t, m, a: a["5.weight"].update(shape=[-8, -96]), "5.weight: "),
+        (lambda t, m, a: t.update({"5.weight.planes": torch.ones(4, 96)}), "5.weight: expected planes .*got F32"),
+        (
+            lambda t, m, a: a["5.weight"].update(grid="full"),
+            "5.weight: the checksum of scale and metadata does not match",
+        ),
+        (lambda t, m, a: a["5.weight"].update(grid="even"), "5.weight: expected a grid"),
+        (lambda t, m, a: a["5.weight"].update(shape=[96, 8]), "5.weight: expected one scale or one per row"),
+        (
+            lambda t, m, a: t["5.weight.planes"][3, 17].bitwise_xor_(1),
+            "5.weight: the checksum of plane 3 does not match",
+        ),
+        (lambda t, m, a: t["5.weight.scale"][0].mul_(2), "5.weight: the checksum of scale and metadata does not match"),
+        (lambda t, m, a: t["5.weight.scale"].fill_(float("nan")), "5.weight: expected finite scales"),
+        (lambda t, m, a: t.update({"5.weight.scale": torch.ones(3)}), "5.weight: expected one scale or one per row"),
+        (lambda t, m, a: t.update({"5.weight.scale": torch.ones(8).double()}), "5.weight: expected a scale of"),
+    ],
+)
 def test_corrupt_and_foreign_files_are_errors(saved, change, text):
     path, _ = saved
     _rewrite(path, change)
@@ -517,8 +575,10 @@ def test_save_errors_leave_the_old_file(saved, monkeypatch):
     whole = path.read_bytes()
     good = to_int(model)["5.weight"]
     for weights, error, text in (
-        ({}, TypeError, "weights: expected"), ([good], TypeError, "weights: expected"),
-        ({"a": good.codes}, TypeError, r"weights\['a'\]: expected an IntWeight"), (net(), ValueError, "has none"),
+        ({}, TypeError, "weights: expected"),
+        ([good], TypeError, "weights: expected"),
+        ({"a": good.codes}, TypeError, r"weights\['a'\]: expected an IntWeight"),
+        (net(), ValueError, "has none"),
         ({"a": dataclasses.replace(good, scale=-good.scale)}, ValueError, "a: expected finite scales"),
         ({"a": dataclasses.replace(good, packed=dataclasses.replace(good.packed, bits=2))}, ValueError, "a: data: "),
     ):
@@ -560,12 +620,14 @@ def test_parameters_keep_their_order(config):
     quantize_(model, config, lambda name, m: isinstance(m, (nn.Conv2d, nn.LayerNorm, nn.Linear)))
     for m in (model, copy.deepcopy(model)):
         names = [n for n, _ in m.named_parameters() if ".log_" not in n]
-        assert names == [f"{i}.{n}" for i in range(4) for n in ("parametrizations.weight.original", "bias")
-                         if (i, n) != (2, "bias")]
+        assert names == [
+            f"{i}.{n}" for i in range(4) for n in ("parametrizations.weight.original", "bias") if (i, n) != (2, "bias")
+        ]
         modules = [n for n, _ in m.named_modules()]
         assert len(set(modules)) == len(modules) and {"", "0", "3.parametrizations.weight.0"} <= set(modules)
-    assert all(a is b for a, b in zip((p for n, p in model.named_parameters() if ".log_" not in n), before,
-                                      strict=True))
+    assert all(
+        a is b for a, b in zip((p for n, p in model.named_parameters() if ".log_" not in n), before, strict=True)
+    )
     assert all(a is b for a, b in zip(unquantize_(model).parameters(), before, strict=True))
 
 
@@ -584,12 +646,16 @@ def test_states_of_an_optimizer_made_before_go_to_their_parameters():
         assert torch.equal(after.state[p]["exp_avg"], optimizer.state[p]["exp_avg"])
 
 
-@pytest.mark.parametrize("wrap, text", [
-    (nn.utils.parametrizations.weight_norm, r"\(_WeightNorm\).*remove_parametrizations"),
-    (nn.utils.parametrizations.spectral_norm, r"\(_SpectralNorm\).*remove_parametrizations"),
-    (nn.utils.weight_norm, "computed from weight_g .*remove_weight_norm"),
-    (nn.utils.spectral_norm, "computed from weight_orig .*remove_spectral_norm"),
-    (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), r"computed from weight_orig .*prune.remove")])
+@pytest.mark.parametrize(
+    "wrap, text",
+    [
+        (nn.utils.parametrizations.weight_norm, r"\(_WeightNorm\).*remove_parametrizations"),
+        (nn.utils.parametrizations.spectral_norm, r"\(_SpectralNorm\).*remove_parametrizations"),
+        (nn.utils.weight_norm, "computed from weight_g .*remove_weight_norm"),
+        (nn.utils.spectral_norm, "computed from weight_orig .*remove_spectral_norm"),
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), r"computed from weight_orig .*prune.remove"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_a_weight_that_is_computed_says_how_it_becomes_plain(wrap, text):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))

@@ -24,13 +24,21 @@ def test_quantize_warns_of_what_it_leaves():
         model = quantize_(Text(), MSQConfig(bits=4))
     assert len(found) == 1 and found[0].filename == __file__
     text = str(found[0].message)
-    assert text.startswith("quantize_: 43.9% of the weights in matrices are quantized, in float stay embedding.weight "
-                           "(Embedding was not chosen), attention.in_proj_weight (MultiheadAttention has it under "
-                           "another name than weight);"), text
+    assert text.startswith(
+        "quantize_: 43.9% of the weights in matrices are quantized, in float stay embedding.weight "
+        "(Embedding was not chosen), attention.in_proj_weight (MultiheadAttention has it under "
+        "another name than weight);"
+    ), text
     report = bit_report(model)
     assert [(v.name, v.matrix) for v in report.left] == [
-        ("embedding.weight", True), ("attention.in_proj_weight", True), ("attention.in_proj_bias", False),
-        ("attention.out_proj.bias", False), ("norm.weight", False), ("norm.bias", False), ("head.bias", False)]
+        ("embedding.weight", True),
+        ("attention.in_proj_weight", True),
+        ("attention.in_proj_bias", False),
+        ("attention.out_proj.bias", False),
+        ("norm.weight", False),
+        ("norm.bias", False),
+        ("head.bias", False),
+    ]
     quantized, left = 64 + 400, 400 + 192 + 24 + 8 + 8 + 8 + 50
     assert report.compression == 8
     assert report.whole_compression == pytest.approx(32 * (quantized + left) / (4 * quantized + 32 * left))

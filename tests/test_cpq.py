@@ -33,10 +33,16 @@ from quantops.positive import grid_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FUSES = pytest.mark.parametrize("fuse", ["model", "layer"])
-KINDS = pytest.mark.parametrize("kind", [
-    {}, {"grad": "winner", "per_row": True}, {"mode": "soft", "dropbits": "learned"},
-    {"mode": "sample", "dropbits": "fixed", "nonzero": 0.6, "per_row": True},
-    {"grad": "winner", "dropbits": "learned", "nonzero": 0.5, "min_bits": 2}])
+KINDS = pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"grad": "winner", "per_row": True},
+        {"mode": "soft", "dropbits": "learned"},
+        {"mode": "sample", "dropbits": "fixed", "nonzero": 0.6, "per_row": True},
+        {"grad": "winner", "dropbits": "learned", "nonzero": 0.5, "min_bits": 2},
+    ],
+)
 
 
 # Forward and gradients
@@ -49,8 +55,13 @@ KINDS = pytest.mark.parametrize("kind", [
 def test_forward_and_gradients_are_the_reference(fuse, per_row, mode, grad, dtype):
     model = make_cpq(dtype, fuse=fuse, per_row=per_row, mode=mode, grad=grad)
     plain = Net().to(dtype)
-    plain.load_state_dict({k.replace("parametrizations.weight.original", "weight"): v for k, v in state(model).items()
-                           if ".weight.0." not in k})
+    plain.load_state_dict(
+        {
+            k.replace("parametrizations.weight.original", "weight"): v
+            for k, v in state(model).items()
+            if ".weight.0." not in k
+        }
+    )
     one_step(model, dtype=dtype)
     for name, w in originals(model).items():
         alpha, sigma = scales(quantizers(model)[name])
@@ -64,9 +75,13 @@ def test_forward_and_gradients_are_the_reference(fuse, per_row, mode, grad, dtyp
     for name, w in originals(model).items():
         p, (alpha, sigma) = quantizers(model)[name], scales(quantizers(model)[name])
         by_w, by_alpha, by_sigma, _ = reference.categorical_backward(
-            plain.get_submodule(name).weight.grad, w.detach(), alpha, sigma, 4, mode=mode, grad_of=grad)
-        for got, expected in ((w.grad, by_w), (p.log_alpha.grad, by_alpha * alpha),
-                              (p.log_sigma.grad, by_sigma * sigma)):
+            plain.get_submodule(name).weight.grad, w.detach(), alpha, sigma, 4, mode=mode, grad_of=grad
+        )
+        for got, expected in (
+            (w.grad, by_w),
+            (p.log_alpha.grad, by_alpha * alpha),
+            (p.log_sigma.grad, by_sigma * sigma),
+        ):
             rounded = 1e-2 if got.dtype == torch.bfloat16 else 1e-4
             torch.testing.assert_close(got, expected.detach().to(got.dtype), rtol=rounded, atol=1e-6)
             assert got.abs().max() > 0
@@ -84,7 +99,8 @@ def test_gradients_reach_every_parameter(fuse, kind, dtype):
         assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
         assert p.grad.dtype == (p.dtype if ".log_" in name or name.endswith(".log_alpha") else dtype)
     assert model.head.weight.dtype == dtype and quantizers(model)["head"].log_alpha.dtype == (
-        torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
 
 
 @FUSES
@@ -124,8 +140,11 @@ def test_frozen_weights_and_frozen_scales():
         getattr(quantizers(model)["head"], name).requires_grad_(False)
     one_step(model), one_step(twin)
     missing = {k for k, v in grads(model).items() if v is None}
-    assert missing == {"conv.parametrizations.weight.original", "head.parametrizations.weight.0.log_alpha",
-                       "head.parametrizations.weight.0.log_sigma"}
+    assert missing == {
+        "conv.parametrizations.weight.original",
+        "head.parametrizations.weight.0.log_alpha",
+        "head.parametrizations.weight.0.log_sigma",
+    }
     assert all(torch.equal(v, grads(twin)[k]) for k, v in grads(model).items() if v is not None)
     for p in quantizers(model)["conv"].parameters():
         p.requires_grad_(False)
@@ -205,8 +224,9 @@ def test_draws_follow_the_global_seed(fuse):
 
 
 @FUSES
-@pytest.mark.parametrize("kind", [{}, {"grad": "winner", "per_row": True}, {"mode": "soft"},
-                                  {"dropbits": "learned", "act_bits": 3}])
+@pytest.mark.parametrize(
+    "kind", [{}, {"grad": "winner", "per_row": True}, {"mode": "soft"}, {"dropbits": "learned", "act_bits": 3}]
+)
 def test_cache_has_the_same_gradients_and_keeps_no_draw(fuse, kind):
     cached, plain = make_cpq(fuse=fuse, cache=True, **kind), make_cpq(fuse=fuse, **kind)
     times = 1 if fuse == "model" else 4
@@ -224,10 +244,12 @@ def test_cache_has_the_same_gradients_and_keeps_no_draw(fuse, kind):
             torch.manual_seed(3)
             for seed in range(3):
                 loss_of(plain, 0.0, seed).backward()
-            for m, optimizer in zip((cached, plain), optimizers):
+            for optimizer in optimizers:
                 optimizer.step()
-            assert same({k: v for k, v in grads(cached).items() if v is not None},
-                        {k: v for k, v in grads(plain).items() if v is not None})
+            assert same(
+                {k: v for k, v in grads(cached).items() if v is not None},
+                {k: v for k, v in grads(plain).items() if v is not None},
+            )
             for optimizer in optimizers:
                 optimizer.zero_grad()
     assert same(state(cached), state(plain))
@@ -245,9 +267,14 @@ def test_changes_of_every_parameter_are_seen(fuse, cache):
         assert not torch.equal(model.head.weight, q), change
 
 
-@pytest.mark.parametrize("optimizer", [
-    lambda p: torch.optim.SGD(p, lr=1e6), lambda p: torch.optim.Adam(p, lr=100.0),
-    lambda p: torch.optim.AdamW(p, lr=1.0, weight_decay=0.5)])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p: torch.optim.SGD(p, lr=1e6),
+        lambda p: torch.optim.Adam(p, lr=100.0),
+        lambda p: torch.optim.AdamW(p, lr=1.0, weight_decay=0.5),
+    ],
+)
 def test_no_optimizer_makes_alpha_or_sigma_zero(optimizer):
     model = make_cpq(act_bits=3, per_row=True)
     scale_parameters = [p for name, p in model.named_parameters() if name.endswith(("log_alpha", "log_sigma"))]
@@ -273,8 +300,9 @@ def test_steps_start_at_the_least_error():
             return (q - w).square().sum(1) if per_row else (q - w).square().sum().reshape(1)
 
         assert all((error(1.0) <= error(f)).all() for f in (0.5, 2.0))
-    assert torch.equal(grid_step(torch.zeros(4, 25), 2, per_row=False), grid_step(torch.full((4, 25), 0.2), 2,
-                                                                                 per_row=False))
+    assert torch.equal(
+        grid_step(torch.zeros(4, 25), 2, per_row=False), grid_step(torch.full((4, 25), 0.2), 2, per_row=False)
+    )
     assert grid_step(torch.zeros(0, 3), 2, per_row=True).shape == (0,)
     assert grid_step(torch.zeros(0), 2, per_row=False) == 1
     assert grid_step(torch.full((3,), 1e-40), 2, per_row=False) > 0
@@ -298,8 +326,13 @@ def test_integers_are_the_evaluated_weights_bit_for_bit(dtype, per_row, tmp_path
     model = make_cpq(dtype, per_row=per_row, dropbits="learned")
     set_gates(model, LEARNED)
     plain = Net().to(dtype)
-    plain.load_state_dict({k.replace("parametrizations.weight.original", "weight"): v for k, v in state(model).items()
-                           if ".weight.0." not in k})
+    plain.load_state_dict(
+        {
+            k.replace("parametrizations.weight.original", "weight"): v
+            for k, v in state(model).items()
+            if ".weight.0." not in k
+        }
+    )
     if importlib.util.find_spec("safetensors"):
         quantops.save_int(model, tmp_path / "w.safetensors")
         quantops.load_int(tmp_path / "w.safetensors", plain)
@@ -371,30 +404,46 @@ def test_dtype_moves(fuse):
 # Errors
 
 
-@pytest.mark.parametrize("options, text", [
-    ({"bits": 0}, "bits: expected an integer 1..8, got 0"), ({"bits": 9}, "bits: expected an integer 1..8, got 9"),
-    ({"bits": 17, "grad": "winner"}, "bits: expected an integer 1..16, got 17"),
-    ({"bits": 9, "mode": "soft", "grad": "winner"}, "bits: .*1..8, got 9"), ({"bits": 4.0}, "bits: .*got 4.0"),
-    ({"bits": True}, "bits: "), ({"mode": "argmax"}, "mode: expected one of 'hard', 'soft', 'sample', got 'argmax'"),
-    ({"grad": "ste"}, "grad: expected one of 'winner', 'soft', got 'ste'"), ({"per_row": 1}, "per_row: "),
-    ({"sigma": 0}, "sigma: expected a number .* got 0"), ({"sigma": -1.0}, "sigma: .*got -1.0"),
-    ({"sigma": math.nan}, "sigma: .*nan"), ({"sigma": True}, "sigma: "), ({"sigma": "1"}, "sigma: "),
-    ({"dropbits": "random"}, "dropbits: expected one of None, 'fixed', 'learned', got 'random'"),
-    ({"dropbits": True}, "dropbits: "), ({"nonzero": 0.0}, r"nonzero: expected a number in \(0, 1\), got 0.0"),
-    ({"nonzero": 1}, "nonzero: .*got 1"), ({"min_bits": 0}, "min_bits: expected an integer 1..16, got 0"),
-    ({"bits": 2, "dropbits": "fixed"}, "dropbits: expected bits > min_bits = 2, .* got bits = 2"),
-    ({"act_bits": 0}, "act_bits: .*1..8, got 0"),
-    ({"act_bits": 9}, "act_bits: .*got 9"), ({"overrides": {"a": {"k": 1}}}, "overrides.*'k'")])
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"bits": 0}, "bits: expected an integer 1..8, got 0"),
+        ({"bits": 9}, "bits: expected an integer 1..8, got 9"),
+        ({"bits": 17, "grad": "winner"}, "bits: expected an integer 1..16, got 17"),
+        ({"bits": 9, "mode": "soft", "grad": "winner"}, "bits: .*1..8, got 9"),
+        ({"bits": 4.0}, "bits: .*got 4.0"),
+        ({"bits": True}, "bits: "),
+        ({"mode": "argmax"}, "mode: expected one of 'hard', 'soft', 'sample', got 'argmax'"),
+        ({"grad": "ste"}, "grad: expected one of 'winner', 'soft', got 'ste'"),
+        ({"per_row": 1}, "per_row: "),
+        ({"sigma": 0}, "sigma: expected a number .* got 0"),
+        ({"sigma": -1.0}, "sigma: .*got -1.0"),
+        ({"sigma": math.nan}, "sigma: .*nan"),
+        ({"sigma": True}, "sigma: "),
+        ({"sigma": "1"}, "sigma: "),
+        ({"dropbits": "random"}, "dropbits: expected one of None, 'fixed', 'learned', got 'random'"),
+        ({"dropbits": True}, "dropbits: "),
+        ({"nonzero": 0.0}, r"nonzero: expected a number in \(0, 1\), got 0.0"),
+        ({"nonzero": 1}, "nonzero: .*got 1"),
+        ({"min_bits": 0}, "min_bits: expected an integer 1..16, got 0"),
+        ({"bits": 2, "dropbits": "fixed"}, "dropbits: expected bits > min_bits = 2, .* got bits = 2"),
+        ({"act_bits": 0}, "act_bits: .*1..8, got 0"),
+        ({"act_bits": 9}, "act_bits: .*got 9"),
+        ({"overrides": {"a": {"k": 1}}}, "overrides.*'k'"),
+    ],
+)
 def test_config_errors_name_the_field(options, text):
     with pytest.raises(ValueError, match=text):
         CPQConfig(**options)
 
 
 def test_layer_errors_leave_the_model_untouched():
-    for options, text in (({"last": 9}, "head: bits: expected an integer 1..8, got 9"),
-                          ({"first": 0}, "conv: bits: expected an integer 1..8, got 0"),
-                          ({"overrides": {"mid.*": {"bits": 9}}}, "mid.0: bits: "),
-                          ({"overrides": {"head": {"dropbits": 0.5}}}, "head: dropbits: .*got 0.5")):
+    for options, text in (
+        ({"last": 9}, "head: bits: expected an integer 1..8, got 9"),
+        ({"first": 0}, "conv: bits: expected an integer 1..8, got 0"),
+        ({"overrides": {"mid.*": {"bits": 9}}}, "mid.0: bits: "),
+        ({"overrides": {"head": {"dropbits": 0.5}}}, "head: dropbits: .*got 0.5"),
+    ):
         model = Net()
         before = list(model.state_dict())
         with pytest.raises(ValueError, match=text):
@@ -410,9 +459,11 @@ def test_layer_errors_leave_the_model_untouched():
 def test_values_that_went_bad_are_errors_of_the_forward():
     model = make_cpq(dropbits="learned")
     p = quantizers(model)["head"]
-    for parameter, text in ((p.log_alpha, r"^head: alpha: expected finite values > 0"),
-                            (p.log_sigma, r"^head: sigma: expected finite values > 0"),
-                            (p.log_a, r"^head: gates: expected values in \[0, 1\]")):
+    for parameter, text in (
+        (p.log_alpha, r"^head: alpha: expected finite values > 0"),
+        (p.log_sigma, r"^head: sigma: expected finite values > 0"),
+        (p.log_a, r"^head: gates: expected values in \[0, 1\]"),
+    ):
         old = parameter.detach().clone()
         with torch.no_grad():
             parameter.fill_(math.nan)
@@ -432,8 +483,17 @@ def test_values_that_went_bad_are_errors_of_the_forward():
 # The scheme as a whole
 
 
-@pytest.mark.parametrize("options", [{}, {"dropbits": "fixed"}, {"dropbits": "learned"}, {"act_bits": 4},
-                                     {"mode": "sample", "sigma": 0.2}, {"mode": "soft", "sigma": 0.2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dropbits": "fixed"},
+        {"dropbits": "learned"},
+        {"act_bits": 4},
+        {"mode": "sample", "sigma": 0.2},
+        {"mode": "soft", "sigma": 0.2},
+    ],
+)
 def test_training_learns(options):
     torch.manual_seed(0)
     x, y = separable()

@@ -58,8 +58,9 @@ def test_activation_gradients_are_those_of_the_quarter_of_the_cell(bits, grad):
     assert (x.grad[(v < -0.25) | (v > top + 0.25)].abs() < 1e-9).all() and x.grad.abs().max() > 0
     inside = (v > 1) & (v < top - 1)
     if grad == "soft" and bits > 2:  # close to the exact ones, and on the average equal to them
-        exact = reference.categorical_backward(torch.ones_like(x), x.detach(), *scales, bits, signed=False,
-                                               grad_of=grad)[0]
+        exact = reference.categorical_backward(
+            torch.ones_like(x), x.detach(), *scales, bits, signed=False, grad_of=grad
+        )[0]
         assert ((x.grad / g - exact)[inside].abs() < 0.1).all()
         assert abs((x.grad / g)[inside].mean() - exact[inside].mean()) < 2e-3
 
@@ -147,9 +148,16 @@ def test_activations_compile(fresh_compiler):
     assert backend.frame_count == 2  # the first batch, from which alpha starts, is a graph of its own
 
 
-@pytest.mark.parametrize("options, text", [
-    ({"bits": 0}, "bits: expected an integer 1..8, got 0"), ({"bits": 9}, "bits: .*got 9"), ({"grad": "ste"}, "grad: "),
-    ({"sigma": 0}, "sigma: .*got 0"), ({"sigma": True}, "sigma: ")])
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"bits": 0}, "bits: expected an integer 1..8, got 0"),
+        ({"bits": 9}, "bits: .*got 9"),
+        ({"grad": "ste"}, "grad: "),
+        ({"sigma": 0}, "sigma: .*got 0"),
+        ({"sigma": True}, "sigma: "),
+    ],
+)
 def test_activation_errors(options, text):
     with pytest.raises(ValueError, match=text):
         CategoricalActivation(**options)

@@ -10,9 +10,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FUSES = pytest.mark.parametrize("fuse", ["model", "layer"])
 
 
-@pytest.mark.parametrize("fuse, kind", [
-    ("layer", {}), ("model", {"mode": "soft", "dropbits": "learned", "per_row": True}),
-    ("model", {"mode": "sample", "dropbits": "fixed"}), ("layer", {"grad": "winner", "dropbits": "learned"})])
+@pytest.mark.parametrize(
+    "fuse, kind",
+    [
+        ("layer", {}),
+        ("model", {"mode": "soft", "dropbits": "learned", "per_row": True}),
+        ("model", {"mode": "sample", "dropbits": "fixed"}),
+        ("layer", {"grad": "winner", "dropbits": "learned"}),
+    ],
+)
 def test_compiled_step_is_one_graph_and_equals_eager(fuse, kind, fresh_compiler):
     from torch._dynamo.testing import CompileCounterWithBackend
 

@@ -77,8 +77,9 @@ def test_learned_bits_in_evaluation_reports_and_integers(fuse):
 
 
 def test_penalty_is_the_expected_number_of_gates():
-    model = make_cpq(dropbits="learned", first=3,
-                     overrides={"mid.0": {"dropbits": "fixed"}, "mid.2": {"dropbits": None}})
+    model = make_cpq(
+        dropbits="learned", first=3, overrides={"mid.0": {"dropbits": "fixed"}, "mid.2": {"dropbits": None}}
+    )
     r = penalty(model)
     p = quantizers(model)["head"]
     assert r.shape == () and r.item() == pytest.approx(torch.sigmoid(p.log_a - SHIFT).sum().item(), rel=1e-6)

@@ -45,6 +45,7 @@ def reductions():
     import torch
 
     from quantops import reference
+
     for dtype, per_row in itertools.product(DTYPES, (False, True)):
         w, _ = _weights(dtype, False)
         if per_row:
@@ -62,8 +63,10 @@ def round_clamp():
     import torch
 
     from quantops import reference
-    for case, (dtype, per_row, grid, signed) in enumerate(itertools.product(
-            DTYPES, (False, True), GRIDS, (False, True))):
+
+    for case, (dtype, per_row, grid, signed) in enumerate(
+        itertools.product(DTYPES, (False, True), GRIDS, (False, True))
+    ):
         if grid == "sign" and not signed:
             continue
         w, s = _weights(dtype, per_row)
@@ -82,6 +85,7 @@ def msq_and_its_sums():
     import torch
 
     from quantops import reference
+
     ops = torch.ops.quantops
     for case, (dtype, per_row, grid) in enumerate(itertools.product(DTYPES, (False, True), GRIDS)):
         w, s = _weights(dtype, per_row)
@@ -92,8 +96,9 @@ def msq_and_its_sums():
             q, *sums = ops.msq(w, s, bits, k, GRIDS.index(grid), False, out)
             for i, t in enumerate(w):
                 what = f"{dtype} to {out} {grid} bits={bits[i]} k={k[i]} w[{i}]"
-                value = want[i][0] if out == t.dtype else reference.round_clamp(
-                    t, s[i], bits[i], grid=grid, out_dtype=out)
+                value = (
+                    want[i][0] if out == t.dtype else reference.round_clamp(t, s[i], bits[i], grid=grid, out_dtype=out)
+                )
                 exact(q[i], value, what)
                 laid_out_like(q[i], t)
                 close(sums[0][i], want[i][1], f"penalty {what}")
@@ -108,6 +113,7 @@ def every_width_and_k():
     import torch
 
     from quantops import reference
+
     ops, one = torch.ops.quantops, torch.tensor(1.0)
     edges = torch.arange(-512, 513).div(512)  # every bin edge of every narrow width
     for index, grid in enumerate(GRIDS):
@@ -130,6 +136,7 @@ def lsb():
     import torch
 
     from quantops import reference
+
     for case, (dtype, per_row, grid) in enumerate(itertools.product(DTYPES, (False, True), ("dyadic", "sign"))):
         w, s = _weights(dtype, per_row)
         bits, k = _bits(len(w), case, grid)
@@ -144,6 +151,7 @@ def encode_and_decode():
     import torch
 
     from quantops import reference
+
     kinds = [(signed, rule, None) for signed in (False, True) for rule in range(3)] + [(True, 0, "sign")]
     for case, (dtype, per_row, (signed, rule, sign)) in enumerate(itertools.product(DTYPES, (False, True), kinds)):
         w, s = _weights(dtype, per_row)
@@ -166,16 +174,20 @@ def encode_and_decode():
 
 @program.check
 def backward():
-    import cases
     import torch
 
+    import cases
     from quantops import reference
+
     case = 0
     for dtype, per_row in itertools.product(DTYPES, (False, True)):
         w, s = _weights(dtype, per_row)
         r = torch.linspace(-2, 2, len(w), dtype=s[0].dtype)
-        for grad_dtype, penalty, scale_grad in (*itertools.product(DTYPES, (False, True), (False, True)),
-                                                (None, True, False), (None, True, True)):
+        for grad_dtype, penalty, scale_grad in (
+            *itertools.product(DTYPES, (False, True), (False, True)),
+            (None, True, False),
+            (None, True, True),
+        ):
             case += 1
             grid = GRIDS[case % 3]
             signed = penalty or grid == "sign" or case % 4 > 0  # LSBs are those of signed weights
@@ -186,13 +198,21 @@ def backward():
                 grad[0] = torch.randn(()).to(grad[0].dtype).expand(w[0].shape)  # the gradient of a sum
                 grad[-1].view(-1)[::5] = torch.tensor(float("nan"))
             gw, gs = torch.ops.quantops.uniform_backward(
-                grad, r if penalty else None, w, s, bits, k, GRIDS.index(grid), signed, scale_grad)
+                grad, r if penalty else None, w, s, bits, k, GRIDS.index(grid), signed, scale_grad
+            )
             assert len(gs) == (len(w) if scale_grad else 0)
             for i, t in enumerate(w):
                 what = f"{dtype} grad {grad_dtype} r={penalty} {grid} signed={signed} bits={bits[i]} w[{i}]"
                 want_w, _ = reference.uniform_backward(
-                    grad[i] if grad else None, r[i] if penalty else None, t, s[i], bits[i], k[i],
-                    grid=grid, signed=signed)
+                    grad[i] if grad else None,
+                    r[i] if penalty else None,
+                    t,
+                    s[i],
+                    bits[i],
+                    k[i],
+                    grid=grid,
+                    signed=signed,
+                )
                 exact(gw[i], want_w, what)
                 laid_out_like(gw[i], t)
                 if scale_grad:
@@ -204,6 +224,7 @@ def add_lsb_grad():
     import torch
 
     from quantops import reference
+
     for case, (dtype, per_row, grid) in enumerate(itertools.product(DTYPES, (False, True), ("dyadic", "sign"))):
         w, s = _weights(dtype, per_row)
         w = [t.contiguous() if not t.is_contiguous() and t.dim() == 2 else t for t in w]
@@ -223,20 +244,27 @@ def unaligned_memory_and_its_neighbours():
     import torch
 
     from quantops import reference
+
     for w_dtype, q_dtype in itertools.product((torch.float32, torch.bfloat16, torch.float64), repeat=2):
         for at_w, at_q, size in itertools.product(range(0, 9), (0, 1, 2, 4, 7), (1, 6, 31, 1030)):
-            w = torch.randn(size + 16).to(w_dtype)[at_w:at_w + size]
+            w = torch.randn(size + 16).to(w_dtype)[at_w : at_w + size]
             memory = torch.full((size + 16,), 7.0, dtype=q_dtype)
-            q, s, bits = memory[at_q:at_q + size], torch.ones((), dtype=torch.promote_types(w_dtype, torch.float32)), 5
+            q, s, bits = (
+                memory[at_q : at_q + size],
+                torch.ones((), dtype=torch.promote_types(w_dtype, torch.float32)),
+                5,
+            )
             bits = torch.tensor([bits], dtype=torch.int32)
             sums = [torch.empty(1, dtype=t) for t in (s.dtype, torch.int64, s.dtype)]
-            for run in (lambda: torch.ops.quantops.round_clamp_out([w], [s], bits, 0, True, [q]),
-                        lambda: torch.ops.quantops.msq_out([w], [s], bits, bits // 2, 0, [q], *sums)):
+            for run in (
+                lambda: torch.ops.quantops.round_clamp_out([w], [s], bits, 0, True, [q]),
+                lambda: torch.ops.quantops.msq_out([w], [s], bits, bits // 2, 0, [q], *sums),
+            ):
                 q.fill_(float("nan"))
                 run()
                 what = f"{w_dtype} at {at_w} to {q_dtype} at {at_q}, {size}"
                 exact(q, reference.round_clamp(w, s, 5, out_dtype=q_dtype), what)
-                assert (memory[:at_q] == 7).all() and (memory[at_q + size:] == 7).all(), f"neighbours of {what}"
+                assert (memory[:at_q] == 7).all() and (memory[at_q + size :] == 7).all(), f"neighbours of {what}"
             want = reference.msq(w, s, 5, 2)
             for got, value in zip(sums, want[1:]):
                 close(got[0], value, f"sums of {w_dtype} at {at_w}, {size}")
@@ -244,13 +272,16 @@ def unaligned_memory_and_its_neighbours():
 
 @program.check
 def rows_of_every_length():
-    import cases
     import torch
 
+    import cases
     from quantops import reference
+
     for dtype in (torch.float32, torch.bfloat16):
-        w = [torch.randn(rows, inner).to(dtype) for rows, inner in itertools.product(
-            (1, 2, 37), (1, 3, 8, 27, 32, 147, 1023, 1024, 1025, 3000))]
+        w = [
+            torch.randn(rows, inner).to(dtype)
+            for rows, inner in itertools.product((1, 2, 37), (1, 3, 8, 27, 32, 147, 1023, 1024, 1025, 3000))
+        ]
         s = [t.float().abs().amax(1) * 0.8 for t in w]
         bits, k = _bits(len(w), 3)
         q, *sums = torch.ops.quantops.msq(w, s, bits, k, 1, False, dtype)
@@ -273,6 +304,7 @@ def long_lists():
     import torch
 
     from quantops import reference
+
     for count in (61, 1001):
         w = [torch.randn((i * 37) % 90 if i % 7 else 0) for i in range(count)]
         s = [t.abs().amax() if t.numel() else torch.tensor(1.0) for t in w]
@@ -294,6 +326,7 @@ def longer_segments():
     import torch
 
     from quantops import reference
+
     w = [torch.randn(size).bfloat16() for size in ((4_500_003,), (3, 70001), (5,))]
     s = list(torch.ops.quantops.absmax(w, False).unbind())
     bits, k = (torch.tensor(v, dtype=torch.int32) for v in ([4, 8, 3], [1, 2, 1]))
@@ -314,9 +347,23 @@ def values_out_of_range():
     import torch
 
     from quantops import reference
+
     nan, inf = float("nan"), float("inf")
-    bad = [(8, 1, 1.0), (17, 1, 1.0), (-1, 0, 1.0), (2**31 - 1, 1, 1.0), (4, 4, 1.0), (4, -1, 1.0), (4, 2**31 - 1, 1.0),
-           (0, 1, 1.0), (4, 1, nan), (4, 1, -1.0), (4, 1, inf), (4, 1, -inf), (3, 1, 2.0)]
+    bad = [
+        (8, 1, 1.0),
+        (17, 1, 1.0),
+        (-1, 0, 1.0),
+        (2**31 - 1, 1, 1.0),
+        (4, 4, 1.0),
+        (4, -1, 1.0),
+        (4, 2**31 - 1, 1.0),
+        (0, 1, 1.0),
+        (4, 1, nan),
+        (4, 1, -1.0),
+        (4, 1, inf),
+        (4, 1, -inf),
+        (3, 1, 2.0),
+    ]
     ops = torch.ops.quantops
     for shape in ((6, 50), (3, 0), (0,)):
         bits, k = (torch.tensor([b[i] for b in bad], dtype=torch.int32) for i in (0, 1))
@@ -357,43 +404,56 @@ def errors():
     w, s, n = [torch.randn(4, 6)], [torch.ones(())], torch.tensor([4], dtype=torch.int32)
     f32 = torch.float32
 
-    def out(q, penalty=torch.empty(1)):
+    def out(q, penalty=None):
+        penalty = torch.empty(1) if penalty is None else penalty
         return ops.msq_out(w, s, n, n, 0, q, penalty, torch.empty(1, dtype=torch.int64), torch.empty(1))
 
-    raises({
-        "w: expected dtype float32": lambda: ops.absmax([w[0].int()], False),
-        "w: expected one dtype, got float32 in entry 0 and float64": lambda: ops.absmax([w[0], w[0].double()], False),
-        "w: expected at least one dimension": lambda: ops.absmax([torch.tensor(1.0)], True),
-        "scale: expected a list with one entry per weight (1), got 2": lambda: ops.lsb(w, s * 2, n, n, 0),
-        "scale: expected dtype float32, got float64": lambda: ops.lsb(w, [s[0].double()], n, n, 0),
-        "scale: expected one element or one per row (4)": lambda: ops.lsb(w, [torch.ones(6)], n, n, 0),
-        "scale: expected a contiguous tensor": lambda: ops.lsb(w, [torch.ones(8)[::2]], n, n, 0),
-        "bits: expected dtype int32, got int64": lambda: ops.encode(w, s, n.long(), 0, 0, True),
-        "bits: expected 1 element, got shape (2,)": lambda: ops.encode(w, s, n.repeat(2), 0, 0, True),
-        "bits: expected device cpu, where the weights are, got meta":
-            lambda: torch.ops.quantops.encode.default.redispatch(
-                torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), w, s, n.to("meta"), 0, 0, True),
-        "k: expected 1 element": lambda: ops.lsb(w, s, n, n.repeat(3), 0),
-        "rule: expected 0..2, got 3": lambda: ops.encode(w, s, n, 3, 0, True),
-        "grid: expected 0..2, got 3": lambda: ops.lsb(w, s, n, n, 3),
-        "grid: expected 'dyadic' or 'full' for unsigned values": lambda: ops.round_clamp(w, s, n, 2, False, False, f32),
-        "rule: expected 'round_clamp' on the sign grid, got 1": lambda: ops.encode(w, s, n, 1, 2, True),
-        "dtype: expected float32": lambda: ops.round_clamp(w, s, n, 0, True, False, torch.int32),
-        "codes: expected dtype int32, got float32": lambda: ops.decode(w, s, n, 0, True, f32),
-        "q: expected a list with one entry per weight (1), got 2": lambda: out(w * 2),
-        "q: expected the weight's shape (4, 6), got (6, 4)": lambda: out([torch.empty(6, 4)]),
-        "q: expected a dense tensor with strides (6, 1), got (1, 4)": lambda: out([torch.empty(6, 4).t()]),
-        "penalty: expected 1 element, got shape (2,)": lambda: out([torch.empty(4, 6)], torch.empty(2)),
-        "grad: expected dtype float32, got float64":
-            lambda: ops.add_lsb_grad_([w[0].double()], w, s, n, n, 0, torch.tensor(1.0)),
-        "grad: expected a dense tensor with strides (6, 1)":
-            lambda: ops.add_lsb_grad_([torch.empty(6, 4).t()], w, s, n, n, 0, torch.tensor(1.0)),
-        "strength: expected 1 element": lambda: ops.add_lsb_grad_([w[0].clone()], w, s, n, n, 0, torch.ones(2)),
-        "grad: expected the weight's shape (4, 6), got (5,)":
-            lambda: ops.uniform_backward([torch.ones(5)], None, w, s, n, n, 0, True, False),
-        "grad_penalty: expected 1 element": lambda: ops.uniform_backward(
-            [], torch.ones(2), w, s, n, n, 0, True, False),
-    })
+    raises(
+        {
+            "w: expected dtype float32": lambda: ops.absmax([w[0].int()], False),
+            "w: expected one dtype, got float32 in entry 0 and float64": lambda: ops.absmax(
+                [w[0], w[0].double()], False
+            ),
+            "w: expected at least one dimension": lambda: ops.absmax([torch.tensor(1.0)], True),
+            "scale: expected a list with one entry per weight (1), got 2": lambda: ops.lsb(w, s * 2, n, n, 0),
+            "scale: expected dtype float32, got float64": lambda: ops.lsb(w, [s[0].double()], n, n, 0),
+            "scale: expected one element or one per row (4)": lambda: ops.lsb(w, [torch.ones(6)], n, n, 0),
+            "scale: expected a contiguous tensor": lambda: ops.lsb(w, [torch.ones(8)[::2]], n, n, 0),
+            "bits: expected dtype int32, got int64": lambda: ops.encode(w, s, n.long(), 0, 0, True),
+            "bits: expected 1 element, got shape (2,)": lambda: ops.encode(w, s, n.repeat(2), 0, 0, True),
+            "bits: expected device cpu, where the weights are, got meta": lambda: (
+                torch.ops.quantops.encode.default.redispatch(
+                    torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), w, s, n.to("meta"), 0, 0, True
+                )
+            ),
+            "k: expected 1 element": lambda: ops.lsb(w, s, n, n.repeat(3), 0),
+            "rule: expected 0..2, got 3": lambda: ops.encode(w, s, n, 3, 0, True),
+            "grid: expected 0..2, got 3": lambda: ops.lsb(w, s, n, n, 3),
+            "grid: expected 'dyadic' or 'full' for unsigned values": lambda: ops.round_clamp(
+                w, s, n, 2, False, False, f32
+            ),
+            "rule: expected 'round_clamp' on the sign grid, got 1": lambda: ops.encode(w, s, n, 1, 2, True),
+            "dtype: expected float32": lambda: ops.round_clamp(w, s, n, 0, True, False, torch.int32),
+            "codes: expected dtype int32, got float32": lambda: ops.decode(w, s, n, 0, True, f32),
+            "q: expected a list with one entry per weight (1), got 2": lambda: out(w * 2),
+            "q: expected the weight's shape (4, 6), got (6, 4)": lambda: out([torch.empty(6, 4)]),
+            "q: expected a dense tensor with strides (6, 1), got (1, 4)": lambda: out([torch.empty(6, 4).t()]),
+            "penalty: expected 1 element, got shape (2,)": lambda: out([torch.empty(4, 6)], torch.empty(2)),
+            "grad: expected dtype float32, got float64": lambda: ops.add_lsb_grad_(
+                [w[0].double()], w, s, n, n, 0, torch.tensor(1.0)
+            ),
+            "grad: expected a dense tensor with strides (6, 1)": lambda: ops.add_lsb_grad_(
+                [torch.empty(6, 4).t()], w, s, n, n, 0, torch.tensor(1.0)
+            ),
+            "strength: expected 1 element": lambda: ops.add_lsb_grad_([w[0].clone()], w, s, n, n, 0, torch.ones(2)),
+            "grad: expected the weight's shape (4, 6), got (5,)": lambda: ops.uniform_backward(
+                [torch.ones(5)], None, w, s, n, n, 0, True, False
+            ),
+            "grad_penalty: expected 1 element": lambda: ops.uniform_backward(
+                [], torch.ones(2), w, s, n, n, 0, True, False
+            ),
+        }
+    )
 
 
 # ------------------------------------------------------------------------------------------------- family truncate
@@ -413,11 +473,19 @@ def _check_truncate(w, s, out, bits, base, rule, dtype, what, tanh=False):
     import torch
 
     from quantops import reference
+
     q = torch.ops.quantops.truncate(w, s, out, bits, base, rule, tanh, False, False, dtype)
     for j, i in itertools.product(range(len(bits)), range(len(w))):
-        want = reference.truncate(w[i], s[i], bits[j, i], base_bits=base[i], rule=reference.uniform.RULES[rule],
-                                  companding="tanh" if tanh else None, out_scale=out[i] if out else None,
-                                  out_dtype=dtype)
+        want = reference.truncate(
+            w[i],
+            s[i],
+            bits[j, i],
+            base_bits=base[i],
+            rule=reference.uniform.RULES[rule],
+            companding="tanh" if tanh else None,
+            out_scale=out[i] if out else None,
+            out_dtype=dtype,
+        )
         exact(q[j * len(w) + i], want, f"{what} bits={bits[j, i]} of {base[i]} w[{i}]")
         laid_out_like(q[j * len(w) + i], w[i])
 
@@ -427,26 +495,39 @@ def _check_truncate_backward(grads, w, s, out, bits, base, rule, what, tanh=Fals
 
     from quantops import reference
     from quantops.default.truncate import used_gradients
+
     for scale_grad in (False, True):
         got = torch.ops.quantops.truncate_backward(grads, w, s, out, bits, base, rule, tanh, False, scale_grad)
         assert [len(v) for v in got] == [len(w), len(w) * scale_grad, len(out) * scale_grad]
         for i, t in enumerate(w):
-            used = used_gradients(grads[i::len(w)], t)
-            options = {"base_bits": base[i], "rule": reference.uniform.RULES[rule],
-                       "out_scale": out[i] if out else None, "companding": "tanh" if tanh else None}
+            used = used_gradients(grads[i :: len(w)], t)
+            options = {
+                "base_bits": base[i],
+                "rule": reference.uniform.RULES[rule],
+                "out_scale": out[i] if out else None,
+                "companding": "tanh" if tanh else None,
+            }
             want = reference.truncate_backward(used, t, s[i], bits[:, i], **options)
             where = f"{what} bits={bits[:, i]} of {base[i]} w[{i}]"
             exact(got[0][i], want[0], f"grad_w {where}")
             laid_out_like(got[0][i], t)
-            room = sum(float((abs(a) + abs(b)).double().mul(abs(g)).nan_to_num(0, 0, 0).sum())
-                       for g, n in zip(used, bits[:, i]) if g is not None
-                       for a, b in [reference.truncate_scale_terms(t, s[i], n, **options)])
+            room = sum(
+                float((abs(a) + abs(b)).double().mul(abs(g)).nan_to_num(0, 0, 0).sum())
+                for g, n in zip(used, bits[:, i])
+                if g is not None
+                for a, b in [reference.truncate_scale_terms(t, s[i], n, **options)]
+            )
             for have, value in zip(got[1:], want[1:]):
                 if have:  # a lane adds up a vector in float32
                     assert have[i].shape == s[i].shape and have[i].dtype == s[i].dtype
-                    torch.testing.assert_close(have[i], value, rtol=1e-6, equal_nan=True,
-                                               atol=room * (1e-15 if value.dtype == torch.float64 else 1e-7) + 1e-30,
-                                               msg=lambda m: f"{where}: {m}")
+                    torch.testing.assert_close(
+                        have[i],
+                        value,
+                        rtol=1e-6,
+                        equal_nan=True,
+                        atol=room * (1e-15 if value.dtype == torch.float64 else 1e-7) + 1e-30,
+                        msg=lambda m: f"{where}: {m}",
+                    )
 
 
 @program.check
@@ -460,8 +541,17 @@ def truncate():
         bits, base = _widths(len(w), 1 + case % 4, case)
         for out_dtype in DTYPES:
             what = f"{dtype} to {out_dtype} per_row={per_row} rule={rule}"
-            _check_truncate(w, s, cases.scales(w, per_row, seed=7) if case % 2 else [], bits, base, rule,
-                            getattr(torch, out_dtype), what, tanh=case % 5 > 2)
+            _check_truncate(
+                w,
+                s,
+                cases.scales(w, per_row, seed=7) if case % 2 else [],
+                bits,
+                base,
+                rule,
+                getattr(torch, out_dtype),
+                what,
+                tanh=case % 5 > 2,
+            )
 
 
 @program.check
@@ -494,14 +584,23 @@ def truncate_backward():
         grads[-1].view(-1)[::5] = torch.tensor(float("nan"))
         grads[6].view(-1)[::2] = -0.0
         out = cases.scales(w, per_row, seed=7) if case % 2 else []
-        _check_truncate_backward(grads, w, s, out, bits, base, case % 3,
-                                 f"{dtype} grad {grad_dtype} per_row={per_row}", tanh=case // 4 % 2 == 1)
+        _check_truncate_backward(
+            grads,
+            w,
+            s,
+            out,
+            bits,
+            base,
+            case % 3,
+            f"{dtype} grad {grad_dtype} per_row={per_row}",
+            tanh=case // 4 % 2 == 1,
+        )
         s = [t.reshape(()) for t in torch.ops.quantops.absmax(w[:-1], False).unbind()]
         some = [g for i, g in enumerate(grads) if i % len(w) != len(w) - 1]
         got = torch.ops.quantops.truncate_backward(some, w[:-1], s, [], bits[:, :-1], base[:-1], 1, False, True, False)
         for i, t in enumerate(w[:-1]):
             total = None
-            for g in some[i::len(w) - 1]:
+            for g in some[i :: len(w) - 1]:
                 if g.numel() or not t.numel():
                     total = g.to(s[0].dtype) if total is None else total + g.to(s[0].dtype)
             exact(got[0][i], (torch.zeros(t.shape) if total is None else total).to(t.dtype), f"covered w[{i}]")
@@ -512,14 +611,18 @@ def truncate_rows_of_every_length_and_alignment():
     import torch
 
     for dtype in (torch.float32, torch.bfloat16):
-        w = [torch.randn(rows, inner).to(dtype) for rows, inner in itertools.product(
-            (1, 2, 37), (1, 3, 8, 27, 32, 147, 1023, 1024, 1025, 3000))]
-        w += [torch.randn(1000)[at:at + 700].to(dtype) for at in range(5)]
-        w += [torch.randn(1000).to(dtype)[at:at + 700] for at in range(5)]
+        w = [
+            torch.randn(rows, inner).to(dtype)
+            for rows, inner in itertools.product((1, 2, 37), (1, 3, 8, 27, 32, 147, 1023, 1024, 1025, 3000))
+        ]
+        w += [torch.randn(1000)[at : at + 700].to(dtype) for at in range(5)]
+        w += [torch.randn(1000).to(dtype)[at : at + 700] for at in range(5)]
         s = [t.float().abs().amax(1) * 0.8 if t.dim() == 2 else torch.ones(1) for t in w]
         bits, base = _widths(len(w), 3, 1)
         _check_truncate(w, s, [], bits, base, 1, dtype, "rows")
-        grads = [torch.randn(t.numel() + 3).to(dtype)[i % 4:i % 4 + t.numel()].view_as(t) for i, t in enumerate(w * 3)]
+        grads = [
+            torch.randn(t.numel() + 3).to(dtype)[i % 4 : i % 4 + t.numel()].view_as(t) for i, t in enumerate(w * 3)
+        ]
         _check_truncate_backward(grads, w, s, [], bits, base, 1, "rows")
 
 
@@ -542,8 +645,10 @@ def truncate_values_out_of_range():
     import torch
 
     nan, inf = float("nan"), float("inf")
-    bad = [(n, base, 1.0, 1.0) for n, base in ((0, 8), (9, 8), (-1, 8), (2**31 - 1, 8), (4, 17), (4, 0), (4, -1),
-                                               (4, 2**31 - 1), (4, 8))]
+    bad = [
+        (n, base, 1.0, 1.0)
+        for n, base in ((0, 8), (9, 8), (-1, 8), (2**31 - 1, 8), (4, 17), (4, 0), (4, -1), (4, 2**31 - 1), (4, 8))
+    ]
     bad += [(4, 8, v, 1.0) for v in (-1.0, nan, inf)] + [(4, 8, 1.0, v) for v in (-1.0, nan, inf)]
     for shape in ((6, 50), (0,)):
         w = [torch.randn(shape) for _ in bad]
@@ -573,18 +678,20 @@ def truncate_errors():
     def backward(grads):
         return ops.truncate_backward(grads, w, s, [], n, n[0], 1, False, False, True)
 
-    raises({
-        "scale: expected dtype float32, got float64": lambda: forward(scale=[s[0].double()]),
-        "out_scale: expected dtype float32, got float64": lambda: forward(out=[s[0].double()]),
-        "out_scale: expected as many elements as its scale has (1)": lambda: forward(out=[torch.ones(4)]),
-        "bits: expected dtype int32, got int64": lambda: forward(bits=n.long()),
-        "bits: expected shape (widths, weights) = (1..16, 1), got (17, 1)": lambda: forward(bits=n.repeat(17, 1)),
-        "base_bits: expected 1 element, got shape (2,)": lambda: forward(base=n[0].repeat(2)),
-        "rule: expected 0, 1 or 2, got 3": lambda: forward(rule=3),
-        "dtype: expected float32": lambda: forward(dtype=torch.int32),
-        "grads: expected a list with one entry per width and weight (1 x 1), got 2": lambda: backward(w * 2),
-        "grads[0]: expected the weight's shape (4, 6), or no elements, got (6, 4)": lambda: backward([w[0].t()]),
-    })
+    raises(
+        {
+            "scale: expected dtype float32, got float64": lambda: forward(scale=[s[0].double()]),
+            "out_scale: expected dtype float32, got float64": lambda: forward(out=[s[0].double()]),
+            "out_scale: expected as many elements as its scale has (1)": lambda: forward(out=[torch.ones(4)]),
+            "bits: expected dtype int32, got int64": lambda: forward(bits=n.long()),
+            "bits: expected shape (widths, weights) = (1..16, 1), got (17, 1)": lambda: forward(bits=n.repeat(17, 1)),
+            "base_bits: expected 1 element, got shape (2,)": lambda: forward(base=n[0].repeat(2)),
+            "rule: expected 0, 1 or 2, got 3": lambda: forward(rule=3),
+            "dtype: expected float32": lambda: forward(dtype=torch.int32),
+            "grads: expected a list with one entry per width and weight (1 x 1), got 2": lambda: backward(w * 2),
+            "grads[0]: expected the weight's shape (4, 6), or no elements, got (6, 4)": lambda: backward([w[0].t()]),
+        }
+    )
 
 
 if __name__ == "__main__":

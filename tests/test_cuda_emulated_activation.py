@@ -6,6 +6,7 @@ import itertools
 import sys
 
 import pytest
+
 from emulation import DTYPES, Program, exact, laid_out_like, raises
 
 KEY = "XLA"
@@ -58,8 +59,9 @@ def _check(x, g, scale, offset, bits, settings, out, what):
 
 @program.check
 def every_dtype_and_layout():
-    import cases
     import torch
+
+    import cases
 
     for case, (dtype, out, grad) in enumerate(itertools.product(DTYPES, DTYPES, DTYPES)):
         acc = torch.float64 if dtype == "float64" else torch.float32
@@ -73,8 +75,16 @@ def every_dtype_and_layout():
             scale, offset = (torch.rand(count) + 0.1).to(acc), (torch.randn(count) / 4).to(acc) if has_offset else None
             settings = rule, signed, int(not signed and not has_offset and case % 4 == 1), keep, learn
             g = torch.randn(x.shape).to(getattr(torch, grad))
-            _check(x, g, scale, offset, (0, 1, 4, 8, 16)[i % 5], settings, getattr(torch, out),
-                   f"{dtype} to {out}, grad {grad}, x[{i}], {settings}, {count} channels")
+            _check(
+                x,
+                g,
+                scale,
+                offset,
+                (0, 1, 4, 8, 16)[i % 5],
+                settings,
+                getattr(torch, out),
+                f"{dtype} to {out}, grad {grad}, x[{i}], {settings}, {count} channels",
+            )
 
 
 @program.check
@@ -83,7 +93,7 @@ def lengths_and_alignments():
 
     lengths = *range(1, 11), 255, 256, 257, 1023, 1030
     for dtype, n, at in itertools.product(("float32", "bfloat16"), lengths, (0, 1, 8)):
-        x, g = (torch.randn(2, n + 8).to(getattr(torch, dtype)))[:, at:at + n].unbind()
+        x, g = (torch.randn(2, n + 8).to(getattr(torch, dtype)))[:, at : at + n].unbind()
         keep, learn = WAYS[n % 7]
         _check(x, g, torch.ones(1), None, 4, (n % 3, True, 0, keep, learn), x.dtype, f"{dtype}, {n} from {at}")
 
@@ -125,34 +135,39 @@ def errors():
 
     x, scale, bits, none = torch.rand(4), torch.ones(1), torch.tensor([4], dtype=torch.int32), torch.zeros(0).byte()
 
-    def forward(x=x, scale=scale, offset=None, bits=bits, rule=0, signed=False, front=0, keep=1, learn=1,
-                dtype=torch.float32):
+    def forward(
+        x=x, scale=scale, offset=None, bits=bits, rule=0, signed=False, front=0, keep=1, learn=1, dtype=torch.float32
+    ):
         return emulated("activation", x, scale, offset, bits, rule, signed, front, keep, learn, dtype)
 
-    def backward(grad=x, x=None, q=x, kept=none.new_zeros(1), keep=1, learn=1):
-        return emulated("activation_backward", grad, x, q, kept, scale, None, bits, 0, False, 0, keep, learn,
-                        torch.float32)
+    def backward(grad=x, x=None, q=x, kept=None, keep=1, learn=1):
+        kept = none.new_zeros(1) if kept is None else kept
+        return emulated(
+            "activation_backward", grad, x, q, kept, scale, None, bits, 0, False, 0, keep, learn, torch.float32
+        )
 
     forward(), backward()
-    raises({
-        "x: expected dtype float32": lambda: forward(x=x.int()),
-        "scale: expected dtype float32, got float64": lambda: forward(scale=scale.double()),
-        "scale: expected one element or one per channel (1, dim 1)": lambda: forward(scale=torch.ones(2)),
-        "offset: expected 1 element": lambda: forward(offset=torch.ones(2)),
-        "bits: expected dtype int32, got int64": lambda: forward(bits=bits.long()),
-        "rule: expected 0..2, got 3": lambda: forward(rule=3),
-        "front: expected 0..1, got 2": lambda: forward(front=2),
-        "front: expected unsigned codes": lambda: forward(front=1, signed=True),
-        "keep: expected 0..2, got 3": lambda: forward(keep=3),
-        "keep: expected 0 or 2 for learn 2, got 1": lambda: forward(learn=2),
-        "dtype: expected float32": lambda: forward(dtype=torch.int32),
-        "grad: expected a dense tensor": lambda: backward(grad=torch.ones(4, 2)[:, 0]),
-        "q: expected a tensor, got none": lambda: backward(q=None),
-        "q: expected the weight's shape (4,), got (5,)": lambda: backward(q=torch.ones(5)),
-        "x: expected a tensor, got none": lambda: backward(keep=0, kept=none),
-        "kept: expected 1 element": lambda: backward(kept=none.new_zeros(2)),
-        "kept: expected dtype uint8": lambda: backward(kept=torch.zeros(1)),
-    })
+    raises(
+        {
+            "x: expected dtype float32": lambda: forward(x=x.int()),
+            "scale: expected dtype float32, got float64": lambda: forward(scale=scale.double()),
+            "scale: expected one element or one per channel (1, dim 1)": lambda: forward(scale=torch.ones(2)),
+            "offset: expected 1 element": lambda: forward(offset=torch.ones(2)),
+            "bits: expected dtype int32, got int64": lambda: forward(bits=bits.long()),
+            "rule: expected 0..2, got 3": lambda: forward(rule=3),
+            "front: expected 0..1, got 2": lambda: forward(front=2),
+            "front: expected unsigned codes": lambda: forward(front=1, signed=True),
+            "keep: expected 0..2, got 3": lambda: forward(keep=3),
+            "keep: expected 0 or 2 for learn 2, got 1": lambda: forward(learn=2),
+            "dtype: expected float32": lambda: forward(dtype=torch.int32),
+            "grad: expected a dense tensor": lambda: backward(grad=torch.ones(4, 2)[:, 0]),
+            "q: expected a tensor, got none": lambda: backward(q=None),
+            "q: expected the weight's shape (4,), got (5,)": lambda: backward(q=torch.ones(5)),
+            "x: expected a tensor, got none": lambda: backward(keep=0, kept=none),
+            "kept: expected 1 element": lambda: backward(kept=none.new_zeros(2)),
+            "kept: expected dtype uint8": lambda: backward(kept=torch.zeros(1)),
+        }
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""The CUDA kernels of family ``categorical_activation`` equal the C++ ones, which test_categorical_activation.py checks:
-bit for bit, and for sums, which are taken in another order, to their rounding. As in test_cuda_emulated_categorical.py.
+"""The CUDA kernels of family ``categorical_activation`` equal the C++ ones, which
+test_categorical_activation.py checks: bit for bit, and for sums, which are taken in another order, to their
+rounding. As in test_cuda_emulated_categorical.py.
 """
 
 import itertools
@@ -46,9 +47,14 @@ def _check_gradient(got, want, g, args, grad_of, what):
     if grad_of:
         return exact(got, want, what)
     room = 4 * torch.finfo(args[0].dtype).eps * 2 ** int(args[2]) * max(1.0, float(args[0] / args[1]))
-    torch.testing.assert_close(got, want, rtol=2 * torch.finfo(got.dtype).eps, equal_nan=True,
-                               atol=room * float(g.double().nan_to_num().abs().amax()) if g.numel() else 0,
-                               msg=lambda m: f"{what}: {m}")
+    torch.testing.assert_close(
+        got,
+        want,
+        rtol=2 * torch.finfo(got.dtype).eps,
+        equal_nan=True,
+        atol=room * float(g.double().nan_to_num().abs().amax()) if g.numel() else 0,
+        msg=lambda m: f"{what}: {m}",
+    )
 
 
 def _check(x, g, args, grad_of, out, what, scale_grad=True):
@@ -107,7 +113,7 @@ def lengths_and_alignments():
 
     lengths = *range(1, 12), 127, 128, 129, 1023, 1030
     for dtype, n, at in itertools.product(("float32", "bfloat16", "float64"), lengths, (0, 1, 3, 8)):
-        x, g = (torch.randn(2, n + 8).to(getattr(torch, dtype)))[:, at:at + n].unbind()
+        x, g = (torch.randn(2, n + 8).to(getattr(torch, dtype)))[:, at : at + n].unbind()
         _check(x, g, _widths(4, dtype), 1, x.dtype, f"{dtype}, {n} from {at}")
 
 
@@ -121,8 +127,9 @@ def long_tensors():
         args = _widths(3, dtype)
         _check(x, g, args, 1, x.dtype, dtype)
         q, quarters = emulated("categorical_activation", x, *args, 1, x.dtype)
-        first, again = (emulated("categorical_activation_backward", g, q, quarters, *args, 1, True, x.dtype)[1]
-                        for _ in range(2))
+        first, again = (
+            emulated("categorical_activation_backward", g, q, quarters, *args, 1, True, x.dtype)[1] for _ in range(2)
+        )
         for a, b in zip(first, again):
             exact(a, b, "the same sums again")
 
@@ -171,20 +178,22 @@ def errors():
         return emulated("categorical_activation_backward", grad, q, quarters, alpha, sigma, bits, 1, True, dtype)
 
     forward(), backward()
-    raises({
-        "x: expected dtype float32": lambda: forward(x=x.int()),
-        "alpha: expected dtype float32, got float64": lambda: forward(alpha=alpha.double()),
-        "alpha: expected 1 element": lambda: forward(alpha=torch.ones(2)),
-        "sigma: expected dtype float32, got float64": lambda: forward(sigma=sigma.double()),
-        "bits: expected dtype int32, got int64": lambda: forward(bits=bits.long()),
-        "grad_of: expected 0 or 1, got 2": lambda: forward(grad_of=2),
-        "dtype: expected float32": lambda: forward(dtype=torch.int32),
-        "q: expected a dense tensor": lambda: backward(q=torch.ones(4, 2)[:, 0]),
-        "quarters: expected 1 element": lambda: backward(quarters=torch.zeros(2, dtype=torch.uint8)),
-        "quarters: expected dtype uint8": lambda: backward(quarters=torch.zeros(1)),
-        "grad: expected the weight's shape (4,), got (5,)": lambda: backward(grad=torch.ones(5)),
-        "alpha: expected dtype float64, got float32": lambda: backward(dtype=torch.float64),
-    })
+    raises(
+        {
+            "x: expected dtype float32": lambda: forward(x=x.int()),
+            "alpha: expected dtype float32, got float64": lambda: forward(alpha=alpha.double()),
+            "alpha: expected 1 element": lambda: forward(alpha=torch.ones(2)),
+            "sigma: expected dtype float32, got float64": lambda: forward(sigma=sigma.double()),
+            "bits: expected dtype int32, got int64": lambda: forward(bits=bits.long()),
+            "grad_of: expected 0 or 1, got 2": lambda: forward(grad_of=2),
+            "dtype: expected float32": lambda: forward(dtype=torch.int32),
+            "q: expected a dense tensor": lambda: backward(q=torch.ones(4, 2)[:, 0]),
+            "quarters: expected 1 element": lambda: backward(quarters=torch.zeros(2, dtype=torch.uint8)),
+            "quarters: expected dtype uint8": lambda: backward(quarters=torch.zeros(1)),
+            "grad: expected the weight's shape (4,), got (5,)": lambda: backward(grad=torch.ones(5)),
+            "alpha: expected dtype float64, got float32": lambda: backward(dtype=torch.float64),
+        }
+    )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import itertools
 import sys
 
 import pytest
+
 from emulation import DTYPES, Program, exact, laid_out_like, raises
 
 program = Program(__file__, "own_scale")
@@ -18,10 +19,11 @@ def results(tmp_path_factory):
 
 @program.check
 def backward():
-    import cases
     import torch
 
+    import cases
     from quantops import reference
+
     for dtype, per_row, mean in itertools.product(DTYPES, (False, True), (False, True)):
         w = cases.weights(getattr(torch, dtype))
         w = [t if t.numel() < 5000 else t[3:3100] if t.dim() == 1 else t[:2, :2500] for t in w]
@@ -40,13 +42,16 @@ def errors():
     import torch
 
     op, w, one = torch.ops.quantops.own_scale_backward, [torch.randn(4, 6)], [torch.ones(())]
-    raises({
-        "w: expected dtype float32": lambda: op([w[0].int()], one, one, False),
-        "scale: expected one element or one per row (4)": lambda: op(w, [torch.ones(3)], one, False),
-        "grad_scale: expected dtype float32, got float64": lambda: op(w, one, [one[0].double()], True),
-        "grad_scale: expected as many elements as its scale has (1), got shape (4,)":
-            lambda: op(w, one, [torch.ones(4)], True),
-    })
+    raises(
+        {
+            "w: expected dtype float32": lambda: op([w[0].int()], one, one, False),
+            "scale: expected one element or one per row (4)": lambda: op(w, [torch.ones(3)], one, False),
+            "grad_scale: expected dtype float32, got float64": lambda: op(w, one, [one[0].double()], True),
+            "grad_scale: expected as many elements as its scale has (1), got shape (4,)": lambda: op(
+                w, one, [torch.ones(4)], True
+            ),
+        }
+    )
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def every_width_and_length():
     import torch
 
     from quantops import reference
+
     ops = torch.ops.quantops
     for n, (which, layout) in itertools.product(range(17), enumerate(LAYOUTS)):
         codes = _codes(n)
@@ -55,9 +56,15 @@ def values_of_every_dtype_and_scale():
     import torch
 
     from quantops import reference
-    for case, (n, (which, layout), per_row, (grid, signed)) in enumerate(itertools.product(
-            (0, 1, 3, 4, 8, 11, 16), enumerate(LAYOUTS), (False, True),
-            (("dyadic", False), ("dyadic", True), ("full", False), ("full", True), ("sign", True)))):
+
+    for case, (n, (which, layout), per_row, (grid, signed)) in enumerate(
+        itertools.product(
+            (0, 1, 3, 4, 8, 11, 16),
+            enumerate(LAYOUTS),
+            (False, True),
+            (("dyadic", False), ("dyadic", True), ("full", False), ("full", True), ("sign", True)),
+        )
+    ):
         sign = grid == "sign" and n > 0  # the first bit of a code
         codes = _codes(n)
         rows = [r if per_row and len(c) else 1 for c, r in zip(codes, ROWS)]
@@ -68,8 +75,18 @@ def values_of_every_dtype_and_scale():
         acc = torch.float64 if case % 4 == 3 else torch.float32
         scale = [torch.rand(r, dtype=acc) * 2 for r in rows]
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            q = torch.ops.quantops.decode_packed(data, sizes, [2] * len(codes), [n] * len(codes), scale, _int32(m),
-                                                 which, GRIDS.index(grid), signed, dtype)
+            q = torch.ops.quantops.decode_packed(
+                data,
+                sizes,
+                [2] * len(codes),
+                [n] * len(codes),
+                scale,
+                _int32(m),
+                which,
+                GRIDS.index(grid),
+                signed,
+                dtype,
+            )
             for i, c in enumerate(codes):
                 read = reference.uniform.code_bits(m[i], grid)
                 want = reference.decode(c >> (n - read), scale[i], m[i], grid=grid, signed=signed, dtype=dtype)
@@ -82,6 +99,7 @@ def unaligned_and_many():
     import torch
 
     from quantops import reference
+
     ops = torch.ops.quantops
     for n, (which, layout) in itertools.product((3, 8, 13), enumerate(LAYOUTS)):
         codes = [c[1:] for c in _codes(n, (5, 130, 1025, 2600))]
@@ -126,6 +144,7 @@ def values_out_of_range():
     import torch
 
     from quantops import reference
+
     ops = torch.ops.quantops
     bad = _int32([-1, 16, 2**16, 2**31 - 1, -(2**31), 5])
     for (which, layout), n in itertools.product(enumerate(LAYOUTS), (1, 4, 8, 15, 16)):
@@ -143,8 +162,9 @@ def values_out_of_range():
     nan = float("nan")
     for s in (nan, -1.0, float("inf")):
         scale = [torch.tensor([1.0, s])]
-        q = ops.decode_packed(ops.pack([_int32([1] * 40)], [2], 0), [2, 20], [2], [2], scale, _int32([2]), 0, 0,
-                              True, torch.float32)[0]
+        q = ops.decode_packed(
+            ops.pack([_int32([1] * 40)], [2], 0), [2, 20], [2], [2], scale, _int32([2]), 0, 0, True, torch.float32
+        )[0]
         assert q[1].isnan().all() and not q[0].isnan().any()
 
 
@@ -159,28 +179,31 @@ def errors():
     def decode(d, scale, dtype):
         return ops.decode_packed(d, [40], [1], [4], [scale], m, 0, 0, True, dtype)
 
-    raises({
-        "codes: expected dtype int32, got int64": lambda: ops.pack([c[0].long()], [4], 0),
-        "bits: expected 0..16, got 17": lambda: ops.pack(c, [17], 0),
-        "bits: expected one entry per weight (1), got 2": lambda: ops.pack(c, [4, 4], 0),
-        "layout: expected 0 or 1, got 2": lambda: ops.pack(c, [4], 2),
-        "data: expected shape (4, 16) for codes of 4 bits and of shape (40,) in 'planes', got (3, 16)":
-            lambda: unpack([d[0][:3]], [40], [1], [4], m, 0),
-        "data: expected shape (4, 32)": lambda: unpack(d, [200], [1], [4], m, 0),
-        "data: expected shape (20,)": lambda: unpack(d, [40], [1], [4], m, 1),
-        "data: expected a contiguous tensor": lambda: unpack([d[0].t().contiguous().t()], [40], [1], [4], m, 0),
-        "sizes: expected those of a tensor, got -40": lambda: unpack(d, [-40], [1], [4], m, 0),
-        "sizes: expected those of a tensor": lambda: unpack(d, [2**40, 2**40], [2], [4], m, 0),
-        "dims: expected 0..1, got 2": lambda: unpack(d, [40], [2], [4], m, 0),
-        "dims: expected one entry per weight (1), got 2": lambda: unpack(d, [40], [1, 0], [4], m, 0),
-        "sizes: expected as many as dims says, got 2": lambda: unpack(d * 2, [40, 40], [1, 2], [4, 4], m, 0),
-        "stored: expected 0..16, got -1": lambda: unpack(d, [40], [1], [-1], m, 0),
-        "bits: expected dtype int32, got int64": lambda: unpack(d, [40], [1], [4], m.long(), 0),
-        "bits: expected 1 element": lambda: unpack(d, [40], [1], [4], m.repeat(2), 0),
-        "scale: expected one element or one per row (40), got shape (3,)": lambda: decode(d, torch.ones(3), f32),
-        "scale: expected dtype float32, float64, got float16": lambda: decode(d, torch.ones(()).half(), f32),
-        "dtype: expected float32": lambda: decode(d, torch.ones(()), torch.int8),
-    })
+    raises(
+        {
+            "codes: expected dtype int32, got int64": lambda: ops.pack([c[0].long()], [4], 0),
+            "bits: expected 0..16, got 17": lambda: ops.pack(c, [17], 0),
+            "bits: expected one entry per weight (1), got 2": lambda: ops.pack(c, [4, 4], 0),
+            "layout: expected 0 or 1, got 2": lambda: ops.pack(c, [4], 2),
+            "data: expected shape (4, 16) for codes of 4 bits and of shape (40,) in 'planes', got (3, 16)": lambda: (
+                unpack([d[0][:3]], [40], [1], [4], m, 0)
+            ),
+            "data: expected shape (4, 32)": lambda: unpack(d, [200], [1], [4], m, 0),
+            "data: expected shape (20,)": lambda: unpack(d, [40], [1], [4], m, 1),
+            "data: expected a contiguous tensor": lambda: unpack([d[0].t().contiguous().t()], [40], [1], [4], m, 0),
+            "sizes: expected those of a tensor, got -40": lambda: unpack(d, [-40], [1], [4], m, 0),
+            "sizes: expected those of a tensor": lambda: unpack(d, [2**40, 2**40], [2], [4], m, 0),
+            "dims: expected 0..1, got 2": lambda: unpack(d, [40], [2], [4], m, 0),
+            "dims: expected one entry per weight (1), got 2": lambda: unpack(d, [40], [1, 0], [4], m, 0),
+            "sizes: expected as many as dims says, got 2": lambda: unpack(d * 2, [40, 40], [1, 2], [4, 4], m, 0),
+            "stored: expected 0..16, got -1": lambda: unpack(d, [40], [1], [-1], m, 0),
+            "bits: expected dtype int32, got int64": lambda: unpack(d, [40], [1], [4], m.long(), 0),
+            "bits: expected 1 element": lambda: unpack(d, [40], [1], [4], m.repeat(2), 0),
+            "scale: expected one element or one per row (40), got shape (3,)": lambda: decode(d, torch.ones(3), f32),
+            "scale: expected dtype float32, float64, got float16": lambda: decode(d, torch.ones(()).half(), f32),
+            "dtype: expected float32": lambda: decode(d, torch.ones(()), torch.int8),
+        }
+    )
 
 
 if __name__ == "__main__":

@@ -14,17 +14,41 @@ from bench.sass import count
 ARCHS = ("80", "90")
 
 # The kernels whose main path must be wide: (name in the demangled symbol, does it write).
-WIDE = [(f"{op}<{types.replace('T', t)}>", writes) for t in ("float", "__nv_bfloat16") for op, types, writes in (
-    ("AbsMax", "T", False), ("AbsMean", "T", False), ("RoundClamp", "T, T", True), ("Msq", "T, T", True),
-    ("Msq", "T, None", False), ("Lsb", "T", True), ("Encode", "T", True), ("Backward", "T, T, false, false", True),
-    ("Backward", "T, T, true, false", True), ("Backward", "T, T, true, true", True), ("AddLsbGrad", "T", True),
-    ("Decode", "float, T", True), ("RoundClamp", "float, T", True), ("Msq", "float, T", True),
-    ("Nearest", "T, T", True), ("Nearest", "float, T", True), ("Bounded", "T, T, 7", True),
-    ("WinnerOne", "T, T, false", True), ("WinnerOne", "T, T, true", True))]
+WIDE = [
+    (f"{op}<{types.replace('T', t)}>", writes)
+    for t in ("float", "__nv_bfloat16")
+    for op, types, writes in (
+        ("AbsMax", "T", False),
+        ("AbsMean", "T", False),
+        ("RoundClamp", "T, T", True),
+        ("Msq", "T, T", True),
+        ("Msq", "T, None", False),
+        ("Lsb", "T", True),
+        ("Encode", "T", True),
+        ("Backward", "T, T, false, false", True),
+        ("Backward", "T, T, true, false", True),
+        ("Backward", "T, T, true, true", True),
+        ("AddLsbGrad", "T", True),
+        ("Decode", "float, T", True),
+        ("RoundClamp", "float, T", True),
+        ("Msq", "float, T", True),
+        ("Nearest", "T, T", True),
+        ("Nearest", "float, T", True),
+        ("Bounded", "T, T, 7", True),
+        ("WinnerOne", "T, T, false", True),
+        ("WinnerOne", "T, T, true", True),
+    )
+]
 WIDE = sorted(set(WIDE))
 # Those that do more with an element than read and write it, in a loop over the elements of a vector.
-ROLLED = ("Sample<{0}, {0}>", "SoftValue<{0}, {0}>", "WinnerMany<{0}, {0}, false>", "WinnerMany<{0}, {0}, true>",
-          "SoftBackward<{0}, {0}, false>", "SoftBackward<{0}, {0}, true>")
+ROLLED = (
+    "Sample<{0}, {0}>",
+    "SoftValue<{0}, {0}>",
+    "WinnerMany<{0}, {0}, false>",
+    "WinnerMany<{0}, {0}, true>",
+    "SoftBackward<{0}, {0}, false>",
+    "SoftBackward<{0}, {0}, true>",
+)
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +107,10 @@ def test_long_code_stands_once_and_moves_128_bits(kernels, arch, name):
 @pytest.mark.parametrize("dtype", ["float", "__nv_bfloat16"])
 def test_truncate_moves_128_bits(kernels, arch, dtype):
     """The loop over the widths stores q, or loads gradients, in 16-byte words alone, two or more at once."""
-    for name, op, other in ((f"truncate_kernel<{dtype}, {dtype},", "STG", "LDG"),
-                            *((f"truncate_backward_kernel<{dtype}, {dtype}, {kind},", "LDG", "STG") for kind in range(3))):
+    for name, op, other in (
+        (f"truncate_kernel<{dtype}, {dtype},", "STG", "LDG"),
+        *((f"truncate_backward_kernel<{dtype}, {dtype}, {kind},", "LDG", "STG") for kind in range(3)),
+    ):
         found = [k for (a, n), k in kernels.items() if a == arch and n.startswith(name)]
         assert len(found) == 2, "one for each size of the table"
         for kernel in found:
@@ -94,9 +120,16 @@ def test_truncate_moves_128_bits(kernels, arch, dtype):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("name, read", [
-    ("categorical_activation_kernel<T, T>", 1), ("categorical_activation_kernel<float, T>", 1),
-    ("factor_kernel<T, T, T, true>", 2), ("factor_kernel<T, T, T, false>", 2), ("factor_kernel<T, T, float, true>", 2)])
+@pytest.mark.parametrize(
+    "name, read",
+    [
+        ("categorical_activation_kernel<T, T>", 1),
+        ("categorical_activation_kernel<float, T>", 1),
+        ("factor_kernel<T, T, T, true>", 2),
+        ("factor_kernel<T, T, T, false>", 2),
+        ("factor_kernel<T, T, float, true>", 2),
+    ],
+)
 @pytest.mark.parametrize("dtype", ["float", "__nv_bfloat16"])
 def test_activations_move_128_bits(kernels, arch, name, read, dtype):
     """The loop over several vectors: beside 16-byte words, one number for the quarters of each. Where sums are
@@ -128,9 +161,16 @@ def test_uniform_activations_move_128_bits(kernels, arch, name, dtype):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("name, loads, stores", [
-    ("pack_kernel<{}", 8, 1), ("unpack_kernel<{}, Codes", 4, 2), ("unpack_kernel<{}, Values<float, float>", 4, 2),
-    ("unpack_kernel<{}, Values<float, __nv_bfloat16>", 4, 1), ("unpack_kernel<{}, Values<double, double>", 4, 4)])
+@pytest.mark.parametrize(
+    "name, loads, stores",
+    [
+        ("pack_kernel<{}", 8, 1),
+        ("unpack_kernel<{}, Codes", 4, 2),
+        ("unpack_kernel<{}, Values<float, float>", 4, 2),
+        ("unpack_kernel<{}, Values<float, __nv_bfloat16>", 4, 1),
+        ("unpack_kernel<{}, Values<double, double>", 4, 4),
+    ],
+)
 def test_packing_moves_128_bits(kernels, arch, name, loads, stores):
     """Whole tiles: all loads of one before the first is needed; beside them, single elements of the last tile alone."""
     for layout in ("false", "true"):
@@ -139,8 +179,10 @@ def test_packing_moves_128_bits(kernels, arch, name, loads, stores):
         for kernel in found:
             code = [text for _, text in kernel.code]
             assert count(code, r"LDG\.E\.128") == loads and count(code, r"STG\.E\.128") >= stores
-            first, last = (next(i for i, text in order if re.search(r"\bLDG\.E\.128", text)) for order in (
-                enumerate(code), reversed(list(enumerate(code)))))
+            first, last = (
+                next(i for i, text in order if re.search(r"\bLDG\.E\.128", text))
+                for order in (enumerate(code), reversed(list(enumerate(code))))
+            )
             assert not count(code[first:last], "(STS|SHFL)"), "a load waits for another"
 
 

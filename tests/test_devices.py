@@ -25,8 +25,15 @@ BACKENDS = ("cuda", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 EXACT, SUMS = "exact", "sums"
-FITTING = (("input", None), ("input", "clip"), ("input", "step"), ("bits", None), ("bits", "clip"), ("residual", None),
-           ("residual", "step"))  # what an activation keeps, and what of it is learned
+FITTING = (
+    ("input", None),
+    ("input", "clip"),
+    ("input", "step"),
+    ("bits", None),
+    ("bits", "clip"),
+    ("residual", None),
+    ("residual", "step"),
+)  # what an activation keeps, and what of it is learned
 
 
 def _arguments(dtype, per_row, device):
@@ -60,22 +67,29 @@ def _msq(w, s, g, n, k, r, grid):
     """What a step of MSQ calls, and all that a first look at a machine takes."""
     q, penalty, nonzero, sq_error = Q.foreach.msq(w, s, n, k, grid=grid)
     grad_w, _ = torch.ops.quantops.uniform_backward(g, r, w, s, n, k, GRIDS.index(grid), True, False)
-    return {EXACT: {"absmax": Q.foreach.absmax(w), "q": q, "nonzero": [nonzero], "grad_w": grad_w},
-            SUMS: {"penalty": [penalty], "sq_error": [sq_error]}}
+    return {
+        EXACT: {"absmax": Q.foreach.absmax(w), "q": q, "nonzero": [nonzero], "grad_w": grad_w},
+        SUMS: {"penalty": [penalty], "sq_error": [sq_error]},
+    }
 
 
 def _uniform(w, s, g, n, k, r, grid):
     back = torch.ops.quantops.uniform_backward(g, r, w, s, n, k, GRIDS.index(grid), True, True)
     codes = Q.foreach.encode(w, s, n, grid=grid)
     nonzero = Q.foreach.lsb_stats(w, s, n, k, grid=grid)[1]
-    return {EXACT: {"B": Q.foreach.lsb(w, s, n, k, grid=grid), "nonzero": [nonzero],
-                    "unsigned": Q.foreach.round_clamp(w, s, n, signed=False, grid="full" if grid == "sign" else grid),
-                    "grad_w": back[0],
-                    "narrow": Q.foreach.round_clamp(w, s, n, grid=grid, out_dtype=torch.bfloat16),
-                    "decoded": Q.foreach.decode(codes, s, n, grid=grid, out_dtype=w[0].dtype),
-                    "added": Q.foreach.add_lsb_grad_([t.clone() for t in g], w, s, n, k, 0.25, grid=grid),
-                    **{rule: Q.foreach.encode(w, s, n, rule=rule) for rule in RULES}},
-            SUMS: {"grad_s": back[1], "absmean": Q.foreach.absmean(w)}}
+    return {
+        EXACT: {
+            "B": Q.foreach.lsb(w, s, n, k, grid=grid),
+            "nonzero": [nonzero],
+            "unsigned": Q.foreach.round_clamp(w, s, n, signed=False, grid="full" if grid == "sign" else grid),
+            "grad_w": back[0],
+            "narrow": Q.foreach.round_clamp(w, s, n, grid=grid, out_dtype=torch.bfloat16),
+            "decoded": Q.foreach.decode(codes, s, n, grid=grid, out_dtype=w[0].dtype),
+            "added": Q.foreach.add_lsb_grad_([t.clone() for t in g], w, s, n, k, 0.25, grid=grid),
+            **{rule: Q.foreach.encode(w, s, n, rule=rule) for rule in RULES},
+        },
+        SUMS: {"grad_s": back[1], "absmean": Q.foreach.absmean(w)},
+    }
 
 
 def _packing(w, s, g, n, k, r, grid):
@@ -97,8 +111,11 @@ def _truncate(w, s, g, n, k, r, key):
     for (rule, name), tanh in itertools.product(enumerate(RULES), (False, True)):
         q = Q.foreach.truncate(w, s, bits, base_bits=base, rule=name, companding="tanh" if tanh else None)
         grad_w, *sums = torch.ops.quantops.truncate_backward(grads, w, s, s, bits, base, rule, tanh, False, True)
-        for kind, what, tensors in ((EXACT, "truncated", [t for v in q for t in v]), (EXACT, "truncate_grad_w", grad_w),
-                                    (SUMS, "truncate_grad_s", [t for v in sums for t in v])):
+        for kind, what, tensors in (
+            (EXACT, "truncated", [t for v in q for t in v]),
+            (EXACT, "truncate_grad_w", grad_w),
+            (SUMS, "truncate_grad_s", [t for v in sums for t in v]),
+        ):
             out[kind, f"{what} {name} tanh={tanh} {key}"] = [t.cpu() for t in tensors]
     return out
 
@@ -143,10 +160,10 @@ def _categorical_backward(x, s, g, n, k, r, key):
             flat = [t for v in leaves for t in v]
             grads = torch.autograd.grad(q, flat, g, allow_unused=True)
             if x[0].dtype in (torch.float32, torch.float64):  # a last bit of float32 is more in 16 bits
-                out[SUMS, f"{of} grad_x {what}"] = [v.float().cpu() for v in grads[:len(x)]]
+                out[SUMS, f"{of} grad_x {what}"] = [v.float().cpu() for v in grads[: len(x)]]
             # In units of what they are sums of.
             size = [1 + h.double().abs().sum() for h in g] * (len(leaves) - 1)
-            out[SUMS, f"{of} sums {what}"] = [(v.double() / s).float().cpu() for v, s in zip(grads[len(x):], size)]
+            out[SUMS, f"{of} sums {what}"] = [(v.double() / s).float().cpu() for v, s in zip(grads[len(x) :], size)]
     return out
 
 
@@ -158,15 +175,18 @@ def _categorical_activation(x, s, g, n, k, r, key):
         widths = [torch.tensor([v], dtype=acc, device=device) for v in (0.37, 0.2)]
         args = *widths, torch.tensor([bits], dtype=torch.int32, device=device), grad_of
         kept = [torch.ops.quantops.categorical_activation(t, *args, t.dtype) for t in x]
-        back = [torch.ops.quantops.categorical_activation_backward(h, *k, *args, True, t.dtype)
-                for t, h, k in zip(x, g, kept)]
+        back = [
+            torch.ops.quantops.categorical_activation_backward(h, *k, *args, True, t.dtype)
+            for t, h, k in zip(x, g, kept)
+        ]
         what = f"{bits} {grad_of} {key}"
         out[EXACT, f"categorical_activation {what}"] = [t.cpu() for k in kept for t in k]
         if acc == x[0].dtype:  # a last bit of float32 is more in 16 bits
             out[SUMS, f"categorical_activation grad_x {what}"] = [t.float().cpu() for t, _ in back]
         size = [1 + h.double().abs().sum() for h in g]
         out[SUMS, f"categorical_activation sums {what}"] = [
-            (v.double() / s).float().cpu() for (_, sums), s in zip(back, size) for v in sums]
+            (v.double() / s).float().cpu() for (_, sums), s in zip(back, size) for v in sums
+        ]
     return out
 
 
@@ -203,9 +223,14 @@ def _own_scale(w, s, g, n, k, r, key):
 
 
 OF_GRIDS = {"msq": _msq, "uniform": _uniform, "packing": _packing}
-OTHERS = {"truncate": _truncate, "categorical": _categorical,
-          "categorical_backward": _categorical_backward, "categorical_activation": _categorical_activation,
-          "activation": _activation, "own_scale": _own_scale}
+OTHERS = {
+    "truncate": _truncate,
+    "categorical": _categorical,
+    "categorical_backward": _categorical_backward,
+    "categorical_activation": _categorical_activation,
+    "activation": _activation,
+    "own_scale": _own_scale,
+}
 ONCE = ("categorical_activation", "activation", "own_scale")  # whatever the scales of rows are
 FAMILIES = (*OF_GRIDS, *OTHERS)
 
@@ -244,8 +269,12 @@ def test_the_same_calls_twice_give_the_same(family):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gpu_equals_cpu(backend, family, dtype):
-    run = subprocess.run([sys.executable, __file__, "cuda", family, str(dtype).removeprefix("torch.")],
-                         capture_output=True, text=True, env={**os.environ, "QUANTOPS_BACKEND": backend})
+    run = subprocess.run(
+        [sys.executable, __file__, "cuda", family, str(dtype).removeprefix("torch.")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "QUANTOPS_BACKEND": backend},
+    )
     assert run.returncode == 0, run.stderr[-3000:]
 
 
@@ -270,9 +299,13 @@ def test_widths_out_of_range_give_nan_for_that_output_on_a_gpu():
 @needs_gpu
 def test_categorical_values_out_of_range_give_nan_on_a_gpu():
     x, one = torch.randn(5, 3, device="cuda"), torch.ones(1, device="cuda")
-    for alpha, sigma, bits, gates in ((-one, one, 3, None), (one, one * 0, 3, None), (one, one * torch.nan, 3, None),
-                                      (one, one, torch.tensor(17, device="cuda"), None),
-                                      (one, one, 2, torch.tensor([1.0, 1.5], device="cuda"))):
+    for alpha, sigma, bits, gates in (
+        (-one, one, 3, None),
+        (one, one * 0, 3, None),
+        (one, one * torch.nan, 3, None),
+        (one, one, torch.tensor(17, device="cuda"), None),
+        (one, one, 2, torch.tensor([1.0, 1.5], device="cuda")),
+    ):
         for mode in ("hard", "soft", "sample"):
             q = Q.categorical(x, alpha, sigma, bits, gates=gates, mode=mode, seed=1)
             assert q.isnan().all(), (alpha, sigma, bits, gates, mode)
@@ -281,8 +314,7 @@ def test_categorical_values_out_of_range_give_nan_on_a_gpu():
 
 @needs_gpu
 def test_activations_out_of_range_give_nan_and_are_captured():
-    x, (one, bits) = torch.randn(1000, 7, device="cuda"), (torch.tensor(v, device="cuda") for v in (
-        [1.0], [3]))
+    x, (one, bits) = torch.randn(1000, 7, device="cuda"), (torch.tensor(v, device="cuda") for v in ([1.0], [3]))
     bits = bits.to(torch.int32)
     forward, backward = torch.ops.quantops.categorical_activation, torch.ops.quantops.categorical_activation_backward
 

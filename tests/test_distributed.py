@@ -59,12 +59,14 @@ def at_three_bits(model, x, y):
     cross_entropy(model, x, y)
 
 
-STEPS = {"plain": (MSQConfig, {"bits": 5}, cross_entropy),
-         "penalty": (MSQConfig, {"bits": 5}, with_penalty),
-         "decoupled": (MSQConfig, {"bits": 5, "penalty": "decoupled"}, decoupled),
-         "joint": (TruncQuantConfig, {"bits": (6, 3, 1)}, joint),
-         "one width": (TruncQuantConfig, {"bits": (6, 3, 1)}, at_three_bits),
-         "categorical": (CPQConfig, {"bits": 3}, cross_entropy)}
+STEPS = {
+    "plain": (MSQConfig, {"bits": 5}, cross_entropy),
+    "penalty": (MSQConfig, {"bits": 5}, with_penalty),
+    "decoupled": (MSQConfig, {"bits": 5, "penalty": "decoupled"}, decoupled),
+    "joint": (TruncQuantConfig, {"bits": (6, 3, 1)}, joint),
+    "one width": (TruncQuantConfig, {"bits": (6, 3, 1)}, at_three_bits),
+    "categorical": (CPQConfig, {"bits": 3}, cross_entropy),
+}
 
 
 def _ddp(rank, step, fuse):

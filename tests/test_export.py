@@ -38,15 +38,18 @@ def weighted(name, module):
 
 
 CONFIGS = {
-    "msq 4": Q.MSQConfig(bits=4, scale=2.8), "msq 8": Q.MSQConfig(bits=8),
+    "msq 4": Q.MSQConfig(bits=4, scale=2.8),
+    "msq 8": Q.MSQConfig(bits=8),
     "msq 2 per row": Q.MSQConfig(bits=2, per_row=True),
-    "msq 16": Q.MSQConfig(bits=16), "msq 0": Q.MSQConfig(bits=0, k=0),
+    "msq 16": Q.MSQConfig(bits=16),
+    "msq 0": Q.MSQConfig(bits=0, k=0),
     "msq 4 full": Q.MSQConfig(bits=4, grid="full", per_row=True),
     "msq 3 sign": Q.MSQConfig(bits=3, grid="sign", scale=2.8),
     "truncquant": Q.TruncQuantConfig(bits=(8, 4, 2, 1), scale=2.5, per_row=True),
     "truncquant tanh": Q.TruncQuantConfig(bits=(8, 3), companding="tanh", out_scale="absmean"),
     "truncquant tanh only": Q.TruncQuantConfig(bits=(8, 3), companding="tanh"),
-    "cpq, activations": Q.CPQConfig(bits=4, act_bits=4), "cpq per row": Q.CPQConfig(bits=3, per_row=True),
+    "cpq, activations": Q.CPQConfig(bits=4, act_bits=4),
+    "cpq per row": Q.CPQConfig(bits=3, per_row=True),
     "dropbits": Q.CPQConfig(bits=4, dropbits="learned"),
 }
 
@@ -196,13 +199,20 @@ def test_decompositions_of_every_op_that_they_have():
     codes = ops.encode(w, s, n, 0, 0, True)
     packed = ops.pack(codes, [4, 2], 0)
     calls = {
-        "absmax": (w, True), "absmean": (w, False), "round_clamp": (w, s, n, 0, True, False, f32),
-        "msq": (w, s, n, k, 0, False, f32), "lsb": (w, s, n, k, 2), "lsb_stats": (w, s, n, k, 1, False),
-        "uniform_backward": (w, torch.ones(2), w, s, n, k, 0, True, True), "encode": (w, s, n, 1, 1, True),
+        "absmax": (w, True),
+        "absmean": (w, False),
+        "round_clamp": (w, s, n, 0, True, False, f32),
+        "msq": (w, s, n, k, 0, False, f32),
+        "lsb": (w, s, n, k, 2),
+        "lsb_stats": (w, s, n, k, 1, False),
+        "uniform_backward": (w, torch.ones(2), w, s, n, k, 0, True, True),
+        "encode": (w, s, n, 1, 1, True),
         "decode": (codes, s, n, 0, True, f32),
         "truncate": (w, s, [], n.view(1, 2), n + 2, 1, True, False, False, f32),
-        "own_scale": (w, False, True), "own_scale_backward": (w, s, s, False),
-        "truncate_backward": (w, w, s, s, n.view(1, 2), n + 2, 1, True, False, True), "pack": (codes, [4, 2], 1),
+        "own_scale": (w, False, True),
+        "own_scale_backward": (w, s, s, False),
+        "truncate_backward": (w, w, s, s, n.view(1, 2), n + 2, 1, True, False, True),
+        "pack": (codes, [4, 2], 1),
         "unpack": (packed, [4, 6, 5], [2, 1], [4, 2], n, 0),
         "decode_packed": (packed, [4, 6, 5], [2, 1], [4, 2], s, n, 0, 0, True, f32),
         "categorical": (w, s, s, n, [], None, 0, 0, True, f32),

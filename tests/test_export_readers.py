@@ -15,8 +15,18 @@ from quantops.export.trained import signed_bits
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.mark.parametrize("name, bits", [("msq 4", None), ("msq 2 per row", None), ("msq 0", None), ("msq 4 full", None),
-                                        ("truncquant", 1), ("truncquant", 2), ("cpq per row", None)])
+@pytest.mark.parametrize(
+    "name, bits",
+    [
+        ("msq 4", None),
+        ("msq 2 per row", None),
+        ("msq 0", None),
+        ("msq 4 full", None),
+        ("truncquant", 1),
+        ("truncquant", 2),
+        ("cpq per row", None),
+    ],
+)
 def test_qonnx(name, bits, tmp_path):
     pytest.importorskip("qonnx")
     pytest.importorskip("onnxscript")
@@ -56,15 +66,30 @@ def test_torchao(name):
 def llama(config):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False))
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=False,
+        )
+    )
     return Q.quantize_(model, config, lambda name, m: isinstance(m, nn.Linear) and name != "lm_head").eval()
 
 
-@pytest.mark.parametrize("config", [Q.MSQConfig(bits=4), Q.MSQConfig(bits=3, per_row=True), Q.CPQConfig(bits=2),
-                                    Q.TruncQuantConfig(bits=(4, 2), batch_norm=False)],
-                         ids=["msq 4", "msq 3 per row", "cpq 2", "truncquant 4"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        Q.MSQConfig(bits=4),
+        Q.MSQConfig(bits=3, per_row=True),
+        Q.CPQConfig(bits=2),
+        Q.TruncQuantConfig(bits=(4, 2), batch_norm=False),
+    ],
+    ids=["msq 4", "msq 3 per row", "cpq 2", "truncquant 4"],
+)
 def test_compressed_tensors_is_what_transformers_loads(config, tmp_path):
     pytest.importorskip("compressed_tensors")
     model = llama(config)

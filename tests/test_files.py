@@ -72,8 +72,11 @@ def test_the_longest_name_that_a_folder_takes(tmp_path):
 @pytest.mark.usefixtures("nameless")
 def test_contents_are_on_the_disk_before_the_name_and_the_name_after(tmp_path, monkeypatch):
     done = []
-    monkeypatch.setattr(os, "fsync", lambda fd, f=os.fsync: (done.append("file" if stat.S_ISREG(
-        os.fstat(fd).st_mode) else "folder"), f(fd)))
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda fd, f=os.fsync: (done.append("file" if stat.S_ISREG(os.fstat(fd).st_mode) else "folder"), f(fd)),
+    )
     monkeypatch.setattr(os, "replace", lambda a, b, f=os.replace: (done.append("name"), f(a, b)))
     save_int(WEIGHTS, tmp_path / "w")
     assert done == ["file", "name", "folder"]
@@ -84,9 +87,11 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "w"
     path.write_bytes(b"old")
     for error in (OSError("full"), KeyboardInterrupt()):
+
         def write(file, error=error):
             file.write(b"a part")
             raise error
+
         with pytest.raises(type(error)):
             write_whole(path, write)
         assert path.read_bytes() == b"old" and os.listdir(tmp_path) == [path.name]
@@ -94,10 +99,13 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="no files without a name here")
 def test_a_killed_save_leaves_nothing(tmp_path):
-    program = ("import os, signal, sys; from quantops.files import write_whole; "
-               "write_whole(sys.argv[1], lambda f: (f.write(b'x' * 99999), f.flush(), os.kill(os.getpid(), 9)))")
-    run = subprocess.run([sys.executable, "-c", program, tmp_path / "w"],
-                         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    program = (
+        "import os, signal, sys; from quantops.files import write_whole; "
+        "write_whole(sys.argv[1], lambda f: (f.write(b'x' * 99999), f.flush(), os.kill(os.getpid(), 9)))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "w"], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
     assert run.returncode == -9 and os.listdir(tmp_path) == []
 
 
@@ -126,6 +134,7 @@ def entry(**changes):
         about = json.loads(text)
         about["w"].update(changes)
         return json.dumps(about)
+
     return change
 
 
@@ -198,8 +207,18 @@ def test_models_without_memory_are_refused(tmp_path):
 
 def test_show_tells_what_a_file_holds(tmp_path, capsys, monkeypatch):
     path = tmp_path / "x.safetensors"
-    weights = {"a.weight": WEIGHTS["w"], "b": IntWeight.from_codes(torch.zeros(7, 3, dtype=torch.int32), torch.ones(
-        7, dtype=torch.float64), 0, grid="full", signed=False, dtype=torch.float64, fixed=True)}
+    weights = {
+        "a.weight": WEIGHTS["w"],
+        "b": IntWeight.from_codes(
+            torch.zeros(7, 3, dtype=torch.int32),
+            torch.ones(7, dtype=torch.float64),
+            0,
+            grid="full",
+            signed=False,
+            dtype=torch.float64,
+            fixed=True,
+        ),
+    }
     save_int(weights, path)
     monkeypatch.setattr(sys, "argv", ["quantops", "show", str(path)])
     assert main() == 0

@@ -38,7 +38,7 @@ def exact_traces(loss_fn, params):
 
 def test_diagonal_hessian_is_exact_in_one_sample():
     a, b = torch.randn(6, requires_grad=True), torch.randn(2, 3, requires_grad=True)
-    loss = (a ** 2 * torch.arange(6.0)).sum() + (b ** 4).sum()
+    loss = (a**2 * torch.arange(6.0)).sum() + (b**4).sum()
     traces = hessian_trace(loss, [a, b], samples=1)
     assert torch.allclose(traces, torch.stack([torch.tensor(30.0), 12 * (b.detach() ** 2).sum()]), rtol=1e-6)
 
@@ -90,18 +90,18 @@ def test_grad_is_untouched_and_the_loss_can_still_be_used():
 
 def test_linear_parameter_has_trace_zero():
     a, b = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
-    assert hessian_trace(a.sum() + (b ** 2).sum(), [a, b], 1).tolist() == [0.0, 6.0]
+    assert hessian_trace(a.sum() + (b**2).sum(), [a, b], 1).tolist() == [0.0, 6.0]
     assert hessian_trace(a.sum(), [a], 1).tolist() == [0.0]
 
 
 def test_errors_name_what_is_wrong():
     a, b = torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)
-    loss = (a ** 2).sum()
+    loss = (a**2).sum()
     for args, text in (
         ((loss, [a, b]), r"params\[1\]: the loss does not depend"),
         ((loss, [a, torch.randn(3)]), r"params\[1\]: expected tensors that require grad"),
         ((loss, []), "params: expected at least one"),
-        ((a ** 2, [a]), r"loss: expected a scalar .* shape \(3,\)"),
+        ((a**2, [a]), r"loss: expected a scalar .* shape \(3,\)"),
         ((torch.tensor(1.0), [a]), "loss: .*requires_grad=False"),
         ((1.0, [a]), "loss: .*float"),
         ((loss, [a], 0), "samples: .*got 0"),

@@ -16,8 +16,9 @@ def _imports(path):
         if isinstance(node, ast.Import):
             found |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found |= {f"{node.module}.{a.name}" if _file(f"{node.module}.{a.name}") else node.module
-                      for a in node.names}
+            found |= {
+                f"{node.module}.{a.name}" if _file(f"{node.module}.{a.name}") else node.module for a in node.names
+            }
     return {name for name in found if name.split(".")[0] == "quantops"}
 
 

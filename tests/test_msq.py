@@ -39,8 +39,13 @@ def test_forward_is_the_reference_and_gradients_are_straight_through(fuse, scale
     model = make_msq(fuse=fuse, scale=scale, per_row=per_row, penalty=kind, cache=cache)
     got = one_step(model, 0.0)
     plain = Net()
-    plain.load_state_dict({k.replace("parametrizations.weight.original", "weight"): v for k, v in
-                           model.state_dict().items() if not k.endswith((".bits", ".k", "_extra_state"))})
+    plain.load_state_dict(
+        {
+            k.replace("parametrizations.weight.original", "weight"): v
+            for k, v in model.state_dict().items()
+            if not k.endswith((".bits", ".k", "_extra_state"))
+        }
+    )
     for name, w in originals(model).items():
         q = reference.round_clamp(w.detach(), scale_of(w, scale, per_row), 5)
         assert torch.equal(model.get_submodule(name).weight, q) and not torch.equal(q, w)
@@ -74,12 +79,15 @@ def test_the_scale_that_is_recommended_for_2_bits():
 @pytest.mark.parametrize("cache", [False, True])
 @SCALES
 def test_penalty_value_and_gradient(fuse, cache, scale, per_row):
-    model = make_msq(fuse=fuse, cache=cache, scale=scale, per_row=per_row,
-                     overrides={"mid.*": {"k": 2}, "head": {"k": 0}})
+    model = make_msq(
+        fuse=fuse, cache=cache, scale=scale, per_row=per_row, overrides={"mid.*": {"k": 2}, "head": {"k": 0}}
+    )
     loss_of(model)
     total = penalty(model)
-    expected = sum(reference.msq(owner.original.detach(), scale_of(owner.original, scale, per_row), 5, p.k)[1]
-                   for _, owner, p in quantized(model))
+    expected = sum(
+        reference.msq(owner.original.detach(), scale_of(owner.original, scale, per_row), 5, p.k)[1]
+        for _, owner, p in quantized(model)
+    )
     assert torch.allclose(total, expected, rtol=1e-5) and total > 0
     total.backward()
     for name, owner, p in quantized(model):
@@ -159,8 +167,10 @@ def test_frozen_layers_get_no_gradient_and_stay_quantized(fuse):
         got = one_step(model, 0.1)
     assert got["conv.parametrizations.weight.original"] is None and not model.conv.weight.requires_grad
     assert calls.counts["msq"] == (2 if fuse == "model" else 4)  # frozen layers are a list of their own
-    assert torch.equal(got["head.parametrizations.weight.original"],
-                       one_step(make_msq(fuse=fuse), 0.1)["head.parametrizations.weight.original"])
+    assert torch.equal(
+        got["head.parametrizations.weight.original"],
+        one_step(make_msq(fuse=fuse), 0.1)["head.parametrizations.weight.original"],
+    )
 
 
 @FUSES
@@ -355,8 +365,9 @@ def test_cache_sees_every_change(fuse):
         yield "weight"
         model.load_state_dict(state)
         yield "load_state_dict"
-        model.load_state_dict({k: v.clone() + 1 if k.endswith("bits") else v.clone() for k, v in state.items()},
-                              assign=True)
+        model.load_state_dict(
+            {k: v.clone() + 1 if k.endswith("bits") else v.clone() for k, v in state.items()}, assign=True
+        )
         yield "load_state_dict with assign"
         originals(model)["head"].data = torch.randn(5, 12)
         yield "data"
@@ -380,8 +391,9 @@ def test_cache_sees_every_change(fuse):
 def test_cached_graph_is_differentiable_twice():
     cached, plain = make_msq(torch.float64, cache=True), make_msq(torch.float64)
     loss_of(cached, dtype=torch.float64)
-    first, second = (hessian_trace(loss_of(m, 0.1, dtype=torch.float64), originals(m).values(), 3)
-                     for m in (cached, plain))
+    first, second = (
+        hessian_trace(loss_of(m, 0.1, dtype=torch.float64), originals(m).values(), 3) for m in (cached, plain)
+    )
     assert torch.equal(first, second) and first.abs().min() > 0
 
 
@@ -391,9 +403,13 @@ def test_cached_graph_is_differentiable_twice():
 def test_bit_report():
     model = make_msq(bits=6, first=8, overrides={"mid.2": {"bits": 4, "k": 2}})
     report = bit_report(model)
-    assert [(r.name, r.bits, r.k) for r in report.rows] == [("conv", 8, 0), ("mid.0", 6, 1), ("mid.2", 4, 2),
-                                                           ("head", 6, 1)]
-    for row, (name, w) in zip(report.rows, originals(model).items()):
+    assert [(r.name, r.bits, r.k) for r in report.rows] == [
+        ("conv", 8, 0),
+        ("mid.0", 6, 1),
+        ("mid.2", 4, 2),
+        ("head", 6, 1),
+    ]
+    for row, w in zip(report.rows, originals(model).values()):
         _, _, nonzero, sq_error = reference.msq(w.detach(), reference.absmax(w), row.bits, row.k)
         assert (row.shape, row.numel) == (tuple(w.shape), w.numel()) and row.beta == int(nonzero) / w.numel()
         assert row.sq_error == pytest.approx(float(sq_error), rel=1e-5) and row.scale == float(reference.absmax(w))

@@ -37,8 +37,10 @@ def test_decision_follows_the_equations():
         pruned = k if row["beta"] < 0.55 else 0
         assert (row["pruned"], row["bits_after"]) == (pruned, 6 - pruned)
     assert {r["k"] for r in rows.values()} == {1, 2} and 0 < sum(r["pruned"] > 0 for r in rows.values())
-    assert {n: int(p.bits) for n, _, p in quantized(model)} == {"conv": 7, **{n: r["bits_after"] for n, r in
-                                                                               rows.items()}}
+    assert {n: int(p.bits) for n, _, p in quantized(model)} == {
+        "conv": 7,
+        **{n: r["bits_after"] for n, r in rows.items()},
+    }
     assert entry["compression"] == bit_report(model).compression == control.compression
     assert json.loads(json.dumps(control.log)) == control.log
 
@@ -108,14 +110,27 @@ def test_layers_above_the_threshold_keep_their_bits():
     assert len(set(traces)) == 3  # the same weights and batch, other draws
 
 
-@pytest.mark.parametrize("options, text", [
-    ({"target": 17}, "target: 17.0 is out of reach, min_bits = 2 .* allow 16"), ({"target": 1}, "target: "),
-    ({"min_bits": 1}, "min_bits: expected at least 2, since 1 bit on the dyadic grid has the values -s and 0 and no"),
-    ({"target": 12, "min_bits": 3}, "target: 12.0 is out of reach"), ({"interval": 0}, "interval: .*got 0"),
-    ({"threshold": 0.0}, "threshold: "), ({"threshold": 1.5}, "threshold: "), ({"strength": -1}, "strength: "),
-    ({"strength": float("nan")}, "strength: "), ({"samples": 0}, "samples: "), ({"min_bits": 0}, "min_bits: "),
-    ({"hessian": 1}, "hessian: "), ({"seed": -1}, "seed: "),
-])
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"target": 17}, "target: 17.0 is out of reach, min_bits = 2 .* allow 16"),
+        ({"target": 1}, "target: "),
+        (
+            {"min_bits": 1},
+            "min_bits: expected at least 2, since 1 bit on the dyadic grid has the values -s and 0 and no",
+        ),
+        ({"target": 12, "min_bits": 3}, "target: 12.0 is out of reach"),
+        ({"interval": 0}, "interval: .*got 0"),
+        ({"threshold": 0.0}, "threshold: "),
+        ({"threshold": 1.5}, "threshold: "),
+        ({"strength": -1}, "strength: "),
+        ({"strength": float("nan")}, "strength: "),
+        ({"samples": 0}, "samples: "),
+        ({"min_bits": 0}, "min_bits: "),
+        ({"hessian": 1}, "hessian: "),
+        ({"seed": -1}, "seed: "),
+    ],
+)
 def test_controller_errors(options, text):
     with pytest.raises(ValueError, match=text):
         MSQController(make_msq(), **{"target": 8, "threshold": 0.1, "strength": 0.1, **options})
@@ -137,13 +152,17 @@ def test_controller_needs_layers_to_prune():
     assert control.log == [] and {int(p.bits) for _, _, p in quantized(model)} == {5}
 
 
-@pytest.mark.parametrize("fuse, cache, kind", [("model", False, "loss"), ("layer", False, "loss"),
-                                               ("model", True, "decoupled")])
+@pytest.mark.parametrize(
+    "fuse, cache, kind", [("model", False, "loss"), ("layer", False, "loss"), ("model", True, "decoupled")]
+)
 def test_resume_is_bit_for_bit(fuse, cache, kind, tmp_path):
     def start():
         model = make_msq(bits=8, fuse=fuse, cache=cache, penalty=kind)
-        return (model, torch.optim.AdamW(model.parameters(), lr=0.01),
-                MSQController(model, 12, interval=2, threshold=0.6, strength=1e-3, samples=2, seed=5))
+        return (
+            model,
+            torch.optim.AdamW(model.parameters(), lr=0.01),
+            MSQController(model, 12, interval=2, threshold=0.6, strength=1e-3, samples=2, seed=5),
+        )
 
     def train(model, optimizer, control, steps):
         for i in steps:
@@ -174,8 +193,11 @@ def test_resume_is_bit_for_bit(fuse, cache, kind, tmp_path):
 def test_load_state_dict_checks_the_layers():
     control = MSQController(make_msq(), 8, threshold=0.1, strength=0.1)
     state = control.state_dict()
-    for bad, text in (({**state, "names": ["conv"]}, r"expected the layers \['conv', 'mid.0'.*got \['conv'\]"),
-                      ({**state, "version": 3}, "version 2"), ({}, "missing")):
+    for bad, text in (
+        ({**state, "names": ["conv"]}, r"expected the layers \['conv', 'mid.0'.*got \['conv'\]"),
+        ({**state, "version": 3}, "version 2"),
+        ({}, "missing"),
+    ):
         with pytest.raises(ValueError, match=text):
             control.load_state_dict(bad)
     assert control.state_dict() == state
@@ -200,15 +222,26 @@ def test_training_drops_bits_and_learns():
     assert (model(x).argmax(1) == y).float().mean() > 0.95
 
 
-
-
-@pytest.mark.parametrize("change, text", [
-    ({"steps": -5}, "state: steps: expected an integer"), ({"steps": 1.5}, "state: steps"), ({"steps": "7"}, "steps"),
-    ({"steps": True}, "steps"), ({"decisions": None}, "state: decisions"), ({"decisions": 99}, "state: decisions"),
-    ({"done": "no"}, "state: done: expected one of True, False, got 'no'"), ({"done": 1}, "done"),
-    ({"seed": -1}, "state: seed"), ({"log": None}, "expected log"), ({"log": [3]}, "expected log"),
-    ({"names": "conv"}, "expected the layers"), ({"sizes": [1, 2, 3, 4]}, "expected layers of so many weights"),
-    ({"version": 3}, "expected version 2"), ({"version": True}, "expected version 2")])
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        ({"steps": -5}, "state: steps: expected an integer"),
+        ({"steps": 1.5}, "state: steps"),
+        ({"steps": "7"}, "steps"),
+        ({"steps": True}, "steps"),
+        ({"decisions": None}, "state: decisions"),
+        ({"decisions": 99}, "state: decisions"),
+        ({"done": "no"}, "state: done: expected one of True, False, got 'no'"),
+        ({"done": 1}, "done"),
+        ({"seed": -1}, "state: seed"),
+        ({"log": None}, "expected log"),
+        ({"log": [3]}, "expected log"),
+        ({"names": "conv"}, "expected the layers"),
+        ({"sizes": [1, 2, 3, 4]}, "expected layers of so many weights"),
+        ({"version": 3}, "expected version 2"),
+        ({"version": True}, "expected version 2"),
+    ],
+)
 def test_load_state_dict_is_checked_whole_before_anything_changes(change, text):
     model = silent(make_msq(bits=6))
     control = MSQController(model, 16, threshold=0.5, strength=0.02, interval=2, hessian=False, seed=4)

@@ -29,11 +29,11 @@ def test_backward_equals_reference(dtype, per_row, mean):
 
 def test_ties_share():
     w = torch.tensor([[3.0, -3.0, 1.0, 3.0], [0.0, -2.0, 1.0, 0.0]], requires_grad=True)
-    grad, = torch.autograd.grad(Q.absmax(w, grad=True) * 6, w)
+    (grad,) = torch.autograd.grad(Q.absmax(w, grad=True) * 6, w)
     assert grad.tolist() == [[2, -2, 0, 2], [0, 0, 0, 0]]
-    grad, = torch.autograd.grad((Q.absmax(w, per_row=True, grad=True) * torch.tensor([3.0, 5.0])).sum(), w)
+    (grad,) = torch.autograd.grad((Q.absmax(w, per_row=True, grad=True) * torch.tensor([3.0, 5.0])).sum(), w)
     assert grad.tolist() == [[1, -1, 0, 1], [0, -5, 0, 0]]
-    grad, = torch.autograd.grad((Q.absmean(w, per_row=True, grad=True) * torch.tensor([4.0, 8.0])).sum(), w)
+    (grad,) = torch.autograd.grad((Q.absmean(w, per_row=True, grad=True) * torch.tensor([4.0, 8.0])).sum(), w)
     assert grad.tolist() == [[1, -1, 1, 1], [0, -2, 2, 0]]
     assert not Q.absmax(w).requires_grad and not Q.absmean(w).requires_grad
 
@@ -52,6 +52,7 @@ def test_gradcheck(name):
     """In float64, against differences; second derivatives with respect to what comes from above."""
     w = torch.randn(4, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     for per_row in (False, True):
+
         def scale(w, per_row=per_row):
             return getattr(Q, name)(w, per_row=per_row, grad=True)
 
@@ -79,14 +80,14 @@ def test_quantizers_through_their_scales(grid, scale):
         assert (w.abs() <= s[:, None]).all()
         start = Q.round_clamp(w, s, 3, grid=grid) / s[:, None]
         unit = w / s[:, None]
-    got, = torch.autograd.grad((Q.round_clamp(w, scales(w), 3, grid=grid) * g).sum(), w)
+    (got,) = torch.autograd.grad((Q.round_clamp(w, scales(w), 3, grid=grid) * g).sum(), w)
 
     def smooth(w):
         s = (w.abs().amax(1) if scale == "absmax" else w.abs().mean(1) * factor)[:, None]
         return ((start - unit) * s + w) * g
 
     assert torch.autograd.gradcheck(lambda w: smooth(w).sum(), w)
-    want, = torch.autograd.grad(smooth(w).sum(), w)
+    (want,) = torch.autograd.grad(smooth(w).sum(), w)
     torch.testing.assert_close(got, want)
 
 
@@ -107,9 +108,9 @@ def test_truncation_through_its_scales(companding, slope):
         return ((start - unit) * out + (unit.detach() * out - unit * factor) + x / squash(s) * factor) * g
 
     q = Q.truncate(w, Q.absmax(w, grad=True), 3, companding=companding, out_scale=Q.absmean(w, grad=True), slope=slope)
-    got, = torch.autograd.grad((q * g).sum(), w)
+    (got,) = torch.autograd.grad((q * g).sum(), w)
     with torch.no_grad():
         factor = w.abs().mean() if slope == "exact" else squash(w.abs().max())
     assert torch.autograd.gradcheck(lambda w: whole(w, factor).sum(), w)
-    want, = torch.autograd.grad(whole(w, factor).sum(), w)
+    (want,) = torch.autograd.grad(whole(w, factor).sum(), w)
     torch.testing.assert_close(got, want)

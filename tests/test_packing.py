@@ -78,8 +78,13 @@ def test_the_bytes_are_those_of_the_documentation(bits):
 def test_shapes_strides_and_dtypes(layout):
     shapes = [(), (1,), (3, 5), (2, 3, 4), (4, 3, 5, 5), (0, 3), (2, 0, 3, 1)]
     codes = [random_codes(5, s) for s in shapes]
-    codes += [random_codes(5, (6, 10)).t(), random_codes(5, (20, 30))[::2, ::3], random_codes(5, (1, 9)).expand(4, 9),
-              random_codes(5, (300,))[7:], random_codes(5, (4, 8, 3, 3)).to(memory_format=torch.channels_last)]
+    codes += [
+        random_codes(5, (6, 10)).t(),
+        random_codes(5, (20, 30))[::2, ::3],
+        random_codes(5, (1, 9)).expand(4, 9),
+        random_codes(5, (300,))[7:],
+        random_codes(5, (4, 8, 3, 3)).to(memory_format=torch.channels_last),
+    ]
     for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
         packed = Q.foreach.pack([c.to(dtype) for c in codes], 5, layout=layout)
         back = Q.foreach.unpack(packed)
@@ -128,8 +133,12 @@ def test_decode_is_decode_of_unpack(bits, layout):
     packed = Q.foreach.pack(codes, bits, layout=layout)
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     for m, per_row, grid, signed, (dtype, acc) in itertools.product(
-            sorted({0, min(1, bits), bits // 2, bits}), (False, True), ref.uniform.GRIDS, (True, False),
-            [(d, torch.float32) for d in (dtypes if EXHAUSTIVE else dtypes[1:2])] + [(torch.float64, torch.float64)]):
+        sorted({0, min(1, bits), bits // 2, bits}),
+        (False, True),
+        ref.uniform.GRIDS,
+        (True, False),
+        [(d, torch.float32) for d in (dtypes if EXHAUSTIVE else dtypes[1:2])] + [(torch.float64, torch.float64)],
+    ):
         if (not EXHAUSTIVE and signed == (grid == "dyadic")) or (grid == "sign" and not signed):
             continue
         read, m = m, m - (grid == "sign" and m > 0)  # a sign is the first of the bits that are read
@@ -224,7 +233,7 @@ def test_data_at_odd_addresses():
 def test_more_than_two_to_the_31_codes(layout):
     few = Q.pack(torch.tensor([0] * 6 + [3, 1, 2]), 2, layout=layout).data
     data = torch.zeros(ref.packing.data_shape(2**31 + 9, 2, layout), dtype=torch.uint8)
-    data[..., 2**31 * (1 if layout == "planes" else 2) // 8:] = few
+    data[..., 2**31 * (1 if layout == "planes" else 2) // 8 :] = few
     q = Q.decode(Packed(data, (2**31 + 9,), 2, layout), 2.0, signed=False, out_dtype=torch.bfloat16)
     assert q[-4:].tolist() == [0.0, 1.5, 0.5, 1.0]
 
@@ -252,8 +261,12 @@ Q.unpack(packed, 1)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs mprotect")
 @pytest.mark.skipif(SERVING == "reference", reason="the reference reads all planes")
 def test_reading_m_planes_touches_no_other():
-    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True,
-                         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     assert run.stdout.split("\n")[:5] == [f"read {m}" for m in (4, 3, 2, 1, 0)], run.stderr
     assert run.returncode < 0  # the guard is one: reading a plane behind it did kill
 
@@ -286,10 +299,23 @@ def loops(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("loops")
     (folder / "loops.cpp").write_text(LOOPS)
-    subprocess.run([compiler, "-std=c++17", "-O2", "-w", "-shared", "-fPIC",
-                    "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{Path(__file__).parents[1] / 'csrc'}",
-                    *(f"-I{p}" for p in include_paths()), str(folder / "loops.cpp"), "-o", str(folder / "loops.so")],
-                   check=True)
+    subprocess.run(
+        [
+            compiler,
+            "-std=c++17",
+            "-O2",
+            "-w",
+            "-shared",
+            "-fPIC",
+            "-DTORCH_TARGET_VERSION=0x020a000000000000",
+            f"-I{Path(__file__).parents[1] / 'csrc'}",
+            *(f"-I{p}" for p in include_paths()),
+            str(folder / "loops.cpp"),
+            "-o",
+            str(folder / "loops.so"),
+        ],
+        check=True,
+    )
     return ctypes.CDLL(str(folder / "loops.so"))
 
 
@@ -305,10 +331,11 @@ def test_loops_of_each_instruction_set(loops, instructions, step, flags):
         codes = random_codes(n, (5 * step + 17,))
         want, stride = ref.pack(codes, n), ref.packing.plane_bytes(len(codes))
         data, seen, out = torch.zeros_like(want), ctypes.c_uint32(0), torch.full_like(codes, -7)
-        done = pack(where(codes), ctypes.c_int64(len(codes)), n, where(data), ctypes.c_int64(stride),
-                    ctypes.byref(seen))
+        done = pack(
+            where(codes), ctypes.c_int64(len(codes)), n, where(data), ctypes.c_int64(stride), ctypes.byref(seen)
+        )
         assert done == 5 * step and seen.value == 2**n - 1
-        assert torch.equal(data[:, : done // 8], want[:, : done // 8]) and not data[:, done // 8:].any()
+        assert torch.equal(data[:, : done // 8], want[:, : done // 8]) and not data[:, done // 8 :].any()
         for m in range(n + 1):
             assert unpack(where(want), ctypes.c_int64(stride), ctypes.c_int64(len(codes)), m, where(out)) == done
             assert torch.equal(out[:done], codes[:done] >> (n - m)) and (out[done:] == -7).all()
@@ -354,8 +381,11 @@ def test_packed_has_no_gradient_and_moves():
     scale = torch.tensor(1.0, requires_grad=True)
     assert not Q.decode(Q.pack(codes, 3), scale).requires_grad
     meta = Q.pack(codes, 3).to("meta")
-    assert meta.device.type == "meta" and Q.unpack(meta).shape == (20,) and Q.decode(
-        meta, torch.ones((), device="meta"), out_dtype=torch.float16).dtype == torch.float16
+    assert (
+        meta.device.type == "meta"
+        and Q.unpack(meta).shape == (20,)
+        and Q.decode(meta, torch.ones((), device="meta"), out_dtype=torch.float16).dtype == torch.float16
+    )
 
 
 # Bad input.
@@ -394,19 +424,31 @@ BAD = {
     "packed in no list": (lambda: Q.foreach.unpack(P), TypeError, r"packed: expected a non-empty list"),
     "too short": (lambda: Q.unpack(Packed(P.data, (200,), 4)), ValueError, r"data: .*\(4, 32\) for .*\(4, 16\)"),
     "too long": (lambda: Q.unpack(Packed(P.data, (0,), 4)), ValueError, r"data: .*\(4, 0\)"),
-    "too short, dense": (lambda: Q.unpack(Packed(D.data[1:], D.shape, 4, "dense")), ValueError,
-                         r"data: .*\(8,\).*\(7,\)"),
-    "too few planes": (lambda: Q.decode(Packed(P.data[1:], P.shape, 4), 1.0), ValueError,
-                       r"data: .*\(4, 16\).*\(3, 16\)"),
+    "too short, dense": (
+        lambda: Q.unpack(Packed(D.data[1:], D.shape, 4, "dense")),
+        ValueError,
+        r"data: .*\(8,\).*\(7,\)",
+    ),
+    "too few planes": (
+        lambda: Q.decode(Packed(P.data[1:], P.shape, 4), 1.0),
+        ValueError,
+        r"data: .*\(4, 16\).*\(3, 16\)",
+    ),
     "wrong layout": (lambda: Q.unpack(Packed(P.data, P.shape, 4, "dense")), ValueError, r"data: .*'dense'"),
     "unknown layout": (lambda: Q.unpack(Packed(P.data, P.shape, 4, "bits")), ValueError, r"layout: .*'bits'"),
     "two layouts": (lambda: Q.foreach.unpack([P, D]), ValueError, r"packed: expected one layout"),
     "strided data": (lambda: Q.unpack(Packed(P.data.t().contiguous().t(), P.shape, 4)), ValueError, r"data: .*contig"),
-    "int8 data": (lambda: Q.unpack(Packed(P.data.to(torch.int8), P.shape, 4)), (TypeError, ValueError),
-                  r"data: expected .*uint8"),
+    "int8 data": (
+        lambda: Q.unpack(Packed(P.data.to(torch.int8), P.shape, 4)),
+        (TypeError, ValueError),
+        r"data: expected .*uint8",
+    ),
     "codes without bits": (lambda: Q.decode(C, 1.0), TypeError, r"bits: expected an integer.*NoneType"),
-    "scale per element": (lambda: Q.decode(Q.pack(C.view(4, 4), 4), torch.ones(4, 4)), ValueError,
-                          r"scale: .*\(4, 4\)"),
+    "scale per element": (
+        lambda: Q.decode(Q.pack(C.view(4, 4), 4), torch.ones(4, 4)),
+        ValueError,
+        r"scale: .*\(4, 4\)",
+    ),
     "scale negative": (lambda: Q.decode(P, -1.0), ValueError, r"scale: .*got -1"),
     "scale NaN": (lambda: Q.decode(P, torch.tensor(torch.nan)), ValueError, r"scale.*nan"),
     "scale device": (lambda: Q.decode(P, torch.ones((), device="meta")), ValueError, r"scale: expected device cpu"),
@@ -420,16 +462,26 @@ def test_error(name):
         call()
 
 
-@pytest.mark.parametrize("op, args", [
-    ("pack", ([C.long()], [4], 0)), ("pack", ([C], [17], 0)), ("pack", ([C], [4, 4], 0)), ("pack", ([C], [4], 2)),
-    ("unpack", ([P.data[:2]], [16], [1], [4], FOUR, 0)), ("unpack", ([P.data], [1600], [1], [4], FOUR, 0)),
-    ("unpack", ([P.data], [16], [1], [4], FOUR.long(), 0)), ("unpack", ([P.data], [16], [1], [4], FOUR + 1, 0)),
-    ("unpack", ([D.data], [17], [1], [4], FOUR, 1)), ("unpack", ([P.data], [-16], [1], [4], FOUR, 0)),
-    ("unpack", ([P.data], [16], [2], [4], FOUR, 0)), ("unpack", ([P.data], [16], [], [4], FOUR, 0)),
-    ("unpack", ([P.data.to(torch.int8)], [16], [1], [4], FOUR, 0)),
-    ("decode_packed", ([P.data], [16], [1], [4], [torch.ones(3)], FOUR, 0, False, True, torch.float32)),
-    ("decode_packed", ([P.data], [16], [1], [4], [], FOUR, 0, False, True, torch.float32)),
-])
+@pytest.mark.parametrize(
+    "op, args",
+    [
+        ("pack", ([C.long()], [4], 0)),
+        ("pack", ([C], [17], 0)),
+        ("pack", ([C], [4, 4], 0)),
+        ("pack", ([C], [4], 2)),
+        ("unpack", ([P.data[:2]], [16], [1], [4], FOUR, 0)),
+        ("unpack", ([P.data], [1600], [1], [4], FOUR, 0)),
+        ("unpack", ([P.data], [16], [1], [4], FOUR.long(), 0)),
+        ("unpack", ([P.data], [16], [1], [4], FOUR + 1, 0)),
+        ("unpack", ([D.data], [17], [1], [4], FOUR, 1)),
+        ("unpack", ([P.data], [-16], [1], [4], FOUR, 0)),
+        ("unpack", ([P.data], [16], [2], [4], FOUR, 0)),
+        ("unpack", ([P.data], [16], [], [4], FOUR, 0)),
+        ("unpack", ([P.data.to(torch.int8)], [16], [1], [4], FOUR, 0)),
+        ("decode_packed", ([P.data], [16], [1], [4], [torch.ones(3)], FOUR, 0, False, True, torch.float32)),
+        ("decode_packed", ([P.data], [16], [1], [4], [], FOUR, 0, False, True, torch.float32)),
+    ],
+)
 def test_the_ops_themselves_read_nothing_out_of_bounds(op, args):
     """Called past the Python checks, the ops check shapes and dtypes on their own."""
     if SERVING == "reference":

@@ -47,15 +47,29 @@ def msq_q(w, settings):
 
 def truncquant_q(w, settings):
     out = quantops.absmean(w, grad=True) if "out_scale" in settings else None
-    return quantops.truncate(w, scales(w, settings), 3, base_bits=3, companding=settings.get("companding"), out_scale=out,
-                             slope=settings.get("slope", "ste"))
+    return quantops.truncate(
+        w,
+        scales(w, settings),
+        3,
+        base_bits=3,
+        companding=settings.get("companding"),
+        out_scale=out,
+        slope=settings.get("slope", "ste"),
+    )
 
 
 @pytest.mark.parametrize("cache", [False, True])
-@pytest.mark.parametrize("config, settings", [
-    (MSQConfig, {}), (MSQConfig, {"scale": 2.0, "grid": "sign"}), (MSQConfig, {"per_row": True, "penalty": "decoupled"}),
-    (TruncQuantConfig, {}), (TruncQuantConfig, {"companding": "tanh", "slope": "exact"}),
-    (TruncQuantConfig, {"companding": "tanh", "out_scale": "absmean", "slope": "exact"})])
+@pytest.mark.parametrize(
+    "config, settings",
+    [
+        (MSQConfig, {}),
+        (MSQConfig, {"scale": 2.0, "grid": "sign"}),
+        (MSQConfig, {"per_row": True, "penalty": "decoupled"}),
+        (TruncQuantConfig, {}),
+        (TruncQuantConfig, {"companding": "tanh", "slope": "exact"}),
+        (TruncQuantConfig, {"companding": "tanh", "out_scale": "absmean", "slope": "exact"}),
+    ],
+)
 def test_scales_with_a_gradient(config, settings, cache):
     """The gradients of a model are those of the op with scales that are functions of the weights."""
     bits = (3,) if config is TruncQuantConfig else 3
@@ -102,11 +116,20 @@ def test_recursive_distillation_with_a_teacher():
         quantops.set_bits(model, m)
         outs[m] = model(x).detach()
     quantops.set_bits(model)
-    for settings, before in (({}, {8: None, 3: 8, 1: 8}), ({"distill_from": "wider"}, {8: None, 3: 8, 1: 3}),
-                             ({"distill_from": "wider", "teacher": teacher}, {8: teacher, 3: 8, 1: 3})):
+    for settings, before in (
+        ({}, {8: None, 3: 8, 1: 8}),
+        ({"distill_from": "wider"}, {8: None, 3: 8, 1: 3}),
+        ({"distill_from": "wider", "teacher": teacher}, {8: teacher, 3: 8, 1: 3}),
+    ):
         for call in (quantops.joint_loss, quantops.joint_step):
-            losses = call(model, lambda out: torch.nn.functional.cross_entropy(out, y), x, distill=1.0, temperature=2.0,
-                          **settings).losses
+            losses = call(
+                model,
+                lambda out: torch.nn.functional.cross_entropy(out, y),
+                x,
+                distill=1.0,
+                temperature=2.0,
+                **settings,
+            ).losses
             for m, b in before.items():
                 out = outs[m]
                 if b is None:
@@ -117,11 +140,15 @@ def test_recursive_distillation_with_a_teacher():
                 torch.testing.assert_close(losses[m], want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings, kind, text", [
-    ({"teacher": torch.zeros(2, 5)}, ValueError, "teacher: expected distill > 0"),
-    ({"teacher": 3, "distill": 0.5}, TypeError, "teacher: expected a tensor of logits"),
-    ({"teacher": torch.zeros(2, 4), "distill": 0.5}, ValueError, "teacher: expected logits of 5 classes, got 4"),
-    ({"distill_from": "widestt"}, ValueError, "distill_from: expected one of 'widest', 'wider'")])
+@pytest.mark.parametrize(
+    "settings, kind, text",
+    [
+        ({"teacher": torch.zeros(2, 5)}, ValueError, "teacher: expected distill > 0"),
+        ({"teacher": 3, "distill": 0.5}, TypeError, "teacher: expected a tensor of logits"),
+        ({"teacher": torch.zeros(2, 4), "distill": 0.5}, ValueError, "teacher: expected logits of 5 classes, got 4"),
+        ({"distill_from": "widestt"}, ValueError, "distill_from: expected one of 'widest', 'wider'"),
+    ],
+)
 def test_errors_of_distillation(settings, kind, text):
     model, (x, y) = quantize_(Net(), TruncQuantConfig(bits=(3, 1))), data()
     with pytest.raises(kind, match=text):

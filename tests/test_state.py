@@ -14,9 +14,16 @@ from quantops.state import Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIGS = [
-    MSQConfig(bits=3), MSQConfig(bits=3, scale=2.8, per_row=True, grid="full"), TruncQuantConfig(bits=(8, 4)),
-    TruncQuantConfig(bits=(8, 2)), TruncQuantConfig(companding="tanh", out_scale="absmean"), CPQConfig(act_bits=4),
-    CPQConfig(act_bits=3), CPQConfig(bits=3, dropbits="learned"), CPQConfig(per_row=True)]
+    MSQConfig(bits=3),
+    MSQConfig(bits=3, scale=2.8, per_row=True, grid="full"),
+    TruncQuantConfig(bits=(8, 4)),
+    TruncQuantConfig(bits=(8, 2)),
+    TruncQuantConfig(companding="tanh", out_scale="absmean"),
+    CPQConfig(act_bits=4),
+    CPQConfig(act_bits=3),
+    CPQConfig(bits=3, dropbits="learned"),
+    CPQConfig(per_row=True),
+]
 
 
 def make(config):
@@ -70,12 +77,22 @@ def test_every_constant_is_made_again():
     assert seen == {"MSQWeight", "TruncQuantWeight", "CPQWeight", "MultiBatchNorm", "CategoricalActivation"}
 
 
-@pytest.mark.parametrize("model, state, text", [
-    (0, 1, "0: expected a state of the settings that the model has, grid='dyadic', scale='absmax', per_row=False, got "
-           "one of grid='full', scale=2.8, per_row=True"),
-    (2, 3, r"widths=\[8, 4\], got one of widths=\[8, 2\]"), (5, 6, "2: .* bits=4, got one of bits=3"),
-    (0, 2, "method='msq'.*method='truncquant'"), (7, 5, "dropbits='learned'.*dropbits=None"),
-    (8, 5, "per_row=True.*per_row=False")])
+@pytest.mark.parametrize(
+    "model, state, text",
+    [
+        (
+            0,
+            1,
+            "0: expected a state of the settings that the model has, grid='dyadic', scale='absmax', per_row=False, got "
+            "one of grid='full', scale=2.8, per_row=True",
+        ),
+        (2, 3, r"widths=\[8, 4\], got one of widths=\[8, 2\]"),
+        (5, 6, "2: .* bits=4, got one of bits=3"),
+        (0, 2, "method='msq'.*method='truncquant'"),
+        (7, 5, "dropbits='learned'.*dropbits=None"),
+        (8, 5, "per_row=True.*per_row=False"),
+    ],
+)
 def test_other_settings_are_refused_by_both_names(model, state, text):
     model, state = (make(CONFIGS[i]) for i in (model, state))
     for strict in (True, False):
@@ -83,13 +100,17 @@ def test_other_settings_are_refused_by_both_names(model, state, text):
             model.load_state_dict(state.state_dict(), strict)
 
 
-@pytest.mark.parametrize("config, key, value, text", [
-    (CONFIGS[0], "0.parametrizations.weight.0.bits", 3.7, "0: bits: expected one of 0, 1, .*, 16, got 3.7"),
-    (CONFIGS[0], "3.parametrizations.weight.0.bits", 40, "3: bits: expected .* got 40"),
-    (CONFIGS[0], "0.parametrizations.weight.0.k", float("nan"), "0: k: expected .* got nan"),
-    (CONFIGS[7], "0.parametrizations.weight.0.bits", -1, "0: bits: expected .* got -1"),
-    (CONFIGS[2], "0.parametrizations.weight.0.bits", 5, "0: bits: expected one of 8, 4, got 5"),
-    (CONFIGS[2], "1.index", 2, "1: index: expected one of 0, 1, got 2")])
+@pytest.mark.parametrize(
+    "config, key, value, text",
+    [
+        (CONFIGS[0], "0.parametrizations.weight.0.bits", 3.7, "0: bits: expected one of 0, 1, .*, 16, got 3.7"),
+        (CONFIGS[0], "3.parametrizations.weight.0.bits", 40, "3: bits: expected .* got 40"),
+        (CONFIGS[0], "0.parametrizations.weight.0.k", float("nan"), "0: k: expected .* got nan"),
+        (CONFIGS[7], "0.parametrizations.weight.0.bits", -1, "0: bits: expected .* got -1"),
+        (CONFIGS[2], "0.parametrizations.weight.0.bits", 5, "0: bits: expected one of 8, 4, got 5"),
+        (CONFIGS[2], "1.index", 2, "1: index: expected one of 0, 1, got 2"),
+    ],
+)
 def test_numbers_that_are_none_of_the_settings_are_refused(config, key, value, text):
     model = make(config)
     with pytest.raises(RuntimeError, match=text):
@@ -146,6 +167,7 @@ def test_a_float_weight_of_another_shape_is_torchs_error():
 
 def averages():
     """{how: (copy, model) -> None}, that average buffers too."""
+
     def by_hand(average, model):
         own = average.state_dict()
         for k, v in model.state_dict().items():
@@ -157,10 +179,14 @@ def averages():
             whole.module = average
             whole.n_averaged += 1
             whole.update_parameters(model)
+
         return update
 
-    return {"by hand": by_hand, "equal": of_torch(dict),
-            "decaying": of_torch(lambda: {"multi_avg_fn": get_ema_multi_avg_fn(0.9)})}
+    return {
+        "by hand": by_hand,
+        "equal": of_torch(dict),
+        "decaying": of_torch(lambda: {"multi_avg_fn": get_ema_multi_avg_fn(0.9)}),
+    }
 
 
 def precision(model):

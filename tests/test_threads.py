@@ -15,15 +15,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FUSES = pytest.mark.parametrize("fuse", ["model", "layer"])
 CACHES = pytest.mark.parametrize("cache", [False, True])
 CONFIGS = [
-    lambda **options: MSQConfig(bits=3, **options), lambda **options: MSQConfig(bits=3, scale=2.8, **options),
-    lambda **options: TruncQuantConfig(companding="tanh", **options), lambda **options: CPQConfig(bits=3, **options)]
+    lambda **options: MSQConfig(bits=3, **options),
+    lambda **options: MSQConfig(bits=3, scale=2.8, **options),
+    lambda **options: TruncQuantConfig(companding="tanh", **options),
+    lambda **options: CPQConfig(bits=3, **options),
+]
 
 
 class Net(nn.Module):
     def __init__(self, widths=8):
         super().__init__()
-        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(widths, widths), nn.LayerNorm(widths))
-                                      for _ in range(6)))
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(widths, widths), nn.LayerNorm(widths)) for _ in range(6)))
 
     def forward(self, x):
         return self.layers(x)

@@ -15,40 +15,117 @@ CALLS = {
     "round_clamp": lambda w, s, n, k: (w, s, n, 0, True, False, torch.bfloat16),
     "round_clamp_out": lambda w, s, n, k: ([t.detach() for t in w], _detached(s), n, 1, False, _like(w)),
     "msq": lambda w, s, n, k: (w, s, n, k, 2, False, w[0].dtype),
-    "msq_out": lambda w, s, n, k: ([t.detach() for t in w], _detached(s), n, k, 0, _like(w), torch.empty(len(w)),
-                                   torch.empty(len(w), dtype=torch.int64), torch.empty(len(w))),
+    "msq_out": lambda w, s, n, k: (
+        [t.detach() for t in w],
+        _detached(s),
+        n,
+        k,
+        0,
+        _like(w),
+        torch.empty(len(w)),
+        torch.empty(len(w), dtype=torch.int64),
+        torch.empty(len(w)),
+    ),
     "lsb": lambda w, s, n, k: (w, s, n, k, 2),
     "lsb_stats": lambda w, s, n, k: (w, s, n, k, 0, False),
     "uniform_backward": lambda w, s, n, k: (
-        [torch.randn_like(t).requires_grad_() for t in w], torch.rand(len(w)).requires_grad_(), _detached(w),
-        _detached(s), n, k, 0, True, True),
+        [torch.randn_like(t).requires_grad_() for t in w],
+        torch.rand(len(w)).requires_grad_(),
+        _detached(w),
+        _detached(s),
+        n,
+        k,
+        0,
+        True,
+        True,
+    ),
     "add_lsb_grad_": lambda w, s, n, k: (_like(w), _detached(w), _detached(s), n, k, 0, torch.full((2,), 0.5)),
     "encode": lambda w, s, n, k: (w, s, n, 0, 2, True),
-    "decode": lambda w, s, n, k: ([torch.zeros(t.shape, dtype=torch.int32) for t in w], _detached(s), n, 1, True,
-                                  torch.float16),
+    "decode": lambda w, s, n, k: (
+        [torch.zeros(t.shape, dtype=torch.int32) for t in w],
+        _detached(s),
+        n,
+        1,
+        True,
+        torch.float16,
+    ),
     "truncate": lambda w, s, n, k: (w, s, [], torch.stack([n, k]), n, 1, False, False, False, w[0].dtype),
     "truncate_backward": lambda w, s, n, k: (
-        [torch.randn_like(t).requires_grad_() for t in w + w[:1]] + [torch.empty(0)], _detached(w), _detached(s),
-        _detached(s), torch.stack([n, k]), n, 1, True, False, True),
+        [torch.randn_like(t).requires_grad_() for t in w + w[:1]] + [torch.empty(0)],
+        _detached(w),
+        _detached(s),
+        _detached(s),
+        torch.stack([n, k]),
+        n,
+        1,
+        True,
+        False,
+        True,
+    ),
     "pack": lambda w, s, n, k: (_codes(w), n.tolist(), 0),
     "unpack": lambda w, s, n, k: (*_packed(w, n), n - k, 0),
     "decode_packed": lambda w, s, n, k: (*_packed(w, n), _detached(s), n - k, 0, 1, True, torch.float16),
     "own_scale": lambda w, s, n, k: (w, True, False),
-    "own_scale_backward": lambda w, s, n, k: (_detached(w), _detached(s), [torch.ones_like(v).requires_grad_() for v in s],
-                                              True),
+    "own_scale_backward": lambda w, s, n, k: (
+        _detached(w),
+        _detached(s),
+        [torch.ones_like(v).requires_grad_() for v in s],
+        True,
+    ),
     "categorical": lambda w, s, n, k: (w, s, s, n, _gates(n), torch.tensor(3), 2, 1, True, torch.bfloat16),
     "categorical_backward": lambda w, s, n, k: (
-        [torch.randn_like(t) for t in w], _detached(w), _detached(s), _detached(s), n, _detached(_gates(n)), None, 0, 0, True,
-        True, True),  # second derivatives raise
+        [torch.randn_like(t) for t in w],
+        _detached(w),
+        _detached(s),
+        _detached(s),
+        n,
+        _detached(_gates(n)),
+        None,
+        0,
+        0,
+        True,
+        True,
+        True,
+    ),  # second derivatives raise
     "activation": lambda w, s, n, k: (
-        w[0], s[0].reshape(1), torch.zeros(1, requires_grad=True), n[:1], 0, True, 0, 1, 1, torch.bfloat16),
+        w[0],
+        s[0].reshape(1),
+        torch.zeros(1, requires_grad=True),
+        n[:1],
+        0,
+        True,
+        0,
+        1,
+        1,
+        torch.bfloat16,
+    ),
     "activation_backward": lambda w, s, n, k: (
-        torch.randn(w[1].shape).requires_grad_(), None, None, torch.full((7,), 77, dtype=torch.uint8),
-        s[1].detach()[:1], None, n[:1], 0, True, 0, 1, 0, torch.float32),
+        torch.randn(w[1].shape).requires_grad_(),
+        None,
+        None,
+        torch.full((7,), 77, dtype=torch.uint8),
+        s[1].detach()[:1],
+        None,
+        n[:1],
+        0,
+        True,
+        0,
+        1,
+        0,
+        torch.float32,
+    ),
     "categorical_activation": lambda w, s, n, k: (w[0], s[0], _detached(s)[0] / 2, n[:1], 1, torch.bfloat16),
     "categorical_activation_backward": lambda w, s, n, k: (
-        torch.randn(w[1].shape), w[1].abs(), torch.zeros(14, dtype=torch.uint8), s[0].detach(), s[0].detach() / 2,
-        n[:1], 0, True, torch.float32),  # second derivatives raise
+        torch.randn(w[1].shape),
+        w[1].abs(),
+        torch.zeros(14, dtype=torch.uint8),
+        s[0].detach(),
+        s[0].detach() / 2,
+        n[:1],
+        0,
+        True,
+        torch.float32,
+    ),  # second derivatives raise
 }
 
 
@@ -143,8 +220,12 @@ def test_compile_with_dynamic_shapes():
 def test_compile_of_single_ops_with_python_bits():
     torch._dynamo.reset()
     w = torch.randn(30, 4)
-    for f in (lambda w: Q.round_clamp(w, 1.5, 4, signed=False, grid="full"), lambda w: Q.lsb(w, Q.absmax(w), 4, 2),
-              lambda w: Q.decode(Q.encode(w, 2.0, 3), 2.0, 3), lambda w: Q.absmean(w, per_row=True)):
+    for f in (
+        lambda w: Q.round_clamp(w, 1.5, 4, signed=False, grid="full"),
+        lambda w: Q.lsb(w, Q.absmax(w), 4, 2),
+        lambda w: Q.decode(Q.encode(w, 2.0, 3), 2.0, 3),
+        lambda w: Q.absmean(w, per_row=True),
+    ):
         assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(w), f(w))
 
 
@@ -182,8 +263,12 @@ class CategoricalNet(torch.nn.Module):
         self.gates = torch.nn.Parameter(torch.tensor([1.0, 0.9, 0.8]))
 
     def forward(self, x, seed):
-        q = sum(Q.categorical(self.layer.weight, self.alpha, self.sigma, 3, gates=self.gates, mode=mode, grad=grad, seed=seed)
-                for mode, grad in (("hard", "winner"), ("sample", "soft"), ("soft", "winner")))
+        q = sum(
+            Q.categorical(
+                self.layer.weight, self.alpha, self.sigma, 3, gates=self.gates, mode=mode, grad=grad, seed=seed
+            )
+            for mode, grad in (("hard", "winner"), ("sample", "soft"), ("soft", "winner"))
+        )
         h = Q.categorical(torch.relu(torch.nn.functional.linear(x, q)), 0.5, self.alpha, 2, signed=False)
         return h.square().mean()
 
@@ -253,17 +338,26 @@ def test_checkpoint(reentrant):
 
 def test_meta_tensors_have_shapes():
     w = torch.empty(4, 3, device="meta")
-    q = torch.ops.quantops.round_clamp([w], [torch.empty((), device="meta")],
-                                       torch.empty(1, dtype=torch.int32, device="meta"), 0, True, False,
-                                       torch.float16)[0]
+    q = torch.ops.quantops.round_clamp(
+        [w],
+        [torch.empty((), device="meta")],
+        torch.empty(1, dtype=torch.int32, device="meta"),
+        0,
+        True,
+        False,
+        torch.float16,
+    )[0]
     assert q.shape == w.shape and q.dtype == torch.float16 and q.device.type == "meta"
 
 
 def _calls_in_quantops(fn):
     """How often functions of the package are called while ``fn`` runs."""
     found, folder = [], os.path.dirname(Q.__file__)
-    sys.setprofile(lambda frame, event, _: event == "call" and frame.f_code.co_filename.startswith(folder)
-                   and found.append(frame.f_code.co_name))
+    sys.setprofile(
+        lambda frame, event, _: (
+            event == "call" and frame.f_code.co_filename.startswith(folder) and found.append(frame.f_code.co_name)
+        )
+    )
     try:
         fn()
     finally:
@@ -272,7 +366,9 @@ def _calls_in_quantops(fn):
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.skipif(Q.info()["devices"]["cpu"]["implementation"] != "cpp", reason="Python kernels walk over their lists")
+@pytest.mark.skipif(
+    Q.info()["devices"]["cpu"]["implementation"] != "cpp", reason="Python kernels walk over their lists"
+)
 def test_list_calls_run_no_python_per_tensor(scaled):
     """A list of many small weights is bound by the host: what is checked of each tensor, C++ checks."""
     calls = []

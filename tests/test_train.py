@@ -21,8 +21,10 @@ if quantops.info()["devices"]["cpu"]["implementation"] != "cpp":
 
 CLASSES, BATCH = 3, 8
 needs_cpq = [pytest.mark.skipif(not hasattr(quantops, "CPQConfig"), reason="this version has no CPQConfig")]
-METHODS = [pytest.param(name, marks=needs_cpq if recipe.method is methods.CPQ else []) for name, recipe in
-           recipes.RECIPES.items()]
+METHODS = [
+    pytest.param(name, marks=needs_cpq if recipe.method is methods.CPQ else [])
+    for name, recipe in recipes.RECIPES.items()
+]
 
 
 def pictures(count, seed=0, size=32):
@@ -60,12 +62,28 @@ def file(tmp_path_factory):
 
 def run(file, folder, *more):
     """The exit status of a training of 2 steps an epoch."""
-    return main(["train", "--data", str(file), "--folder", str(folder), "--save", str(folder / "weights"), "--batch",
-                 str(BATCH), "--subset", str(2 * BATCH), "--device", "cpu", *more])
+    return main(
+        [
+            "train",
+            "--data",
+            str(file),
+            "--folder",
+            str(folder),
+            "--save",
+            str(folder / "weights"),
+            "--batch",
+            str(BATCH),
+            "--subset",
+            str(2 * BATCH),
+            "--device",
+            "cpu",
+            *more,
+        ]
+    )
 
 
 def result(folder, name="*"):
-    found, = folder.glob(f"{name}-seed*.json")
+    (found,) = folder.glob(f"{name}-seed*.json")
     return json.loads(found.read_text())
 
 
@@ -76,7 +94,7 @@ def test_npz_holds_the_decoded_images(file, tmp_path):
     found, raw = data.load(file, cache=tmp_path / "cache"), arrays()
     assert found.classes == CLASSES and found.train.x.shape == (24, 3, 32, 32) and found.train.x.dtype == torch.uint8
     blob, ends = raw["test_jpeg"], raw["test_offsets"]
-    expected = np.asarray(Image.open(io.BytesIO(blob[ends[4]:ends[5]].tobytes())))
+    expected = np.asarray(Image.open(io.BytesIO(blob[ends[4] : ends[5]].tobytes())))
     assert torch.equal(found.test.x[4], torch.tensor(expected).permute(2, 0, 1))
     assert found.test.y.tolist() == raw["test_labels"].tolist()
     assert len(list((tmp_path / "cache").iterdir())) == 1
@@ -113,8 +131,12 @@ def test_augmentation_crops_and_flips():
     made = data.augment(x, torch.Generator().manual_seed(0), pad=2)
     flipped = set()
     for image, got in zip(F.pad(x, (2,) * 4), made):
-        crops = [(flip, image[:, i:i + 6, j:j + 6].flip(2) if flip else image[:, i:i + 6, j:j + 6])
-                 for i in range(5) for j in range(5) for flip in (False, True)]
+        crops = [
+            (flip, image[:, i : i + 6, j : j + 6].flip(2) if flip else image[:, i : i + 6, j : j + 6])
+            for i in range(5)
+            for j in range(5)
+            for flip in (False, True)
+        ]
         found = [flip for flip, crop in crops if torch.equal(crop, got)]
         assert found
         flipped.add(found[0])
@@ -131,16 +153,25 @@ def test_batches_are_every_image_once(file):
     assert torch.allclose(x[3, 1, 4, 7] * data.STD[1] + data.MEAN[1], images.x[3, 1, 4, 7] / 255)
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"train_labels": None}, "no array train_labels"),
-    ({"train_jpeg": np.zeros(9, np.float32)}, "train_jpeg: expected a row of uint8"),
-    ({"test_offsets": np.arange(10)}, "test_offsets: expected increasing integers from 0 to the"),
-    ({"test_offsets": np.zeros(0, np.int64)}, "test_offsets"),
-    ({"test_labels": np.zeros(4, np.int64)}, "test_labels: expected 9 integers"),
-    ({"test_labels": np.zeros(9)}, "test_labels: expected 9 integers"),
-    ({"test_jpeg": np.arange(100, dtype=np.uint8), "test_offsets": np.array([0, 100]),
-      "test_labels": np.zeros(1, np.int64)}, "image 0 is none that Pillow can read"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"train_labels": None}, "no array train_labels"),
+        ({"train_jpeg": np.zeros(9, np.float32)}, "train_jpeg: expected a row of uint8"),
+        ({"test_offsets": np.arange(10)}, "test_offsets: expected increasing integers from 0 to the"),
+        ({"test_offsets": np.zeros(0, np.int64)}, "test_offsets"),
+        ({"test_labels": np.zeros(4, np.int64)}, "test_labels: expected 9 integers"),
+        ({"test_labels": np.zeros(9)}, "test_labels: expected 9 integers"),
+        (
+            {
+                "test_jpeg": np.arange(100, dtype=np.uint8),
+                "test_offsets": np.array([0, 100]),
+                "test_labels": np.zeros(1, np.int64),
+            },
+            "image 0 is none that Pillow can read",
+        ),
+    ],
+)
 def test_bad_files(tmp_path, change, words):
     found = {**arrays(), **change}
     np.savez(tmp_path / "bad.npz", **{k: v for k, v in found.items() if v is not None})
@@ -185,9 +216,16 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("method, more", [
-    *RESUMED.items(), ("dropbits", ["--set", "search=0.75"]), ("csq", ["--set", "search=0.75"]),
-    ("bsq", ["--set", "adjustments=2", "--set", "search=0.5"]), ("float", ["--amp"])])
+@pytest.mark.parametrize(
+    "method, more",
+    [
+        *RESUMED.items(),
+        ("dropbits", ["--set", "search=0.75"]),
+        ("csq", ["--set", "search=0.75"]),
+        ("bsq", ["--set", "adjustments=2", "--set", "search=0.5"]),
+        ("float", ["--amp"]),
+    ],
+)
 def test_resumed_equals_uninterrupted(file, tmp_path, monkeypatch, method, more):
     """Interrupted after the first of two epochs: the same weights and decisions, bit for bit."""
     options = ["--method", method, "--epochs", "2", "--seed", "3", *more]
@@ -267,7 +305,7 @@ def test_a_damaged_checkpoint_is_named(file, tmp_path, monkeypatch):
     monkeypatch.setattr(train.Run, "write", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
     options = ["--method", "float", "--epochs", "1"]
     assert run(file, tmp_path, *options) == 130
-    path, = tmp_path.glob("*.pt")
+    (path,) = tmp_path.glob("*.pt")
     whole = path.read_bytes()
     for damaged in (b"", whole[:100], whole[:-50], whole[:200] + b"\xff" * 900 + whole[1100:]):
         path.write_bytes(damaged)
@@ -281,18 +319,24 @@ def test_a_damaged_checkpoint_is_named(file, tmp_path, monkeypatch):
         run(file, tmp_path, *options, "--init", str(path))
 
 
-@pytest.mark.parametrize("more, words", [
-    (["--method", "nothing"], "method: expected some of float, msq"),
-    (["--method", "float", "--epochs", "0"], "epochs: expected at least 1"),
-    (["--method", "float", "--seed", "one"], "seed: expected integers"),
-    (["--method", "float", "--subset", "25"], r"subset: expected 1..24 images, got 25"),
-    (["--method", "float", "--subset", "3"], "subset: expected at least one batch of 8"),
-    (["--method", "float,msq", "--label", "x"], "label: expected one method"),
-    (["--method", "msq", "--set", "strengh=1"], "set: expected SETTING=VALUE with a setting of msq, bits, k, target"),
-    (["--method", "float", "--set", "bits=1"], "which has none"),
-    (["--method", "float", "--init", "absent.pt"], "init: absent.pt is no state dict"),
-    (["--method", "float", "--data", "absent.npz"], "no file or folder absent.npz"),
-])
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--method", "nothing"], "method: expected some of float, msq"),
+        (["--method", "float", "--epochs", "0"], "epochs: expected at least 1"),
+        (["--method", "float", "--seed", "one"], "seed: expected integers"),
+        (["--method", "float", "--subset", "25"], r"subset: expected 1..24 images, got 25"),
+        (["--method", "float", "--subset", "3"], "subset: expected at least one batch of 8"),
+        (["--method", "float,msq", "--label", "x"], "label: expected one method"),
+        (
+            ["--method", "msq", "--set", "strengh=1"],
+            "set: expected SETTING=VALUE with a setting of msq, bits, k, target",
+        ),
+        (["--method", "float", "--set", "bits=1"], "which has none"),
+        (["--method", "float", "--init", "absent.pt"], "init: absent.pt is no state dict"),
+        (["--method", "float", "--data", "absent.npz"], "no file or folder absent.npz"),
+    ],
+)
 def test_bad_options(file, tmp_path, more, words):
     with pytest.raises(SystemExit, match=words):
         run(file, tmp_path, *(["--epochs", "1"] if "--epochs" not in more else []), *more)
@@ -394,7 +438,8 @@ def test_group_lasso():
     a.requires_grad_()
     got = bitlevel.group_lasso([(3, a), (2, b)])
     expected = 5 / 20 * 3 * sum(a[i].square().sum().sqrt() for i in (0, 2)) + 15 / 20 * 2 * sum(
-        b[i].square().sum().sqrt() for i in range(2))
+        b[i].square().sum().sqrt() for i in range(2)
+    )
     torch.testing.assert_close(got, expected)
     got.backward()
     assert torch.equal(a.grad[1], torch.zeros(2, 5)) and (a.grad[0] > 0).all()
@@ -542,12 +587,18 @@ def test_costs_and_tables(file, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.strip() in text
     found, least = (result(tmp_path / "train", name)["accuracy"]["final"] for name in ("msq", "float"))
     alone = {m: f"{result(tmp_path / 'train', f'separate-{m}')['accuracy']['final']:.2f}" for m in (8, 2)}
-    for cell in ("| BSQ | float32 | C++ |", "| 15.9x |", f"| {found:.2f} | {least - found:.2f} | 4.00 | 8.00 |",
-                 f"| {least:.2f} |  |  |  |", "| msq-long | 2 x 16 | 1 |", "| qat, norms re-estimated | 1 x 16 | 1 |",
-                 f"| separate networks | 1 x 16 | 1 | {alone[8]} |  | {alone[2]} |  |",
-                 "- msq (MSQ, arXiv 2507.22349): a scale of 2.8"):
+    for cell in (
+        "| BSQ | float32 | C++ |",
+        "| 15.9x |",
+        f"| {found:.2f} | {least - found:.2f} | 4.00 | 8.00 |",
+        f"| {least:.2f} |  |  |  |",
+        "| msq-long | 2 x 16 | 1 |",
+        "| qat, norms re-estimated | 1 x 16 | 1 |",
+        f"| separate networks | 1 x 16 | 1 | {alone[8]} |  | {alone[2]} |  |",
+        "- msq (MSQ, arXiv 2507.22349): a scale of 2.8",
+    ):
         assert cell in text, cell
-    row, = (line for line in text.splitlines() if line.startswith("| msq-long |"))
+    (row,) = (line for line in text.splitlines() if line.startswith("| msq-long |"))
     assert row.split(" | ")[5] == ""  # no float network was trained for as long
     assert text.index("| msq-long |") < text.index("| float | 1 x 16 |") < text.index("| msq | 1 x 16 |")
     with pytest.raises(SystemExit, match="no results"):

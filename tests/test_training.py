@@ -16,10 +16,14 @@ from quantops.nn import quantized
 pytestmark = pytest.mark.usefixtures("one_thread")
 needs_safetensors = pytest.mark.skipif(importlib.util.find_spec("safetensors") is None, reason="safetensors missing")
 CONFIGS = {
-    "msq": (MSQConfig, {}), "msq, mean": (MSQConfig, {"scale": 2.8}), "msq, decoupled": (MSQConfig, {
-        "penalty": "decoupled", "scale": 2.8}), "truncquant": (TruncQuantConfig, {"scale": 2.5}),
-    "cpq": (CPQConfig, {"bits": 3}), "dropbits": (CPQConfig, {"bits": 3, "dropbits": "learned"}),
-    "sample": (CPQConfig, {"bits": 3, "mode": "sample"})}
+    "msq": (MSQConfig, {}),
+    "msq, mean": (MSQConfig, {"scale": 2.8}),
+    "msq, decoupled": (MSQConfig, {"penalty": "decoupled", "scale": 2.8}),
+    "truncquant": (TruncQuantConfig, {"scale": 2.5}),
+    "cpq": (CPQConfig, {"bits": 3}),
+    "dropbits": (CPQConfig, {"bits": 3, "dropbits": "learned"}),
+    "sample": (CPQConfig, {"bits": 3, "mode": "sample"}),
+}
 EACH = pytest.mark.parametrize("config", CONFIGS)
 
 

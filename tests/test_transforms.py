@@ -21,10 +21,16 @@ def _dual(fn, w, v):
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
-@pytest.mark.parametrize("derivative", [
-    lambda f: torch.func.jvp(f, (W,), (V,)), lambda f: torch.func.jacfwd(f)(W), lambda f: torch.func.linearize(f, W),
-    lambda f: _dual(f, W, V), lambda f: _dual(f, W.clone().requires_grad_(), V),
-])
+@pytest.mark.parametrize(
+    "derivative",
+    [
+        lambda f: torch.func.jvp(f, (W,), (V,)),
+        lambda f: torch.func.jacfwd(f)(W),
+        lambda f: torch.func.linearize(f, W),
+        lambda f: _dual(f, W, V),
+        lambda f: _dual(f, W.clone().requires_grad_(), V),
+    ],
+)
 def test_forward_mode_is_refused(name, derivative):
     """It once gave zeros."""
     with pytest.raises(NotImplementedError, match=f"{name}: forward-mode derivatives"):
@@ -48,7 +54,7 @@ def _model(**settings):
 @pytest.mark.parametrize("fuse", ["model", "layer"])
 def test_derivatives_of_a_model_with_respect_to_its_input(cache, fuse):
     model, x = _model(cache=cache, fuse=fuse), W.clone().requires_grad_()
-    expected, = torch.autograd.grad(model(x).sum(), x)
+    (expected,) = torch.autograd.grad(model(x).sum(), x)
     assert torch.allclose(torch.func.grad(lambda v: model(v).sum())(W), expected)
     assert torch.allclose(torch.func.jvp(lambda v: model(v).sum(), (W,), (V,))[1], (expected * V).sum(), atol=1e-6)
     assert torch.allclose(torch.func.vmap(model)(W), model(W))
@@ -57,10 +63,15 @@ def test_derivatives_of_a_model_with_respect_to_its_input(cache, fuse):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("trace", [
-    lambda: torch.jit.trace(_model(), (W,)), lambda: torch.jit.trace(_model(fuse="layer"), (W,)),
-    lambda: torch.jit.trace(QUANTIZERS["msq"], (W,)), lambda: torch.fx.symbolic_trace(QUANTIZERS["categorical"]),
-])
+@pytest.mark.parametrize(
+    "trace",
+    [
+        lambda: torch.jit.trace(_model(), (W,)),
+        lambda: torch.jit.trace(_model(fuse="layer"), (W,)),
+        lambda: torch.jit.trace(QUANTIZERS["msq"], (W,)),
+        lambda: torch.fx.symbolic_trace(QUANTIZERS["categorical"]),
+    ],
+)
 def test_tracers_that_cannot_record_the_ops_are_told_so(trace):
     with pytest.raises(NotImplementedError, match="use torch.export or torch.compile"):
         trace()

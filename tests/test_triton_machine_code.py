@@ -11,8 +11,9 @@ import torch
 triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 if triton.knobs.runtime.interpret:
-    pytest.skip("TRITON_INTERPRET is set, which replaces the compiler: unset it to run these tests",
-                allow_module_level=True)
+    pytest.skip(
+        "TRITON_INTERPRET is set, which replaces the compiler: unset it to run these tests", allow_module_level=True
+    )
 
 from bench import sass  # noqa: E402
 from quantops.kernels import (  # noqa: E402
@@ -28,12 +29,23 @@ from quantops.kernels import (  # noqa: E402
 from quantops.kernels.launch import launch  # noqa: E402
 
 if sass.tool("cuobjdump") is None:
-    pytest.skip("cuobjdump was not found: install the CUDA toolkit's, or the CUDA build of Triton, which has one",
-                allow_module_level=True)
+    pytest.skip(
+        "cuobjdump was not found: install the CUDA toolkit's, or the CUDA build of Triton, which has one",
+        allow_module_level=True,
+    )
 
 THREADS = 128
-SMALL = ("prepare", "finish_stats", "finish_rows", "finish_scales", "finish_gates", "fill_table",
-         "finish_sums", "finish", "channel_sums")  # read and write little
+SMALL = (
+    "prepare",
+    "finish_stats",
+    "finish_rows",
+    "finish_scales",
+    "finish_gates",
+    "fill_table",
+    "finish_sums",
+    "finish",
+    "channel_sums",
+)  # read and write little
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
@@ -148,7 +160,9 @@ def _categorical_backward(dtype, grad_dtype, mode, gates):
 
 def _activation(dtype, out, keep, learn, channels=1):
     x, n = torch.ones(3, channels, 3001, dtype=dtype), torch.tensor([4], dtype=torch.int32)
-    activation.activation(x, torch.ones(channels, dtype=uniform.acc_dtype(dtype)), None, n, 0, True, 0, keep, learn, out)
+    activation.activation(
+        x, torch.ones(channels, dtype=uniform.acc_dtype(dtype)), None, n, 0, True, 0, keep, learn, out
+    )
 
 
 def _activation_backward(dtype, q_dtype, keep, learn, channels=1):
@@ -165,8 +179,9 @@ def _categorical_activation(dtype, out):
 def _categorical_activation_backward(dtype, q_dtype, grad_of):
     grad, q = torch.ones(2, 9001, dtype=q_dtype)
     quarters = torch.zeros(2251, dtype=torch.uint8)
-    categorical_activation.categorical_activation_backward(grad, q, quarters, *_activation_widths(dtype), grad_of, True,
-                                                           dtype)
+    categorical_activation.categorical_activation_backward(
+        grad, q, quarters, *_activation_widths(dtype), grad_of, True, dtype
+    )
 
 
 def _activation_widths(dtype):
@@ -211,7 +226,10 @@ CALLS = {
     "truncate_backward-fp32": ((_truncate_backward, FP32, FP32, False, False, False), {128: (8, 4)}),
     "truncate_backward-bf16": ((_truncate_backward, BF16, BF16, False, False, False), {128: (8, 4)}),
     "truncate_backward-fp32-covered": ((_truncate_backward, FP32, FP32, False, True, False), {128: (4, 4)}),
-    "truncate_backward-bf16-fp32-tanh": ((_truncate_backward, BF16, FP32, True, False, False), {128: (4, 0), 64: (4, 4)}),
+    "truncate_backward-bf16-fp32-tanh": (
+        (_truncate_backward, BF16, FP32, True, False, False),
+        {128: (4, 0), 64: (4, 4)},
+    ),
     "truncate_scale_grad-fp32": ((_truncate_backward, FP32, FP32, False, False, True), {128: (4, 2)}),
     "truncate_scale_grad-fp32-tanh": ((_truncate_backward, FP32, FP32, True, False, True), {128: (4, 2)}),
     "truncate_scale_grad-fp64": ((_truncate_backward, FP64, FP64, False, False, True), {128: (4, 2)}),
@@ -276,8 +294,8 @@ def _recorded(call):
     return sass.triton_launches(lambda: call[0](*call[1:]))
 
 
-# Bytes of stack that ptxas gives kernels since they search for their tensor in a loop (kernels/memory.py): to be mended.
-# Without the loop others take 8 bytes.
+# Bytes of stack that ptxas gives kernels since they search for their tensor in a loop (kernels/memory.py): to be
+# mended. Without the loop others take 8 bytes.
 KNOWN_STACK = {("scale_grad-fp64", 80): 40, ("scale_grad-fp64", 90): 32, ("unpack-planes", 80): 8}
 
 
@@ -294,11 +312,13 @@ def test_machine_code(name, arch):
         assert kernel.stack <= stack and kernel.spills == 0, f"{name} uses the stack: {kernel.stack, kernel.spills}"
         spills = {op: c for op, c in code.items() if op.startswith(("LDL", "STL"))}
         assert stack or not spills, f"{name} spills registers: {spills}"
-        # In float64 the kernels of these families call exp and log of CUDA's libdevice, which have fma, rcp and abs.ftz;
-        # powers of two in gradients, ex2.approx, are of exponents from -125 on.
+        # In float64 the kernels of these families call exp and log of CUDA's libdevice, which have fma, rcp and
+        # abs.ftz; powers of two in gradients, ex2.approx, are of exponents from -125 on.
         libdevice = [m.__name__ for m in (categorical, categorical_activation, categorical_record)]
         kinds = "32" if recorded.kernel.__module__ in libdevice else "(32|64)"
-        assert not re.search(rf"(?<!\babs)(?<!\bex2\.approx)\.ftz\.f{kinds}", kernel.ptx), "denormals would be flushed to zero"
+        assert not re.search(rf"(?<!\babs)(?<!\bex2\.approx)\.ftz\.f{kinds}", kernel.ptx), (
+            "denormals would be flushed to zero"
+        )
         assert not re.search(r"div\.(full|approx)", kernel.ptx), "division must round as IEEE says"
         loose = kernel.loosely_rounded()
         assert not loose, f"the assembler may join products and sums: {loose}"
@@ -314,7 +334,7 @@ def _count(code, op, width):
 
 def test_contraction_is_off():
     """The assembler may contract too: it does when it is allowed to, and the launches do not allow it."""
-    launch, = _recorded((_round_clamp, FP32, FP32))
+    (launch,) = _recorded((_round_clamp, FP32, FP32))
     plain, fused = (sass.triton_kernel(sass.triton_binary(launch, 80, fusion)) for fusion in (False, True))
     # What is left are the steps inside IEEE divisions, and what is written as fused.
     assert fused.opcodes()["FFMA"] >= plain.opcodes()["FFMA"] + 32
@@ -333,5 +353,5 @@ def test_launches_forbid_contraction():
 
 
 def test_division_rounds_as_ieee_says():
-    launch, = _recorded((_round_clamp, FP32, FP32))
+    (launch,) = _recorded((_round_clamp, FP32, FP32))
     assert "div.rn.f32" in sass.triton_binary(launch, 80).asm["ptx"]

@@ -60,8 +60,9 @@ def test_forward_equals_reference(dtype, per_row, rule, companding):
         bits, base = widths_of(w, count, seed=count)
         q = Q.foreach.truncate(w, s, bits, base_bits=base, rule=rule, out_scale=out, companding=companding)
         for j, i in itertools.product(range(count), range(len(w))):
-            want = ref.truncate(w[i], s[i], bits[j, i], base_bits=base[i], rule=rule, out_scale=row(out, i),
-                                companding=companding)
+            want = ref.truncate(
+                w[i], s[i], bits[j, i], base_bits=base[i], rule=rule, out_scale=row(out, i), companding=companding
+            )
             assert same(q[j][i], want), (i, bits[j, i], base[i])
             assert expected_layout(w[i], q[j][i])
 
@@ -122,8 +123,14 @@ def test_out_dtype(dtype, out_dtype):
 def test_out_scale_of_another_kind_than_the_scale():
     w = torch.randn(6, 50)
     one, rows = Q.absmean(w), Q.absmean(w, per_row=True)
-    for s, out in ((Q.absmax(w), rows), (Q.absmax(w, per_row=True), one), (Q.absmax(w, per_row=True), 0.5),
-                   (None, one), (2.0, rows.unsqueeze(1)), (rows.unsqueeze(1), one)):
+    for s, out in (
+        (Q.absmax(w), rows),
+        (Q.absmax(w, per_row=True), one),
+        (Q.absmax(w, per_row=True), 0.5),
+        (None, one),
+        (2.0, rows.unsqueeze(1)),
+        (rows.unsqueeze(1), one),
+    ):
         q = Q.truncate(w, s, 2, out_scale=out)
         s = Q.absmax(w) if s is None else torch.as_tensor(s)
         assert same(q, ref.truncate(w, s, 2, out_scale=torch.as_tensor(out)))
@@ -144,8 +151,9 @@ def test_companding_is_tanh(dtype, rule):
     for base, factor in ((8, 1.0), (5, 3.0))[: 1 + EXHAUSTIVE]:
         s = [v * factor for v in Q.foreach.absmax(w)]
         for t, v, q in zip(w, s, Q.foreach.truncate(w, s, base, base_bits=base, rule=rule, companding="tanh")):
-            different = q != ref.truncate(torch.tanh(t.to(v.dtype)), torch.tanh(v), base, base_bits=base, rule=rule,
-                                          out_scale=v, out_dtype=dtype)
+            different = q != ref.truncate(
+                torch.tanh(t.to(v.dtype)), torch.tanh(v), base, base_bits=base, rule=rule, out_scale=v, out_dtype=dtype
+            )
             assert not (different & ~near_an_edge(t, v, base, rule)).any()
 
 
@@ -159,7 +167,7 @@ def test_tanh_is_accurate():
     """Through the slope, 1 - tanh(w)^2; through fine codes of a weight that fills the scale; and as it is."""
     for dtype, most in ((torch.float32, 4e-7), (torch.float64, 1e-15)):
         w = torch.cat([torch.linspace(-12, 12, 4000), torch.logspace(-30, 0, 100)]).to(dtype).requires_grad_()
-        grad, = torch.autograd.grad(Q.truncate(w, 100.0, 8, companding="tanh").sum(), w)
+        (grad,) = torch.autograd.grad(Q.truncate(w, 100.0, 8, companding="tanh").sum(), w)
         assert (grad - (1 - torch.tanh(w.detach().double()) ** 2)).abs().max() <= most
         x = torch.cat([torch.logspace(-300, 2, 30000, dtype=torch.float64), torch.zeros(1)]).to(dtype)
         for v in (x, -x):
@@ -211,24 +219,33 @@ def test_backward_equals_reference(dtype, per_row, rule, companding):
         unused = {1, len(w) + 2, 2 * len(w) + 6} | {i * len(w) + at for i in range(count) for at in (5, 12)}
         g = gradients(w, count, g_dtype, unused)
         for scale_grad in (False, True):
-            got = ops.truncate_backward(g, w, s, out or [], bits, base, RULES.index(rule), companding is not None,
-                                        False, scale_grad)
+            got = ops.truncate_backward(
+                g, w, s, out or [], bits, base, RULES.index(rule), companding is not None, False, scale_grad
+            )
             assert len(got[1]) == (len(w) if scale_grad else 0)
             assert len(got[2]) == (len(w) if scale_grad and out else 0)
             for i, t in enumerate(w):
                 want = ref.truncate_backward(
-                    used_gradients(g[i::len(w)], t), t, s[i], bits[:, i], base_bits=base[i], rule=rule,
-                    companding=companding, out_scale=row(out, i))
+                    used_gradients(g[i :: len(w)], t),
+                    t,
+                    s[i],
+                    bits[:, i],
+                    base_bits=base[i],
+                    rule=rule,
+                    companding=companding,
+                    out_scale=row(out, i),
+                )
                 assert same(got[0][i], want[0]), i
                 assert expected_layout(t, got[0][i])
                 for have, expected in zip(got[1:], want[1:]):
                     if have:
-                        torch.testing.assert_close(have[i], expected, equal_nan=True, rtol=1e-10 if wide else 1e-4,
-                                                   atol=1e-9 if wide else 1e-4)
+                        torch.testing.assert_close(
+                            have[i], expected, equal_nan=True, rtol=1e-10 if wide else 1e-4, atol=1e-9 if wide else 1e-4
+                        )
 
 
 def test_covered_backward_is_the_sum(dtype):
-    w = [t for t in weights(dtype, special=False)]
+    w = list(weights(dtype, special=False))
     bits, base = widths_of(w, 3)
     g = gradients(w, 3, dtype, unused={0, len(w) + 1, 2, 2 + len(w), 2 + 2 * len(w)})
     s = Q.foreach.absmax(w)
@@ -236,7 +253,7 @@ def test_covered_backward_is_the_sum(dtype):
     assert scale_grads == out_grads == []
     for i, t in enumerate(w):
         want = torch.zeros(t.shape, dtype=s[0].dtype)
-        for v in used_gradients(g[i::len(w)], t):
+        for v in used_gradients(g[i :: len(w)], t):
             want = want if v is None else want + v.to(want.dtype)
         assert same(got[i], want.to(dtype)) and expected_layout(t, got[i])
 
@@ -272,8 +289,10 @@ def test_gradients_equal_a_hand_written_chain(companding, own_out):
     leaves = [w, s] + [out] * own_out
     v = [torch.randn(12, 9, dtype=torch.float64, generator=generator) for _ in range(3)]
     found = []
-    for run in (lambda: Q.truncate(w, s, (8, 4, 1), companding=companding, out_scale=out),
-                lambda: _Chain.run(w, s, (8, 4, 1), 8, companding, out)):
+    for run in (
+        lambda: Q.truncate(w, s, (8, 4, 1), companding=companding, out_scale=out),
+        lambda: _Chain.run(w, s, (8, 4, 1), 8, companding, out),
+    ):
         q = run()
         loss = (q[0] * v[0]).sum() + (q[1] ** 3 * v[1]).sum() + (q[2] * q[0] * v[2]).sum()
         first = torch.autograd.grad(loss, leaves, create_graph=True)
@@ -296,8 +315,9 @@ def test_double_backward(companding, own_out):
 
     def backward(*g):
         q = Q.truncate(w, s, (6, 3, 1), companding=companding, out_scale=out)
-        return torch.autograd.grad((q[0] * g[0]).sum() + (q[2] * g[1]).sum(), [w, s] + [out] * own_out,
-                                   create_graph=True)
+        return torch.autograd.grad(
+            (q[0] * g[0]).sum() + (q[2] * g[1]).sum(), [w, s] + [out] * own_out, create_graph=True
+        )
 
     assert torch.autograd.gradcheck(backward, g)
 
@@ -308,7 +328,7 @@ def test_hessian_vector_product_with_max_w_as_scale():
     a = torch.randn(12, 12)
     a = a @ a.t()
     q, low = Q.truncate(w, None, (8, 2))
-    grad, = torch.autograd.grad(0.5 * q @ a @ q + low.square().sum(), w, create_graph=True)
+    (grad,) = torch.autograd.grad(0.5 * q @ a @ q + low.square().sum(), w, create_graph=True)
     v = torch.randn(12)
     torch.testing.assert_close(torch.autograd.grad(grad, w, v)[0], a @ v + 2 * v)
 
@@ -443,14 +463,15 @@ def test_more_tensors_than_one_table_holds():
 
 W = torch.randn(4, 6)
 N = torch.tensor([[4]], dtype=torch.int32)
+ONE = torch.ones(())
 
 
-def _op(w=W, scale=torch.ones(()), out=(), bits=N, base=N[0], rule=1, dtype=torch.float32):
+def _op(w=W, scale=ONE, out=(), bits=N, base=N[0], rule=1, dtype=torch.float32):
     return ops.truncate([w], [scale], list(out), bits, base, rule, False, False, False, dtype)
 
 
 def _back(grads, bits=N, out=()):
-    return ops.truncate_backward(grads, [W], [torch.ones(())], list(out), bits, N[0], 1, False, False, True)
+    return ops.truncate_backward(grads, [W], [ONE], list(out), bits, N[0], 1, False, False, True)
 
 
 BAD = {
@@ -465,13 +486,22 @@ BAD = {
     "float": (lambda: Q.truncate(W, None, (4, 2.0)), TypeError, r"bits: expected an integer .*float"),
     "bool": (lambda: Q.truncate(W, None, True), TypeError, r"bits: .*bool"),
     "float tensor": (lambda: Q.truncate(W, None, torch.tensor([4.0])), TypeError, r"bits: .*integer"),
-    "3 dims": (lambda: Q.truncate(W, None, torch.ones(1, 1, 1, dtype=torch.int32)), ValueError,
-               r"bits: expected shape \(widths, weights\) .*\(1, 1, 1\)"),
-    "shape of widths": (lambda: Q.foreach.truncate([W, W], None, torch.ones(2, 3, dtype=torch.int32)), ValueError,
-                        r"bits: expected shape \(widths, weights\) = \(1\.\.16, 2\), got \(2, 3\)"),
+    "3 dims": (
+        lambda: Q.truncate(W, None, torch.ones(1, 1, 1, dtype=torch.int32)),
+        ValueError,
+        r"bits: expected shape \(widths, weights\) .*\(1, 1, 1\)",
+    ),
+    "shape of widths": (
+        lambda: Q.foreach.truncate([W, W], None, torch.ones(2, 3, dtype=torch.int32)),
+        ValueError,
+        r"bits: expected shape \(widths, weights\) = \(1\.\.16, 2\), got \(2, 3\)",
+    ),
     "17 widths": (lambda: Q.truncate(W, None, torch.arange(17)), ValueError, r"bits: .*1\.\.16.*17"),
-    "a width for another device": (lambda: Q.truncate(W, None, [4, torch.ones((), dtype=torch.int32, device="meta")]),
-                                   ValueError, r"bits: expected device cpu"),
+    "a width for another device": (
+        lambda: Q.truncate(W, None, [4, torch.ones((), dtype=torch.int32, device="meta")]),
+        ValueError,
+        r"bits: expected device cpu",
+    ),
     "base above 16": (lambda: Q.truncate(W, None, 4, base_bits=17), ValueError, r"base_bits: expected 1\.\.16, got 17"),
     "base 0": (lambda: Q.truncate(W, None, 4, base_bits=0), ValueError, r"base_bits: expected 1\.\.16, got 0"),
     "base, tensor": (lambda: Q.truncate(W, None, 4, base_bits=torch.tensor(17)), ValueError, r"base_bits.*1\.\.16.*17"),
@@ -480,15 +510,27 @@ BAD = {
     "companding": (lambda: Q.truncate(W, None, 4, companding="mu"), ValueError, r"companding: expected one of .*'mu'"),
     "scale negative": (lambda: Q.truncate(W, -1.0, 4), ValueError, r"scale: expected a finite value >= 0 .*got -1"),
     "scale NaN": (lambda: Q.truncate(W, torch.tensor(torch.nan), 4), ValueError, r"scale.*>= 0, got.*nan"),
-    "scale infinite with tanh": (lambda: Q.truncate(W, torch.tensor(torch.inf), 4, companding="tanh"), ValueError,
-                                 r"scale.*>= 0, got.*inf"),
+    "scale infinite with tanh": (
+        lambda: Q.truncate(W, torch.tensor(torch.inf), 4, companding="tanh"),
+        ValueError,
+        r"scale.*>= 0, got.*inf",
+    ),
     "out_scale negative": (lambda: Q.truncate(W, 1.0, 4, out_scale=-1.0), ValueError, r"out_scale: .*>= 0 .*got -1"),
-    "out_scale, tensor": (lambda: Q.truncate(W, 1.0, 4, out_scale=torch.tensor(-1.0)), ValueError,
-                          r"out_scale.*>= 0.*-1"),
-    "out_scale shape": (lambda: Q.truncate(W, 1.0, 4, out_scale=torch.ones(3)), ValueError,
-                        r"out_scale: expected one element or one per row \(4\).*\(3,\)"),
-    "out_scale no list": (lambda: Q.foreach.truncate([W], None, 4, out_scale=1.0), ValueError,
-                          r"out_scale: expected a list"),
+    "out_scale, tensor": (
+        lambda: Q.truncate(W, 1.0, 4, out_scale=torch.tensor(-1.0)),
+        ValueError,
+        r"out_scale.*>= 0.*-1",
+    ),
+    "out_scale shape": (
+        lambda: Q.truncate(W, 1.0, 4, out_scale=torch.ones(3)),
+        ValueError,
+        r"out_scale: expected one element or one per row \(4\).*\(3,\)",
+    ),
+    "out_scale no list": (
+        lambda: Q.foreach.truncate([W], None, 4, out_scale=1.0),
+        ValueError,
+        r"out_scale: expected a list",
+    ),
     "out_dtype": (lambda: Q.truncate(W, 1.0, 4, out_dtype=torch.int8), TypeError, r"out_dtype: .*int8"),
     "weight": (lambda: Q.truncate(W.int(), 1.0, 4), TypeError, r"w: .*int32"),
     "op: scale's dtype": (lambda: _op(scale=torch.ones((), dtype=torch.float64)), ValueError, r"scale: .*float64"),
@@ -513,9 +555,17 @@ def test_error(name):
 def test_reference_marks_values_out_of_range():
     """What a GPU gives where it cannot raise: NaN for that output, and in the gradient that it has a part in."""
     good = torch.ones(())
-    for n, base, s, out in ((0, 8, good, None), (9, 8, good, None), (-1, 8, good, None), (4, 17, good, None),
-                            (4, 0, good, None), (4, 8, -good, None), (4, 8, good * torch.nan, good),
-                            (4, 8, good, -good), (4, 8, good, good * torch.inf)):
+    for n, base, s, out in (
+        (0, 8, good, None),
+        (9, 8, good, None),
+        (-1, 8, good, None),
+        (4, 17, good, None),
+        (4, 0, good, None),
+        (4, 8, -good, None),
+        (4, 8, good * torch.nan, good),
+        (4, 8, good, -good),
+        (4, 8, good, good * torch.inf),
+    ):
         for companding in COMPANDINGS:
             options = {"base_bits": base, "companding": companding, "out_scale": out}
             assert ref.truncate(W, s, n, **options).isnan().all()
@@ -528,8 +578,10 @@ def test_two_bits_of_the_nearest_rule_hold_normal_weights_better_than_dyadic_one
     w = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
 
     def least(quantize):
-        return min(float((quantize(f * w.abs().mean()) - w).square().sum() / w.square().sum())
-                   for f in torch.arange(1.2, 3.2, 0.1))
+        return min(
+            float((quantize(f * w.abs().mean()) - w).square().sum() / w.square().sum())
+            for f in torch.arange(1.2, 3.2, 0.1)
+        )
 
     nearest = least(lambda s: Q.truncate(w, s, 2, base_bits=2, rule="nearest"))
     assert 0.115 < nearest < 0.122 < 0.145 < least(lambda s: Q.round_clamp(w, s, 2)) < 0.155
@@ -541,6 +593,16 @@ def test_an_empty_weight_without_a_gradient(companding):
     w, s = [torch.ones(0, 4), torch.ones(2, 4)], [torch.ones(())] * 2
     grads = [torch.empty(0), torch.ones(2, 4)]
     for kernel in (ops.truncate_backward, Q.default.truncate.truncate_backward):
-        grad_w, _, _ = kernel(grads, w, s, [], torch.tensor([[4, 4]], dtype=torch.int32),
-                              torch.tensor([8, 8], dtype=torch.int32), 1, companding == "tanh", False, False)
+        grad_w, _, _ = kernel(
+            grads,
+            w,
+            s,
+            [],
+            torch.tensor([[4, 4]], dtype=torch.int32),
+            torch.tensor([8, 8], dtype=torch.int32),
+            1,
+            companding == "tanh",
+            False,
+            False,
+        )
         assert [g.shape for g in grad_w] == [t.shape for t in w]

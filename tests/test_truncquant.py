@@ -30,8 +30,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FUSES = pytest.mark.parametrize("fuse", ["model", "layer"])
 STEPS = pytest.mark.parametrize("kind", ["loss", "step"])
 WIDTHS = (8, 4, 2, 1)
-RULES = [{}, {"rule": "nearest"}, {"companding": "tanh", "out_scale": "absmean"}, {"scale": 2.5, "per_row": True},
-         {"bits": (5, 3), "base_bits": 11, "out_scale": "absmean", "per_row": True}]
+RULES = [
+    {},
+    {"rule": "nearest"},
+    {"companding": "tanh", "out_scale": "absmean"},
+    {"scale": 2.5, "per_row": True},
+    {"bits": (5, 3), "base_bits": 11, "out_scale": "absmean", "per_row": True},
+]
 
 
 class Net(nn.Module):
@@ -125,14 +130,21 @@ def test_weights_are_truncate_and_integers_decode_to_them_at_every_width(fuse, o
             top, mean = quantops.absmax(w, per_row=config.per_row), quantops.absmean(w, per_row=config.per_row)
             scale = top if config.scale == "absmax" else config.scale * mean
             q = quantops.reference.truncate(
-                w.detach(), scale, m, base_bits=config.base_bits, rule=config.rule, companding=config.companding,
-                out_scale=mean if config.out_scale else None)
+                w.detach(),
+                scale,
+                m,
+                base_bits=config.base_bits,
+                rule=config.rule,
+                companding=config.companding,
+                out_scale=mean if config.out_scale else None,
+            )
             v = weights[f"{name}.weight"]
             assert torch.equal(model.get_submodule(name).weight, q) and q.dtype == dtype, (name, m)
             assert torch.equal(v.dequantize(m), q) and torch.equal(v.at(m).dequantize(), q)
             assert v.bits == config.bits[0] and v.dequantize(m).dtype == dtype
-    assert not torch.equal(weights["fc1.weight"].dequantize(config.bits[0]), weights["fc1.weight"].dequantize(
-        config.bits[1]))
+    assert not torch.equal(
+        weights["fc1.weight"].dequantize(config.bits[0]), weights["fc1.weight"].dequantize(config.bits[1])
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -369,10 +381,16 @@ def test_a_batch_norm_per_width_keeps_its_own_statistics():
         assert [g.abs().max() > 0 for g in norm.weight.grad] == [False, False, True, False]
 
 
-@pytest.mark.parametrize("norm, shape", [
-    (nn.BatchNorm1d(3), (5, 3)), (nn.BatchNorm1d(3, affine=False), (5, 3, 4)),
-    (nn.BatchNorm2d(3, eps=0.1), (5, 3, 4, 2)),
-    (nn.BatchNorm3d(3, momentum=0.5), (2, 3, 4, 2, 2)), (nn.BatchNorm2d(3, track_running_stats=False), (5, 3, 4, 2))])
+@pytest.mark.parametrize(
+    "norm, shape",
+    [
+        (nn.BatchNorm1d(3), (5, 3)),
+        (nn.BatchNorm1d(3, affine=False), (5, 3, 4)),
+        (nn.BatchNorm2d(3, eps=0.1), (5, 3, 4, 2)),
+        (nn.BatchNorm3d(3, momentum=0.5), (2, 3, 4, 2, 2)),
+        (nn.BatchNorm2d(3, track_running_stats=False), (5, 3, 4, 2)),
+    ],
+)
 def test_a_row_is_the_batch_norm_of_torch_bit_for_bit(norm, shape):
     torch.manual_seed(0)
     if norm.affine:
@@ -409,10 +427,14 @@ def test_optimizers_made_before_and_shared_norms():
     assert int(shared.bn1.num_batches_tracked) == 4
 
 
-@pytest.mark.parametrize("norm, text", [
-    (nn.SyncBatchNorm(9), "bn3: expected BatchNorm1d, 2d or 3d, got SyncBatchNorm"),
-    (nn.LazyBatchNorm1d(), "bn3: expected BatchNorm1d, 2d or 3d, got LazyBatchNorm1d"),
-    (nn.BatchNorm1d(9, momentum=None), "bn3: expected a number as momentum, got None")])
+@pytest.mark.parametrize(
+    "norm, text",
+    [
+        (nn.SyncBatchNorm(9), "bn3: expected BatchNorm1d, 2d or 3d, got SyncBatchNorm"),
+        (nn.LazyBatchNorm1d(), "bn3: expected BatchNorm1d, 2d or 3d, got LazyBatchNorm1d"),
+        (nn.BatchNorm1d(9, momentum=None), "bn3: expected a number as momentum, got None"),
+    ],
+)
 def test_norms_that_cannot_be_converted_leave_the_model_untouched(norm, text):
     model = Net()
     model.bn3 = norm
@@ -426,8 +448,9 @@ def test_norms_that_cannot_be_converted_leave_the_model_untouched(norm, text):
 # State
 
 
-@pytest.mark.parametrize("fuse, kind, cache", [("model", "loss", False), ("layer", "step", False),
-                                               ("model", "step", True)])
+@pytest.mark.parametrize(
+    "fuse, kind, cache", [("model", "loss", False), ("layer", "step", False), ("model", "step", True)]
+)
 def test_resume_is_bit_for_bit(fuse, kind, cache, tmp_path):
     def start():
         model = make(fuse=fuse, cache=cache)
@@ -545,26 +568,39 @@ def test_compiled_joint_loss_is_one_graph_with_one_read_of_the_weights(fuse, fre
 # Errors
 
 
-@pytest.mark.parametrize("options, text", [
-    ({"bits": ()}, r"bits: expected a tuple of widths, .* got \(\)"), ({"bits": 8}, "bits: .*got 8"),
-    ({"bits": (8, 8)}, r"bits: expected distinct widths, got \(8, 8\)"),
-    ({"bits": (8, 0)}, "bits: .*1..base_bits.*got 0"),
-    ({"bits": (8, 4), "base_bits": 6}, "bits: expected widths in 1..base_bits = 6, got 8"),
-    ({"bits": (17,)}, "bits: .*16, got 17"), ({"bits": (4.0,)}, "bits: .*got 4.0"),
-    ({"bits": (True,)}, "bits: .*got True"),
-    ({"base_bits": 17}, "base_bits: .*got 17"), ({"rule": "ceil"}, "rule: .*'ceil'"),
-    ({"companding": "mu"}, "companding: .*'mu'"), ({"scale": 0}, "scale: .*got 0"),
-    ({"scale": "max"}, "scale: .*'max'"),
-    ({"scale": True}, "scale: "), ({"out_scale": "absmax"}, "out_scale: "), ({"per_row": 1}, "per_row: "),
-    ({"batch_norm": None}, "batch_norm: "), ({"overrides": {"a": {"k": 1}}}, "overrides.*'k'")])
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"bits": ()}, r"bits: expected a tuple of widths, .* got \(\)"),
+        ({"bits": 8}, "bits: .*got 8"),
+        ({"bits": (8, 8)}, r"bits: expected distinct widths, got \(8, 8\)"),
+        ({"bits": (8, 0)}, "bits: .*1..base_bits.*got 0"),
+        ({"bits": (8, 4), "base_bits": 6}, "bits: expected widths in 1..base_bits = 6, got 8"),
+        ({"bits": (17,)}, "bits: .*16, got 17"),
+        ({"bits": (4.0,)}, "bits: .*got 4.0"),
+        ({"bits": (True,)}, "bits: .*got True"),
+        ({"base_bits": 17}, "base_bits: .*got 17"),
+        ({"rule": "ceil"}, "rule: .*'ceil'"),
+        ({"companding": "mu"}, "companding: .*'mu'"),
+        ({"scale": 0}, "scale: .*got 0"),
+        ({"scale": "max"}, "scale: .*'max'"),
+        ({"scale": True}, "scale: "),
+        ({"out_scale": "absmax"}, "out_scale: "),
+        ({"per_row": 1}, "per_row: "),
+        ({"batch_norm": None}, "batch_norm: "),
+        ({"overrides": {"a": {"k": 1}}}, "overrides.*'k'"),
+    ],
+)
 def test_config_errors_name_the_field(options, text):
     with pytest.raises(ValueError, match=text):
         TruncQuantConfig(**options)
 
 
 def test_fixed_widths_are_checked_with_their_layer():
-    for options, text in (({"last": 0}, "fc2: bits: expected an integer 1..16, got 0"),
-                          ({"overrides": {"fc1": {"bits": (8, 4)}}}, "fc1: bits: ")):
+    for options, text in (
+        ({"last": 0}, "fc2: bits: expected an integer 1..16, got 0"),
+        ({"overrides": {"fc1": {"bits": (8, 4)}}}, "fc1: bits: "),
+    ):
         with pytest.raises(ValueError, match=text):
             make(**options)
 
@@ -583,8 +619,10 @@ def test_errors_of_the_functions():
     before = state(model)
     for options, error, text in (
         ({"weights": [1, 1]}, ValueError, r"weights: expected 4 numbers .*got \[1, 1\]"),
-        ({"weights": [1, 1, 1, -1]}, ValueError, "weights: "), ({"weights": 1.0}, ValueError, "weights: "),
-        ({"distill": 1.5}, ValueError, "distill: .*got 1.5"), ({"distill": True}, ValueError, "distill: "),
+        ({"weights": [1, 1, 1, -1]}, ValueError, "weights: "),
+        ({"weights": 1.0}, ValueError, "weights: "),
+        ({"distill": 1.5}, ValueError, "distill: .*got 1.5"),
+        ({"distill": True}, ValueError, "distill: "),
         ({"temperature": 0}, ValueError, "temperature: .*got 0"),
     ):
         for run in (joint_loss, joint_step):

@@ -64,7 +64,7 @@ def test_codes_equal_reference_and_decode_to_q(bits, dtype):
             assert codes[i].numel() == 0 or 0 <= int(codes[i].min()) <= int(codes[i].max()) <= 2**bits - 1
         for grid in GRIDS[:2] if EXHAUSTIVE else GRIDS[:1]:
             back = Q.foreach.decode(codes, s, bits, grid=grid, signed=signed, out_dtype=dtype)
-            for i, t in enumerate(w):
+            for i in range(len(w)):
                 assert same(back[i], ref.decode(codes[i], s[i], bits, grid=grid, signed=signed, dtype=dtype))
             if rule == "round_clamp":
                 for t, q, b in zip(w, Q.foreach.round_clamp(w, s, bits, signed=signed, grid=grid), back):
@@ -180,22 +180,31 @@ def test_backward_equals_reference(dtype, per_row):
     for seed, (grid, signed) in enumerate((g, v) for g in GRIDS for v in signs(g)):
         n, k = bits_and_k(w, seed, grid)
         for g_dtype in {dtype, torch.float32}:
-            g = [torch.randn(t.shape, generator=torch.Generator().manual_seed(i)).to(g_dtype)
-                 for i, t in enumerate(w)]
+            g = [torch.randn(t.shape, generator=torch.Generator().manual_seed(i)).to(g_dtype) for i, t in enumerate(w)]
             r = torch.randn(len(w), dtype=s[0].dtype)
             for grad, penalty in ((g, None), (g, r), ([], r)):
                 if penalty is not None and not signed:
                     continue
                 got_w, got_s = torch.ops.quantops.uniform_backward(
-                    grad, penalty, w, s, n, k, GRIDS.index(grid), signed, True)
+                    grad, penalty, w, s, n, k, GRIDS.index(grid), signed, True
+                )
                 for i, t in enumerate(w):
                     want_w, _ = ref.uniform_backward(
-                        grad[i] if grad else None, None if penalty is None else penalty[i], t, s[i], n[i], k[i],
-                        grid=grid, signed=signed)
+                        grad[i] if grad else None,
+                        None if penalty is None else penalty[i],
+                        t,
+                        s[i],
+                        n[i],
+                        k[i],
+                        grid=grid,
+                        signed=signed,
+                    )
                     assert same(got_w[i], want_w), (i, n[i], k[i])
                     check_scale_grad(got_s[i], grad[i] if grad else None, t, s[i], n[i], grid, signed, (i, n[i], k[i]))
-                assert torch.ops.quantops.uniform_backward(
-                    grad, penalty, w, s, n, k, GRIDS.index(grid), signed, False)[1] == []
+                assert (
+                    torch.ops.quantops.uniform_backward(grad, penalty, w, s, n, k, GRIDS.index(grid), signed, False)[1]
+                    == []
+                )
 
 
 def test_add_lsb_grad(dtype):
@@ -254,7 +263,7 @@ def test_autograd_matches_reference():
         want_w, want_s = ref.uniform_backward(g, torch.tensor(0.3), w.detach(), s.detach(), 5, 2, grid=grid)
         assert same(gw, want_w) and gs.shape == s.shape
         torch.testing.assert_close(gs, want_s, rtol=1e-4, atol=1e-5)
-    gw, = torch.autograd.grad(Q.lsb_penalty(w, s, 5, 2), w)
+    (gw,) = torch.autograd.grad(Q.lsb_penalty(w, s, 5, 2), w)
     assert same(gw, ref.uniform_backward(None, torch.tensor(1.0), w.detach(), s.detach(), 5, 2)[0])
 
 
@@ -304,9 +313,9 @@ def test_hessian_vector_product_through_the_quantizer():
     a = a @ a.t()
     for scale, inside in ((None, torch.ones(12)), (torch.tensor(0.8), (w.detach().abs() <= 0.8).float())):
         q = Q.round_clamp(w, scale, 4)
-        grad, = torch.autograd.grad(0.5 * q @ a @ q, w, create_graph=True)
+        (grad,) = torch.autograd.grad(0.5 * q @ a @ q, w, create_graph=True)
         v = torch.randn(12)
-        hv, = torch.autograd.grad(grad, w, v)
+        (hv,) = torch.autograd.grad(grad, w, v)
         torch.testing.assert_close(hv, inside * (a @ (inside * v)))
 
 
@@ -372,8 +381,15 @@ def test_reference_marks_values_out_of_range():
     """What a GPU gives where it cannot raise: NaN, or an integer that no code can be."""
     w = torch.randn(4, 5)
     good = torch.ones(())
-    for n, k, s in ((17, 0, good), (-1, 0, good), (3, 3, good), (3, -1, good), (3, 1, -good), (3, 1, good * torch.nan),
-                    (3, 1, good * torch.inf)):
+    for n, k, s in (
+        (17, 0, good),
+        (-1, 0, good),
+        (3, 3, good),
+        (3, -1, good),
+        (3, 1, -good),
+        (3, 1, good * torch.nan),
+        (3, 1, good * torch.inf),
+    ):
         q, penalty, nonzero, sq_error = ref.msq(w, s, n, k)
         assert q.isnan().all() and penalty.isnan() and nonzero == -1 and sq_error.isnan()
         assert (ref.lsb(w, s, n, k) == ref.uniform.INVALID).all()
@@ -397,12 +413,16 @@ def test_more_than_two_to_the_31_elements():
     assert q[-1] == -3.0 and q[-2] == 0 and Q.absmax(long) == 3.0
 
 
-@pytest.mark.skipif(Q.info()["devices"]["cpu"]["implementation"] == "triton", reason="Triton adds in float32: inf there")
+@pytest.mark.skipif(
+    Q.info()["devices"]["cpu"]["implementation"] == "triton", reason="Triton adds in float32: inf there"
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_absmean_of_weights_near_the_top(dtype):
     top = torch.finfo(dtype).max
     w = torch.full((3, 50000), top, dtype=dtype) * torch.tensor([[1], [-0.5], [0.25]], dtype=dtype)
-    expected = torch.tensor([1, 0.5, 0.25], dtype=torch.float64).mul(float(top)).to(Q.reference.uniform.acc_dtype(dtype))
+    expected = (
+        torch.tensor([1, 0.5, 0.25], dtype=torch.float64).mul(float(top)).to(Q.reference.uniform.acc_dtype(dtype))
+    )
     for absmean in (Q.absmean, Q.reference.absmean):
         torch.testing.assert_close(absmean(w, per_row=True), expected, rtol=1e-6, atol=0)
         assert absmean(w).isfinite() and absmean(torch.tensor([torch.inf, 1.0], dtype=dtype)) == torch.inf

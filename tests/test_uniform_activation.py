@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from networks import same, state
 from torch import nn
 
 import quantops as Q
+from networks import same, state
 from quantops import UniformActivation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -15,8 +15,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4),
-                         nn.ReLU6(), nn.Flatten(), nn.Linear(16, 5))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU6(),
+        nn.Flatten(),
+        nn.Linear(16, 5),
+    )
 
 
 def data(seed=1):
@@ -48,8 +56,9 @@ CONFIGS = {
     "msq, input, tracked": Q.MSQConfig(bits=4, act_bits=3, act="input", act_scale="tracked"),
     "msq, clip": Q.MSQConfig(bits=4, act_bits=4, act_scale="clip"),
     "msq, fixed": Q.MSQConfig(bits=4, act_bits=4, act_scale=1.0),
-    "msq, overrides": Q.MSQConfig(bits=4, act_bits=4, act="input", act_outputs=("7",), overrides={
-        "0": {"act_bits": None}, "3": {"act_bits": 8}}),
+    "msq, overrides": Q.MSQConfig(
+        bits=4, act_bits=4, act="input", act_outputs=("7",), overrides={"0": {"act_bits": None}, "3": {"act_bits": 8}}
+    ),
     "cpq, input": Q.CPQConfig(act_bits=4, act="input"),
     "truncquant": Q.TruncQuantConfig(act_bits=4),
     "truncquant, weights": Q.TruncQuantConfig(act_bits="weights", act_shared=True, act_scale="clip"),
@@ -231,38 +240,48 @@ def test_only_bits_are_kept_beyond_what_the_next_layer_keeps():
         assert elements * bits // 8 <= kept(act) - float_one <= elements * bits // 8 + 64
 
 
-@pytest.mark.parametrize("make, text", [
-    (lambda: UniformActivation(17), r"bits: expected an integer 0\.\.16, got 17"),
-    (lambda: UniformActivation(rule="ceil"), "rule: "),
-    (lambda: UniformActivation(scale="lsq"), "scale: expected one of"),
-    (lambda: UniformActivation(scale=0.0), "scale: .*got 0.0"), (lambda: UniformActivation(scale=True), "scale: "),
-    (lambda: UniformActivation(relu=True, signed=True), "relu, offset: "),
-    (lambda: UniformActivation(relu=True, offset=True), "relu, offset: "),
-    (lambda: UniformActivation(percentile=0), "percentile: "), (lambda: UniformActivation(momentum=2), "momentum: "),
-    (lambda: UniformActivation(keep="bits"), "keep: expected 'input' or 'residual'"),
-    (lambda: UniformActivation(channels=0), "channels: "),
-    (lambda: UniformActivation(widths=(8, 0), shared=False), "widths: "),
-    (lambda: Q.MSQConfig(act_bits=0), "act_bits: "), (lambda: Q.MSQConfig(act_bits=4, act="gelu"), "act: "),
-    (lambda: Q.MSQConfig(act_bits=4, act_scale="max"), "act_scale: "),
-    (lambda: Q.CPQConfig(act_bits=9), "act_bits: .*1..8"),
-    (lambda: Q.MSQConfig(act_bits=4, act_signed=1), "act_signed: "),
-    (lambda: Q.MSQConfig(act_outputs=("a",)), "act_outputs: expected act_bits"),
-    (lambda: Q.MSQConfig(act_bits=4, act_outputs="qkv"), "act_outputs: expected a tuple"),
-    (lambda: Q.TruncQuantConfig(act_bits="all"), "act_bits: "),
-    (lambda: Q.TruncQuantConfig(act_bits=4, act_shared=True), "act_shared: expected False"),
-    (lambda: UniformActivation(widths=(4, 2)), "shared: expected False"),
-    (lambda: Q.MSQConfig(act_bits="weights"), "act_bits: "),
-])
+@pytest.mark.parametrize(
+    "make, text",
+    [
+        (lambda: UniformActivation(17), r"bits: expected an integer 0\.\.16, got 17"),
+        (lambda: UniformActivation(rule="ceil"), "rule: "),
+        (lambda: UniformActivation(scale="lsq"), "scale: expected one of"),
+        (lambda: UniformActivation(scale=0.0), "scale: .*got 0.0"),
+        (lambda: UniformActivation(scale=True), "scale: "),
+        (lambda: UniformActivation(relu=True, signed=True), "relu, offset: "),
+        (lambda: UniformActivation(relu=True, offset=True), "relu, offset: "),
+        (lambda: UniformActivation(percentile=0), "percentile: "),
+        (lambda: UniformActivation(momentum=2), "momentum: "),
+        (lambda: UniformActivation(keep="bits"), "keep: expected 'input' or 'residual'"),
+        (lambda: UniformActivation(channels=0), "channels: "),
+        (lambda: UniformActivation(widths=(8, 0), shared=False), "widths: "),
+        (lambda: Q.MSQConfig(act_bits=0), "act_bits: "),
+        (lambda: Q.MSQConfig(act_bits=4, act="gelu"), "act: "),
+        (lambda: Q.MSQConfig(act_bits=4, act_scale="max"), "act_scale: "),
+        (lambda: Q.CPQConfig(act_bits=9), "act_bits: .*1..8"),
+        (lambda: Q.MSQConfig(act_bits=4, act_signed=1), "act_signed: "),
+        (lambda: Q.MSQConfig(act_outputs=("a",)), "act_outputs: expected act_bits"),
+        (lambda: Q.MSQConfig(act_bits=4, act_outputs="qkv"), "act_outputs: expected a tuple"),
+        (lambda: Q.TruncQuantConfig(act_bits="all"), "act_bits: "),
+        (lambda: Q.TruncQuantConfig(act_bits=4, act_shared=True), "act_shared: expected False"),
+        (lambda: UniformActivation(widths=(4, 2)), "shared: expected False"),
+        (lambda: Q.MSQConfig(act_bits="weights"), "act_bits: "),
+    ],
+)
 def test_bad_settings(make, text):
     with pytest.raises(ValueError, match=text):
         make()
 
 
-@pytest.mark.parametrize("config, text", [
-    (Q.MSQConfig(act_bits=4), "act_bits: expected modules of nn.ReLU.*Sequential has none"),
-    (Q.MSQConfig(act_bits=4, act="input", act_outputs=("x*",)), r"act_outputs: 'x\*' matches none"),
-    (Q.MSQConfig(act_bits=4, overrides={"0": {"act_bits": 3}}), "0: act_bits of a layer: expected act='input'"),
-    (Q.MSQConfig(act_bits=4, act="input", overrides={"0": {"act_bits": 99}}), "0: act_bits: ")])
+@pytest.mark.parametrize(
+    "config, text",
+    [
+        (Q.MSQConfig(act_bits=4), "act_bits: expected modules of nn.ReLU.*Sequential has none"),
+        (Q.MSQConfig(act_bits=4, act="input", act_outputs=("x*",)), r"act_outputs: 'x\*' matches none"),
+        (Q.MSQConfig(act_bits=4, overrides={"0": {"act_bits": 3}}), "0: act_bits of a layer: expected act='input'"),
+        (Q.MSQConfig(act_bits=4, act="input", overrides={"0": {"act_bits": 99}}), "0: act_bits: "),
+    ],
+)
 def test_models_that_do_not_fit_are_left_alone(config, text):
     plain = nn.Sequential(nn.Linear(2, 2))
     before = list(plain.state_dict())

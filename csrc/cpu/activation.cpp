@@ -71,9 +71,12 @@ void for_blocks(const List& list, const F& f) {
 // f(std::integral_constant<Keep, keep>)
 template <class F>
 void with_keep(int64_t keep, const F& f) {
-  if (keep == kInput) f(std::integral_constant<Keep, kInput>());
-  else if (keep == kBits) f(std::integral_constant<Keep, kBits>());
-  else f(std::integral_constant<Keep, kResidual>());
+  if (keep == kInput)
+    f(std::integral_constant<Keep, kInput>());
+  else if (keep == kBits)
+    f(std::integral_constant<Keep, kBits>());
+  else
+    f(std::integral_constant<Keep, kResidual>());
 }
 
 // Grids of all channels.
@@ -135,7 +138,8 @@ void put_kept(const int32_t* numbers, int64_t n, int64_t keep, uint8_t* kept) {
 }
 
 void get_kept(const uint8_t* kept, int64_t n, int64_t keep, int32_t* numbers) {
-  if (keep == kInput) std::fill(numbers, numbers + n, 0);
+  if (keep == kInput)
+    std::fill(numbers, numbers + n, 0);
   else
     for (int64_t i = 0; i < n; i++) numbers[i] = keep == kBits ? kept[i / 8] >> i % 8 & 1 : kept[i];
 }
@@ -219,15 +223,22 @@ void backward_into(const Problem& p, const Other& other, const uint8_t* kept, co
                    A* of_offset) {
   std::vector<SideSums> parts(p.list.chunks.size());
   if (p.keep == kInput) {
-    if (p.learn == kLearnNone) backward_as<kInput, kLearnNone, A>(p, other, kept, out, parts);
-    else if (p.learn == kLearnClip) backward_as<kInput, kLearnClip, A>(p, other, kept, out, parts);
-    else backward_as<kInput, kLearnStep, A>(p, other, kept, out, parts);
+    if (p.learn == kLearnNone)
+      backward_as<kInput, kLearnNone, A>(p, other, kept, out, parts);
+    else if (p.learn == kLearnClip)
+      backward_as<kInput, kLearnClip, A>(p, other, kept, out, parts);
+    else
+      backward_as<kInput, kLearnStep, A>(p, other, kept, out, parts);
   } else if (p.keep == kBits) {
-    if (p.learn == kLearnNone) backward_as<kBits, kLearnNone, A>(p, other, kept, out, parts);
-    else backward_as<kBits, kLearnClip, A>(p, other, kept, out, parts);
+    if (p.learn == kLearnNone)
+      backward_as<kBits, kLearnNone, A>(p, other, kept, out, parts);
+    else
+      backward_as<kBits, kLearnClip, A>(p, other, kept, out, parts);
   } else {
-    if (p.learn == kLearnNone) backward_as<kResidual, kLearnNone, A>(p, other, kept, out, parts);
-    else backward_as<kResidual, kLearnStep, A>(p, other, kept, out, parts);
+    if (p.learn == kLearnNone)
+      backward_as<kResidual, kLearnNone, A>(p, other, kept, out, parts);
+    else
+      backward_as<kResidual, kLearnStep, A>(p, other, kept, out, parts);
   }
   if (p.learn == kLearnNone) return;
   SideSums sums;

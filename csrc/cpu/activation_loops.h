@@ -50,8 +50,7 @@ QUANTOPS_INLINE void quantize_lanes(const In* x, R&& y, uint8_t* kept, const Gri
     const A v = kPlain ? from[j] : from[j] - p.offset, value = grid_level<kPlain>(v, p) * p.step;
     y.set(j, kPlain ? value : value + p.offset);
     if constexpr (kKeep == kBits) lanes[j] = inside(v, p) ? int32_t(uint32_t(1) << place_of_lane<kPairs>(j)) : 0;
-    if constexpr (kKeep == kResidual)
-      lanes[j] = static_cast<int32_t>(residual_number(residual_of(value, v, p), v, p));
+    if constexpr (kKeep == kResidual) lanes[j] = static_cast<int32_t>(residual_number(residual_of(value, v, p), v, p));
   }
   y.finish();
   if constexpr (kKeep == kBits) {
@@ -63,7 +62,9 @@ QUANTOPS_INLINE void quantize_lanes(const In* x, R&& y, uint8_t* kept, const Gri
 }
 
 template <Keep kKeep>
-constexpr int kKeptOfLanes = kKeep == kInput ? 0 : kKeep == kBits ? kLanes / 8 : kLanes;
+constexpr int kKeptOfLanes = kKeep == kInput  ? 0
+                             : kKeep == kBits ? kLanes / 8
+                                              : kLanes;
 
 template <Keep kKeep, bool kPlain, class In, class Out, class A>
 QUANTOPS_SIMD void activation_loop(const In* __restrict x, Out* __restrict q, bool streaming, uint8_t* __restrict kept,
@@ -98,16 +99,22 @@ QUANTOPS_SIMD void activation_loop(const In* __restrict x, Out* __restrict q, bo
 // Where an element lies, from what is known of it: x (kInput), q and a bit (kBits), or a number.
 template <Keep kKeep, class A>
 QUANTOPS_INLINE bool known_inside(A x, int32_t kept, const Grid<A>& p) {
-  if constexpr (kKeep == kInput) return inside(x - p.offset, p);
-  else if constexpr (kKeep == kBits) return kept != 0;
-  else return (kept > kBelow) & (kept < kAbove);
+  if constexpr (kKeep == kInput)
+    return inside(x - p.offset, p);
+  else if constexpr (kKeep == kBits)
+    return kept != 0;
+  else
+    return (kept > kBelow) & (kept < kAbove);
 }
 
 template <Keep kKeep, class A>
 QUANTOPS_INLINE bool known_above(A xq, int32_t kept, A middle, const Grid<A>& p) {
-  if constexpr (kKeep == kInput) return xq - p.offset > p.high;
-  else if constexpr (kKeep == kBits) return xq > middle;
-  else return kept >= kAbove;
+  if constexpr (kKeep == kInput)
+    return xq - p.offset > p.high;
+  else if constexpr (kKeep == kBits)
+    return xq > middle;
+  else
+    return kept >= kAbove;
 }
 
 template <Keep kKeep, class A>
@@ -217,8 +224,7 @@ QUANTOPS_SIMD void activation_channels_loop(const A* __restrict x, A* __restrict
     const A v = x[i] - p.offset, value = grid_level<false>(v, p) * p.step;
     q[i] = value + p.offset;
     if constexpr (kKeep == kBits) kept[i] = inside(v, p) ? 1 : 0;
-    if constexpr (kKeep == kResidual)
-      kept[i] = static_cast<int32_t>(residual_number(residual_of(value, v, p), v, p));
+    if constexpr (kKeep == kResidual) kept[i] = static_cast<int32_t>(residual_number(residual_of(value, v, p), v, p));
   }
 }
 

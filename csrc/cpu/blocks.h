@@ -64,8 +64,10 @@ constexpr bool kAllPairs = (std::is_same_v<T, BFloat16> && ...);
 // Of a value whose NaNs come from elements of type From or from arithmetic.
 template <class From, class A, class To>
 QUANTOPS_INLINE void narrow_from(A v, To& to) {
-  if constexpr (kAllPairs<From, To>) to.bits = uint16_t(rounded_bits(v) >> 16);
-  else narrow(v, to);
+  if constexpr (kAllPairs<From, To>)
+    to.bits = uint16_t(rounded_bits(v) >> 16);
+  else
+    narrow(v, to);
 }
 
 // kLanes elements at `from` in the arithmetic dtype, in that order or in the one they have there. What is not bfloat16
@@ -101,7 +103,9 @@ struct Results {
 
   QUANTOPS_INLINE explicit Results(T* to_) : to(to_) {}
   template <class A>
-  QUANTOPS_INLINE void set(int j, A v) { narrow_from<From>(v, to[j]); }
+  QUANTOPS_INLINE void set(int j, A v) {
+    narrow_from<From>(v, to[j]);
+  }
   QUANTOPS_INLINE void finish() {}
 };
 
@@ -186,9 +190,13 @@ QUANTOPS_INLINE void map_lanes(Out* to, bool streaming, int64_t n, const F& f, c
 template <class A>
 inline Storage native();
 template <>
-inline Storage native<float>() { return Storage::f32; }
+inline Storage native<float>() {
+  return Storage::f32;
+}
 template <>
-inline Storage native<double>() { return Storage::f64; }
+inline Storage native<double>() {
+  return Storage::f64;
+}
 
 namespace detail {
 
@@ -269,8 +277,10 @@ const A* load_block(const void* p, Storage t, int64_t i, int64_t n, A* buffer) {
   } else {
     float wide[kBlock];
     float* to = sizeof(A) == 4 ? reinterpret_cast<float*>(buffer) : wide;
-    if (t == Storage::bf16) detail::bf16_to_float(reinterpret_cast<const BFloat16*>(from), to, n);
-    else detail::half_to_float(reinterpret_cast<const uint16_t*>(from), to, n);
+    if (t == Storage::bf16)
+      detail::bf16_to_float(reinterpret_cast<const BFloat16*>(from), to, n);
+    else
+      detail::half_to_float(reinterpret_cast<const uint16_t*>(from), to, n);
     if (sizeof(A) != 4) detail::cast(wide, buffer, n);
   }
   return buffer;
@@ -315,8 +325,10 @@ void store_block(void* p, Storage t, int64_t i, int64_t n, bool streaming, const
     if (sizeof(A) != 4) detail::cast(block, narrow, n);
     const float* from = sizeof(A) == 4 ? reinterpret_cast<const float*>(block) : narrow;
     uint16_t* out = streaming ? half : reinterpret_cast<uint16_t*>(to);
-    if (t == Storage::bf16) detail::float_to_bf16(from, reinterpret_cast<BFloat16*>(out), n);
-    else detail::float_to_half(from, out, n);
+    if (t == Storage::bf16)
+      detail::float_to_bf16(from, reinterpret_cast<BFloat16*>(out), n);
+    else
+      detail::float_to_half(from, out, n);
     if (streaming) stream(to, half, 2 * n);
   }
 }

@@ -8,7 +8,7 @@
 
 namespace quantops {
 
-constexpr int64_t kChunk = 32768;  // elements
+constexpr int64_t kChunk = 32768;   // elements
 constexpr int64_t kSerial = 65536;  // elements of a whole list below which threads cost more than they give
 
 // A run of one weight: whole rows, or a part of one row.

@@ -1,4 +1,5 @@
-// A list of weights on CPU: its checked arguments, the walk over its blocks, and where results go. Every family uses it.
+// A list of weights on CPU: its checked arguments, the walk over its blocks, and where results go. Every family uses
+// it.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -15,10 +16,14 @@ constexpr int64_t kStreamBytes = int64_t(16) << 20;
 
 inline Storage storage(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Double: return Storage::f64;
-    case ScalarType::BFloat16: return Storage::bf16;
-    case ScalarType::Half: return Storage::f16;
-    default: return Storage::f32;
+    case ScalarType::Double:
+      return Storage::f64;
+    case ScalarType::BFloat16:
+      return Storage::bf16;
+    case ScalarType::Half:
+      return Storage::f16;
+    default:
+      return Storage::f32;
   }
 }
 
@@ -117,7 +122,8 @@ void add_parts(const List& list, const std::vector<double>& parts, const std::ve
     double total = 0;
     size_t first = i;
     for (; i < list.chunks.size() && list.chunks[i].tensor == c.tensor &&
-           (i == first || (row_in_parts(rows) && list.chunks[i].begin / rows.inner == row)); i++)
+           (i == first || (row_in_parts(rows) && list.chunks[i].begin / rows.inner == row));
+         i++)
       total += parts[i];
     if (row_in_parts(rows)) result[c.tensor][row] = A(total);
   }

@@ -18,13 +18,17 @@ std::vector<Chunk> flat_chunks(const std::vector<int64_t>& numel) {
 constexpr int64_t kRow = kBlock / 8;
 
 void copy(uint8_t* to, const uint8_t* from, int64_t bytes) {
-  if (bytes == kRow) std::memcpy(to, from, kRow);  // in line: a call would cost more than the copy
-  else if (bytes) std::memcpy(to, from, bytes);  // of none the pointers may be null
+  if (bytes == kRow)
+    std::memcpy(to, from, kRow);  // in line: a call would cost more than the copy
+  else if (bytes)
+    std::memcpy(to, from, bytes);  // of none the pointers may be null
 }
 
 void write(uint8_t* to, const uint8_t* from, int64_t bytes, bool streaming) {
-  if (streaming) stream(to, from, bytes);
-  else copy(to, from, bytes);
+  if (streaming)
+    stream(to, from, bytes);
+  else
+    copy(to, from, bytes);
 }
 
 int64_t total_bytes(const Tensors& list) {
@@ -142,8 +146,7 @@ Tensors unpack(Tensors data, std::vector<int64_t> sizes, std::vector<int64_t> di
   for_chunks(list.chunks, [&](int64_t chunk) {
     const auto [t, begin, end] = list.chunks[chunk];
     int32_t* codes = static_cast<int32_t*>(out[t].data_ptr());
-    for (int64_t i = begin; i < end; i += kBlock)
-      list.read(t, i, std::min(kBlock, end - i), codes + i, streaming);
+    for (int64_t i = begin; i < end; i += kBlock) list.read(t, i, std::min(kBlock, end - i), codes + i, streaming);
     end_streaming();
   });
   return out;
@@ -172,13 +175,17 @@ void decode_into(const PackedList& packed, const List& list, GridKind grid, bool
     const bool has_bytes = packed.has_bytes(c.tensor);
     for (int64_t i = c.begin; i < c.end; i += kBlock) {
       const int64_t n = std::min(kBlock, c.end - i);
-      if (has_bytes) packed.read(c.tensor, i, n, bytes);
-      else packed.read(c.tensor, i, n, codes);
+      if (has_bytes)
+        packed.read(c.tensor, i, n, bytes);
+      else
+        packed.read(c.tensor, i, n, codes);
       for_rows({c.tensor, i, i + n}, list.rows[c.tensor], [&](int64_t row, int64_t begin, int64_t end) {
         const Quantizer<A> p = quantizer<A>(list, c.tensor, row, grid, is_signed);
         with_target<A>(q.data[c.tensor], q.type, begin, end - begin, q.streaming, [&](auto* y, bool streaming) {
-          if (has_bytes) decode_bytes_loop(bytes + (begin - i), y, streaming, end - begin, p);
-          else decode_loop(codes + (begin - i), y, streaming, end - begin, p);
+          if (has_bytes)
+            decode_bytes_loop(bytes + (begin - i), y, streaming, end - begin, p);
+          else
+            decode_loop(codes + (begin - i), y, streaming, end - begin, p);
         });
       });
     }
@@ -187,7 +194,8 @@ void decode_into(const PackedList& packed, const List& list, GridKind grid, bool
 }
 
 Tensors decode_packed(Tensors data, std::vector<int64_t> sizes, std::vector<int64_t> dims, std::vector<int64_t> stored,
-                      Tensors scale, Tensor bits, int64_t layout, int64_t grid_index, bool is_signed, ScalarType dtype) {
+                      Tensors scale, Tensor bits, int64_t layout, int64_t grid_index, bool is_signed,
+                      ScalarType dtype) {
   const GridKind grid = check_grid(grid_index, is_signed);
   const PackedList packed(data, sizes, dims, stored, bits, layout, grid);
   check_float("dtype", dtype);

@@ -45,8 +45,9 @@ __attribute__((target("avx512f,avx512bw"), always_inline)) inline __m512i low_by
   return _mm512_inserti32x4(bytes, _mm512_cvtepi32_epi8(code[3]), 3);
 }
 
-__attribute__((target("avx512f,avx512bw"))) inline int64_t pack_planes_avx512(
-    const int32_t* codes, int64_t count, int n, uint8_t* data, int64_t stride, uint32_t& seen) {
+__attribute__((target("avx512f,avx512bw"))) inline int64_t pack_planes_avx512(const int32_t* codes, int64_t count,
+                                                                              int n, uint8_t* data, int64_t stride,
+                                                                              uint32_t& seen) {
   __m512i all = _mm512_setzero_si512();
   int64_t i = 0;
   for (; i + 64 <= count; i += 64) {
@@ -77,7 +78,7 @@ __attribute__((target("avx512f,avx512bw"))) inline int64_t pack_planes_avx512(
 
 // Octets [i / 8, i / 8 + 8) of up to 8 planes as codes, one in each byte.
 __attribute__((target("avx512f,avx512bw"), always_inline)) inline __m512i bytes_of_planes(const uint8_t* from,
-                                                                                         int64_t stride, int rows) {
+                                                                                          int64_t stride, int rows) {
   const __m512i minus_one = _mm512_set1_epi8(-1);
   __m512i b = _mm512_setzero_si512();
   for (int j = 0; j < rows; j++, from += stride) {
@@ -89,8 +90,9 @@ __attribute__((target("avx512f,avx512bw"), always_inline)) inline __m512i bytes_
   return b;
 }
 
-__attribute__((target("avx512f,avx512bw"))) inline int64_t unpack_planes_avx512(
-    const uint8_t* data, int64_t stride, int64_t count, int m, int32_t* codes, bool streaming) {
+__attribute__((target("avx512f,avx512bw"))) inline int64_t unpack_planes_avx512(const uint8_t* data, int64_t stride,
+                                                                                int64_t count, int m, int32_t* codes,
+                                                                                bool streaming) {
   int64_t i = 0;
   for (; i + 64 <= count; i += 64) {
     const uint8_t* from = data + i / 8;
@@ -103,48 +105,57 @@ __attribute__((target("avx512f,avx512bw"))) inline int64_t unpack_planes_avx512(
         const __m512i h = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(high + j)));
         c = _mm512_or_si512(c, _mm512_slli_epi32(h, 8));
       }
-      if (streaming) _mm512_stream_si512(reinterpret_cast<__m512i*>(codes + i + j), c);
-      else _mm512_storeu_si512(codes + i + j, c);
+      if (streaming)
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(codes + i + j), c);
+      else
+        _mm512_storeu_si512(codes + i + j, c);
     }
   }
   return i;
 }
 
 __attribute__((target("avx512f,avx512bw"))) inline void unpack_bytes_avx512(const uint8_t* data, int64_t stride,
-                                                                          int64_t count, int m, uint8_t* codes) {
+                                                                            int64_t count, int m, uint8_t* codes) {
   for (int64_t i = 0; i < count; i += 64) _mm512_store_si512(codes + i, bytes_of_planes(data + i / 8, stride, m));
 }
 
 // The entry of a table that a register holds, for each code.
 __attribute__((target("avx512f,avx512bw"))) inline int64_t look_up_avx512(const uint8_t* codes, int64_t count,
-                                                                        const float* table, float* to, bool streaming) {
+                                                                          const float* table, float* to,
+                                                                          bool streaming) {
   const __m512 entries = _mm512_loadu_ps(table);
   int64_t i = 0;
   for (; i + 16 <= count; i += 16) {
     const __m512i c = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i)));
     const __m512 v = _mm512_permutexvar_ps(c, entries);
-    if (streaming) _mm512_stream_ps(to + i, v);
-    else _mm512_storeu_ps(to + i, v);
+    if (streaming)
+      _mm512_stream_ps(to + i, v);
+    else
+      _mm512_storeu_ps(to + i, v);
   }
   return i;
 }
 __attribute__((target("avx512f,avx512bw"))) inline int64_t look_up_avx512(const uint8_t* codes, int64_t count,
-                                                                        const BFloat16* table, BFloat16* to,
-                                                                        bool streaming) {
+                                                                          const BFloat16* table, BFloat16* to,
+                                                                          bool streaming) {
   const __m512i entries = _mm512_loadu_si512(table);
   int64_t i = 0;
   for (; i + 32 <= count; i += 32) {
     const __m512i c = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i)));
     const __m512i v = _mm512_permutexvar_epi16(c, entries);
-    if (streaming) _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), v);
-    else _mm512_storeu_si512(to + i, v);
+    if (streaming)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), v);
+    else
+      _mm512_storeu_si512(to + i, v);
   }
   return i;
 }
 
 __attribute__((target("avx2"), always_inline)) inline void store(int32_t* codes, __m256i c, bool streaming) {
-  if (streaming) _mm256_stream_si256(reinterpret_cast<__m256i*>(codes), c);
-  else _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), c);
+  if (streaming)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(codes), c);
+  else
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), c);
 }
 
 // The low bytes of 32 codes, in order.
@@ -262,8 +273,10 @@ inline uint32_t pack_planes_loop(const int32_t* codes, int64_t count, int n, uin
   uint32_t seen = 0, octet[kOctet];
   int64_t i = 0;
 #if defined(__x86_64__)
-  if (detail::has_avx512()) i = detail::pack_planes_avx512(codes, count, n, data, stride, seen);
-  else if (detail::has_avx2()) i = detail::pack_planes_avx2(codes, count, n, data, stride, seen);
+  if (detail::has_avx512())
+    i = detail::pack_planes_avx512(codes, count, n, data, stride, seen);
+  else if (detail::has_avx2())
+    i = detail::pack_planes_avx2(codes, count, n, data, stride, seen);
 #endif
   for (; i < count; i += kOctet) {
     detail::load_octet(codes + i, count - i, octet);
@@ -279,8 +292,10 @@ inline void unpack_planes_loop(const uint8_t* data, int64_t stride, int64_t coun
                                bool streaming) {
   int64_t i = 0;
 #if defined(__x86_64__)
-  if (detail::has_avx512()) i = detail::unpack_planes_avx512(data, stride, count, m, codes, streaming);
-  else if (detail::has_avx2()) i = detail::unpack_planes_avx2(data, stride, count, m, codes, streaming);
+  if (detail::has_avx512())
+    i = detail::unpack_planes_avx512(data, stride, count, m, codes, streaming);
+  else if (detail::has_avx2())
+    i = detail::unpack_planes_avx2(data, stride, count, m, codes, streaming);
 #endif
   for (; i < count; i += kOctet) {
     Bytes b = {0, 0};

@@ -8,9 +8,9 @@ namespace {
 
 // A list of weights with the widths that each is cut to.
 struct Widths {
-  List list;  // its bits are the base widths
-  Tensors parameters;  // kept alive
-  int64_t count;  // of widths
+  List list;            // its bits are the base widths
+  Tensors parameters;   // kept alive
+  int64_t count;        // of widths
   const int32_t* bits;  // (widths, weights)
   std::vector<const void*> out_scale;
   Rule rule;
@@ -76,8 +76,10 @@ void truncate_into(const Widths& widths, const Targets& q) {
         const int64_t n = std::min(kBlock, end - i);
         with_source<A>(list.data[t], list.type, i, n, [&](const auto* w) {
           using In = std::remove_const_t<std::remove_pointer_t<decltype(w)>>;
-          if (q.type == Storage::bf16) code_loop<kAllPairs<In>>(w, codes, n, r.p, widths.rule, widths.tanh);
-          else code_loop<false>(w, codes, n, r.p, widths.rule, widths.tanh);
+          if (q.type == Storage::bf16)
+            code_loop<kAllPairs<In>>(w, codes, n, r.p, widths.rule, widths.tanh);
+          else
+            code_loop<false>(w, codes, n, r.p, widths.rule, widths.tanh);
           for (int64_t j = 0; j < widths.count; j++)
             with_target<A>(q.data[widths.at(j, t)], q.type, i, n, q.streaming,
                            [&](auto* y, bool streaming) { cut_loop<In>(codes, y, streaming, n, r.width[j]); });
@@ -167,9 +169,12 @@ void backward_into(const Widths& widths, const Gradients& g, bool covered, const
           auto write = [&](const auto* w) {
             with_target<A>(out.data[t], out.type, i, n, out.streaming, [&](auto* y, bool streaming) {
               if constexpr (std::is_same_v<decltype(*w), std::add_const_t<std::remove_reference_t<decltype(*y)>>&>) {
-                if (covered) grad_loop<kCovered>(w, gradients, y, streaming, n, r.p);
-                else if (widths.tanh) grad_loop<kTanhInside>(w, gradients, y, streaming, n, r.p);
-                else grad_loop<kInside>(w, gradients, y, streaming, n, r.p);
+                if (covered)
+                  grad_loop<kCovered>(w, gradients, y, streaming, n, r.p);
+                else if (widths.tanh)
+                  grad_loop<kTanhInside>(w, gradients, y, streaming, n, r.p);
+                else
+                  grad_loop<kInside>(w, gradients, y, streaming, n, r.p);
               } else {
                 __builtin_unreachable();  // the result always has the dtype of w
               }

@@ -12,8 +12,10 @@ namespace quantops {
 
 template <bool kTanh, class A>
 QUANTOPS_INLINE A companded(A w) {
-  if constexpr (kTanh) return tanh_of(w);
-  else return w;
+  if constexpr (kTanh)
+    return tanh_of(w);
+  else
+    return w;
 }
 
 // kPairs: in the order of kAllPairs, for results that are bfloat16 as the weights are.
@@ -72,11 +74,14 @@ template <GradKind kKind, class In, class G, class A>
 QUANTOPS_SIMD void grad_loop(const In* __restrict w, const G* const* g, In* __restrict out, bool streaming, int64_t n,
                              const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
-  const G *__restrict g0 = g[0], *__restrict g1 = g[1], *__restrict g2 = g[2], *__restrict g3 = g[3];
-  map_lanes<G>(out, streaming, n, [&](A x, A y0, A y1, A y2, A y3) QUANTOPS_LANES {
-    const A total = ((y0 + y1) + y2) + y3;
-    return kKind == kCovered ? total : grad_element<kKind>(x, total, p);
-  }, w, g0, g1, g2, g3);
+  const G* __restrict g0 = g[0], * __restrict g1 = g[1], * __restrict g2 = g[2], * __restrict g3 = g[3];
+  map_lanes<G>(
+      out, streaming, n,
+      [&](A x, A y0, A y1, A y2, A y3) QUANTOPS_LANES {
+        const A total = ((y0 + y1) + y2) + y3;
+        return kKind == kCovered ? total : grad_element<kKind>(x, total, p);
+      },
+      w, g0, g1, g2, g3);
 }
 
 template <class A>

@@ -47,13 +47,17 @@ Tensor reduce_abs(List& list, bool mean) {
   Tensor out = empty_vector(count, acc_type(list.is_double), list.w[0]);
   A* result = static_cast<A*>(out.data_ptr());
   std::fill(result, result + count, A(0));
-  struct Part { uint64_t most = 0; double sum = 0; };
+  struct Part {
+    uint64_t most = 0;
+    double sum = 0;
+  };
   std::vector<Part> parts(list.chunks.size());
   auto finish = [&](const Part& p, int64_t t, int64_t row) {
     if (!mean) return value_of<A>(p.most, list.type);
     const int64_t n = list.rows[t].inner;
     const A value = A(p.sum / double(n));
-    return value > std::numeric_limits<A>::max() ? scaled_mean<A>(list.data[t], list.type, row * n, row * n + n) : value;
+    return value > std::numeric_limits<A>::max() ? scaled_mean<A>(list.data[t], list.type, row * n, row * n + n)
+                                                 : value;
   };
   for_chunks(list.chunks, [&](int64_t chunk) {
     const Chunk& c = list.chunks[chunk];
@@ -63,11 +67,15 @@ Tensor reduce_abs(List& list, bool mean) {
       for (int64_t i = begin; i < end; i += kBlock) {
         int64_t n = std::min(kBlock, end - i);
         if (mean)
-          with_source<A>(list.data[c.tensor], list.type, i, n, [&](const auto* w) { part.sum += abs_sum_loop<A>(w, n); });
-        else part.most = std::max(part.most, absmax_bits(list.data[c.tensor], list.type, i, n));
+          with_source<A>(list.data[c.tensor], list.type, i, n,
+                         [&](const auto* w) { part.sum += abs_sum_loop<A>(w, n); });
+        else
+          part.most = std::max(part.most, absmax_bits(list.data[c.tensor], list.type, i, n));
       }
-      if (row_in_parts(rows)) parts[chunk] = part;
-      else result[first[c.tensor] + row] = finish(part, c.tensor, row);
+      if (row_in_parts(rows))
+        parts[chunk] = part;
+      else
+        result[first[c.tensor] + row] = finish(part, c.tensor, row);
     });
   });
   for (size_t i = 0; i < list.chunks.size();) {  // rows in parts: their chunks follow one another
@@ -79,7 +87,8 @@ Tensor reduce_abs(List& list, bool mean) {
     }
     int64_t row = c.begin / rows.inner;
     Part total;
-    for (; i < list.chunks.size() && list.chunks[i].tensor == c.tensor && list.chunks[i].begin / rows.inner == row; i++) {
+    for (; i < list.chunks.size() && list.chunks[i].tensor == c.tensor && list.chunks[i].begin / rows.inner == row;
+         i++) {
       total.most = std::max(total.most, parts[i].most);
       total.sum += parts[i].sum;
     }
@@ -138,15 +147,19 @@ Tensors round_clamp(Tensors w, Tensors scale, Tensor bits, int64_t grid_index, b
 
 // q may be null: the sums alone.
 template <class A>
-void msq_into(const List& list, GridKind grid, bool covered, const Targets* q, A* penalty, int64_t* nonzero, A* sq_error) {
+void msq_into(const List& list, GridKind grid, bool covered, const Targets* q, A* penalty, int64_t* nonzero,
+              A* sq_error) {
   std::vector<LsbSums> parts(list.chunks.size());
-  for_blocks<A>(list, grid, true, [&](int64_t chunk, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
-    with_source<A>(list.data[t], list.type, i, end - i, [&](const auto* w) {
-      if (!q) return msq_loop(w, static_cast<Nothing*>(nullptr), false, end - i, p, covered, parts[chunk]);
-      with_target<A>(q->data[t], q->type, i, end - i, q->streaming,
-                     [&](auto* y, bool streaming) { msq_loop(w, y, streaming, end - i, p, covered, parts[chunk]); });
-    });
-  });
+  for_blocks<A>(list, grid, true,
+                [&](int64_t chunk, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
+                  with_source<A>(list.data[t], list.type, i, end - i, [&](const auto* w) {
+                    if (!q)
+                      return msq_loop(w, static_cast<Nothing*>(nullptr), false, end - i, p, covered, parts[chunk]);
+                    with_target<A>(q->data[t], q->type, i, end - i, q->streaming, [&](auto* y, bool streaming) {
+                      msq_loop(w, y, streaming, end - i, p, covered, parts[chunk]);
+                    });
+                  });
+                });
   std::vector<LsbSums> sums(list.size());
   for (size_t i = 0; i < parts.size(); i++) {
     LsbSums& s = sums[list.chunks[i].tensor];
@@ -161,8 +174,8 @@ void msq_into(const List& list, GridKind grid, bool covered, const Targets* q, A
   }
 }
 
-void msq_into(const List& list, GridKind grid, bool covered, const Tensors& q, const Tensor& penalty, const Tensor& nonzero,
-              const Tensor& sq_error) {
+void msq_into(const List& list, GridKind grid, bool covered, const Tensors& q, const Tensor& penalty,
+              const Tensor& nonzero, const Tensor& sq_error) {
   Targets to;
   if (!q.empty()) to = targets(q, list);
   int64_t* count = static_cast<int64_t*>(nonzero.data_ptr());
@@ -255,9 +268,12 @@ Tensors encode(Tensors w, Tensors scale, Tensor bits, int64_t rule, int64_t grid
   Tensors out = empty_like(list.w, ScalarType::Int);
   with_arithmetic(is_double, [&](auto zero) {
     integers_into<decltype(zero)>(list, grid, is_signed, out, [&](const auto&... args) {
-      if (rule == kRoundClamp) encode_loop<kRoundClamp>(args...);
-      else if (rule == kFloor) encode_loop<kFloor>(args...);
-      else encode_loop<kNearest>(args...);
+      if (rule == kRoundClamp)
+        encode_loop<kRoundClamp>(args...);
+      else if (rule == kFloor)
+        encode_loop<kFloor>(args...);
+      else
+        encode_loop<kNearest>(args...);
     });
   });
   return out;
@@ -266,12 +282,13 @@ Tensors encode(Tensors w, Tensors scale, Tensor bits, int64_t rule, int64_t grid
 template <class A>
 void decode_into(const List& list, GridKind grid, bool is_signed, const Targets& q) {
   std::vector<char> outside(list.chunks.size(), false);
-  for_blocks<A>(list, grid, is_signed, [&](int64_t chunk, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
-    const int32_t* codes = static_cast<const int32_t*>(list.data[t]) + i;
-    outside[chunk] |= union_loop(codes, end - i) >= static_cast<uint32_t>(p.count);
-    with_target<A>(q.data[t], q.type, i, end - i, q.streaming,
-                   [&](auto* y, bool streaming) { decode_loop(codes, y, streaming, end - i, p); });
-  });
+  for_blocks<A>(list, grid, is_signed,
+                [&](int64_t chunk, int64_t t, int64_t, int64_t i, int64_t end, const Quantizer<A>& p) {
+                  const int32_t* codes = static_cast<const int32_t*>(list.data[t]) + i;
+                  outside[chunk] |= union_loop(codes, end - i) >= static_cast<uint32_t>(p.count);
+                  with_target<A>(q.data[t], q.type, i, end - i, q.streaming,
+                                 [&](auto* y, bool streaming) { decode_loop(codes, y, streaming, end - i, p); });
+                });
   for (size_t i = 0; i < outside.size(); i++) {
     if (!outside[i]) continue;
     const Chunk& at = list.chunks[i];
@@ -316,9 +333,12 @@ void backward_into(const List& list, const Tensors& grad, const A* penalty, Grid
         auto run = [&](const auto* w, const auto* g) {
           with_target<A>(out.data[t], out.type, i, n, out.streaming, [&](auto* y, bool streaming) {
             if constexpr (std::is_same_v<decltype(*w), std::add_const_t<std::remove_reference_t<decltype(*y)>>&>) {
-              if (penalty) grad_penalty_loop(w, g, y, streaming, n, p, penalty[t]);
-              else if (grad_scale.empty()) grad_loop(w, g, y, streaming, n, p);
-              else sum += grad_and_scale_loop(w, g, y, streaming, n, p);
+              if (penalty)
+                grad_penalty_loop(w, g, y, streaming, n, p, penalty[t]);
+              else if (grad_scale.empty())
+                grad_loop(w, g, y, streaming, n, p);
+              else
+                sum += grad_and_scale_loop(w, g, y, streaming, n, p);
             } else {
               __builtin_unreachable();  // the result always has the dtype of w
             }
@@ -326,22 +346,26 @@ void backward_into(const List& list, const Tensors& grad, const A* penalty, Grid
           if (penalty && !grad_scale.empty()) sum += scale_grad_loop(w, g, n, p);
         };
         with_source<A>(list.data[t], list.type, i, n, [&](const auto* w) {
-          if (grad.empty()) run(w, zeros);
-          else with_source<A>(g_data[t], g_type, i, n, [&](const auto* g) { run(w, g); });
+          if (grad.empty())
+            run(w, zeros);
+          else
+            with_source<A>(g_data[t], g_type, i, n, [&](const auto* g) { run(w, g); });
         });
       }
       if (grad_scale.empty()) return;
-      if (row_in_parts(list.rows[t])) parts[chunk] = sum;
-      else grad_scale[t][row] = A(sum);
+      if (row_in_parts(list.rows[t]))
+        parts[chunk] = sum;
+      else
+        grad_scale[t][row] = A(sum);
     });
     end_streaming();
   });
   if (!grad_scale.empty()) add_parts(list, parts, grad_scale);
 }
 
-std::tuple<Tensors, Tensors> uniform_backward(
-    Tensors grad, std::optional<Tensor> grad_penalty, Tensors w, Tensors scale,
-    Tensor bits, Tensor k, int64_t grid_index, bool is_signed, bool scale_grad) {
+std::tuple<Tensors, Tensors> uniform_backward(Tensors grad, std::optional<Tensor> grad_penalty, Tensors w,
+                                              Tensors scale, Tensor bits, Tensor k, int64_t grid_index, bool is_signed,
+                                              bool scale_grad) {
   bool is_double = is_double_list(w);
   const GridKind grid = check_grid(grid_index, is_signed);
   List list = make_list(w, scale, bits, &k, is_double, grid);
@@ -349,8 +373,7 @@ std::tuple<Tensors, Tensors> uniform_backward(
   if (!grad.empty()) check_like("grad", grad, w, kFloats);
   for (size_t i = 0; i < grad.size(); i++) g.push_back(in_layout_of(grad[i], list.w[i]));
   Tensor penalty = w[0];
-  if (grad_penalty)
-    penalty = check_per_weight("grad_penalty", *grad_penalty, list.size(), acc_type(is_double), w[0]);
+  if (grad_penalty) penalty = check_per_weight("grad_penalty", *grad_penalty, list.size(), acc_type(is_double), w[0]);
   Tensors out = empty_like(list.w, w[0].scalar_type()), out_scale;
   if (scale_grad)
     for (const Tensor& s : scale) out_scale.push_back(torch::stable::empty_like(s));
@@ -384,16 +407,17 @@ void add_lsb_grad_into(const List& list, GridKind grid, const Targets& to, const
   });
 }
 
-void add_lsb_grad_(Tensors grad, Tensors w, Tensors scale, Tensor bits, Tensor k, int64_t grid_index,
-                   Tensor strength) {
+void add_lsb_grad_(Tensors grad, Tensors w, Tensors scale, Tensor bits, Tensor k, int64_t grid_index, Tensor strength) {
   bool is_double = is_double_list(w);
   const GridKind grid = check_grid(grid_index);
   List list = make_list(w, scale, bits, &k, is_double, grid);
   check_results("grad", grad, list.w, kFloats);
   check_result("strength", strength, list.size(), acc_type(is_double), w[0]);
   check_own_memory({{"grad", grad}}, {w, scale, {bits, k, strength}});
-  if (is_double) add_lsb_grad_into(list, grid, targets(grad, list), static_cast<const double*>(strength.data_ptr()));
-  else add_lsb_grad_into(list, grid, targets(grad, list), static_cast<const float*>(strength.data_ptr()));
+  if (is_double)
+    add_lsb_grad_into(list, grid, targets(grad, list), static_cast<const double*>(strength.data_ptr()));
+  else
+    add_lsb_grad_into(list, grid, targets(grad, list), static_cast<const float*>(strength.data_ptr()));
 }
 
 }  // namespace

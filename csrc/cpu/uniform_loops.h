@@ -11,7 +11,7 @@ namespace quantops {
 
 // What the LSB sums of a part of a weight come to.
 struct LsbSums {
-  double penalty = 0;   // sum |B| * step
+  double penalty = 0;  // sum |B| * step
   int64_t nonzero = 0;
   double sq_error = 0;
 };
@@ -58,9 +58,7 @@ QUANTOPS_INLINE float float_of(int32_t bits) {
 
 // 2^n * u, not clamped; NaN where w is NaN. A power of two multiplies exactly, before the other operations as after
 // them, but where w * inv is so small that the code is that of w = 0 either way.
-QUANTOPS_INLINE float scaled_unit(float w, const Quantizer<float>& p) {
-  return w * (p.mul * p.inv) + p.mul * p.offset;
-}
+QUANTOPS_INLINE float scaled_unit(float w, const Quantizer<float>& p) { return w * (p.mul * p.inv) + p.mul * p.offset; }
 
 // kZeroBits and the nearest integer to v, between bottom and top; either for NaN. Every step is monotone, so that
 // clamping here does for clamping the weight, and integers are compared at twice the rate of floats.
@@ -223,8 +221,8 @@ QUANTOPS_SIMD void decode_loop(const Code* __restrict codes, Out* __restrict q, 
                                const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
   map_lanes<Out>(
-      q, streaming, n, [&](int32_t c) QUANTOPS_LANES { return level(code_of_stored(static_cast<A>(c), p), p) * p.step; },
-      codes);
+      q, streaming, n,
+      [&](int32_t c) QUANTOPS_LANES { return level(code_of_stored(static_cast<A>(c), p), p) * p.step; }, codes);
 }
 
 // The union of the bits of codes: below a power of two if all of them are.
@@ -240,8 +238,8 @@ QUANTOPS_INLINE A grad_element(A w, A g, const Quantizer<A>& p) {
 }
 
 template <class In, class G, class A>
-QUANTOPS_SIMD void grad_loop(const In* __restrict w, const G* __restrict g, In* __restrict out, bool streaming, int64_t n,
-                             const Quantizer<A>& quantizer) {
+QUANTOPS_SIMD void grad_loop(const In* __restrict w, const G* __restrict g, In* __restrict out, bool streaming,
+                             int64_t n, const Quantizer<A>& quantizer) {
   const Quantizer<A> p = quantizer;
   map_lanes<G>(out, streaming, n, [&](A x, A y) QUANTOPS_LANES { return grad_element(x, y, p); }, w, g);
 }
@@ -264,15 +262,15 @@ QUANTOPS_SIMD void grad_penalty_loop(const In* __restrict w, const G* __restrict
                                      int64_t n, const Quantizer<A>& quantizer, A strength) {
   const Quantizer<A> p = quantizer;
   const A r = strength == strength ? strength : quiet_nan<A>();
-  map_lanes<G>(out, streaming, n, [&](A x, A y) QUANTOPS_LANES {
-    return grad_element(x, y + r * slope_element<form>(x, p), p);
-  }, w, g);
+  map_lanes<G>(
+      out, streaming, n, [&](A x, A y) QUANTOPS_LANES { return grad_element(x, y + r * slope_element<form>(x, p), p); },
+      w, g);
 }
 
 template <class In, class G, class A>
 void grad_penalty_loop(const In* w, const G* g, In* out, bool streaming, int64_t n, const Quantizer<A>& p, A r) {
   with_form(p, p.pow_k == A(2), false,
-               [&](auto form) { grad_penalty_loop<form.value>(w, g, out, streaming, n, p, r); });
+            [&](auto form) { grad_penalty_loop<form.value>(w, g, out, streaming, n, p, r); });
 }
 
 // g += r * sign(B) * inside
@@ -281,16 +279,18 @@ QUANTOPS_SIMD void add_lsb_grad_loop(const In* __restrict w, G* __restrict g, in
                                      A strength) {
   const Quantizer<A> p = quantizer;
   const A r = strength == strength ? strength : quiet_nan<A>();
-  map_lanes<G>(g, false, n, [&](A x, A y) QUANTOPS_LANES {
-    const A slope = slope_element<form>(x, p);
-    return y + r * (inside(x, p) ? slope : A(0));
-  }, w, g);
+  map_lanes<G>(
+      g, false, n,
+      [&](A x, A y) QUANTOPS_LANES {
+        const A slope = slope_element<form>(x, p);
+        return y + r * (inside(x, p) ? slope : A(0));
+      },
+      w, g);
 }
 
 template <class In, class G, class A>
 void add_lsb_grad_loop(const In* w, G* g, int64_t n, const Quantizer<A>& p, A r) {
-  with_form(p, p.pow_k == A(2), false,
-               [&](auto form) { add_lsb_grad_loop<form.value>(w, g, n, p, r); });
+  with_form(p, p.pow_k == A(2), false, [&](auto form) { add_lsb_grad_loop<form.value>(w, g, n, p, r); });
 }
 
 // dq/ds per element.

@@ -247,8 +247,13 @@ struct Parameters {
 
   Parameters(const Tensor& x, ScalarType acc, const Tensor& scale_, const MaybeTensor& offset_, const Tensor& bits_,
              int64_t rule_, bool is_signed_, int64_t front_, int64_t keep_, int64_t learn_)
-      : scale(scale_), bits(check_per_weight("bits", bits_, 1, ScalarType::Int, x)), rule(int32_t(rule_)),
-        front(int32_t(front_)), keep(int32_t(keep_)), learn(int32_t(learn_)), is_signed(is_signed_) {
+      : scale(scale_),
+        bits(check_per_weight("bits", bits_, 1, ScalarType::Int, x)),
+        rule(int32_t(rule_)),
+        front(int32_t(front_)),
+        keep(int32_t(keep_)),
+        learn(int32_t(learn_)),
+        is_signed(is_signed_) {
     check_options(rule_, is_signed_, front_, keep_, learn_, offset_);
     channels = channels_of("scale", scale_, x);
     scale = check_per_weight("scale", scale_, channels.count, acc, x);
@@ -256,8 +261,15 @@ struct Parameters {
   }
   template <class A>
   Settings<A> settings() const {
-    return {static_cast<const A*>(scale.data_ptr()), offset ? static_cast<const A*>(offset->data_ptr()) : nullptr,
-            static_cast<const int32_t*>(bits.data_ptr()), channels, rule, front, keep, learn, is_signed};
+    return {static_cast<const A*>(scale.data_ptr()),
+            offset ? static_cast<const A*>(offset->data_ptr()) : nullptr,
+            static_cast<const int32_t*>(bits.data_ptr()),
+            channels,
+            rule,
+            front,
+            keep,
+            learn,
+            is_signed};
   }
 };
 
@@ -274,8 +286,10 @@ void forward_into(const Tensor& x, const Tensor& q, const Tensor& kept, const Pa
     launch(on, kernel, extent.blocks(), kThreads, static_cast<const X*>(x.data_ptr()), static_cast<O*>(q.data_ptr()),
            static_cast<uint8_t*>(kept.data_ptr()), extent, parameters.settings<Acc<X>>());
   };
-  if (parameters.channels.count == 1) run(activation_kernel<X, O, false>);
-  else run(activation_kernel<X, O, true>);
+  if (parameters.channels.count == 1)
+    run(activation_kernel<X, O, false>);
+  else
+    run(activation_kernel<X, O, true>);
 }
 
 std::tuple<Tensor, Tensor> activation(Tensor x, Tensor scale, MaybeTensor offset, Tensor bits, int64_t rule,
@@ -326,8 +340,10 @@ void backward_into(const Tensor& g, const Tensor* other, const Tensor& kept, con
            extent, settings);
   };
   if (extent.numel > 0) {
-    if (count == 1) run(gradient_kernel<T, false>);
-    else run(gradient_kernel<T, true>);
+    if (count == 1)
+      run(gradient_kernel<T, false>);
+    else
+      run(gradient_kernel<T, true>);
     if (!sums.empty() && count > 1)
       launch(on, channel_kernel<T>, dim3(static_cast<unsigned>(count * parts)), kThreads, from, second, numbers,
              static_cast<SideSums*>(scratch.data_ptr()), each, segment, parts, settings);

@@ -22,9 +22,9 @@ constexpr int kChunks = kTileBytes / 16;  // 16 bytes each
 struct PackedEntry {
   const void* from;
   void* to;
-  const void* scale;      // decode: one for each `inner` codes
+  const void* scale;  // decode: one for each `inner` codes
   int64_t numel, inner;
-  int32_t stored;         // bits of each code
+  int32_t stored;  // bits of each code
 };
 
 template <int kCapacity>
@@ -360,7 +360,8 @@ Tensors unpack(Tensors data, std::vector<int64_t> sizes, std::vector<int64_t> di
 }
 
 Tensors decode_packed(Tensors data, std::vector<int64_t> sizes, std::vector<int64_t> dims, std::vector<int64_t> stored,
-                      Tensors scale, Tensor bits, int64_t layout, int64_t grid_index, bool is_signed, ScalarType dtype) {
+                      Tensors scale, Tensor bits, int64_t layout, int64_t grid_index, bool is_signed,
+                      ScalarType dtype) {
   const GridKind grid = check_grid(grid_index, is_signed);
   const PackedShapes list(data, sizes, dims, stored, layout);
   check_float("dtype", dtype);
@@ -374,8 +375,10 @@ Tensors decode_packed(Tensors data, std::vector<int64_t> sizes, std::vector<int6
   }
   with_float(dtype, [&](auto element) {
     using O = decltype(element);
-    if (is_double) unpack_into(data[0], entries, m, layout, Values<double, O>{grid, is_signed});
-    else unpack_into(data[0], entries, m, layout, Values<float, O>{grid, is_signed});
+    if (is_double)
+      unpack_into(data[0], entries, m, layout, Values<double, O>{grid, is_signed});
+    else
+      unpack_into(data[0], entries, m, layout, Values<float, O>{grid, is_signed});
   });
   return out;
 }

@@ -30,7 +30,7 @@ struct Entry {
   const void* grad;  // a second one, or null
   void* out;         // written element by element, or null
   const void* scale;
-  void* result;      // written once per scale, or null
+  void* result;  // written once per scale, or null
   int64_t rows, inner;
 };
 
@@ -70,17 +70,23 @@ __device__ __forceinline__ int32_t widen(int32_t v) { return v; }
 template <class T>
 struct Narrow {
   template <class A>
-  static __device__ __forceinline__ T from(A v) { return static_cast<T>(v); }
+  static __device__ __forceinline__ T from(A v) {
+    return static_cast<T>(v);
+  }
 };
 template <>
 struct Narrow<__nv_bfloat16> {
   template <class A>
-  static __device__ __forceinline__ __nv_bfloat16 from(A v) { return __float2bfloat16_rn(static_cast<float>(v)); }
+  static __device__ __forceinline__ __nv_bfloat16 from(A v) {
+    return __float2bfloat16_rn(static_cast<float>(v));
+  }
 };
 template <>
 struct Narrow<__half> {
   template <class A>
-  static __device__ __forceinline__ __half from(A v) { return __float2half_rn(static_cast<float>(v)); }
+  static __device__ __forceinline__ __half from(A v) {
+    return __float2half_rn(static_cast<float>(v));
+  }
 };
 
 // The dtype of the arithmetic.
@@ -119,8 +125,10 @@ __device__ __forceinline__ void store_word(T* to, const T& v) {
   const auto at = __cvta_generic_to_global(to);
   if constexpr (sizeof(T) == 16)
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" : : "l"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w));
-  else if constexpr (sizeof(T) == 8) asm volatile("st.global.v2.b32 [%0], {%1, %2};" : : "l"(at), "r"(v.x), "r"(v.y));
-  else asm volatile("st.global.b32 [%0], %1;" : : "l"(at), "r"(v));
+  else if constexpr (sizeof(T) == 8)
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" : : "l"(at), "r"(v.x), "r"(v.y));
+  else
+    asm volatile("st.global.b32 [%0], %1;" : : "l"(at), "r"(v));
 #else
   __stwb(to, v);
 #endif
@@ -197,8 +205,10 @@ __device__ __forceinline__ int find_entry(const AnyTable& table, int64_t item) {
   int low = 0, high = table.count;  // first_item[low] <= item < first_item[high]; passes over empty tensors
   while (high - low > 1) {
     int middle = (low + high) / 2;
-    if (table.first_item[middle] <= item) low = middle;
-    else high = middle;
+    if (table.first_item[middle] <= item)
+      low = middle;
+    else
+      high = middle;
   }
   return low;
 }
@@ -251,8 +261,10 @@ __device__ __forceinline__ void leave_sum(const T& table, const Op& op, const Pl
   const typename Op::Partial sum = warp_reduce<typename Op::Combine>(of_lane);
   if (threadIdx.x % kWarp != 0) return;
   const auto& entry = table.entry[place.which];
-  if (open_groups<Op>(entry, table.segment) == 0) op.write(entry, place.row, table.base + place.which, sum);
-  else op.partial[item] = sum;
+  if (open_groups<Op>(entry, table.segment) == 0)
+    op.write(entry, place.row, table.base + place.which, sum);
+  else
+    op.partial[item] = sum;
 }
 
 // Adds up the items of open group `group` of the table, by a warp or by the block, and writes its results.
@@ -261,8 +273,8 @@ __device__ __forceinline__ void finish_group(const T& table, const Op& op, int64
   int which = 0;
   for (int64_t open; group >= (open = open_groups<Op>(table.entry[which], table.segment)); ++which) group -= open;
   const auto& entry = table.entry[which];
-  const int64_t items = Op::kPerScale ? segments_of(entry.inner, table.segment)
-                                      : table.first_item[which + 1] - table.first_item[which];
+  const int64_t items =
+      Op::kPerScale ? segments_of(entry.inner, table.segment) : table.first_item[which + 1] - table.first_item[which];
   const auto* partial = op.partial + table.first_item[which] + group * items;
   const int rank = by_block ? threadIdx.x : threadIdx.x % kWarp, team = by_block ? blockDim.x : kWarp;
   typename Op::Combine combine;
@@ -364,8 +376,10 @@ __device__ __forceinline__ void run_item(const T& table, const Op& op, int64_t i
       __shared__ Staged<std::conditional_t<std::is_same_v<O, X>, None, O>, V> of_out;
       const int thread = threadIdx.x;
       auto result = [&](int j) -> O& {
-        if constexpr (std::is_same_v<O, X>) return of_x.v[j][thread];
-        else return of_out.v[j][thread];
+        if constexpr (std::is_same_v<O, X>)
+          return of_x.v[j][thread];
+        else
+          return of_out.v[j][thread];
       };
 #pragma unroll
       for (int j = 0; j < V; ++j) {
@@ -375,8 +389,10 @@ __device__ __forceinline__ void run_item(const T& table, const Op& op, int64_t i
 #pragma unroll 1
       for (int j = 0; j < V; ++j) {
         if constexpr (Op::kIndexed) state.index = begin + head + v * V + j;
-        if constexpr (kHasG) result(j) = op.apply(of_x.v[j][thread], of_g.v[j][thread], state);
-        else result(j) = op.apply(of_x.v[j][thread], None{}, state);
+        if constexpr (kHasG)
+          result(j) = op.apply(of_x.v[j][thread], of_g.v[j][thread], state);
+        else
+          result(j) = op.apply(of_x.v[j][thread], None{}, state);
       }
 #pragma unroll
       for (int j = 0; j < V; ++j) os.v[j] = result(j);
@@ -384,9 +400,12 @@ __device__ __forceinline__ void run_item(const T& table, const Op& op, int64_t i
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         if constexpr (Op::kIndexed) state.index = begin + head + v * V + j;
-        if constexpr (kHasG && kHasO) os.v[j] = op.apply(xs.v[j], gs.v[j], state);
-        else if constexpr (kHasO) os.v[j] = op.apply(xs.v[j], None{}, state);
-        else op.apply(xs.v[j], None{}, state);
+        if constexpr (kHasG && kHasO)
+          os.v[j] = op.apply(xs.v[j], gs.v[j], state);
+        else if constexpr (kHasO)
+          os.v[j] = op.apply(xs.v[j], None{}, state);
+        else
+          op.apply(xs.v[j], None{}, state);
       }
     }
     op.flush(state, xs.v);
@@ -410,9 +429,12 @@ __device__ __forceinline__ void run_item(const T& table, const Op& op, int64_t i
     const int at = i < head ? i : i + whole;
     if constexpr (Op::kIndexed) state.index = begin + at;
     const X one[1] = {x[at]};
-    if constexpr (kHasG && kHasO) out[at] = op.apply(one[0], g ? g[at] : G(), state);
-    else if constexpr (kHasO) out[at] = op.apply(one[0], None{}, state);
-    else op.apply(one[0], None{}, state);
+    if constexpr (kHasG && kHasO)
+      out[at] = op.apply(one[0], g ? g[at] : G(), state);
+    else if constexpr (kHasO)
+      out[at] = op.apply(one[0], None{}, state);
+    else
+      op.apply(one[0], None{}, state);
     op.flush(state, one);
   }
 
@@ -501,8 +523,10 @@ void for_tables(const std::vector<E>& entries, const F& f) {
   int64_t elements = 0;
   for (const E& e : entries) elements += e.rows * e.inner;
   const int64_t segment = segment_rule(elements);
-  if (entries.size() <= kSmallTable<E>) for_tables<kSmallTable<E>>(entries, segment, f);
-  else for_tables<kLargeTable<E>>(entries, segment, f);
+  if (entries.size() <= kSmallTable<E>)
+    for_tables<kSmallTable<E>>(entries, segment, f);
+  else
+    for_tables<kLargeTable<E>>(entries, segment, f);
 }
 
 template <class Op, int N, class E>
@@ -554,7 +578,8 @@ void run(const Tensor& like, const std::vector<E>& entries, Op op) {
   for_tables(entries, [&](const auto& table, int64_t items) {
     if constexpr (Op::kSums)
       launch_with_sums(on, like, table, items, op, [&](const Op& o) { launch_items(on, table, items, o); });
-    else launch_items(on, table, items, op);
+    else
+      launch_items(on, table, items, op);
   });
 }
 
@@ -562,11 +587,16 @@ void run(const Tensor& like, const std::vector<E>& entries, Op op) {
 template <class F>
 void with_float(ScalarType dtype, F f) {
   switch (dtype) {
-    case ScalarType::Float: return f(float());
-    case ScalarType::BFloat16: return f(__nv_bfloat16());
-    case ScalarType::Half: return f(__half());
-    case ScalarType::Double: return f(double());
-    default: fail("dtype: expected a floating dtype, got ", dtype_name(dtype));
+    case ScalarType::Float:
+      return f(float());
+    case ScalarType::BFloat16:
+      return f(__nv_bfloat16());
+    case ScalarType::Half:
+      return f(__half());
+    case ScalarType::Double:
+      return f(double());
+    default:
+      fail("dtype: expected a floating dtype, got ", dtype_name(dtype));
   }
 }
 

@@ -119,7 +119,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   uintptr_t bits = 0;
   for (int j = 0; j < cut.widths; ++j) bits |= reinterpret_cast<uintptr_t>(out(j) + head);
 
-  walk<V, U>(at.n, head, bits, lane,
+  walk<V, U>(
+      at.n, head, bits, lane,
       [&](int i, auto count) {
         constexpr int K = decltype(count)::value;
         Pack<W, V> xs[K];
@@ -233,7 +234,8 @@ __device__ __forceinline__ void backward_item(const T& table, const Cut& cut, co
   };
   auto code_of = [&](A w) { return base_code(cut.tanh ? tanh_of(w) : w, cut.rule, p); };
 
-  walk<V, U>(at.n, head, bits, lane,
+  walk<V, U>(
+      at.n, head, bits, lane,
       [&](int i, auto count) {
         constexpr int K = decltype(count)::value;
         Pack<W, V> xs[K];
@@ -337,15 +339,19 @@ struct List {
     check_out_scales(out_scale, scale, weights, acc);
     bits = bits_.is_contiguous() ? bits_ : torch::stable::contiguous(bits_);
     base_bits = check_per_weight("base_bits", base_bits_, count, ScalarType::Int, weights[0]);
-    cut = {static_cast<const int32_t*>(bits.data_ptr()), static_cast<const int32_t*>(base_bits.data_ptr()), count,
-           static_cast<int32_t>(widths), static_cast<Rule>(rule), tanh};
+    cut = {static_cast<const int32_t*>(bits.data_ptr()),
+           static_cast<const int32_t*>(base_bits.data_ptr()),
+           count,
+           static_cast<int32_t>(widths),
+           static_cast<Rule>(rule),
+           tanh};
     w = dense(weights);
     data.resize(count * widths, nullptr);
     for (int64_t i = 0; i < count; ++i) {
       const Rows r = rows_of(w[i], scale[i]);
       const Tensor& out = out_scale.empty() ? scale[i] : out_scale[i];
-      entries.push_back({w[i].data_ptr(), nullptr, scale[i].data_ptr(), out.data_ptr(), nullptr, nullptr, r.rows,
-                         r.inner});
+      entries.push_back(
+          {w[i].data_ptr(), nullptr, scale[i].data_ptr(), out.data_ptr(), nullptr, nullptr, r.rows, r.inner});
     }
   }
 
@@ -423,8 +429,10 @@ void backward_into(const List& list) {
       if (items > 0)
         launch(on, truncate_backward_kernel<W, G, kKind, T>, blocks_of(items), kThreads, table, list.cut, scales);
     };
-    if (kKind == kScales) launch_with_sums(on, list.w[0], table, items, ScaleSums<Acc<W>>{}, launch_items);
-    else launch_items({});
+    if (kKind == kScales)
+      launch_with_sums(on, list.w[0], table, items, ScaleSums<Acc<W>>{}, launch_items);
+    else
+      launch_items({});
   });
 }
 
@@ -456,9 +464,12 @@ std::tuple<Tensors, Tensors, Tensors> truncate_backward(Tensors grads, Tensors w
     using W = decltype(element);
     with_grad<W>(grad_dtype, [&](auto grad_element) {
       using G = decltype(grad_element);
-      if (scale_grad) backward_into<W, G, kScales>(list);
-      else if (covered && !tanh) backward_into<W, G, kCovered>(list);
-      else backward_into<W, G, kInside>(list);
+      if (scale_grad)
+        backward_into<W, G, kScales>(list);
+      else if (covered && !tanh)
+        backward_into<W, G, kCovered>(list);
+      else
+        backward_into<W, G, kInside>(list);
     });
   });
   return {grad_w, grad_scale, grad_out_scale};

@@ -67,7 +67,7 @@ struct Msq : SumOp<Sums, AddSums, false> {
   struct State {
     Quantizer<A> p;
     double sq_error;
-    int32_t levels, nonzero;  // sum |B| and the count of B != 0: a lane has < 2^12 elements, |B| <= 2^15
+    int32_t levels, nonzero;           // sum |B| and the count of B != 0: a lane has < 2^12 elements, |B| <= 2^15
     A vector_sq_error, vector_levels;  // of the vector at hand, so that it is converted once; levels: on kRounding
   };
   Source source;
@@ -84,8 +84,10 @@ struct Msq : SumOp<Sums, AddSums, false> {
     s.vector_sq_error = product_plus(difference, difference, s.vector_sq_error);
     s.vector_levels += b;  // exact: an integer below 2^18
     s.nonzero += b != A(0);
-    if constexpr (std::is_same_v<O, None>) return None{};
-    else return Narrow<O>::from(q);
+    if constexpr (std::is_same_v<O, None>)
+      return None{};
+    else
+      return Narrow<O>::from(q);
   }
   template <int kCount>
   __device__ __forceinline__ void flush(State& s, const X (&)[kCount]) const {
@@ -95,7 +97,8 @@ struct Msq : SumOp<Sums, AddSums, false> {
     s.vector_levels = kRounding<A>;
   }
   __device__ __forceinline__ Sums total(const State& s) const {
-    const double levels = static_cast<double>(s.levels) * (source.grid == kFull ? 2.0 : 1.0);  // twice the step may be inf
+    const double levels =
+        static_cast<double>(s.levels) * (source.grid == kFull ? 2.0 : 1.0);  // twice the step may be inf
     return {levels * static_cast<double>(s.p.step), s.sq_error, s.p.valid ? s.nonzero : -1};
   }
   __device__ void write(const Entry& e, int64_t, int which, const Sums& s) const {
@@ -295,7 +298,8 @@ struct List {
   Source source;
   std::vector<Entry> entries;
 
-  List(const Tensors& weights, const Tensors& scale, const Tensor& bits_, const Tensor* k_, GridKind grid, bool is_signed)
+  List(const Tensors& weights, const Tensors& scale, const Tensor& bits_, const Tensor* k_, GridKind grid,
+       bool is_signed)
       : dtype(check_list("w", weights, kFloats)), acc(acc_type(dtype)) {
     fill(weights, scale, bits_, k_, grid, is_signed);
   }
@@ -369,9 +373,8 @@ void round_clamp_into(List& list, const Tensors& q, ScalarType q_dtype) {
   list.write_to(q);
   with_float(list.dtype, [&](auto element) {
     using W = decltype(element);
-    with_float(q_dtype, [&](auto out) {
-      run(list.first(), list.entries, RoundClamp<W, decltype(out)>{{}, list.source});
-    });
+    with_float(q_dtype,
+               [&](auto out) { run(list.first(), list.entries, RoundClamp<W, decltype(out)>{{}, list.source}); });
   });
 }
 
@@ -400,17 +403,21 @@ void msq_into(List& list, const Tensors* q, ScalarType q_dtype, const Tensor& pe
     using A = Acc<W>;
     auto go = [&](auto out) {
       run(list.first(), list.entries,
-          Msq<W, decltype(out)>{{}, list.source, static_cast<A*>(penalty.data_ptr()),
-                                static_cast<A*>(sq_error.data_ptr()), static_cast<int64_t*>(nonzero.data_ptr())});
+          Msq<W, decltype(out)>{{},
+                                list.source,
+                                static_cast<A*>(penalty.data_ptr()),
+                                static_cast<A*>(sq_error.data_ptr()),
+                                static_cast<int64_t*>(nonzero.data_ptr())});
     };
-    if (q) with_float(q_dtype, go);
-    else go(None{});
+    if (q)
+      with_float(q_dtype, go);
+    else
+      go(None{});
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor> empty_sums(const List& list) {
-  return {empty_vector(list.size(), list.acc, list.first()),
-          empty_vector(list.size(), ScalarType::Long, list.first()),
+  return {empty_vector(list.size(), list.acc, list.first()), empty_vector(list.size(), ScalarType::Long, list.first()),
           empty_vector(list.size(), list.acc, list.first())};
 }
 
@@ -448,9 +455,8 @@ Tensors lsb(Tensors w, Tensors scale, Tensor bits, Tensor k, int64_t grid) {
   List list(w, scale, bits, &k, check_grid(grid), true);
   Tensors b = empty_like(list.w, ScalarType::Int);
   list.write_to(b);
-  with_float(list.dtype, [&](auto element) {
-    run(list.first(), list.entries, Lsb<decltype(element)>{{}, list.source});
-  });
+  with_float(list.dtype,
+             [&](auto element) { run(list.first(), list.entries, Lsb<decltype(element)>{{}, list.source}); });
   return b;
 }
 
@@ -472,8 +478,10 @@ Tensors decode(Tensors codes, Tensors scale, Tensor bits, int64_t grid, bool is_
   list.write_to(q);
   with_float(dtype, [&](auto out) {
     using O = decltype(out);
-    if (list.acc == ScalarType::Double) run(list.first(), list.entries, Decode<double, O>{{}, list.source});
-    else run(list.first(), list.entries, Decode<float, O>{{}, list.source});
+    if (list.acc == ScalarType::Double)
+      run(list.first(), list.entries, Decode<double, O>{{}, list.source});
+    else
+      run(list.first(), list.entries, Decode<float, O>{{}, list.source});
   });
   return q;
 }
@@ -513,16 +521,18 @@ std::tuple<Tensors, Tensors> uniform_backward(Tensors grad, std::optional<Tensor
     const A* penalty = grad_penalty ? static_cast<const A*>(r.data_ptr()) : nullptr;
     with_grad<W>(grad_dtype, [&](auto grad_element) {
       using G = decltype(grad_element);
-      if (scale_grad) run(list.first(), list.entries, Backward<W, G, true, true>{{}, list.source, penalty});
-      else if (penalty) run(list.first(), list.entries, Backward<W, G, true, false>{{}, list.source, penalty});
-      else run(list.first(), list.entries, Backward<W, G, false, false>{{}, list.source, nullptr});
+      if (scale_grad)
+        run(list.first(), list.entries, Backward<W, G, true, true>{{}, list.source, penalty});
+      else if (penalty)
+        run(list.first(), list.entries, Backward<W, G, true, false>{{}, list.source, penalty});
+      else
+        run(list.first(), list.entries, Backward<W, G, false, false>{{}, list.source, nullptr});
     });
   });
   return {grad_w, grad_scale};
 }
 
-void add_lsb_grad_(Tensors grad, Tensors w, Tensors scale, Tensor bits, Tensor k, int64_t grid,
-                   Tensor strength) {
+void add_lsb_grad_(Tensors grad, Tensors w, Tensors scale, Tensor bits, Tensor k, int64_t grid, Tensor strength) {
   List list(w, scale, bits, &k, check_grid(grid), true);
   check_results("grad", grad, list.w, {list.dtype});
   const Tensor s = check_per_weight("strength", strength, list.size(), list.acc, list.first());
@@ -531,8 +541,7 @@ void add_lsb_grad_(Tensors grad, Tensors w, Tensors scale, Tensor bits, Tensor k
   for (Entry& e : list.entries) e.grad = e.out;
   with_float(list.dtype, [&](auto element) {
     using W = decltype(element);
-    run(list.first(), list.entries,
-        AddLsbGrad<W>{{}, list.source, static_cast<const Acc<W>*>(s.data_ptr())});
+    run(list.first(), list.entries, AddLsbGrad<W>{{}, list.source, static_cast<const Acc<W>*>(s.data_ptr())});
   });
 }
 

@@ -34,8 +34,14 @@ class _Activation(torch.autograd.Function):
         grad, x, q = (None if t is None else relaid(t, ctx.stride) for t in (grad, x, q))
         grad_x, sums = call(ops.activation_backward, grad, x, q, *saved, *ctx.settings, learn, ctx.dtype)
         of_scale, of_offset = sums or (None, None)
-        return (None, None, None, grad_x if ctx.needs_input_grad[3] else None,
-                of_scale if ctx.needs_input_grad[4] else None, of_offset if ctx.needs_input_grad[5] else None)
+        return (
+            None,
+            None,
+            None,
+            grad_x if ctx.needs_input_grad[3] else None,
+            of_scale if ctx.needs_input_grad[4] else None,
+            of_offset if ctx.needs_input_grad[5] else None,
+        )
 
 
 class _ActivationBackward(torch.autograd.Function):
@@ -54,8 +60,10 @@ class _ActivationBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gg, *of_sums):
         if any(g is not None for g in of_sums):
-            raise NotImplementedError("activation: second derivatives of the scale's and the offset's gradient are not "
-                                      "implemented; those of dL/dx are")
+            raise NotImplementedError(
+                "activation: second derivatives of the scale's and the offset's gradient are not "
+                "implemented; those of dL/dx are"
+            )
         if gg is None:
             return (None,) * 4
         x, *saved = ctx.saved_tensors

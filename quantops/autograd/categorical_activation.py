@@ -38,8 +38,10 @@ class _ActivationBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        raise NotImplementedError("categorical_activation: second derivatives are not implemented; call backward() or "
-                                  "torch.autograd.grad() without create_graph=True on its result")
+        raise NotImplementedError(
+            "categorical_activation: second derivatives are not implemented; call backward() or "
+            "torch.autograd.grad() without create_graph=True on its result"
+        )
 
 
 def categorical_activation(keyset, op, args):

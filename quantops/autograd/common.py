@@ -3,7 +3,7 @@
 import torch
 from torch.autograd import forward_ad
 
-functions = {}  # {op: its (keyset, op, args) of this folder}, filled by quantops/library.py
+functions: dict = {}  # {op: its (keyset, op, args) of this folder}, filled by quantops/library.py
 
 
 def call(op, *args):
@@ -27,11 +27,15 @@ def refuse_unsupported(op, args):
     given = (t for v in args for t in (v if isinstance(v, (list, tuple)) else [v]))
     tensors = [t for t in given if isinstance(t, torch.Tensor)]
     if forward_mode and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError(f"{op.overloadpacket}: forward-mode derivatives (torch.func.jvp, jacfwd, linearize, "
-                                  "torch.autograd.forward_ad) are not implemented: use reverse mode")
+        raise NotImplementedError(
+            f"{op.overloadpacket}: forward-mode derivatives (torch.func.jvp, jacfwd, linearize, "
+            "torch.autograd.forward_ad) are not implemented: use reverse mode"
+        )
     if in_func and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-        raise NotImplementedError(f"{op.overloadpacket}: torch.func transforms of what it quantizes (grad, vjp, "
-                                  "jacrev) are not implemented: use torch.autograd.grad")
+        raise NotImplementedError(
+            f"{op.overloadpacket}: torch.func transforms of what it quantizes (grad, vjp, "
+            "jacrev) are not implemented: use torch.autograd.grad"
+        )
 
 
 def below_autograd(keyset, op, args):
@@ -82,5 +86,5 @@ class _Each(torch.autograd.Function):
         if not any_given(grads):
             return None, *grads
         given = torch.cat(materialize(grads, ctx.value.split(ctx.sizes), ctx.value.dtype))
-        found, = torch.autograd.grad(ctx.value, ctx.joined, given, retain_graph=True)  # the caller may keep its own
+        (found,) = torch.autograd.grad(ctx.value, ctx.joined, given, retain_graph=True)  # the caller may keep its own
         return None, *of_used(grads, found.split(ctx.sizes))

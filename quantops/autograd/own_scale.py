@@ -20,8 +20,12 @@ class _OwnScale(torch.autograd.Function):
     def backward(ctx, grad):
         scale, *w = ctx.saved_tensors
         sizes = [t.shape[0] if ctx.per_row else 1 for t in w]
-        return None, None, None, *call(ops.own_scale_backward, w, list(scale.split(sizes)),
-                                       list(grad.contiguous().split(sizes)), ctx.mean)
+        return (
+            None,
+            None,
+            None,
+            *call(ops.own_scale_backward, w, list(scale.split(sizes)), list(grad.contiguous().split(sizes)), ctx.mean),
+        )
 
 
 class _OwnScaleBackward(torch.autograd.Function):

@@ -26,7 +26,7 @@ class _Truncate(torch.autograd.Function):
     def backward(ctx, *grads):
         n = ctx.count
         wanted = ctx.needs_input_grad[3:]  # of w, scale, out_scale
-        scale_grad = any_given(grads) and any(wanted[2 * n:] if ctx.covered else wanted[n:])
+        scale_grad = any_given(grads) and any(wanted[2 * n :] if ctx.covered else wanted[n:])
         covered = ctx.covered and not ctx.tanh and not scale_grad and not ctx.exact  # dL/dw is the sum of the gradients
         used = [[g for g in grads[i::n] if g is not None] for i in range(n)]
         grad_scale, grad_out_scale = [None] * n, [None] * (len(wanted) - 2 * n)
@@ -36,10 +36,20 @@ class _Truncate(torch.autograd.Function):
             grad_w = [None] * n
         else:
             *tensors, bits, base_bits = ctx.saved_tensors
-            w, scale, out_scale = tensors[:n], tensors[n: 2 * n], tensors[2 * n:]
+            w, scale, out_scale = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
             grad_w, *sums = call(
-                ops.truncate_backward, _fill_in(grads, ctx.q_dtype), w, scale, out_scale, bits, base_bits, ctx.rule,
-                ctx.tanh, covered, scale_grad)
+                ops.truncate_backward,
+                _fill_in(grads, ctx.q_dtype),
+                w,
+                scale,
+                out_scale,
+                bits,
+                base_bits,
+                ctx.rule,
+                ctx.tanh,
+                covered,
+                scale_grad,
+            )
             if ctx.exact:
                 grad_w, sums = exact_slope(grad_w, sums, w, scale, out_scale, ctx.tanh)
             grad_w = [t if g else None for t, g in zip(grad_w, used)]
@@ -76,18 +86,21 @@ class _TruncateBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         n, saved = ctx.count, list(ctx.saved_tensors)
-        w, scale = saved[:n], saved[n: 2 * n]
-        bits, base_bits, *grads = saved[(2 + ctx.own_out) * n:]
-        gg_w, gg_scale, gg_out = gradients[:n], gradients[n: 2 * n], gradients[2 * n:]
+        w, scale = saved[:n], saved[n : 2 * n]
+        bits, base_bits, *grads = saved[(2 + ctx.own_out) * n :]
+        gg_w, gg_scale, gg_out = gradients[:n], gradients[n : 2 * n], gradients[2 * n :]
         # dL/dq has the same factor for every width.
         each, grad_w = [None] * n, [None] * n
         if any_given(gg_w):
             gg_w = materialize(gg_w, w, w[0].dtype)
-            each = call(ops.truncate_backward, gg_w, w, scale, [], bits[:1], base_bits, ctx.rule, ctx.tanh, ctx.covered,
-                        False)[0]
+            each = call(
+                ops.truncate_backward, gg_w, w, scale, [], bits[:1], base_bits, ctx.rule, ctx.tanh, ctx.covered, False
+            )[0]
             if ctx.tanh:
-                grad_w = [tanh_curvature(v, used_gradients(grads[i::n], t), t, s)
-                          for i, (v, t, s) in enumerate(zip(gg_w, w, scale))]
+                grad_w = [
+                    tanh_curvature(v, used_gradients(grads[i::n], t), t, s)
+                    for i, (v, t, s) in enumerate(zip(gg_w, w, scale))
+                ]
         result = [None if v is None or not used else v for v, used in zip(list(each) * bits.shape[0], ctx.used)]
         if any_given(gg_scale) or any_given(gg_out):
             options = {"rule": RULES[ctx.rule], "companding": COMPANDINGS[ctx.tanh]}
@@ -95,10 +108,13 @@ class _TruncateBackward(torch.autograd.Function):
                 if not used:
                     continue
                 i = at % n
-                ratio, inner = truncate_scale_terms(w[i], scale[i], bits[at // n, i],
-                                                    base_bits=base_bits.reshape(-1)[i], **options)
-                for v, term in ((gg_scale[i] if gg_scale else None, -inner if ctx.own_out else ratio - inner),
-                                (gg_out[i] if gg_out else None, ratio)):
+                ratio, inner = truncate_scale_terms(
+                    w[i], scale[i], bits[at // n, i], base_bits=base_bits.reshape(-1)[i], **options
+                )
+                for v, term in (
+                    (gg_scale[i] if gg_scale else None, -inner if ctx.own_out else ratio - inner),
+                    (gg_out[i] if gg_out else None, ratio),
+                ):
                     if v is not None:
                         v = per_row(v, w[i]) * term
                         result[at] = v if result[at] is None else result[at] + v
@@ -116,4 +132,4 @@ def truncate_backward(keyset, op, args):
     tanh, scale_grad = args[7], args[9]
     out = list(_TruncateBackward.apply(keyset, op, args, *grads, *(w if tanh else ())))
     n = len(w)
-    return out[:n], out[n: 2 * n] if scale_grad else [], out[2 * n:] if scale_grad else []
+    return out[:n], out[n : 2 * n] if scale_grad else [], out[2 * n :] if scale_grad else []

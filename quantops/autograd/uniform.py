@@ -17,8 +17,13 @@ class _Quantizer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, keyset, op, args, grid, signed, covered, k, *tensors):
         result = below_autograd(keyset, op, args)
-        result = tuple(result) if isinstance(result, list) else (*result[0], *result[1:]) if isinstance(
-            result[0], list) else result
+        result = (
+            tuple(result)
+            if isinstance(result, list)
+            else (*result[0], *result[1:])
+            if isinstance(result[0], list)
+            else result
+        )
         w, scale, bits = args[:3]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(t for t in result[-2:] if k is not None))
@@ -29,24 +34,33 @@ class _Quantizer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        grad_q, penalty = grads[: ctx.lists], (grads[ctx.lists:] or (None,))[0]
+        grad_q, penalty = grads[: ctx.lists], (grads[ctx.lists :] or (None,))[0]
         none = [None] * ctx.count
-        wanted = ctx.needs_input_grad[7 + ctx.count:]  # of the scales, [] where none is
+        wanted = ctx.needs_input_grad[7 + ctx.count :]  # of the scales, [] where none is
         if penalty is None and (ctx.covered or not any_given(grad_q)):
             grad_scale = none
             grad_w = [g if g is None or g.dtype == ctx.dtype else g.to(ctx.dtype) for g in grad_q or none]
         else:
             n, saved = ctx.count, ctx.saved_tensors
-            w, scale, bits = list(saved[:n]), list(saved[n: 2 * n]), saved[2 * n]
+            w, scale, bits = list(saved[:n]), list(saved[n : 2 * n]), saved[2 * n]
             k = saved[-1] if len(saved) > 2 * n + 1 else torch.zeros_like(bits)
             # The scale is a constant in R.
             scale_grad = any(wanted) and any_given(grad_q)
             grad_w, grad_scale = call(
-                ops.uniform_backward, materialize(grad_q, w, ctx.q_dtype), penalty, w, scale, bits, k, ctx.grid,
-                ctx.signed, scale_grad)
+                ops.uniform_backward,
+                materialize(grad_q, w, ctx.q_dtype),
+                penalty,
+                w,
+                scale,
+                bits,
+                k,
+                ctx.grid,
+                ctx.signed,
+                scale_grad,
+            )
             grad_w = grad_w if penalty is not None else of_used(grad_q, grad_w)
             grad_scale = of_used(grad_q, grad_scale) if scale_grad else none
-        return *[None] * 7, *grad_w, *grad_scale[:len(wanted)]
+        return *[None] * 7, *grad_w, *grad_scale[: len(wanted)]
 
 
 class _QuantizerBackward(torch.autograd.Function):
@@ -64,7 +78,7 @@ class _QuantizerBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         n, saved = ctx.count, ctx.saved_tensors
-        w, scale, bits, k = list(saved[:n]), list(saved[n: 2 * n]), saved[2 * n], saved[2 * n + 1]
+        w, scale, bits, k = list(saved[:n]), list(saved[n : 2 * n]), saved[2 * n], saved[2 * n + 1]
         gg_w, gg_scale = materialize(gradients[:n], w, w[0].dtype), gradients[n:]
         grad, penalty = [None] * n, None
         if gg_w:
@@ -74,9 +88,11 @@ class _QuantizerBackward(torch.autograd.Function):
                 penalty = torch.stack([(g * b).sum(dtype=s.dtype) for g, b, s in zip(grad, slopes, scale)])
         if any_given(gg_scale):
             terms = [
-                torch.zeros_like(t) if g is None else per_row(g, t) *
-                scale_grad_term(t, s, b, GRIDS[ctx.grid], ctx.signed)
-                for g, t, s, b in zip(gg_scale, w, scale, bits.reshape(-1))]
+                torch.zeros_like(t)
+                if g is None
+                else per_row(g, t) * scale_grad_term(t, s, b, GRIDS[ctx.grid], ctx.signed)
+                for g, t, s, b in zip(gg_scale, w, scale, bits.reshape(-1))
+            ]
             grad = [t if g is None else g + t for g, t in zip(grad, terms)]
         grad = [None if g is None else g.to(ctx.grad_dtype) for g in grad] if ctx.grad_dtype else []
         return None, None, None, *grad, *([penalty] if ctx.has_penalty else [])
@@ -106,4 +122,4 @@ def lsb_stats(keyset, op, args):
 def uniform_backward(keyset, op, args):
     grad, penalty, w = args[:3]
     out = _QuantizerBackward.apply(keyset, op, args, *grad, *([] if penalty is None else [penalty]))
-    return list(out[: len(w)]), list(out[len(w):])
+    return list(out[: len(w)]), list(out[len(w) :])

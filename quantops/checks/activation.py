@@ -30,34 +30,44 @@ def channel_values(name, value, x):
 def _check_count(name, value, x):
     channels = x.shape[1] if x.dim() > 1 else 1
     if value.numel() not in (1, channels):
-        raise ValueError(f"{name}: expected one element or one per channel ({channels}, dim 1) of x of shape "
-                         f"{tuple(x.shape)}, got shape {tuple(value.shape)}")
+        raise ValueError(
+            f"{name}: expected one element or one per channel ({channels}, dim 1) of x of shape "
+            f"{tuple(x.shape)}, got shape {tuple(value.shape)}"
+        )
 
 
 def choices(rule, signed, front, keep, learn, offset):
     """(rule, signed, front, keep, learn) as the ops take them."""
-    found = (RULES.index(choice("rule", rule, RULES)), choice("signed", signed, (True, False)),
-             FRONTS.index(choice("front", front, FRONTS)), KEEPS.index(choice("keep", keep, KEEPS)),
-             LEARNS.index(choice("learn", learn, LEARNS)))
+    found = (
+        RULES.index(choice("rule", rule, RULES)),
+        choice("signed", signed, (True, False)),
+        FRONTS.index(choice("front", front, FRONTS)),
+        KEEPS.index(choice("keep", keep, KEEPS)),
+        LEARNS.index(choice("learn", learn, LEARNS)),
+    )
     _fit(*found[1:], offset)
     return found
 
 
 def _fit(signed, front, keep, learn, offset):
     if FRONTS[front] == "relu" and (signed or offset is not None):
-        raise ValueError("front: expected unsigned codes without an offset behind 'relu', got "
-                         + ("signed codes" if signed else "an offset"))
+        raise ValueError(
+            "front: expected unsigned codes without an offset behind 'relu', got "
+            + ("signed codes" if signed else "an offset")
+        )
     fitting = {"bits": (None, "clip"), "residual": (None, "step")}.get(KEEPS[keep], LEARNS)
     if LEARNS[learn] not in fitting:
-        raise ValueError(f"keep: expected 'input' or {'residual' if KEEPS[keep] == 'bits' else 'bits'!r} for the "
-                         f"gradient of learn={LEARNS[learn]!r}, got {KEEPS[keep]!r}")
+        raise ValueError(
+            f"keep: expected 'input' or {'residual' if KEEPS[keep] == 'bits' else 'bits'!r} for the "
+            f"gradient of learn={LEARNS[learn]!r}, got {KEEPS[keep]!r}"
+        )
 
 
 def structure(arguments):
     """See quantops/checks/__init__.py."""
     backward = "grad" in arguments
     name = "grad" if backward else "x"
-    x, = tensors(name, [arguments[name]])
+    (x,) = tensors(name, [arguments[name]])
     dtype, keep, offset = arguments["dtype"], arguments["keep"], arguments["offset"]
     if dtype not in FLOATS:
         raise ValueError(f"dtype: expected one of {names(FLOATS)}, got {dtype}")
@@ -66,15 +76,21 @@ def structure(arguments):
             raise ValueError(f"{option}: expected 0..{len(allowed) - 1}, got {arguments[option]}")
     _fit(arguments["signed"], arguments["front"], keep, arguments["learn"], offset)
     acc, scale = acc_dtype(dtype if backward else x.dtype), arguments["scale"]
-    for option, t, expected in (("scale", scale, acc), ("offset", offset, acc),
-                                ("bits", arguments["bits"], torch.int32)):
+    for option, t, expected in (
+        ("scale", scale, acc),
+        ("offset", offset, acc),
+        ("bits", arguments["bits"], torch.int32),
+    ):
         if t is not None and (t.dtype != expected or t.device != x.device or not t.is_contiguous()):
-            raise ValueError(f"{option}: expected a contiguous tensor of {expected} on {x.device}, got {kind(t)}, "
-                             f"strides {t.stride()}, on {t.device}")
+            raise ValueError(
+                f"{option}: expected a contiguous tensor of {expected} on {x.device}, got {kind(t)}, "
+                f"strides {t.stride()}, on {t.device}"
+            )
     _check_count("scale", scale, x)
     if offset is not None and offset.numel() != scale.numel():
-        raise ValueError(f"offset: expected as many elements as in scale ({scale.numel()}), got shape "
-                         f"{tuple(offset.shape)}")
+        raise ValueError(
+            f"offset: expected as many elements as in scale ({scale.numel()}), got shape {tuple(offset.shape)}"
+        )
     if arguments["bits"].numel() != 1:
         raise ValueError(f"bits: expected one element, got shape {tuple(arguments['bits'].shape)}")
     if backward:
@@ -94,9 +110,12 @@ def _kept(arguments, grad):
             raise ValueError(f"{name}: expected a tensor, got none")
         tensors(name, [t])
         if t.shape != grad.shape or t.device != grad.device:
-            raise ValueError(f"{name}: expected shape {tuple(grad.shape)} on {grad.device}, got {tuple(t.shape)} on "
-                             f"{t.device}")
+            raise ValueError(
+                f"{name}: expected shape {tuple(grad.shape)} on {grad.device}, got {tuple(t.shape)} on {t.device}"
+            )
     shape = data_shape(grad.numel(), 1, "dense") if keep == BITS else (grad.numel() if keep == RESIDUAL else 0,)
     if kept.shape != shape or kept.dtype != torch.uint8 or kept.device != grad.device or not kept.is_contiguous():
-        raise ValueError(f"kept: expected a contiguous uint8 tensor of shape {tuple(shape)} on {grad.device}, got "
-                         f"{kind(kept)} on {kept.device}")
+        raise ValueError(
+            f"kept: expected a contiguous uint8 tensor of shape {tuple(shape)} on {grad.device}, got "
+            f"{kind(kept)} on {kept.device}"
+        )

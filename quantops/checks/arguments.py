@@ -22,14 +22,18 @@ def names(dtypes):
 def tensors(name, value, dtypes=FLOATS):
     """``value`` as a list of tensors that share one of ``dtypes`` and a device."""
     if not isinstance(value, (list, tuple)) or not value:
-        raise TypeError(f"{name}: expected a non-empty list of tensors, got {kind(value)}"
-                        + (" of length 0" if isinstance(value, (list, tuple)) else ""))
+        raise TypeError(
+            f"{name}: expected a non-empty list of tensors, got {kind(value)}"
+            + (" of length 0" if isinstance(value, (list, tuple)) else "")
+        )
     first = value[0]
     for i, t in enumerate(value):
         if not isinstance(t, torch.Tensor):
             if isinstance(t, torch.fx.Proxy):
-                raise NotImplementedError(f"{name}: torch.fx.symbolic_trace cannot record the ops of quantops, which "
-                                          "check their arguments: use torch.export or torch.compile")
+                raise NotImplementedError(
+                    f"{name}: torch.fx.symbolic_trace cannot record the ops of quantops, which "
+                    "check their arguments: use torch.export or torch.compile"
+                )
             raise TypeError(f"{entry(name, i, value)}: expected a tensor, got {kind(t)}")
         if t.layout != torch.strided:
             raise TypeError(f"{entry(name, i, value)}: expected a dense tensor, got layout {t.layout}")

@@ -26,8 +26,11 @@ def alpha_and_sigma(alpha, sigma, x):
     for name, value in (("alpha", alpha), ("sigma", sigma)):
         one_for_each(name, value, x, "entry per tensor")
         for i, v in enumerate(value):
-            if not isinstance(v, torch.Tensor) and isinstance(v, (int, float)) and not (
-                    0 < v <= torch.finfo(dtype).max and (name == "sigma" or 1 / torch.finfo(dtype).max <= v)):
+            if (
+                not isinstance(v, torch.Tensor)
+                and isinstance(v, (int, float))
+                and not (0 < v <= torch.finfo(dtype).max and (name == "sigma" or 1 / torch.finfo(dtype).max <= v))
+            ):
                 raise ValueError(f"{entry(name, i, x)}: expected a finite value > 0 of {dtype}, got {v}")
         lists.append([scale(entry(name, i, x), v, t, dtype, device) for i, (v, t) in enumerate(zip(value, x))])
     for i, (a, s) in enumerate(zip(*lists)):
@@ -53,8 +56,9 @@ def _gates(name, g, count, dtype, device):
     if g.device != device:
         raise ValueError(f"{name}: expected device {device}, where x is, got {g.device}")
     if g.dim() != 1 or (count is not None and g.numel() != count):
-        raise ValueError(f"{name}: expected shape ({'bits' if count is None else count},), one value per bit, got "
-                         f"{tuple(g.shape)}")
+        raise ValueError(
+            f"{name}: expected shape ({'bits' if count is None else count},), one value per bit, got {tuple(g.shape)}"
+        )
     return g.to(dtype).contiguous()
 
 
@@ -64,7 +68,8 @@ def seed(value, mode, x):
         return None
     if isinstance(value, bool) or not isinstance(value, (int, torch.Tensor)):
         raise (ValueError if value is None else TypeError)(
-            f"seed: expected an integer or an integer tensor of one element for mode 'sample', got {kind(value)}")
+            f"seed: expected an integer or an integer tensor of one element for mode 'sample', got {kind(value)}"
+        )
     if not isinstance(value, torch.Tensor):
         if not -(2**63) <= value < 2**63:
             raise ValueError(f"seed: expected an integer of 64 bits, got {value}")
@@ -72,8 +77,9 @@ def seed(value, mode, x):
     if value.dtype not in INTS:
         raise TypeError(f"seed: expected an integer or an integer tensor of one element, got {kind(value)}")
     if value.numel() != 1 or value.device != x[0].device:
-        raise ValueError(f"seed: expected one element on {x[0].device}, where x is, got shape {tuple(value.shape)} on "
-                         f"{value.device}")
+        raise ValueError(
+            f"seed: expected one element on {x[0].device}, where x is, got shape {tuple(value.shape)} on {value.device}"
+        )
     return value.to(torch.int64)
 
 
@@ -87,16 +93,22 @@ def structure(arguments):
         given, fit = [*given, *arguments["gates"]], [*fit, *gates(arguments["gates"], arguments["bits"], x)]
     for a, b in zip(given, fit):
         if a is not b:
-            raise ValueError(f"alpha, sigma, gates: expected contiguous {acc} tensors, alpha and sigma of as many "
-                             f"elements, got {kind(a)}, strides {a.stride()}")
+            raise ValueError(
+                f"alpha, sigma, gates: expected contiguous {acc} tensors, alpha and sigma of as many "
+                f"elements, got {kind(a)}, strides {a.stride()}"
+            )
     if integers("bits", arguments["bits"], x, 0, MAX_BITS) is not arguments["bits"]:
         raise ValueError(f"bits: expected int32, got {arguments['bits'].dtype}")
-    if seed_tensor is not None and (seed_tensor.dtype != torch.int64 or seed_tensor.numel() != 1
-                                    or seed_tensor.device != device):
-        raise ValueError(f"seed: expected one int64 element on {device}, got {kind(seed_tensor)} on "
-                         f"{seed_tensor.device}")
+    if seed_tensor is not None and (
+        seed_tensor.dtype != torch.int64 or seed_tensor.numel() != 1 or seed_tensor.device != device
+    ):
+        raise ValueError(
+            f"seed: expected one int64 element on {device}, got {kind(seed_tensor)} on {seed_tensor.device}"
+        )
     grad = arguments.get("grad")
-    if grad is not None and ([t.shape for t in tensors("grad", grad)] != [t.shape for t in x]
-                             or grad[0].device != device):
-        raise ValueError(f"grad: expected the shapes of x on {device}, got {[tuple(t.shape) for t in grad]} on "
-                         f"{grad[0].device}")
+    if grad is not None and (
+        [t.shape for t in tensors("grad", grad)] != [t.shape for t in x] or grad[0].device != device
+    ):
+        raise ValueError(
+            f"grad: expected the shapes of x on {device}, got {[tuple(t.shape) for t in grad]} on {grad[0].device}"
+        )

@@ -13,7 +13,7 @@ from quantops.reference.uniform import acc_dtype
 def structure(arguments):
     """See quantops/checks/__init__.py."""
     backward = "q" in arguments
-    x, = tensors("q" if backward else "x", [arguments["q" if backward else "x"]])
+    (x,) = tensors("q" if backward else "x", [arguments["q" if backward else "x"]])
     dtype, quarters = arguments["dtype"], arguments.get("quarters")
     if dtype not in FLOATS:
         raise ValueError(f"dtype: expected one of {names(FLOATS)}, got {dtype}")
@@ -26,14 +26,21 @@ def structure(arguments):
             raise ValueError(f"{name}: expected one element of {expected} on {x.device}, got {kind(t)} on {t.device}")
     if not backward:
         return
-    grad, = tensors("grad", [arguments["grad"]])
+    (grad,) = tensors("grad", [arguments["grad"]])
     if grad.shape != x.shape or grad.device != x.device:
-        raise ValueError(f"grad: expected shape {tuple(x.shape)} on {x.device}, got {tuple(grad.shape)} on "
-                         f"{grad.device}")
+        raise ValueError(
+            f"grad: expected shape {tuple(x.shape)} on {x.device}, got {tuple(grad.shape)} on {grad.device}"
+        )
     if not dense_rows(x):
         raise ValueError(f"q: expected a dense tensor, as the forward pass gives it, got strides {x.stride()}")
     expected = data_shape(x.numel(), QUARTER_BITS, "dense")
-    if (quarters.shape != expected or quarters.dtype != torch.uint8 or quarters.device != x.device
-            or not quarters.is_contiguous()):
-        raise ValueError(f"quarters: expected a contiguous uint8 tensor of shape {expected} on {x.device}, got "
-                         f"{kind(quarters)} on {quarters.device}")
+    if (
+        quarters.shape != expected
+        or quarters.dtype != torch.uint8
+        or quarters.device != x.device
+        or not quarters.is_contiguous()
+    ):
+        raise ValueError(
+            f"quarters: expected a contiguous uint8 tensor of shape {expected} on {x.device}, got "
+            f"{kind(quarters)} on {quarters.device}"
+        )

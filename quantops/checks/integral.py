@@ -89,8 +89,12 @@ def may_keep(device):
     A tensor made while tracing, under a dispatch mode (fake tensors) or for inference alone must not be kept, nor one
     on a GPU, where it may belong to a graph that is being captured, or to another stream.
     """
-    return not (device.type != "cpu" or torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
-                or torch._C._len_torch_dispatch_stack())
+    return not (
+        device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or torch.is_inference_mode_enabled()
+        or torch._C._len_torch_dispatch_stack()
+    )
 
 
 def filled(value, count, dtype, device):

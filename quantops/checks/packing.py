@@ -28,13 +28,16 @@ def packed_data(data, shapes, stored, layout):
     """Raises where packed tensors do not have the shapes that codes of ``shapes`` and ``stored`` bits take."""
     if len(shapes) != len(data):
         raise ValueError(f"dims: expected one entry per weight ({len(data)}), got {len(shapes)}")
-    for i, (d, shape, n) in enumerate(zip(tensors("data", data, (torch.uint8,)), shapes,
-                                          stored_bits(stored, len(data)))):
+    for i, (d, shape, n) in enumerate(
+        zip(tensors("data", data, (torch.uint8,)), shapes, stored_bits(stored, len(data)))
+    ):
         expected = data_shape(math.prod(shape), n, layout)
         if min(shape, default=0) < 0 or d.shape != expected or not d.is_contiguous():
-            raise ValueError(f"{entry('data', i, data)}: expected a contiguous tensor of shape {expected} for codes "
-                             f"of {n} bits and of shape {tuple(shape)} in {layout!r}, got shape {tuple(d.shape)}, "
-                             f"strides {d.stride()}")
+            raise ValueError(
+                f"{entry('data', i, data)}: expected a contiguous tensor of shape {expected} for codes "
+                f"of {n} bits and of shape {tuple(shape)} in {layout!r}, got shape {tuple(d.shape)}, "
+                f"strides {d.stride()}"
+            )
 
 
 def bits_of_stored(value, stored, data, grid=0):
@@ -73,5 +76,7 @@ def structure(arguments):
         for i, (s, shape) in enumerate(zip(scale, shapes)):
             rows = shape[0] if len(shape) else 1
             if s.device != data[0].device or not s.is_contiguous() or s.numel() not in (1, rows):
-                raise ValueError(f"{entry('scale', i, scale)}: expected one element or one per row ({rows}), "
-                                 f"contiguous, on {data[0].device}, got {kind(s)} on {s.device}")
+                raise ValueError(
+                    f"{entry('scale', i, scale)}: expected one element or one per row ({rows}), "
+                    f"contiguous, on {data[0].device}, got {kind(s)} on {s.device}"
+                )

@@ -28,8 +28,10 @@ def scale(name, s, t, dtype, device):
         raise ValueError(f"{name}: expected device {device}, where the weights are, got {s.device}")
     rows = t.shape[0] if len(t.shape) else 1
     if s.numel() != 1 and (s.numel() != rows or s.shape[0] != rows):
-        raise ValueError(f"{name}: expected one element or one per row ({rows}) of a weight of shape "
-                         f"{tuple(t.shape)}, got shape {tuple(s.shape)}")
+        raise ValueError(
+            f"{name}: expected one element or one per row ({rows}) of a weight of shape "
+            f"{tuple(t.shape)}, got shape {tuple(s.shape)}"
+        )
     if s.dtype != dtype:
         s = s.to(dtype)
     return s if s.is_contiguous() else s.contiguous()
@@ -41,5 +43,6 @@ def ready_scales(name, given, w, dtype):
     for i, (value, t) in enumerate(zip(given, w)):
         fit = scale(entry(name, i, w), value, t, dtype, t.device)
         if value is not fit:
-            raise ValueError(f"{name}: expected contiguous {fit.dtype} tensors, got {value.dtype}, strides "
-                             f"{value.stride()}")
+            raise ValueError(
+                f"{name}: expected contiguous {fit.dtype} tensors, got {value.dtype}, strides {value.stride()}"
+            )

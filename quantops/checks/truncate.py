@@ -25,8 +25,9 @@ def widths(bits_value, base_value, w):
     base = integers("base_bits", base_value, w, 1, MAX_BITS)
     if isinstance(bits_value, torch.Tensor) and bits_value.dim() > 1:
         if bits_value.dim() != 2 or bits_value.shape[1] != len(w) or not 1 <= bits_value.shape[0] <= MAX_BITS:
-            raise ValueError(f"bits: expected shape (widths, weights) = (1..{MAX_BITS}, {len(w)}), got "
-                             f"{tuple(bits_value.shape)}")
+            raise ValueError(
+                f"bits: expected shape (widths, weights) = (1..{MAX_BITS}, {len(w)}), got {tuple(bits_value.shape)}"
+            )
         flat = integers("bits", bits_value.reshape(-1), w * bits_value.shape[0], 1, MAX_BITS)
         return flat.reshape(bits_value.shape), base, False
     if not 1 <= len(each) <= MAX_BITS:
@@ -73,7 +74,8 @@ def structure(arguments):
     """See quantops/checks/__init__.py."""
     w = tensors("w", arguments["w"])
     scale, out_scale, bits, base, grads = (
-        arguments.get(name) for name in ("scale", "out_scale", "bits", "base_bits", "grads"))
+        arguments.get(name) for name in ("scale", "out_scale", "bits", "base_bits", "grads")
+    )
     ready_scales("scale", scale, w, acc_dtype(w[0].dtype))
     if not 0 <= arguments["rule"] < len(RULES):
         raise ValueError(f"rule: expected 0, 1 or 2, got {arguments['rule']}")
@@ -89,8 +91,10 @@ def structure(arguments):
     if grads is None:
         return
     if len(tensors("grads", grads)) != bits.numel() or grads[0].device != w[0].device:
-        raise ValueError(f"grads: expected {bits.numel()} tensors on {w[0].device}, one per width and weight, got "
-                         f"{len(grads)} on {grads[0].device}")
+        raise ValueError(
+            f"grads: expected {bits.numel()} tensors on {w[0].device}, one per width and weight, got "
+            f"{len(grads)} on {grads[0].device}"
+        )
     for i, g in enumerate(grads):
         if g.numel() and g.shape != w[i % len(w)].shape:
             raise ValueError(f"grads[{i}]: expected shape {tuple(w[i % len(w)].shape)}, got {tuple(g.shape)}")

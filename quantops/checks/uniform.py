@@ -96,12 +96,18 @@ def structure(arguments):
         n = arguments.get(name)
         if n is not None and integers(name, n, w, 0, MAX_BITS) is not n:
             raise ValueError(f"{name}: expected int32, got {n.dtype}")
-    for name, dtype, count in (("grad_penalty", acc, len(w)), ("strength", acc, len(w)), ("penalty", acc, len(w)),
-                               ("nonzero", torch.int64, len(w)), ("sq_error", acc, len(w))):
+    for name, dtype, count in (
+        ("grad_penalty", acc, len(w)),
+        ("strength", acc, len(w)),
+        ("penalty", acc, len(w)),
+        ("nonzero", torch.int64, len(w)),
+        ("sq_error", acc, len(w)),
+    ):
         t = arguments.get(name)
         if t is not None and (t.dtype != dtype or t.numel() != count or t.device != w[0].device):
-            raise ValueError(f"{name}: expected {count} elements of {dtype} on {w[0].device}, got {kind(t)} on "
-                             f"{t.device}")
+            raise ValueError(
+                f"{name}: expected {count} elements of {dtype} on {w[0].device}, got {kind(t)} on {t.device}"
+            )
     written = {"grad": arguments["grad"]} if "strength" in arguments else {}
     if "q" in arguments:
         written["out"] = arguments["q"]

@@ -14,11 +14,14 @@ def outputs(out, w, others, dtype):
     for i, (o, t) in enumerate(zip(out, w)):
         name = entry("out", i, out)
         if o.requires_grad or (torch.is_grad_enabled() and t.requires_grad):
-            raise ValueError(f"{name}: results written in place carry no gradient: expected an out that does not "
-                             "require grad, and a w that does not, or torch.no_grad(); got one that requires grad")
+            raise ValueError(
+                f"{name}: results written in place carry no gradient: expected an out that does not "
+                "require grad, and a w that does not, or torch.no_grad(); got one that requires grad"
+            )
         if o.shape != t.shape or o.device != t.device:
-            raise ValueError(f"{name}: expected shape {tuple(t.shape)} on {t.device}, got {tuple(o.shape)} on "
-                             f"{o.device}")
+            raise ValueError(
+                f"{name}: expected shape {tuple(t.shape)} on {t.device}, got {tuple(o.shape)} on {o.device}"
+            )
         if dtype is not None and o.dtype != dtype:
             raise TypeError(f"{name}: expected {dtype}, got {o.dtype}")
         if o.stride() != t.stride() or not dense_rows(o):
@@ -34,9 +37,11 @@ def gradients(grad, w):
         raise ValueError(f"grad: expected one tensor per weight ({len(w)}), got {len(grad)}")
     for i, (g, t) in enumerate(zip(grad, w)):
         if g.shape != t.shape or g.device != t.device or g.requires_grad:
-            raise ValueError(f"grad[{i}]: expected a tensor of shape {tuple(t.shape)} on {t.device} that does "
-                             f"not require grad, got shape {tuple(g.shape)} on {g.device}, "
-                             f"requires_grad={g.requires_grad}")
+            raise ValueError(
+                f"grad[{i}]: expected a tensor of shape {tuple(t.shape)} on {t.device} that does "
+                f"not require grad, got shape {tuple(g.shape)} on {g.device}, "
+                f"requires_grad={g.requires_grad}"
+            )
 
 
 def own_memory(written, read):
@@ -45,13 +50,15 @@ def own_memory(written, read):
     if torch.compiler.is_compiling():
         return
     named = [(entry(name, i, v), t) for name, v in written.items() for i, t in enumerate(v)]
-    spans = sorted((t.data_ptr(), t.data_ptr() + _reach(t), i) for i, t in enumerate([t for _, t in named] + read)
-                   if t.numel())
+    spans = sorted(
+        (t.data_ptr(), t.data_ptr() + _reach(t), i) for i, t in enumerate([t for _, t in named] + read) if t.numel()
+    )
     last, owner = 0, -1
     for start, end, i in spans:
         if start < last and min(i, owner) < len(named):
-            raise ValueError(f"{named[min(i, owner)][0]}: expected memory of its own, got some that another argument "
-                             "has too")
+            raise ValueError(
+                f"{named[min(i, owner)][0]}: expected memory of its own, got some that another argument has too"
+            )
         if end > last:
             last, owner = end, i
     for name, t in named:

@@ -12,8 +12,17 @@ from quantops.values import check_activation
 def activation(x, scale, offset, bits, rule, signed, front, keep, learn, dtype):
     check_activation(scale, offset, bits)
     x = dense(x)
-    values, kept = reference.activation(x, scale, bits, offset=offset, rule=RULES[rule], signed=signed,
-                                        front=FRONTS[front], keep=KEEPS[keep], out_dtype=dtype)
+    values, kept = reference.activation(
+        x,
+        scale,
+        bits,
+        offset=offset,
+        rule=RULES[rule],
+        signed=signed,
+        front=FRONTS[front],
+        keep=KEEPS[keep],
+        out_dtype=dtype,
+    )
     q = empty_like(x, dtype).copy_(values)
     if kept is None:
         return q, x.new_empty(0, dtype=torch.uint8)
@@ -30,6 +39,17 @@ def activation_backward(grad, x, q, kept, scale, offset, bits, rule, signed, fro
         in_memory(kept).copy_(flat)
     x, q = (None if t is None else in_layout_of(t, grad) for t in (x, q))
     values, *sums = reference.activation_backward(
-        grad, x, q, kept, scale, bits, offset=offset, rule=RULES[rule], signed=signed, front=FRONTS[front],
-        learn=LEARNS[learn], dtype=dtype)
+        grad,
+        x,
+        q,
+        kept,
+        scale,
+        bits,
+        offset=offset,
+        rule=RULES[rule],
+        signed=signed,
+        front=FRONTS[front],
+        learn=LEARNS[learn],
+        dtype=dtype,
+    )
     return empty_like(grad, dtype).copy_(values), sums if learn else []

@@ -19,7 +19,8 @@ def categorical_activation_backward(grad, q, quarters, alpha, sigma, bits, grad_
     check_categorical_activation(alpha, sigma, bits)
     grad = in_layout_of(grad, q)
     values, *sums = reference.categorical_activation_backward(
-        in_memory(grad), in_memory(q), quarters, alpha, sigma, bits, grad_of=GRADS[grad_of], dtype=dtype)
+        in_memory(grad), in_memory(q), quarters, alpha, sigma, bits, grad_of=GRADS[grad_of], dtype=dtype
+    )
     grad_x = empty_like(q, dtype)
     in_memory(grad_x).copy_(values)
     return grad_x, sums if scale_grad else []

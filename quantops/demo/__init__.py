@@ -9,8 +9,9 @@ def add_arguments(parser):
     """Options of ``python -m quantops demo``."""
     parser.add_argument("--method", choices=("all", *METHODS), default="all", help="which demo (default: all of them)")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default 3)")
-    parser.add_argument("--epochs", type=int,
-                        help="epochs of every run (default: 60 of msq, 12 of truncquant, 10 of cpq)")
+    parser.add_argument(
+        "--epochs", type=int, help="epochs of every run (default: 60 of msq, 12 of truncquant, 10 of cpq)"
+    )
     parser.add_argument("--strength", type=float, default=1e-3, help="msq: lambda of the LSB penalty (default 1e-3)")
     parser.add_argument("--target", type=float, default=12.8, help="msq: compression to stop at (default 12.8)")
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder of the figures and the JSON files")
@@ -31,5 +32,10 @@ def run(args):
 
     print(quantops.info())
     args.out.mkdir(parents=True, exist_ok=True)
-    return max([module.run(args) for name, module in (("msq", msq), ("truncquant", truncquant), ("cpq", cpq))
-                if args.method in ("all", name)])
+    return max(
+        [
+            module.run(args)
+            for name, module in (("msq", msq), ("truncquant", truncquant), ("cpq", cpq))
+            if args.method in ("all", name)
+        ]
+    )

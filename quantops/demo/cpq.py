@@ -111,8 +111,14 @@ def learned_bits(untouched, data, epochs, seed, bar):
         overrides[row.name] = {"bits": low + wider}
     by_hand = quantops.quantize_(copy.deepcopy(untouched), quantops.CPQConfig(bits=low, overrides=overrides))
     fixed = run_one(by_hand, data, epochs, seed, bar)
-    return {"seed": seed, "learned": accuracy, "bits": [r.bits for r in report.rows], "average": report.average_bits,
-            "fixed": fixed, "fixed_average": quantops.bit_report(by_hand).average_bits}
+    return {
+        "seed": seed,
+        "learned": accuracy,
+        "bits": [r.bits for r in report.rows],
+        "average": report.average_bits,
+        "fixed": fixed,
+        "fixed_average": quantops.bit_report(by_hand).average_bits,
+    }
 
 
 def pictured(untouched, data, epochs, seed, bar):
@@ -177,8 +183,10 @@ def run(args):
                 taken = pictured(untouched, data, epochs, seed, bar)
     draw(args.out / "cpq.png", taken)
 
-    print(f"\nAccuracy on {len(data.y_test)} held-out digits, %: mean of {args.seeds} seeds (lowest); float "
-          f"{statistics.mean(floats):.2f} ({min(floats):.2f}). error: sum (q - w)^2 / sum w^2, untrained -> trained")
+    print(
+        f"\nAccuracy on {len(data.y_test)} held-out digits, %: mean of {args.seeds} seeds (lowest); float "
+        f"{statistics.mean(floats):.2f} ({min(floats):.2f}). error: sum (q - w)^2 / sum w^2, untrained -> trained"
+    )
     print(f"  {'':28}" + "".join(f"{f'{bits} bits':>15}  {'error':>14} {'zeros':>5}" for bits in WIDTHS))
     means = {}
     for method in METHODS:
@@ -187,27 +195,33 @@ def run(args):
             rows = table[f"{bits} {method}"]
             m = means[method, bits] = {key: statistics.mean(r[key] for r in rows) for key in rows[0]}
             lowest = min(r["accuracy"] for r in rows)
-            cells += (f"{m['accuracy']:>7.2f} ({lowest:.2f})  {m['before']:.3f} -> {m['error']:.3f} "
-                      f"{m['zeros']:>5.2f}")
+            cells += f"{m['accuracy']:>7.2f} ({lowest:.2f})  {m['before']:.3f} -> {m['error']:.3f} {m['zeros']:>5.2f}"
         print(f"  {method:28}{cells}")
 
     print("\nBits that stay of 4, learned with the regularizer, against as many chosen by hand:")
     print(f"  {'seed':>4} {'layers':>12} {'bits':>6} {'accuracy':>9} {'by hand':>8} {'bits':>6}")
     for r in learned:
-        print(f"  {r['seed']:>4} {'-'.join(map(str, r['bits'])):>12} {r['average']:>6.2f} {r['learned']:>9.2f} "
-              f"{r['fixed']:>8.2f} {r['fixed_average']:>6.2f}")
+        print(
+            f"  {r['seed']:>4} {'-'.join(map(str, r['bits'])):>12} {r['average']:>6.2f} {r['learned']:>9.2f} "
+            f"{r['fixed']:>8.2f} {r['fixed_average']:>6.2f}"
+        )
     spreads = {method: {part: spread(v, PICTURED) for part, v in kept.items()} for method, kept in taken.items()}
-    print(f"\nSpread of conv2 at {PICTURED} bits, 12 times the mean square distance of w/alpha from the grid, over the "
-          "training:")
+    print(
+        f"\nSpread of conv2 at {PICTURED} bits, 12 times the mean square distance of w/alpha from the grid, over the "
+        "training:"
+    )
     for method, values in spreads.items():
         print(f"  {method:28}" + "".join(f"{part:>7.0%}: {v:.2f}" for part, v in values.items()))
-    (args.out / "cpq.json").write_text(json.dumps({"float": floats, "table": table, "learned": learned,
-                                                   "spread": spreads}))
+    (args.out / "cpq.json").write_text(
+        json.dumps({"float": floats, "table": table, "learned": learned, "spread": spreads})
+    )
     print(f"\nFigure: {args.out / 'cpq.png'}")
     worst = min(means[SOFT, bits]["accuracy"] - statistics.mean(floats) for bits in WIDTHS)
     ratio = max(means[SOFT, bits]["error"] / means[STEP, bits]["error"] for bits in WIDTHS)
     if worst < -1 or ratio >= 1:
-        print("Expected CPQ within 1 point of float and its quantization error below that of plain STE with a learned "
-              f"step, got {worst:+.2f} points and {ratio:.2f} times the error")
+        print(
+            "Expected CPQ within 1 point of float and its quantization error below that of plain STE with a learned "
+            f"step, got {worst:+.2f} points and {ratio:.2f} times the error"
+        )
         return 1
     return 0

@@ -18,8 +18,9 @@ INTERVAL = 42  # steps between decisions: two epochs
 def train_msq(model, data, args, seed, bar):
     """(accuracy, controller, measured): MSQ from 8 bits to the target, then finetuning with lambda = 0."""
     quantops.quantize_(model, quantops.MSQConfig(bits=8))
-    controller = quantops.MSQController(model, args.target, interval=INTERVAL, threshold=0.3, strength=args.strength,
-                                        samples=4, seed=seed)
+    controller = quantops.MSQController(
+        model, args.target, interval=INTERVAL, threshold=0.3, strength=args.strength, samples=4, seed=seed
+    )
 
     def penalty():
         return controller.strength * quantops.penalty(model)
@@ -63,10 +64,14 @@ def costs(data):
         torch.manual_seed(0)
         return quantops.quantize_(Net(), quantops.MSQConfig(bits=8)) if quantized else Net()
 
-    steps = {"float": (make(False), float_step), "paper-style eager chain": (make(False), eager_step),
-             "quantops": (make(True), fused_step)}
-    return step_costs({name: (model, lambda m=model, loss=loss: loss(m).backward())
-                       for name, (model, loss) in steps.items()})
+    steps = {
+        "float": (make(False), float_step),
+        "paper-style eager chain": (make(False), eager_step),
+        "quantops": (make(True), fused_step),
+    }
+    return step_costs(
+        {name: (model, lambda m=model, loss=loss: loss(m).backward()) for name, (model, loss) in steps.items()}
+    )
 
 
 def draw(path, log, start, end):
@@ -111,18 +116,34 @@ def run(args):
             accuracy, controller = train_msq(model, data, args, seed, bar)
             report = quantops.bit_report(model)
             fixed, fixed_average = fixed_bits(report, plain, data, epochs, seed, bar)
-            results.append({"seed": seed, "float": baseline, "msq": accuracy, "compression": report.compression,
-                            "average_bits": report.average_bits, "fixed": fixed, "fixed_bits": fixed_average,
-                            "done": controller.done, "steps_to_target": controller.log[-1]["step"]})
+            results.append(
+                {
+                    "seed": seed,
+                    "float": baseline,
+                    "msq": accuracy,
+                    "compression": report.compression,
+                    "average_bits": report.average_bits,
+                    "fixed": fixed,
+                    "fixed_bits": fixed_average,
+                    "done": controller.done,
+                    "steps_to_target": controller.log[-1]["step"],
+                }
+            )
             if seed == 0:
                 first = untouched, model, controller, report
     untouched, model, controller, report = first
 
     w = untouched.conv2.weight.detach()
-    draw(args.out / "demo.png", controller.log,
-         (w, quantops.round_clamp(w, None, 8), "conv2 at the start, 8 bits"),
-         (model.conv2.parametrizations.weight.original.detach(), model.conv2.weight.detach(),
-          f"conv2 at the end, {report.rows[1].bits} bits"))
+    draw(
+        args.out / "demo.png",
+        controller.log,
+        (w, quantops.round_clamp(w, None, 8), "conv2 at the start, 8 bits"),
+        (
+            model.conv2.parametrizations.weight.original.detach(),
+            model.conv2.weight.detach(),
+            f"conv2 at the end, {report.rows[1].bits} bits",
+        ),
+    )
 
     print("\nSeed 0, layer by layer:")
     print(f"  {'step':>5} {'compression':>11}   bits (beta, Omega) of {', '.join(r.name for r in report.rows)}")
@@ -134,23 +155,30 @@ def run(args):
     print(f"\nAccuracy on {len(data.y_test)} held-out digits, %:")
     print(f"  {'seed':>4} {'float':>7} {'MSQ':>7} {'bits':>6} {'compression':>12} {'fixed bits':>11} {'bits':>6}")
     for r in results:
-        print(f"  {r['seed']:>4} {r['float']:>7.2f} {r['msq']:>7.2f} {r['average_bits']:>6.2f} "
-              f"{r['compression']:>11.1f}x {r['fixed']:>11.2f} {r['fixed_bits']:>6.2f}")
+        print(
+            f"  {r['seed']:>4} {r['float']:>7.2f} {r['msq']:>7.2f} {r['average_bits']:>6.2f} "
+            f"{r['compression']:>11.1f}x {r['fixed']:>11.2f} {r['fixed_bits']:>6.2f}"
+        )
     mean = {key: statistics.mean(r[key] for r in results) for key in ("float", "msq", "compression", "fixed")}
-    print(f"  mean {mean['float']:>7.2f} {mean['msq']:>7.2f} {'':>6} {mean['compression']:>11.1f}x "
-          f"{mean['fixed']:>11.2f}")
+    print(
+        f"  mean {mean['float']:>7.2f} {mean['msq']:>7.2f} {'':>6} {mean['compression']:>11.1f}x {mean['fixed']:>11.2f}"
+    )
 
     measured = costs(data)
     print(f"\nA training step of this network, batch {BATCH}, {torch.get_num_threads()} threads, 8 bits:")
     for name, (milliseconds, saved) in measured.items():
         ratio, extra = milliseconds / measured["float"][0], saved - measured["float"][1]
-        print(f"  {name:24} {milliseconds:7.2f} ms  {ratio:5.2f}x float   {extra / 1e6:6.2f} MB kept for backward by "
-              "quantization")
+        print(
+            f"  {name:24} {milliseconds:7.2f} ms  {ratio:5.2f}x float   {extra / 1e6:6.2f} MB kept for backward by "
+            "quantization"
+        )
     (args.out / "demo.json").write_text(json.dumps({"results": results, "log": controller.log, "costs": measured}))
     print(f"\nFigure: {args.out / 'demo.png'}")
     missed = [r for r in results if not r["done"] or r["compression"] < 10]
     if missed or mean["msq"] < mean["float"] - 1:
-        print(f"Expected >= 10x compression within 1 point of float, got {mean['compression']:.1f}x and "
-              f"{mean['msq'] - mean['float']:+.2f} points")
+        print(
+            f"Expected >= 10x compression within 1 point of float, got {mean['compression']:.1f}x and "
+            f"{mean['msq'] - mean['float']:+.2f} points"
+        )
         return 1
     return 0

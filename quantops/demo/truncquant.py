@@ -28,8 +28,10 @@ def accuracies(model, data):
 
 def ordinary(untouched, data, epochs, seed, bar, companding):
     """A network trained at 8 bits alone with the usual codes. What its truncations share are its batch norms."""
-    model = quantops.quantize_(copy.deepcopy(untouched), quantops.TruncQuantConfig(
-        bits=WIDTHS, rule="nearest", companding=companding, batch_norm=False))
+    model = quantops.quantize_(
+        copy.deepcopy(untouched),
+        quantops.TruncQuantConfig(bits=WIDTHS, rule="nearest", companding=companding, batch_norm=False),
+    )
     train(model, data, epochs, seed, bar)
     return model
 
@@ -95,8 +97,12 @@ def costs(data):
     def step(model):
         quantops.joint_step(model, loss_fn, x)
 
-    runs = {"float, four times": (make(False), floats), "eager chain": (make(False), eager),
-            "quantops.joint_loss": (make(True), loss), "quantops.joint_step": (make(True), step)}
+    runs = {
+        "float, four times": (make(False), floats),
+        "eager chain": (make(False), eager),
+        "quantops.joint_loss": (make(True), loss),
+        "quantops.joint_step": (make(True), step),
+    }
     return step_costs({name: (model, lambda m=model, f=f: f(m)) for name, (model, f) in runs.items()}, 40)
 
 
@@ -119,11 +125,17 @@ def draw(path, table):
     places = range(len(WIDTHS))
     for name, rows in table.items():
         mean = [statistics.mean(r[m] for r in rows) for m in WIDTHS]
-        line, = axis.plot(places, mean, marker="o", label=name)
-        axis.fill_between(places, [min(r[m] for r in rows) for m in WIDTHS], [max(r[m] for r in rows) for m in WIDTHS],
-                          color=line.get_color(), alpha=0.15)
-    axis.set(xticks=places, xticklabels=WIDTHS, xlabel="bits", ylabel="accuracy, %",
-             title="dropping bits of one network")
+        (line,) = axis.plot(places, mean, marker="o", label=name)
+        axis.fill_between(
+            places,
+            [min(r[m] for r in rows) for m in WIDTHS],
+            [max(r[m] for r in rows) for m in WIDTHS],
+            color=line.get_color(),
+            alpha=0.15,
+        )
+    axis.set(
+        xticks=places, xticklabels=WIDTHS, xlabel="bits", ylabel="accuracy, %", title="dropping bits of one network"
+    )
     axis.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -159,8 +171,10 @@ def run(args):
     measured = costs(data)
     print(f"\nA step that trains all widths of this network, batch {BATCH}, {torch.get_num_threads()} threads:")
     for name, (milliseconds, kept) in measured.items():
-        print(f"  {name:24} {milliseconds:7.2f} ms  {milliseconds / measured['float, four times'][0]:5.2f}x float   "
-              f"{kept / 1e6:6.2f} MB kept for backward at a time")
+        print(
+            f"  {name:24} {milliseconds:7.2f} ms  {milliseconds / measured['float, four times'][0]:5.2f}x float   "
+            f"{kept / 1e6:6.2f} MB kept for backward at a time"
+        )
     (args.out / "truncquant.json").write_text(json.dumps({"accuracy": table, "costs": measured}))
     print(f"\nFigure: {args.out / 'truncquant.png'}")
     worst = min(means[JOINT][m] - means[SEPARATE][m] for m in WIDTHS)

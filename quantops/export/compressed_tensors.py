@@ -43,11 +43,19 @@ def compressed_tensors(model, folder, bits=None):
         state[f"{name}.weight_shape"] = torch.tensor(w.shape)
         groups.setdefault((count, "channel" if rows else "tensor"), []).append(name)
     schemes = {
-        f"group_{i}": QuantizationScheme(targets=names, weights=QuantizationArgs(
-            num_bits=count, symmetric=True, strategy=strategy), format="pack-quantized")
-        for i, ((count, strategy), names) in enumerate(groups.items())}
-    quantization = QuantizationConfig(config_groups=schemes, format="pack-quantized", quantization_status="compressed",
-                                      ignore=[name for name in linear if name not in layers])
+        f"group_{i}": QuantizationScheme(
+            targets=names,
+            weights=QuantizationArgs(num_bits=count, symmetric=True, strategy=strategy),
+            format="pack-quantized",
+        )
+        for i, ((count, strategy), names) in enumerate(groups.items())
+    }
+    quantization = QuantizationConfig(
+        config_groups=schemes,
+        format="pack-quantized",
+        quantization_status="compressed",
+        ignore=[name for name in linear if name not in layers],
+    )
     config = plain.config.to_dict() if hasattr(plain, "config") and hasattr(plain.config, "to_dict") else {}
     config["quantization_config"] = quantization.model_dump(mode="json")
     text = json.dumps(config, indent=2, default=str)

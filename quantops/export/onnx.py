@@ -13,8 +13,9 @@ _INTEGERS = ((2, "INT2", 25), (4, "INT4", 21), (8, "INT8", 13), (16, "INT16", 21
 FLOATS = {torch.float32: "FLOAT", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
 
 
-def onnx(model, args, path, *, kwargs=None, bits=None, opset=21, dynamic_shapes=None, input_names=None,
-         output_names=None):
+def onnx(
+    model, args, path, *, kwargs=None, bits=None, opset=21, dynamic_shapes=None, input_names=None, output_names=None
+):
     """Writes the evaluated model as ONNX, its quantized weights as integers: about bits/8 bytes per weight.
 
     A weight becomes an initializer of its integer levels, of the least signed type that holds them, and a
@@ -40,10 +41,14 @@ def onnx(model, args, path, *, kwargs=None, bits=None, opset=21, dynamic_shapes=
     and ValueError for a model that is in training mode or not quantized, for float64 weights and an opset out of range.
     """
     if dynamic_shapes is None and not kwargs:
-        dynamic_shapes = tuple({0: torch.export.Dim.DYNAMIC} if isinstance(a, torch.Tensor) and a.dim() else None
-                               for a in (args if isinstance(args, tuple) else (args,)))
-    library, (proto, weights) = need("onnx"), float_graph(
-        model, args, kwargs, bits, opset, dynamic_shapes, input_names, output_names)
+        dynamic_shapes = tuple(
+            {0: torch.export.Dim.DYNAMIC} if isinstance(a, torch.Tensor) and a.dim() else None
+            for a in (args if isinstance(args, tuple) else (args,))
+        )
+    library, (proto, weights) = (
+        need("onnx"),
+        float_graph(model, args, kwargs, bits, opset, dynamic_shapes, input_names, output_names),
+    )
     _put_integers(library, proto, weights, opset)
     library.checker.check_model(proto)
     write_whole(path, lambda file: file.write(proto.SerializeToString()))
@@ -63,8 +68,15 @@ def float_graph(model, args, kwargs, bits, opset, dynamic_shapes, input_names, o
             raise ValueError(f"{name}: expected a weight of float32, float16 or bfloat16, got {w.dtype}")
     # Not optimized: folding batch norms into weights would change these, and runtimes do it behind the integers.
     program = to_aten(torch.export.export(plain, args, kwargs, dynamic_shapes=dynamic_shapes))  # activations have ops
-    proto = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, optimize=False,
-                              input_names=input_names, output_names=output_names).model_proto
+    proto = torch.onnx.export(
+        program,
+        dynamo=True,
+        opset_version=opset,
+        verbose=False,
+        optimize=False,
+        input_names=input_names,
+        output_names=output_names,
+    ).model_proto
     for name in weights:
         if all(t.name != name for t in proto.graph.initializer):
             raise ValueError(f"{name}: the exported graph has no initializer of this name; does the model use it?")
@@ -96,13 +108,21 @@ def _put_integers(library, proto, weights, opset):
         width, kind = integer_type(level_range(w), opset)
         graph.initializer.append(_tensor(helper, f"{name}.levels", getattr(types, kind), w.levels.cpu(), width))
         step = w.step.cpu().to(torch.float32)
-        scale = helper.make_tensor(f"{name}.step", types.FLOAT, list(step.shape) if step.numel() > 1 else [],
-                                   step.reshape(-1).tolist())
+        scale = helper.make_tensor(
+            f"{name}.step", types.FLOAT, list(step.shape) if step.numel() > 1 else [], step.reshape(-1).tolist()
+        )
         graph.initializer.append(scale)
         axis = {"axis": 0} if step.numel() > 1 else {}
         cast = w.dtype != torch.float32
-        nodes.append(helper.make_node("DequantizeLinear", [f"{name}.levels", f"{name}.step"],
-                                      [f"{name}.wide" if cast else name], name=f"{name}.dequantize", **axis))
+        nodes.append(
+            helper.make_node(
+                "DequantizeLinear",
+                [f"{name}.levels", f"{name}.step"],
+                [f"{name}.wide" if cast else name],
+                name=f"{name}.dequantize",
+                **axis,
+            )
+        )
         if cast:
             nodes.append(helper.make_node("Cast", [f"{name}.wide"], [name], to=getattr(types, FLOATS[w.dtype])))
     put_first(graph, nodes)

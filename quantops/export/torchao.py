@@ -17,8 +17,9 @@ def torchao(model, bits=None):
     """
     quantization = need("torchao.quantization")
     plain, weights = trained(model, bits)
-    layers = {name: m for name, m in plain.named_modules()
-              if type(m) is torch.nn.Linear and f"{name}.weight" in weights}
+    layers = {
+        name: m for name, m in plain.named_modules() if type(m) is torch.nn.Linear and f"{name}.weight" in weights
+    }
     if not layers:
         raise ValueError("model: expected quantized nn.Linear layers, which alone torchao has integer tensors for")
     for name, layer in layers.items():
@@ -27,8 +28,14 @@ def torchao(model, bits=None):
         rows = w.step.numel() > 1
         scale = w.step.to(torch.float32).reshape((-1, 1) if rows else (1, 1))
         packed = quantization.IntxUnpackedToInt8Tensor(
-            w.levels.to(torch.int8), scale, torch.zeros_like(scale, dtype=torch.int8),
-            getattr(torch, f"int{max(signed_bits(w), 1)}"), (1, q.shape[1]) if rows else tuple(q.shape), q.dtype, None)
+            w.levels.to(torch.int8),
+            scale,
+            torch.zeros_like(scale, dtype=torch.int8),
+            getattr(torch, f"int{max(signed_bits(w), 1)}"),
+            (1, q.shape[1]) if rows else tuple(q.shape),
+            q.dtype,
+            None,
+        )
         if not torch.equal(packed.dequantize(), q):
             raise ValueError(f"{name}.weight: torchao does not give the {q.dtype} weight exactly")
         layer.weight = torch.nn.Parameter(packed, requires_grad=False)

@@ -50,5 +50,7 @@ def signed_bits(w):
 def check_fits(target, name, w, most):
     """ValueError where the levels take more than ``most`` bits, saying which grid can."""
     if signed_bits(w) > most:
-        raise ValueError(f"{name}: {target} has integers of at most {most} bits, which hold the dyadic grid of {most} "
-                         f"bits and other grids of {most - 1}; got the {w.grid} grid of {w.bits} bits")
+        raise ValueError(
+            f"{name}: {target} has integers of at most {most} bits, which hold the dyadic grid of {most} "
+            f"bits and other grids of {most - 1}; got the {w.grid} grid of {w.bits} bits"
+        )

@@ -87,8 +87,9 @@ class CPQConfig(ActivationConfig):
         check_int("bits", self.bits, 1, self.most_bits)
         check_int("min_bits", self.min_bits, 1, MAX_BITS)
         if self.dropbits and self.bits <= self.min_bits:
-            raise ValueError(f"dropbits: expected bits > min_bits = {self.min_bits}, the bits without a gate, got "
-                             f"bits = {self.bits}")
+            raise ValueError(
+                f"dropbits: expected bits > min_bits = {self.min_bits}, the bits without a gate, got bits = {self.bits}"
+            )
         _check_number("sigma", self.sigma, 2.0**-24, 2.0**24)
         _check_number("nonzero", self.nonzero, 0.0, 1.0)
         check_choice("start", self.start, STARTS)
@@ -216,8 +217,13 @@ class CPQWeight(WeightQuantizer):
             return self.state_dict()
         step = grid_step(w.to(self.alpha_start), int(self.bits), per_row=self.per_row)
         zero = torch.zeros_like(step)
-        return {**self.state_dict(), "alpha_start": step, "sigma_start": step * (self.sigma_start / self.alpha_start),
-                "log_alpha": zero, "log_sigma": zero}
+        return {
+            **self.state_dict(),
+            "alpha_start": step,
+            "sigma_start": step * (self.sigma_start / self.alpha_start),
+            "log_alpha": zero,
+            "log_sigma": zero,
+        }
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
@@ -232,8 +238,19 @@ class CPQWeight(WeightQuantizer):
         bits = torch.stack([v.bits if v.training else v.bits_that_stay() for v in quantizers])
         if mode == "sample":
             seed = torch.randint(2**62, (), dtype=torch.int64, device=w[0].device)
-        q = call(ops.categorical, w, alpha, sigma, bits, gates, seed, MODES.index(mode), GRADS.index(grad), True,
-                 checks.dtype_of(None, w))
+        q = call(
+            ops.categorical,
+            w,
+            alpha,
+            sigma,
+            bits,
+            gates,
+            seed,
+            MODES.index(mode),
+            GRADS.index(grad),
+            True,
+            checks.dtype_of(None, w),
+        )
         return Quantized(q, alpha, sigma, bits)
 
     @staticmethod
@@ -249,8 +266,10 @@ class CPQWeight(WeightQuantizer):
         bits = torch.stack([p.bits_that_stay() for p in quantizers])
         q = call(ops.categorical, w, alpha, sigma, bits, [], None, 0, 0, True, alpha[0].dtype)
         top = [float(a.max()) if a.numel() else 0.0 for a in alpha]
-        return [(n, 0, 0.0, float((v.double() - t.double()).square().sum()), s * 2 ** (n - 1))
-                for v, t, s, n in zip(q, w, top, bits.tolist())]
+        return [
+            (n, 0, 0.0, float((v.double() - t.double()).square().sum()), s * 2 ** (n - 1))
+            for v, t, s, n in zip(q, w, top, bits.tolist())
+        ]
 
     def to_int(self, w):
         """q = alpha j is the dyadic grid with scale alpha 2^(n-1): its step is alpha, bit for bit."""
@@ -263,8 +282,10 @@ class CPQWeight(WeightQuantizer):
         return IntWeight.from_codes(codes, alpha * 2 ** (n - 1), n, dtype=w.dtype)
 
     def extra_repr(self):
-        return (f"bits={shown(self.bits_that_stay())}, mode={self.mode!r}, grad={self.grad!r}, per_row={self.per_row}, "
-                f"dropbits={self.dropbits!r}")
+        return (
+            f"bits={shown(self.bits_that_stay())}, mode={self.mode!r}, grad={self.grad!r}, per_row={self.per_row}, "
+            f"dropbits={self.dropbits!r}"
+        )
 
 
 def _scales(quantizers, w):
@@ -276,10 +297,11 @@ def _scales(quantizers, w):
 
 def _gates(quantizers, dtype):
     """A draw of the gates of each layer: z in [0, 1], and 1 for the bits that have none."""
-    draw = each(lambda log_a: hard_concrete(log_a.to(dtype), torch.rand_like(log_a, dtype=dtype)),
-                [p.log_a for p in quantizers])
+    draw = each(
+        lambda log_a: hard_concrete(log_a.to(dtype), torch.rand_like(log_a, dtype=dtype)), [p.log_a for p in quantizers]
+    )
     one = draw[0].new_ones(max(p.min_bits for p in quantizers))
-    return [torch.cat([one[:p.min_bits], z]) for p, z in zip(quantizers, draw)]
+    return [torch.cat([one[: p.min_bits], z]) for p, z in zip(quantizers, draw)]
 
 
 def hard_concrete(log_a, u):
@@ -300,12 +322,23 @@ class _Revive(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         n, (*tensors, bits) = ctx.count, ctx.saved_tensors
-        w, alpha, sigma = tensors[:n], tensors[n: 2 * n], tensors[2 * n:]
+        w, alpha, sigma = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
         if all(g is None for g in grads):
             return None, None, *[None] * (3 * n)
         of_each = call(
-            ops.categorical_backward, materialize(grads, w, ctx.dtype), w, alpha, sigma, bits, [], None, *ctx.options,
-            True, True, False)
+            ops.categorical_backward,
+            materialize(grads, w, ctx.dtype),
+            w,
+            alpha,
+            sigma,
+            bits,
+            [],
+            None,
+            *ctx.options,
+            True,
+            True,
+            False,
+        )
         return None, None, *(t for listed in of_each[:3] for t in of_used(grads, listed))
 
 
@@ -331,8 +364,9 @@ def penalty(model):
     """
     layers = [p for _, _, p in quantized(model) if learns_bits(p)]
     if not layers:
-        raise ValueError("model: expected weights quantized with CPQConfig(dropbits='learned'), "
-                         f"{type(model).__name__} has none")
+        raise ValueError(
+            f"model: expected weights quantized with CPQConfig(dropbits='learned'), {type(model).__name__} has none"
+        )
     total = layers[0].log_a.new_zeros(())
     for p in layers:
         if p.gated:
@@ -352,8 +386,9 @@ def finish_dropbits(model):
     """
     layers = [p for _, _, p in quantized(model) if isinstance(p, CPQWeight) and p.dropbits]
     if not layers:
-        raise ValueError("model: expected weights quantized with CPQConfig(dropbits=...), "
-                         f"{type(model).__name__} has none")
+        raise ValueError(
+            f"model: expected weights quantized with CPQConfig(dropbits=...), {type(model).__name__} has none"
+        )
     for p in layers:
         p.finish()
     return bit_report(model)

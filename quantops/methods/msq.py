@@ -89,8 +89,17 @@ class MSQConfig(ActivationConfig):
         are quantized (as all others), and how activations are. Controller, threshold 0.3 and strength 5e-5, interval
         and schedule are arguments of :class:`MSQController` and the caller's.
         """
-        return cls(**{"bits": 8, "k": 1, "grid": "full", "scale": ABSMAX, "penalty": "loss", "penalty_unit": "code",
-                      **settings})
+        return cls(
+            **{
+                "bits": 8,
+                "k": 1,
+                "grid": "full",
+                "scale": ABSMAX,
+                "penalty": "loss",
+                "penalty_unit": "code",
+                **settings,
+            }
+        )
 
     def fixed(self, bits):
         return {"bits": bits, "prune": False}
@@ -158,7 +167,7 @@ class MSQWeight(WeightQuantizer):
         p = quantizers[0]
         scale = weight_scales(w, p.scale, p.per_row, grad=True) if p.scale_grad else []
         out = _Revive.apply(result, (p.grid, p.covered), *w, *scale)
-        return result._replace(q=list(out[:len(w)]), penalty=None if result.penalty is None else out[-1])
+        return result._replace(q=list(out[: len(w)]), penalty=None if result.penalty is None else out[-1])
 
     @staticmethod
     def measure(quantizers, w):
@@ -167,8 +176,10 @@ class MSQWeight(WeightQuantizer):
         top = [float(s.max()) if s.numel() else 0.0 for s in scale]
         rows = zip(w, bits.tolist(), k.tolist(), nonzero.tolist(), sq_error.tolist(), top)
         # A negative count is what a GPU says of weights that have a NaN or an infinity.
-        return [(n, kk, count / max(t.numel(), 1), error if count >= 0 else math.nan, s)
-                for t, n, kk, count, error, s in rows]
+        return [
+            (n, kk, count / max(t.numel(), 1), error if count >= 0 else math.nan, s)
+            for t, n, kk, count, error, s in rows
+        ]
 
     def stored_bits(self, bits):
         return code_bits(bits, GRIDS[self.grid])
@@ -179,15 +190,17 @@ class MSQWeight(WeightQuantizer):
         return IntWeight.from_codes(codes, scale, bits, grid=GRIDS[self.grid], dtype=w.dtype)
 
     def extra_repr(self):
-        return (f"bits={shown(self.bits)}, k={shown(self.k)}, grid={GRIDS[self.grid]!r}, scale={self.scale!r}, "
-                f"scale_grad={self.scale_grad}, per_row={self.per_row}, prune={self.prune}")
+        return (
+            f"bits={shown(self.bits)}, k={shown(self.k)}, grid={GRIDS[self.grid]!r}, scale={self.scale!r}, "
+            f"scale_grad={self.scale_grad}, per_row={self.per_row}, prune={self.prune}"
+        )
 
 
 def _arguments(quantizers, w, scale_grad=False):
     """(scales, bits, k) of a list call."""
     scale = weight_scales(w, quantizers[0].scale, quantizers[0].per_row, scale_grad)
     precision = torch.stack([p.bits for p in quantizers] + [p.k for p in quantizers])
-    return scale, precision[:len(w)], precision[len(w):]
+    return scale, precision[: len(w)], precision[len(w) :]
 
 
 class _Revive(torch.autograd.Function):
@@ -195,7 +208,7 @@ class _Revive(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, result, settings, *tensors):  # the weights, and the scales where they have gradients
-        w = tensors[:len(result.q)]
+        w = tensors[: len(result.q)]
         (ctx.grid, ctx.covered), ctx.dtype, ctx.q_dtype, ctx.size = settings, w[0].dtype, result.q[0].dtype, len(w)
         ctx.scale_grad = len(tensors) > len(w)
         ctx.has_penalty = result.penalty is not None
@@ -207,14 +220,24 @@ class _Revive(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        grad_q, r = grads[:ctx.size], grads[ctx.size] if ctx.has_penalty else None
+        grad_q, r = grads[: ctx.size], grads[ctx.size] if ctx.has_penalty else None
         if r is None and (ctx.covered or all(g is None for g in grad_q)):
             grad_w = [None if g is None else g.to(ctx.dtype) for g in grad_q]
             return None, None, *grad_w, *[None] * (ctx.size * ctx.scale_grad)
         *tensors, bits, k = ctx.saved_tensors
-        w, scale = tensors[:ctx.size], tensors[ctx.size:]
-        grad_w, grad_scale = call(ops.uniform_backward, materialize(grad_q, w, ctx.q_dtype), r, w, scale, bits, k,
-                                  ctx.grid, True, ctx.scale_grad)
+        w, scale = tensors[: ctx.size], tensors[ctx.size :]
+        grad_w, grad_scale = call(
+            ops.uniform_backward,
+            materialize(grad_q, w, ctx.q_dtype),
+            r,
+            w,
+            scale,
+            bits,
+            k,
+            ctx.grid,
+            True,
+            ctx.scale_grad,
+        )
         return None, None, *(grad_w if r is not None else of_used(grad_q, grad_w)), *grad_scale
 
 
@@ -282,7 +305,8 @@ def _usable(done):
     if r is None or done.task != torch._C._current_graph_task_id():
         return False
     return not torch.is_grad_enabled() or (
-        r.requires_grad == any(t.requires_grad for t in done.w) and not used_up(r.grad_fn))
+        r.requires_grad == any(t.requires_grad for t in done.w) and not used_up(r.grad_fn)
+    )
 
 
 def _traced_penalties(layers):
@@ -386,23 +410,28 @@ class MSQController:
     of reach, and options out of range.
     """
 
-    def __init__(self, model, target, *, interval=1, threshold, strength, hessian=True, samples=8, min_bits=None,
-                 seed=0):
+    def __init__(
+        self, model, target, *, interval=1, threshold, strength, hessian=True, samples=8, min_bits=None, seed=0
+    ):
         self._all = _layers(model)
         self._layers = [entry for entry in self._all if entry[2].prune]
         if not self._layers:
             raise ValueError("model: expected MSQ layers with prune on, all of them have fixed bits")
         for name, owner, _ in self._layers:
             if not owner.original.requires_grad:
-                raise ValueError(f"{name or 'model'}: expected a weight that requires grad; set "
-                                 '{"prune": False} for it in MSQConfig.overrides')
+                raise ValueError(
+                    f"{name or 'model'}: expected a weight that requires grad; set "
+                    '{"prune": False} for it in MSQConfig.overrides'
+                )
         self.interval = check_int("interval", interval, 1, 2**62)
         self.samples = check_int("samples", samples, 1, 2**31)
         of_use = max(LEAST_BITS[GRIDS[p.grid]] for _, _, p in self._layers)
         self.min_bits = check_int("min_bits", of_use if min_bits is None else min_bits, 1, MAX_BITS)
         if self.min_bits < of_use:
-            raise ValueError(f"min_bits: expected at least {of_use}, since 1 bit on the dyadic grid has the values -s "
-                             f"and 0 and no positive one (the grids 'sign' and 'full' have one), got {min_bits}")
+            raise ValueError(
+                f"min_bits: expected at least {of_use}, since 1 bit on the dyadic grid has the values -s "
+                f"and 0 and no positive one (the grids 'sign' and 'full' have one), got {min_bits}"
+            )
         self.seed = check_int("seed", seed, 0, 2**32)
         self.hessian = check_choice("hessian", hessian, (True, False))
         self.target = _number("target", target, 1, math.inf)
@@ -410,8 +439,10 @@ class MSQController:
         self._strength = _number("strength", strength, 0, math.inf)
         least = [min(n, self.min_bits) if p.prune else n for (_, _, p), n in zip(self._all, self._bits())]
         if compression(self._sizes(), least) < self.target:
-            raise ValueError(f"target: {self.target} is out of reach, min_bits = {self.min_bits} and the layers with "
-                             f"fixed bits allow {compression(self._sizes(), least):.4g}")
+            raise ValueError(
+                f"target: {self.target} is out of reach, min_bits = {self.min_bits} and the layers with "
+                f"fixed bits allow {compression(self._sizes(), least):.4g}"
+            )
         self.log, self._steps, self._decisions = [], 0, 0
         self._done = self.compression >= self.target
 
@@ -450,8 +481,10 @@ class MSQController:
             return None
         for name, _, p in self._layers:
             if p.group is None:
-                raise ValueError(f"model: {name or 'it'} is not quantized any more; expected the quantizers that the "
-                                 "controller was made for")
+                raise ValueError(
+                    f"model: {name or 'it'} is not quantized any more; expected the quantizers that the "
+                    "controller was made for"
+                )
         before = [(p, int(p.bits), int(p.k)) for _, _, p in self._layers]
         try:
             entry = self._decide(loss_fn if self.hessian else None)
@@ -477,15 +510,31 @@ class MSQController:
             for (p, _), n, k in zip(pairs, bits, wanted):
                 p.set_precision(n, self._limit(k, n))
             measured = measure(pairs)
-            rows = [{"name": name or "model", "bits": n, "k": measured[p][1], "beta": measured[p][2],
-                     "sq_error": measured[p][3], "trace": t, "omega": v, "pruned": 0, "bits_after": n}
-                    for (name, _, p), n, t, v in zip(self._layers, bits, traces or omegas, omegas)]
+            rows = [
+                {
+                    "name": name or "model",
+                    "bits": n,
+                    "k": measured[p][1],
+                    "beta": measured[p][2],
+                    "sq_error": measured[p][3],
+                    "trace": t,
+                    "omega": v,
+                    "pruned": 0,
+                    "bits_after": n,
+                }
+                for (name, _, p), n, t, v in zip(self._layers, bits, traces or omegas, omegas)
+            ]
             before = self.compression
             self._prune(rows, [p for p, _ in pairs])
         self._decisions += 1
         self._done = self.compression >= self.target
-        return {"step": self._steps + 1, "compression_before": before, "compression": self.compression,
-                "done": self._done, "layers": rows}
+        return {
+            "step": self._steps + 1,
+            "compression_before": before,
+            "compression": self.compression,
+            "done": self._done,
+            "layers": rows,
+        }
 
     def _limit(self, k, bits):
         return max(0, min(k, bits - self.min_bits))
@@ -505,8 +554,12 @@ class MSQController:
     def _traces(self, loss_fn):
         with torch.enable_grad():
             loss = loss_fn()
-            values = hessian_trace(loss, [owner.original for _, owner, _ in self._layers], self.samples,
-                                   seed=(self.seed * 1_000_003 + self._decisions) % 2**63).tolist()
+            values = hessian_trace(
+                loss,
+                [owner.original for _, owner, _ in self._layers],
+                self.samples,
+                seed=(self.seed * 1_000_003 + self._decisions) % 2**63,
+            ).tolist()
         for (name, _, _), v in zip(self._layers, values):
             if not math.isfinite(v):
                 raise ValueError(f"loss_fn: the Hessian trace of {name or 'model'} is {v}; is the loss finite?")
@@ -514,12 +567,21 @@ class MSQController:
 
     def state_dict(self):
         """Steps, decisions, log and seed: plain Python values. Bits and k are in the model's own state dict."""
-        return {"version": 2, **self._own(), "steps": self._steps, "decisions": self._decisions, "done": self._done,
-                "seed": self.seed, "log": copy.deepcopy(self.log)}
+        return {
+            "version": 2,
+            **self._own(),
+            "steps": self._steps,
+            "decisions": self._decisions,
+            "done": self._done,
+            "seed": self.seed,
+            "log": copy.deepcopy(self.log),
+        }
 
     def _own(self):
-        return {"names": [name for name, _, _ in self._layers],
-                "sizes": [owner.original.numel() for _, owner, _ in self._layers]}
+        return {
+            "names": [name for name, _, _ in self._layers],
+            "sizes": [owner.original.numel() for _, owner, _ in self._layers],
+        }
 
     def load_state_dict(self, state):
         """Takes up :meth:`state_dict`; load the model's state dict too.
@@ -534,8 +596,10 @@ class MSQController:
             del own["sizes"]
         missing = {*own, "steps", "decisions", "done", "seed", "log"} - set(state)
         if missing or version not in (1, 2) or isinstance(version, bool):
-            raise ValueError(f"state: expected version 2 of MSQController.state_dict(), got version {version!r}, "
-                             f"missing {sorted(missing)}")
+            raise ValueError(
+                f"state: expected version 2 of MSQController.state_dict(), got version {version!r}, "
+                f"missing {sorted(missing)}"
+            )
         for key, expected in own.items():
             if not isinstance(state[key], (list, tuple)) or list(state[key]) != expected:
                 told = "the layers" if key == "names" else "layers of so many weights:"
@@ -545,7 +609,8 @@ class MSQController:
         check_int("state: seed", state["seed"], 0, 2**32)
         check_choice("state: done", state["done"], (True, False))
         if not isinstance(state["log"], list) or not all(
-                isinstance(entry, dict) and isinstance(entry.get("layers"), list) for entry in state["log"]):
+            isinstance(entry, dict) and isinstance(entry.get("layers"), list) for entry in state["log"]
+        ):
             raise ValueError(f"state: expected log, a list with a dict per decision, got {state['log']!r}")
         self._steps, self._decisions, self._done = steps, state["decisions"], state["done"]
         self.seed, self.log = state["seed"], copy.deepcopy(state["log"])

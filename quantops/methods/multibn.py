@@ -14,8 +14,10 @@ KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def refuse_recomputing(part):
     """RuntimeError within the backward pass of a joint_loss, where nothing says which width a checkpointed part had."""
     if not torch.compiler.is_compiling() and part.joint_graph and in_backward():
-        raise RuntimeError("a checkpointed forward was computed again in the backward pass of a joint_loss, where its "
-                           "width is not known: use quantops.joint_step; to train at one width call quantops.set_bits")
+        raise RuntimeError(
+            "a checkpointed forward was computed again in the backward pass of a joint_loss, where its "
+            "width is not known: use quantops.joint_step; to train at one width call quantops.set_bits"
+        )
 
 
 class MultiBatchNorm(Settings, nn.Module):
@@ -69,8 +71,10 @@ class MultiBatchNorm(Settings, nn.Module):
             self.check_written()
         # A copy: autograd keeps it, and the width may change before the backward pass.
         at = (self.index.clone() if given is None else given).reshape(1)
-        weight, bias, mean, var = (None if t is None else t.index_select(0, at).squeeze(0) for t in (
-            self.weight, self.bias, self.running_mean, self.running_var))
+        weight, bias, mean, var = (
+            None if t is None else t.index_select(0, at).squeeze(0)
+            for t in (self.weight, self.bias, self.running_mean, self.running_var)
+        )
         tracks = mean is not None
         y = F.batch_norm(x, mean, var, weight, bias, self.training or not tracks, self.momentum, self.eps)
         if self.training and tracks:
@@ -102,8 +106,10 @@ def check_norms(model):
     """ValueError, naming the module, for a batch norm that cannot have a row per width."""
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and type(module) not in KINDS:
-            raise ValueError(f"{name}: expected BatchNorm1d, 2d or 3d, got {type(module).__name__}; batch_norm=False "
-                             "leaves it as it is, shared by all widths")
+            raise ValueError(
+                f"{name}: expected BatchNorm1d, 2d or 3d, got {type(module).__name__}; batch_norm=False "
+                "leaves it as it is, shared by all widths"
+            )
         if isinstance(module, _BatchNorm) and module.momentum is None:
             raise ValueError(f"{name}: expected a number as momentum, got None")
 

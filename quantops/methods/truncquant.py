@@ -104,8 +104,19 @@ class TruncQuantConfig(ActivationConfig):
         from public text: whether TruncQuant itself keeps tanh, its scales, and whether its float teacher is a frozen
         network, as here, or trained along as a width of its own, as in the Any-Precision code.
         """
-        return cls(**{"companding": "tanh", "scale": ABSMAX, "out_scale": "absmean", "slope": "exact",
-                      "scale_grad": True, "batch_norm": True, "first": "skip", "last": "skip", **settings})
+        return cls(
+            **{
+                "companding": "tanh",
+                "scale": ABSMAX,
+                "out_scale": "absmean",
+                "slope": "exact",
+                "scale_grad": True,
+                "batch_norm": True,
+                "first": "skip",
+                "last": "skip",
+                **settings,
+            }
+        )
 
     def fixed(self, bits):
         return {"bits": bits}
@@ -123,9 +134,16 @@ class TruncQuantConfig(ActivationConfig):
     def activation(self, like, bits, relu):
         if bits != "weights":
             return super().activation(like, bits, relu)
-        return UniformActivation(rule=self.act_rule, scale=self.act_scale, relu=relu, widths=self.bits,
-                                 signed=None if relu else self.act_signed, shared=self.act_shared, device=like.device,
-                                 dtype=like.dtype)
+        return UniformActivation(
+            rule=self.act_rule,
+            scale=self.act_scale,
+            relu=relu,
+            widths=self.bits,
+            signed=None if relu else self.act_signed,
+            shared=self.act_shared,
+            device=like.device,
+            dtype=like.dtype,
+        )
 
     def prepare(self, model, layers):
         if self.batch_norm:
@@ -164,14 +182,31 @@ class TruncQuantWeight(WeightQuantizer):
         self.joint_place = PerThread()  # that of the width among the network's, while a thread goes through them
 
     def settings(self):
-        return {"method": "truncquant", "widths": list(self.widths), "base_bits": self.base_bits,
-                "rule": RULES[self.rule], "companding": COMPANDINGS[self.tanh], "scale": self.scale,
-                "out_scale": self.out_scale, "per_row": self.per_row}
+        return {
+            "method": "truncquant",
+            "widths": list(self.widths),
+            "base_bits": self.base_bits,
+            "rule": RULES[self.rule],
+            "companding": COMPANDINGS[self.tanh],
+            "scale": self.scale,
+            "out_scale": self.out_scale,
+            "per_row": self.per_row,
+        }
 
     @property
     def batch_key(self):
-        return ("truncquant", len(self.widths), self.rule, self.tanh, self.scale, self.out_scale, self.per_row,
-                self.exact, self.scale_grad, self.joint_place.get())
+        return (
+            "truncquant",
+            len(self.widths),
+            self.rule,
+            self.tanh,
+            self.scale,
+            self.out_scale,
+            self.per_row,
+            self.exact,
+            self.scale_grad,
+            self.joint_place.get(),
+        )
 
     @property
     def fixed(self):
@@ -201,8 +236,9 @@ class TruncQuantWeight(WeightQuantizer):
     def revive(quantizers, w, result):
         p = quantizers[0]
         scale, out_scale = _scales(quantizers, w, grad=True) if p.scale_grad else ([], [])
-        return result._replace(q=list(_Revive.apply(result, (p.rule, p.tanh, p.covered, p.exact), *w, *scale,
-                                                    *out_scale)))
+        return result._replace(
+            q=list(_Revive.apply(result, (p.rule, p.tanh, p.covered, p.exact), *w, *scale, *out_scale))
+        )
 
     @staticmethod
     def measure(quantizers, w):
@@ -211,23 +247,38 @@ class TruncQuantWeight(WeightQuantizer):
             return [(int(p.bits), 0, 0.0, 0.0 if ok else math.nan, math.nan) for p, ok in zip(quantizers, finite)]
         result = TruncQuantWeight.launch(quantizers, w)
         rows = zip(result.q, w, result.bits[0].tolist(), result.scale)
-        return [(n, 0, 0.0, float((q.double() - t.double()).square().sum()), float(s.max()) if s.numel() else 0.0)
-                for q, t, n, s in rows]
+        return [
+            (n, 0, 0.0, float((q.double() - t.double()).square().sum()), float(s.max()) if s.numel() else 0.0)
+            for q, t, n, s in rows
+        ]
 
     @staticmethod
     def check_removable(model):
         for name, module in model.named_modules():
             if isinstance(module, MultiBatchNorm):
-                raise ValueError(f"{name}: a batch norm for each width cannot stay without the widths; expected a "
-                                 "model quantized with batch_norm=False, or see quantops.plain_model")
+                raise ValueError(
+                    f"{name}: a batch norm for each width cannot stay without the widths; expected a "
+                    "model quantized with batch_norm=False, or see quantops.plain_model"
+                )
 
     def to_int(self, w):
         """The codes of the widest width; ``at(m)`` and ``dequantize(m)`` are those of each other one."""
         n, (scale, out_scale) = self.widths[0], _scales([self], [w])
         # With a step of 1 the values are the odd levels 2c - (2^n - 1), by the very kernel of the forward pass.
         units = [torch.full_like(scale[0], 2**n - 1)]
-        level = call(ops.truncate, [w], scale, units, self.all_bits[:1].reshape(1, 1), self.base.reshape(1), self.rule,
-                     self.tanh, self.covered, False, scale[0].dtype)[0]
+        level = call(
+            ops.truncate,
+            [w],
+            scale,
+            units,
+            self.all_bits[:1].reshape(1, 1),
+            self.base.reshape(1),
+            self.rule,
+            self.tanh,
+            self.covered,
+            False,
+            scale[0].dtype,
+        )[0]
         codes = ((level + (2**n - 1)) / 2).to(torch.int32)
         return IntWeight.from_codes(codes, (out_scale or scale)[0], n, grid="full", dtype=w.dtype, fixed=self.fixed)
 
@@ -237,17 +288,30 @@ class TruncQuantWeight(WeightQuantizer):
         return super().forward(original)
 
     def extra_repr(self):
-        return (f"bits={shown(self.bits)} of {self.widths}, base_bits={self.base_bits}, rule={RULES[self.rule]!r}, "
-                f"companding={COMPANDINGS[self.tanh]!r}, scale={self.scale!r}, out_scale={self.out_scale!r}, "
-                f"slope={'exact' if self.exact else 'ste'!r}, scale_grad={self.scale_grad}, per_row={self.per_row}")
+        return (
+            f"bits={shown(self.bits)} of {self.widths}, base_bits={self.base_bits}, rule={RULES[self.rule]!r}, "
+            f"companding={COMPANDINGS[self.tanh]!r}, scale={self.scale!r}, out_scale={self.out_scale!r}, "
+            f"slope={'exact' if self.exact else 'ste'!r}, scale_grad={self.scale_grad}, per_row={self.per_row}"
+        )
 
 
 def _truncate(quantizers, w, bits):
     p = quantizers[0]
     scale, out_scale = _scales(quantizers, w, p.scale_grad)
     base = torch.stack([p.base for p in quantizers])
-    q = call(ops.truncate, w, scale, out_scale, bits, base, p.rule, p.tanh, p.covered, p.exact and bool(out_scale),
-             checks.dtype_of(None, w))
+    q = call(
+        ops.truncate,
+        w,
+        scale,
+        out_scale,
+        bits,
+        base,
+        p.rule,
+        p.tanh,
+        p.covered,
+        p.exact and bool(out_scale),
+        checks.dtype_of(None, w),
+    )
     return Truncated(q, scale, out_scale, bits, base)
 
 
@@ -267,7 +331,7 @@ class _Revive(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, result, settings, *tensors):  # the weights, and the scales where they have gradients
-        w = tensors[:len(result.q)]
+        w = tensors[: len(result.q)]
         ctx.settings, ctx.dtype, ctx.q_dtype, ctx.size = settings, w[0].dtype, result.q[0].dtype, len(w)
         ctx.scale_grad = len(tensors) > len(w)
         ctx.set_materialize_grads(False)
@@ -285,9 +349,20 @@ class _Revive(torch.autograd.Function):
         if ctx.identity or all(g is None for g in grads):
             return None, None, *(None if g is None else g.to(ctx.dtype) for g in grads), *none
         *tensors, bits, base = ctx.saved_tensors
-        w, scale, out_scale = tensors[:n], tensors[n: 2 * n], tensors[2 * n:]
-        grad_w, *sums = call(ops.truncate_backward, materialize(grads, w, ctx.q_dtype), w, scale, out_scale, bits, base,
-                             rule, tanh, False, ctx.scale_grad)
+        w, scale, out_scale = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+        grad_w, *sums = call(
+            ops.truncate_backward,
+            materialize(grads, w, ctx.q_dtype),
+            w,
+            scale,
+            out_scale,
+            bits,
+            base,
+            rule,
+            tanh,
+            False,
+            ctx.scale_grad,
+        )
         if exact and out_scale:
             grad_w, sums = exact_slope(grad_w, sums, w, scale, out_scale, tanh)
         return None, None, *of_used(grads, grad_w), *(t for v in sums for t in v)
@@ -320,8 +395,10 @@ class _Network(NamedTuple):
         if bits is None:
             return 0
         if isinstance(bits, bool) or not isinstance(bits, int) or bits not in self.widths:
-            raise ValueError(f"bits: expected one of the widths {', '.join(map(str, self.widths))} that the model was "
-                             f"quantized for, got {bits!r}")
+            raise ValueError(
+                f"bits: expected one of the widths {', '.join(map(str, self.widths))} that the model was "
+                f"quantized for, got {bits!r}"
+            )
         return self.widths.index(bits)
 
 
@@ -367,8 +444,9 @@ def plain_model(model, bits=None):
     if not quantized(model):
         raise ValueError(f"model: expected weights quantized by quantops.quantize_, {type(model).__name__} has none")
     if bits is not None and not widths:
-        raise ValueError(f"bits: expected None, since the weights are not truncated to widths (TruncQuantConfig), got "
-                         f"{bits!r}")
+        raise ValueError(
+            f"bits: expected None, since the weights are not truncated to widths (TruncQuantConfig), got {bits!r}"
+        )
     place = _network(model).place(bits) if widths else 0
     plain = copy.deepcopy(model)
     if widths:
@@ -392,8 +470,9 @@ class Joint(NamedTuple):
     losses: dict
 
 
-def joint_loss(model, loss_fn, *inputs, weights=None, distill=0.0, temperature=1.0, distill_from="widest",
-               teacher=None):
+def joint_loss(
+    model, loss_fn, *inputs, weights=None, distill=0.0, temperature=1.0, distill_from="widest", teacher=None
+):
     """The sum over widths m of weights[m] * loss_m, for one backward pass: :class:`Joint`.
 
         widest    loss = loss_fn(model(*inputs))
@@ -401,8 +480,9 @@ def joint_loss(model, loss_fn, *inputs, weights=None, distill=0.0, temperature=1
 
     where out_widest is detached. With distill_from="wider" every width learns from the next wider one, in its place;
     with a ``teacher``, whose logits stand before all widths, the widest has such a loss too. The forward runs once per
-    width, the widest first, with the batch norms of that width; the q of all widths of all weights come from one list call, and all their gradients go into one. The activations of
-    all widths are alive until the backward pass; :func:`joint_step` keeps those of one.
+    width, the widest first, with the batch norms of that width; the q of all widths of all weights come from one list
+    call, and all their gradients go into one. The activations of all widths are alive until the backward pass;
+    :func:`joint_step` keeps those of one.
 
     Args:
         loss_fn: output -> scalar.
@@ -418,8 +498,12 @@ def joint_loss(model, loss_fn, *inputs, weights=None, distill=0.0, temperature=1
     Raises ValueError for a model without TruncQuant weights and settings out of range.
     """
     network, weights = _checked(model, loss_fn, weights, distill, temperature)
-    distillation = _Distillation(distill, temperature, check_choice("distill_from", distill_from, TEACHERS) == "wider",
-                                 _teacher(teacher, distill))
+    distillation = _Distillation(
+        distill,
+        temperature,
+        check_choice("distill_from", distill_from, TEACHERS) == "wider",
+        _teacher(teacher, distill),
+    )
     loss, losses = 0.0, {}
     scope = _Scope(network)
     try:
@@ -434,8 +518,17 @@ def joint_loss(model, loss_fn, *inputs, weights=None, distill=0.0, temperature=1
     return Joint(loss, losses)
 
 
-def joint_step(model, loss_fn, *inputs, weights=None, distill=0.0, temperature=1.0, distill_from="widest",
-               teacher=None, backward=torch.Tensor.backward):
+def joint_step(
+    model,
+    loss_fn,
+    *inputs,
+    weights=None,
+    distill=0.0,
+    temperature=1.0,
+    distill_from="widest",
+    teacher=None,
+    backward=torch.Tensor.backward,
+):
     """As :func:`joint_loss`, with the backward passes: adds to ``.grad`` and returns :class:`Joint`, detached.
 
     Each width's backward pass follows its forward pass, so that the activations of one width are alive at a time, and
@@ -445,8 +538,12 @@ def joint_step(model, loss_fn, *inputs, weights=None, distill=0.0, temperature=1
     whose parameters want one backward pass, use joint_loss.
     """
     network, weights = _checked(model, loss_fn, weights, distill, temperature)
-    distillation = _Distillation(distill, temperature, check_choice("distill_from", distill_from, TEACHERS) == "wider",
-                                 _teacher(teacher, distill))
+    distillation = _Distillation(
+        distill,
+        temperature,
+        check_choice("distill_from", distill_from, TEACHERS) == "wider",
+        _teacher(teacher, distill),
+    )
     loss, losses = 0.0, {}
     scope = _Scope(network)
     try:
@@ -496,22 +593,26 @@ class _Scope:
     def __init__(self, network):
         self.network, self.given, self.roots = network, [], []
         devices = {norm.index.device for norm in network.norms}
-        self.index = {device: [torch.full((), place, device=device) for place in range(len(network.widths))]
-                      for device in devices}
+        self.index = {
+            device: [torch.full((), place, device=device) for place in range(len(network.widths))] for device in devices
+        }
         self.acts_before = [act.state() for act in network.acts]  # whose width is that of all threads
 
     def open(self, detached):
         for group in {id(p.group): p.group for _, p in self.network.layers}.values():
             group.free()  # what earlier forwards left
         # Sharded weights (FSDP2) are computed by their layers, once they are whole: one width at a time.
-        for quantizers, w in batches((p, owner.original) for owner, p in self.network.layers
-                                     if torch.compiler.is_compiling() or trackable(owner.original)):
+        for quantizers, w in batches(
+            (p, owner.original)
+            for owner, p in self.network.layers
+            if torch.compiler.is_compiling() or trackable(owner.original)
+        ):
             q = given = quantizers[0].launch_all(quantizers, w).q
             if detached:
                 given = [t.detach().requires_grad_(t.requires_grad) for t in q]
                 self.roots += [(t, leaf) for t, leaf in zip(q, given) if t.requires_grad]
             for i, p in enumerate(quantizers):
-                self.given.append((p, given[i::len(w)]))
+                self.given.append((p, given[i :: len(w)]))
 
     def select(self, place):
         for _, p in self.network.layers:
@@ -550,8 +651,9 @@ def _each_width(scope, model, loss_fn, inputs, distillation):
             yield place, loss_fn(out)
             continue
         if not isinstance(out, torch.Tensor) or out.dim() < 2:
-            raise TypeError(f"distill: expected a model whose output is one tensor (..., classes), got "
-                            f"{type(out).__name__}")
+            raise TypeError(
+                f"distill: expected a model whose output is one tensor (..., classes), got {type(out).__name__}"
+            )
         before = known
         if place == 0 or wider:
             known = distillation.log_probabilities(out.detach())
@@ -560,8 +662,11 @@ def _each_width(scope, model, loss_fn, inputs, distillation):
             continue
         if before.shape[-1] != out.shape[-1]:
             raise ValueError(f"teacher: expected logits of {out.shape[-1]} classes, got {before.shape[-1]}")
-        learned = part * temperature**2 * F.kl_div(distillation.log_probabilities(out), before, reduction="batchmean",
-                                                   log_target=True)
+        learned = (
+            part
+            * temperature**2
+            * F.kl_div(distillation.log_probabilities(out), before, reduction="batchmean", log_target=True)
+        )
         yield place, learned if part == 1 else learned + (1 - part) * loss_fn(out)
 
 
@@ -571,11 +676,16 @@ def _checked(model, loss_fn, weights, distill, temperature):
     if not callable(loss_fn):
         raise TypeError(f"loss_fn: expected a function of the output, got {type(loss_fn).__name__}")
     weights = [1.0] * len(network.widths) if weights is None else weights
-    good = isinstance(weights, (list, tuple)) and len(weights) == len(network.widths) and all(
-        _is_number(v) and 0 <= v < math.inf for v in weights)
+    good = (
+        isinstance(weights, (list, tuple))
+        and len(weights) == len(network.widths)
+        and all(_is_number(v) and 0 <= v < math.inf for v in weights)
+    )
     if not good:
-        raise ValueError(f"weights: expected {len(network.widths)} numbers >= 0, one for each of the widths "
-                         f"{network.widths}, got {weights!r}")
+        raise ValueError(
+            f"weights: expected {len(network.widths)} numbers >= 0, one for each of the widths "
+            f"{network.widths}, got {weights!r}"
+        )
     if not _is_number(distill) or not 0 <= distill <= 1:
         raise ValueError(f"distill: expected a number 0..1, got {distill!r}")
     if not _is_number(temperature) or not 0 < temperature < math.inf:

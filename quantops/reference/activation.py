@@ -61,7 +61,8 @@ class _Grid:
         acc = acc_dtype(x.dtype)
         self.scale, self.offset = (
             None if v is None else per_channel(torch.as_tensor(v, dtype=acc, device=x.device).detach(), x)
-            for v in (scale, offset))
+            for v in (scale, offset)
+        )
         self.rule, self.signed, self.grid = rule, signed, "dyadic" if rule == "round_clamp" else "full"
         self.bits = _as_int(bits, x)
         self.valid = (self.scale >= LEAST_SCALE) & (self.scale <= MOST_SCALE)
@@ -90,8 +91,9 @@ class _Grid:
         return ((self.level(v) * self.step - v) * self.per_code).clamp(-1, 1)
 
 
-def activation(x, scale, bits, *, offset=None, rule="round_clamp", signed=False, front=None, keep="bits",
-               out_dtype=None):
+def activation(
+    x, scale, bits, *, offset=None, rule="round_clamp", signed=False, front=None, keep="bits", out_dtype=None
+):
     """(q, kept) of one tensor; ``kept`` is uint8, in x's shape, None with keep="input"."""
     p = _Grid(x, scale, bits, offset, rule, signed)
     v = p.shifted(x)
@@ -107,8 +109,9 @@ def activation(x, scale, bits, *, offset=None, rule="round_clamp", signed=False,
     return q, torch.where(inside, 128 + (RESIDUALS * rho).round().int(), outside).to(torch.uint8)
 
 
-def activation_backward(grad, x, q, kept, scale, bits, *, offset=None, rule="round_clamp", signed=False, front=None,
-                        learn=None, dtype=None):
+def activation_backward(
+    grad, x, q, kept, scale, bits, *, offset=None, rule="round_clamp", signed=False, front=None, learn=None, dtype=None
+):
     """(dL/dx, dL/ds, dL/db) from ``grad`` = dL/dq; sums in float64, rounded once, None without ``learn``.
 
     x: with keep="input"; kept: otherwise. q: with bits, where sums are wanted. ``dtype``: x's.
@@ -132,8 +135,11 @@ def activation_backward(grad, x, q, kept, scale, bits, *, offset=None, rule="rou
 
     def total(t):
         t = t.double()
-        return t.sum() if scale.numel() == 1 else per_channel(
-            t.sum([d for d in range(t.dim()) if d != 1]), g).to(torch.float64)
+        return (
+            t.sum()
+            if scale.numel() == 1
+            else per_channel(t.sum([d for d in range(t.dim()) if d != 1]), g).to(torch.float64)
+        )
 
     zero = torch.zeros_like(g)
     above, below = total(torch.where(~inside & above, g, zero)), total(torch.where(~inside & ~above, g, zero))

@@ -22,7 +22,7 @@ QUARTER_BITS = 2
 
 def _class(q, alpha, bits):
     """j of q = alpha j, also where q has been rounded to 16 bits, up to 8 of j."""
-    return (q.to(alpha.dtype) * (1 / alpha)).clamp(0, 2**_width(bits) - 1).round()
+    return (q.to(alpha.dtype) * (1 / alpha)).clamp(0, 2 ** _width(bits) - 1).round()
 
 
 def _width(bits):
@@ -45,7 +45,7 @@ def _checked_bits(v, bits):
 
 def factors(alpha, sigma, bits, grad_of):
     """What dL/dq is multiplied by in the gradients of x, alpha and sigma, for each of the places 4 j + k."""
-    x = (torch.arange(4 * 2**_width(bits), dtype=alpha.dtype, device=alpha.device) - 1.5) * (alpha / 4)
+    x = (torch.arange(4 * 2 ** _width(bits), dtype=alpha.dtype, device=alpha.device) - 1.5) * (alpha / 4)
     x[0], x[-1] = -torch.inf, torch.inf
     return [_checked_bits(v, bits) for v in factors_at(x, alpha, sigma, bits, signed=False, grad_of=grad_of)]
 

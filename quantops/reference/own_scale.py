@@ -9,8 +9,8 @@ from quantops.reference.uniform import acc_dtype, per_row
 def own_scale_backward(w, scale, grad_scale, *, mean):
     """dL/dw of a scale of max|w| (``mean``: mean|w|), per tensor or per row, from ``grad_scale`` = dL/ds.
 
-        max     sign(w) g / (number of weights of that size)   where |w| >= s, else 0: ties share
-        mean    sign(w) g / (number of weights)
+    max     sign(w) g / (number of weights of that size)   where |w| >= s, else 0: ties share
+    mean    sign(w) g / (number of weights)
     """
     acc = acc_dtype(w.dtype)
     wide, s, g = w.to(acc), per_row(scale.to(acc), w), per_row(grad_scale.to(acc), w)

@@ -35,7 +35,7 @@ def split_shapes(sizes, dims):
         raise ValueError(f"dims: expected counts that add up to {len(sizes)}, the number of sizes, got {dims}")
     shapes, at = [], 0
     for n in dims:
-        shapes.append(sizes[at: at + n])
+        shapes.append(sizes[at : at + n])
         at += n
     return shapes
 

@@ -29,8 +29,10 @@ SLOPES = ("ste", "exact")
 def _prepare(w, scale, out_scale, bits, base_bits):
     acc = acc_dtype(w.dtype)
     bits, base = _as_int(bits, w), _as_int(base_bits, w)
-    s, out = (per_row(torch.as_tensor(v, dtype=acc, device=w.device), w) + 0.0  # -0 is 0
-              for v in (scale, scale if out_scale is None else out_scale))
+    s, out = (
+        per_row(torch.as_tensor(v, dtype=acc, device=w.device), w) + 0.0  # -0 is 0
+        for v in (scale, scale if out_scale is None else out_scale)
+    )
     valid = (bits >= 1) & (bits <= base) & (base <= MAX_BITS)
     for v in (s, out):
         valid = valid & (v >= 0) & (v < torch.inf)
@@ -110,8 +112,9 @@ def tanh_curvature(v, grads, w, scale):
     return torch.where(inside, v.to(total.dtype) * total * (-2 * t * (1 - t * t)), torch.zeros_like(total)).to(w.dtype)
 
 
-def truncate_backward(grads, w, scale, bits, *, base_bits=8, rule="floor", companding=None, out_scale=None,
-                      covered=False):
+def truncate_backward(
+    grads, w, scale, bits, *, base_bits=8, rule="floor", companding=None, out_scale=None, covered=False
+):
     """(dL/dw, dL/ds, dL/d out_scale) of several widths: ``grads`` and ``bits`` have an entry for each; None: not used.
 
     dL/dw = (g_1 + g_2 + ...) * inside, added in that order; with tanh times 1 - tanh(w)^2. With q/out the level over

@@ -104,8 +104,11 @@ def _level(c, bits, grid, signed):
     if not signed or grid == "sign":
         return c
     if grid == "dyadic":
-        half = torch.where(bits == 0, torch.zeros_like(bits), torch.bitwise_left_shift(
-            torch.ones_like(bits), (bits - 1).clamp(0, MAX_BITS)))
+        half = torch.where(
+            bits == 0,
+            torch.zeros_like(bits),
+            torch.bitwise_left_shift(torch.ones_like(bits), (bits - 1).clamp(0, MAX_BITS)),
+        )
         return c - half.to(c.dtype)
     return 2 * c - (_pow2(bits, c.dtype) - 1)
 

@@ -56,7 +56,7 @@ struct Fiber {
   ucontext_t context;
   jmp_buf resume;
   bool created = false, done = true;
-  int64_t shuffles = 0;                // so far in this block
+  int64_t shuffles = 0;                   // so far in this block
   alignas(16) unsigned char sent[2][16];  // what the lane sent in its last two shuffles, and their numbers
   int64_t sent_at[2];
   char* stack = nullptr;

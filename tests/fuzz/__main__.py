@@ -36,8 +36,10 @@ def failure(target, case, error):
     """Keeps a case that failed, and says so."""
     path = FOLDER / f"{target}-{zlib.crc32(json.dumps(case).encode()):08x}.json"
     path.write_text(json.dumps({"target": target, "case": case, "error": error[-3000:]}, indent=1) + "\n")
-    print(f"FAILED {target}: {error.strip().splitlines()[-1][:300]}\n  make fuzz REPLAY={path.relative_to(ROOT)}",
-          flush=True)
+    print(
+        f"FAILED {target}: {error.strip().splitlines()[-1][:300]}\n  make fuzz REPLAY={path.relative_to(ROOT)}",
+        flush=True,
+    )
 
 
 def child(target, seed, first, seconds):
@@ -77,9 +79,25 @@ def run(target, seed, seconds):
     state, running = FOLDER / f"{target}.state", FOLDER / f"{target}.running"
     while time.monotonic() < end and total["failed"] < MOST:
         state.unlink(missing_ok=True)
-        done = subprocess.run([sys.executable, str(HERE), "--child", target, "--seed", str(seed), "--first", str(first),
-                               "--seconds", str(end - time.monotonic())], env=env, cwd=ROOT, stderr=subprocess.PIPE,
-                              text=True, errors="replace")
+        done = subprocess.run(
+            [
+                sys.executable,
+                str(HERE),
+                "--child",
+                target,
+                "--seed",
+                str(seed),
+                "--first",
+                str(first),
+                "--seconds",
+                str(end - time.monotonic()),
+            ],
+            env=env,
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
         found = json.loads(state.read_text()) if state.exists() else {"next": first, "values": 0, "failed": 0}
         for key in ("values", "failed"):
             total[key] += found[key]
@@ -89,8 +107,11 @@ def run(target, seed, seconds):
         if crashed:
             name = signal.Signals(-done.returncode).name if done.returncode < 0 else f"status {done.returncode}"
             lines = [line for line in done.stderr.splitlines() if "ERROR" in line or "runtime error" in line]
-            failure(target, json.loads(running.read_text()), f"{done.stderr[-2000:]}\nprocess ended with {name}: "
-                    + (lines[0] if lines else "it said nothing"))
+            failure(
+                target,
+                json.loads(running.read_text()),
+                f"{done.stderr[-2000:]}\nprocess ended with {name}: " + (lines[0] if lines else "it said nothing"),
+            )
             total["failed"] += 1
         total["cases"] += found["next"] + crashed - first
         first = found["next"] + crashed
@@ -112,8 +133,9 @@ def replay(path):
 
 def main():
     """Command line entry."""
-    parser = argparse.ArgumentParser(prog="python tests/fuzz", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python tests/fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=10, help="of all targets together, without the build")
     parser.add_argument("--seed", type=int, help="of all cases; default: another one each time")
     parser.add_argument("--targets", default=",".join(TARGETS), help=f"of {', '.join(TARGETS)}")
@@ -137,8 +159,9 @@ def main():
     for target in targets:
         found = run(target, seed, 60 * args.minutes / len(targets))
         failed += found["failed"]
-        print(f"{target:8} {found['cases']:8,} cases {found['values']:14,} values {found['failed']:4} failed",
-              flush=True)
+        print(
+            f"{target:8} {found['cases']:8,} cases {found['values']:14,} values {found['failed']:4} failed", flush=True
+        )
     return 1 if failed else 0
 
 

@@ -119,9 +119,14 @@ class _Call:
         self.rule, self.grid = rng.randrange(3), rng.randrange(len(GRIDS)) if "grid" in names else 0
         self.sign = GRIDS[self.grid] == "sign"
         self.rule, self.signed = 0 if self.sign else self.rule, self.sign or rng.random() < 0.5
-        self.front, self.keep, self.learn = rng.choice([  # as quantops/checks/activation.py lets them stand together
-            (front, keep, learn) for front in (0, 1) for keep, learns in enumerate(((0, 1, 2), (0, 1), (0, 2)))
-            for learn in learns])
+        self.front, self.keep, self.learn = rng.choice(
+            [  # as quantops/checks/activation.py lets them stand together
+                (front, keep, learn)
+                for front in (0, 1)
+                for keep, learns in enumerate(((0, 1, 2), (0, 1), (0, 2)))
+                for learn in learns
+            ]
+        )
         self.offset = rng.random() < 0.3 and not self.front
         self.signed = self.signed and not (self.front and "front" in names)
         most = 8 if self.soft else most_bits(GRIDS[self.grid])
@@ -143,9 +148,11 @@ class _Call:
         """The node of an argument, by its name; NotImplementedError for names that no schema here has had."""
         rng, many, acc = self.rng, range(len(self.shapes)), self.acc
         each = lambda values, dtype=None, layouts=self.layouts: [  # noqa: E731
-            tensor(rng, self.shapes[i], dtype or self.dtype, values(i), layouts[i]) for i in many]
+            tensor(rng, self.shapes[i], dtype or self.dtype, values(i), layouts[i]) for i in many
+        ]
         spread = lambda values: [  # noqa: E731
-            tensor(rng, [self.shapes[i][0]] if self.rows[i] else [], acc, values) for i in many]
+            tensor(rng, [self.shapes[i][0]] if self.rows[i] else [], acc, values) for i in many
+        ]
         if kind == "bool":
             chosen = {"covered": False, "per_row": getattr(self, "per_row", False), "signed": self.signed}
             return chosen.get(name, rng.random() < 0.5)
@@ -172,11 +179,16 @@ class _Call:
         if name in ("grad", "q"):
             return tensor(rng, self.shapes[0], self.out, "normal" if name == "grad" else "positive")
         if name == "grads":
-            return [tensor(rng, self.shapes[i] if rng.random() < 0.8 else [0], self.dtype, "normal")
-                    for _ in range(self.widths) for i in many]
+            return [
+                tensor(rng, self.shapes[i] if rng.random() < 0.8 else [0], self.dtype, "normal")
+                for _ in range(self.widths)
+                for i in many
+            ]
         if name == "codes":
-            return [tensor(rng, s, "int32", [0, 2**n - 1], layout)
-                    for s, n, layout in zip(self.shapes, self.bits, self.layouts)]
+            return [
+                tensor(rng, s, "int32", [0, 2**n - 1], layout)
+                for s, n, layout in zip(self.shapes, self.bits, self.layouts)
+            ]
         if name in ("scale", "out_scale") and not self.single:
             return [] if name == "out_scale" and rng.random() < 0.5 else spread("positive")
         if name == "grad_scale":
@@ -190,8 +202,11 @@ class _Call:
         if name == "bits" and kind.startswith("List"):
             return self.bits
         if name == "bits" and "base_bits" in self.names:
-            return exact([rng.randrange(1, n + 1) for _ in range(self.widths) for n in self.bits], "int32",
-                         [self.widths, len(self.bits)])
+            return exact(
+                [rng.randrange(1, n + 1) for _ in range(self.widths) for n in self.bits],
+                "int32",
+                [self.widths, len(self.bits)],
+            )
         if name == "bits" and "stored" in self.names:
             return exact(self.read, "int32")
         if name in ("bits", "base_bits"):
@@ -201,16 +216,21 @@ class _Call:
         if name == "k":
             return exact([rng.randrange(1, n) if n > 1 else 0 for n in self.bits], "int32")
         if name == "gates":
-            return [] if rng.random() < 0.5 else [exact([rng.choice([0.0, 1.0, rng.random()]) for _ in range(n)], acc)
-                                                  for n in self.bits]
+            return (
+                []
+                if rng.random() < 0.5
+                else [exact([rng.choice([0.0, 1.0, rng.random()]) for _ in range(n)], acc) for n in self.bits]
+            )
         if name == "seed":
             return exact([rng.randrange(2**40)], "int64", [])
         if name in ("penalty", "sq_error", "grad_penalty", "strength", "nonzero"):
             n = 1 if name == "strength" else len(self.shapes)
             return exact([0] * n, "int64") if name == "nonzero" else exact([rng.random() for _ in range(n)], acc)
         if name == "data":
-            return [tensor(rng, data_shape(math.prod(s), n, LAYOUTS[self.layout]), "uint8", [0, 255])
-                    for s, n in zip(self.shapes, self.bits)]
+            return [
+                tensor(rng, data_shape(math.prod(s), n, LAYOUTS[self.layout]), "uint8", [0, 255])
+                for s, n in zip(self.shapes, self.bits)
+            ]
         if name == "quarters":
             return tensor(rng, data_shape(math.prod(self.shapes[0]), 2, "dense"), "uint8", [0, 255])
         if name == "sizes":

@@ -15,15 +15,41 @@ from quantops.intweight import IntWeight
 torch.set_num_threads(1)
 FOLDER = tempfile.TemporaryDirectory()
 PATH = Path(FOLDER.name) / "x.safetensors"
-ODD = [None, True, -1, 0, 1, 2**31, 2**62, 2**66, 1.5, float("inf"), float("nan"), "", "full", "float64", [], [1], {},
-       [[]], 10**400]
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    2**31,
+    2**62,
+    2**66,
+    1.5,
+    float("inf"),
+    float("nan"),
+    "",
+    "full",
+    "float64",
+    [],
+    [1],
+    {},
+    [[]],
+    10**400,
+]
 
 
 def make(rng):
     """Some weights, and what happens to their file."""
-    weights = [{"shape": [rng.randrange(0, 9) for _ in range(rng.randrange(3))], "bits": rng.randrange(0, 17),
-                "rows": rng.random() < 0.4, "seed": rng.randrange(2**31), "double": rng.random() < 0.2}
-               for _ in range(rng.randrange(1, 4))]
+    weights = [
+        {
+            "shape": [rng.randrange(0, 9) for _ in range(rng.randrange(3))],
+            "bits": rng.randrange(0, 17),
+            "rows": rng.random() < 0.4,
+            "seed": rng.randrange(2**31),
+            "double": rng.random() < 0.2,
+        }
+        for _ in range(rng.randrange(1, 4))
+    ]
     kinds = ["bytes", "cut", "grow", "header", "header", "length", "metadata", "metadata", "swap"]
     damage = [[rng.choice(kinds), rng.randrange(2**31)] for _ in range(rng.randrange(1, 3))]
     return {"weights": weights, "damage": damage}
@@ -48,7 +74,7 @@ def _damaged(data, kind, rng):
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         return bytes(data)
     if kind == "cut":
-        return data[:rng.randrange(len(data))]
+        return data[: rng.randrange(len(data))]
     if kind == "grow":
         return data + rng.randbytes(rng.randrange(1, 100))
     if kind == "swap":
@@ -58,7 +84,7 @@ def _damaged(data, kind, rng):
         other = rng.choice([0, 1, max(length - 1, 0), min(length + 1, 2**64 - 1), len(data), 2**32, 2**63, 2**64 - 1])
         return other.to_bytes(8, "little") + data[8:]
     try:
-        header = json.loads(data[8:8 + length])
+        header = json.loads(data[8 : 8 + length])
         inner = json.loads(header["__metadata__"]["weights"]) if kind == "metadata" else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return data  # damaged too much already
@@ -68,7 +94,7 @@ def _damaged(data, kind, rng):
     if inner is not None:
         header["__metadata__"]["weights"] = json.dumps(target) if rng.random() < 0.9 else "[" * rng.randrange(1, 20000)
     text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data[8 + length:]
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def _changed(node, rng):
@@ -82,7 +108,7 @@ def _changed(node, rng):
         return {**node, key: _changed(node[key], rng)}
     if isinstance(node, list) and node and rng.random() < 0.8:
         i = rng.randrange(len(node))
-        return rng.choice([[*node[:i], _changed(node[i], rng), *node[i + 1:]], node[:i], node + [node[i]]])
+        return rng.choice([[*node[:i], _changed(node[i], rng), *node[i + 1 :]], node[:i], node + [node[i]]])
     return rng.choice(ODD)
 
 
@@ -107,8 +133,13 @@ def check(case):
         return 1
     for name, v in weights.items():
         assert name in loaded, f"{name} is gone, and nothing was said; file {base64.b64encode(data)[:4000]!r}"
-        same = (torch.equal(loaded[name].codes, v.codes) and torch.equal(loaded[name].scale, v.scale)
-                and loaded[name].bits == v.bits and loaded[name].shape == v.shape and loaded[name].dtype == v.dtype)
+        same = (
+            torch.equal(loaded[name].codes, v.codes)
+            and torch.equal(loaded[name].scale, v.scale)
+            and loaded[name].bits == v.bits
+            and loaded[name].shape == v.shape
+            and loaded[name].dtype == v.dtype
+        )
         assert same, f"{name} was loaded as something else; file {base64.b64encode(data)[:4000]!r}"
     assert len(loaded) == len(weights), "there are more weights than were saved"
     return 1

@@ -14,8 +14,18 @@ from quantops.reference.packing import LAYOUTS
 from quantops.reference.uniform import GRIDS
 
 torch.set_num_threads(1)
-EXACT = ("absmax", "round_clamp", "round_clamp_out", "lsb", "encode", "decode", "truncate", "pack", "unpack",
-         "decode_packed")  # of msq the first result
+EXACT = (
+    "absmax",
+    "round_clamp",
+    "round_clamp_out",
+    "lsb",
+    "encode",
+    "decode",
+    "truncate",
+    "pack",
+    "unpack",
+    "decode_packed",
+)  # of msq the first result
 
 
 def make(rng):
@@ -51,8 +61,12 @@ def check(case):
 
 def _parts(result):
     """The results, each as a list of tensors."""
-    result = [result] if isinstance(result, torch.Tensor) or (result and isinstance(result[0], torch.Tensor)
-                                                              and isinstance(result, list)) else list(result)
+    result = (
+        [result]
+        if isinstance(result, torch.Tensor)
+        or (result and isinstance(result[0], torch.Tensor) and isinstance(result, list))
+        else list(result)
+    )
     return [[r] if isinstance(r, torch.Tensor) else list(r) for r in result]
 
 
@@ -60,9 +74,12 @@ def _compare(name, part, got, want, args, what):
     kinds = [(t.dtype, tuple(t.shape)) for t in (got, want)]
     assert kinds[0] == kinds[1], f"{what}: {kinds[0]}, the reference gives {kinds[1]}"
     sampled = name.startswith("categorical") and (name != "categorical" or args["gates"] or args["mode"] != 0)
-    if not got.dtype.is_floating_point or name in EXACT or (name in ("msq", "msq_out", "activation")
-                                                                    and part == 0) or (
-            name == "categorical" and not sampled):
+    if (
+        not got.dtype.is_floating_point
+        or name in EXACT
+        or (name in ("msq", "msq_out", "activation") and part == 0)
+        or (name == "categorical" and not sampled)
+    ):
         if got.dtype == torch.uint8 and name == "categorical_activation":
             return  # quarters at the edges of cells are told by the sums of the backward pass
         assert same(got, want), f"{what}: {_differing(got, want)}"
@@ -73,8 +90,14 @@ def _compare(name, part, got, want, args, what):
         return
     if not bool(torch.isfinite(want).all()) or not bool(torch.isfinite(got).all()):
         return  # a sum that overflows does so in its own order
-    spread = max((float(t.abs().max()) for t in _tensors(args) if t.numel() and t.is_floating_point()
-                  and bool(torch.isfinite(t).all())), default=1.0)
+    spread = max(
+        (
+            float(t.abs().max())
+            for t in _tensors(args)
+            if t.numel() and t.is_floating_point() and bool(torch.isfinite(t).all())
+        ),
+        default=1.0,
+    )
     single = any(t.dtype not in (torch.float64, got.dtype) for t in _tensors(args) if t.is_floating_point())
     double = got.dtype == torch.float64 and not single  # in which arithmetic is, too
     coarse = 1e-7 if double else {torch.float16: 2e-3, torch.bfloat16: 2e-2}.get(got.dtype, 2e-4)
@@ -103,8 +126,10 @@ def _differing(got, want):
 def _numpy(name, args, found):
     """How many values numpy confirms, of the ops that it knows."""
     if name == "encode" and GRIDS[args["grid"]] != "sign":
-        return sum(_same_codes(w, s, int(n), args["rule"], args["signed"], c) for w, s, n, c in
-                   zip(args["w"], args["scale"], args["bits"], found))
+        return sum(
+            _same_codes(w, s, int(n), args["rule"], args["signed"], c)
+            for w, s, n, c in zip(args["w"], args["scale"], args["bits"], found)
+        )
     if name == "pack" and args["layout"] == LAYOUTS.index("planes"):
         return sum(_same_planes(c, n, d) for c, n, d in zip(args["codes"], args["bits"], found))
     return 0
@@ -119,8 +144,11 @@ def _same_codes(w, scale, n, rule, signed, codes):
         if not np.isfinite(acc(1) / s).all():
             return 0
         u = np.clip((x * (acc(0.5) / s) + acc(0.5)) if signed else x * (acc(1) / s), acc(0), acc(1))
-        c = [lambda: np.minimum(np.rint(acc(2**n) * u), top), lambda: np.minimum(np.floor(acc(2**n) * u), top),
-             lambda: np.rint(top * u)][rule]()
+        c = [
+            lambda: np.minimum(np.rint(acc(2**n) * u), top),
+            lambda: np.minimum(np.floor(acc(2**n) * u), top),
+            lambda: np.rint(top * u),
+        ][rule]()
     want = np.where(np.isnan(x), 0, c).astype(np.int32)
     wrong = (codes.numpy() != want).sum()
     assert not wrong, f"encode, numpy: {wrong} of {want.size} codes of {n} bits differ, rule {rule}"
@@ -131,5 +159,5 @@ def _same_planes(codes, n, data):
     bits = codes.numpy().reshape(-1).astype(np.uint32)
     for j in range(n):
         plane = np.packbits(((bits >> (n - 1 - j)) & 1).astype(np.uint8), bitorder="little")
-        assert (data[j].numpy()[:plane.size] == plane).all() and not data[j].numpy()[plane.size:].any(), "pack, numpy"
+        assert (data[j].numpy()[: plane.size] == plane).all() and not data[j].numpy()[plane.size :].any(), "pack, numpy"
     return bits.size * (n > 0)

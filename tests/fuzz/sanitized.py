@@ -8,8 +8,19 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000",
-         "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-omit-frame-pointer", "-w"]
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-omit-frame-pointer",
+    "-w",
+]
 KINDS = {"address,undefined": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
 KIND = os.environ.get("QUANTOPS_FUZZ_SANITIZER", "address,undefined")
 
@@ -37,13 +48,28 @@ def build(folder, kind=KIND):
         while waiting and len(running) < 2:
             source = waiting.pop(0)
             objects.append(work / f"{source.stem}.o")
-            running.append(subprocess.Popen(["g++", "-c", *FLAGS, *sanitize, f"-I{ROOT / 'csrc'}",
-                                             *(f"-isystem{p}" for p in include_paths()), source, "-o", objects[-1]]))
+            running.append(
+                subprocess.Popen(
+                    [
+                        "g++",
+                        "-c",
+                        *FLAGS,
+                        *sanitize,
+                        f"-I{ROOT / 'csrc'}",
+                        *(f"-isystem{p}" for p in include_paths()),
+                        source,
+                        "-o",
+                        objects[-1],
+                    ]
+                )
+            )
         if running.pop(0).wait():
             sys.exit("the build with sanitizers failed")
     part = library.with_suffix(".part")
-    subprocess.run(["g++", "-shared", *sanitize, *objects, *(f"-L{p}" for p in library_paths()), "-ltorch_cpu", "-o",
-                    part], check=True)
+    subprocess.run(
+        ["g++", "-shared", *sanitize, *objects, *(f"-L{p}" for p in library_paths()), "-ltorch_cpu", "-o", part],
+        check=True,
+    )
     part.rename(library)
     return library
 
@@ -51,11 +77,18 @@ def build(folder, kind=KIND):
 def environment(folder, kind=KIND):
     """Of a process that uses it: the sanitizers' own libraries come first, and Python's memory is malloc's."""
     library = build(folder, kind)
-    runtime = [subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
-               for name in KINDS[kind]]
-    return {"QUANTOPS_BACKEND": "reference", "QUANTOPS_FUZZ_LIBRARY": str(library), "LD_PRELOAD": " ".join(runtime),
-            "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=2048",
-            "UBSAN_OPTIONS": "print_stacktrace=1", "PYTHONMALLOC": "malloc"}
+    runtime = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in KINDS[kind]
+    ]
+    return {
+        "QUANTOPS_BACKEND": "reference",
+        "QUANTOPS_FUZZ_LIBRARY": str(library),
+        "LD_PRELOAD": " ".join(runtime),
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=2048",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONMALLOC": "malloc",
+    }
 
 
 def load():

@@ -9,15 +9,26 @@ from torch import nn
 import quantops as Q
 
 torch.set_num_threads(1)
-METHODS = {"msq": lambda **o: Q.MSQConfig(bits=4, **o), "truncquant": lambda **o: Q.TruncQuantConfig(bits=(8, 4), **o),
-           "cpq": lambda **o: Q.CPQConfig(bits=3, **o)}
+METHODS = {
+    "msq": lambda **o: Q.MSQConfig(bits=4, **o),
+    "truncquant": lambda **o: Q.TruncQuantConfig(bits=(8, 4), **o),
+    "cpq": lambda **o: Q.CPQConfig(bits=3, **o),
+}
 
 
 def make(rng):
     """A model, and what threads do with it at once."""
-    return {"method": rng.choice(sorted(METHODS)), "fuse": rng.choice(["model", "layer"]), "cache": rng.random() < 0.3,
-            "threads": rng.choice([2, 4, 8]), "train": rng.random() < 0.5, "penalty": rng.random() < 0.3,
-            "interval": rng.choice([1e-6, 1e-5, 1e-3]), "rounds": rng.randrange(3, 20), "seed": rng.randrange(2**31)}
+    return {
+        "method": rng.choice(sorted(METHODS)),
+        "fuse": rng.choice(["model", "layer"]),
+        "cache": rng.random() < 0.3,
+        "threads": rng.choice([2, 4, 8]),
+        "train": rng.random() < 0.5,
+        "penalty": rng.random() < 0.3,
+        "interval": rng.choice([1e-6, 1e-5, 1e-3]),
+        "rounds": rng.randrange(3, 20),
+        "seed": rng.randrange(2**31),
+    }
 
 
 def _once(model, x, case):

@@ -17,7 +17,7 @@ if "QUANTOPS_FUZZ_LIBRARY" in os.environ:  # not where the runner reads this fil
     torch.set_num_threads(2)
 
 DTYPES = (*FLOATS, "int32", "int64", "uint8", "bool", "complex64")
-NUMBERS = (0, 1, -1, 2, 3, 8, 16, 17, 31, 32, 33, 63, 64, 255, 2**31 - 1, -2**31, 2**31, 2**40, 2**63 - 1, -2**63)
+NUMBERS = (0, 1, -1, 2, 3, 8, 16, 17, 31, 32, 33, 63, 64, 255, 2**31 - 1, -(2**31), 2**31, 2**40, 2**63 - 1, -(2**63))
 REFUSALS = (ValueError, RuntimeError, TypeError, NotImplementedError, IndexError, MemoryError, OverflowError)
 
 
@@ -41,14 +41,16 @@ def _spoiled(rng, node):
         if not node or rng.random() < 0.2:
             return rng.choice([[], node * 2, node[:-1], [*node, *node[:1]]])
         i = rng.randrange(len(node))
-        return [*node[:i], _spoiled(rng, node[i]), *node[i + 1:]]
+        return [*node[:i], _spoiled(rng, node[i]), *node[i + 1 :]]
     if "data" in node:
         kind = rng.randrange(4)
         if kind == 0 and node["data"]:
             data = list(node["data"])
             data[rng.randrange(len(data))] = rng.choice(
-                [n for n in NUMBERS if -2**31 <= n < 2**31] if "int" in node["dtype"] else [0.0, -1.0, 1e-39, 3e38,
-                                                                                         float("nan"), float("inf")])
+                [n for n in NUMBERS if -(2**31) <= n < 2**31]
+                if "int" in node["dtype"]
+                else [0.0, -1.0, 1e-39, 3e38, float("nan"), float("inf")]
+            )
             return {**node, "data": data}
         if kind == 1:
             return {"data": node["data"][:-1], "shape": [max(len(node["data"]) - 1, 0)], "dtype": node["dtype"]}
@@ -71,7 +73,7 @@ def _spoiled(rng, node):
         if kind == 2:
             return {**node, "layout": rng.choice(STRIDES)}
         if isinstance(node["values"], list):
-            return {**node, "values": rng.choice([[-1, 1], [0, 2**16], [-2**31, 2**31 - 1]])}
+            return {**node, "values": rng.choice([[-1, 1], [0, 2**16], [-(2**31), 2**31 - 1]])}
         return {**node, "values": rng.choice(["special", "zeros", 1e30, -1e-30])}
     return rng.choice([{"dtype": d} for d in DTYPES])
 
