@@ -5,7 +5,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc kernels quantops -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test fuzz lint format bench bench-all tables gpu gpu-libraries info clean
+.PHONY: demo test test-integrations fuzz lint format bench bench-all tables gpu gpu-libraries info clean
 .NOTPARALLEL:
 
 # An installed torch >= 2.10 will do: PYTHON=... TORCH= VENV_FLAGS=--system-site-packages uses that of the system.
@@ -42,6 +42,14 @@ test: $(VENV)/.installed
 	echo "Two minutes of make fuzz:"; \
 	OMP_NUM_THREADS=1 $(PY) tests/fuzz --minutes 2 --seed 1 || status=$$?; \
 	exit $$status
+
+# quantops within transformers, peft, Lightning and accelerate: small random models, nothing is downloaded.
+$(VENV)/.integration: $(VENV)/.installed
+	$(PY) -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -e ".[integration]" $(TORCH)
+	@touch $@
+
+test-integrations: $(VENV)/.integration
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q $(TEST_FLAGS) tests/integrations
 
 LINTERS ?= ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1
 $(VENV)/.lint: $(VENV)/.installed
