@@ -194,12 +194,16 @@ class MSQ(Float):
 
 class Truncated(Float):
     """Weights that are served at any of ``widths``. joint: TruncQuant, every step trains all of them; else ordinary
-    training at the widest."""
+    training at the widest. distill, distill_from: see quantops.joint_step. shortcuts: False leaves them float."""
 
-    def __init__(self, model, steps, *, widths, joint, distill, **settings):
+    def __init__(self, model, steps, *, widths, joint, distill, distill_from="widest", shortcuts=True, **settings):
         super().__init__(model, steps)
-        self.widths, self.joint, self.distill = widths, joint, distill
-        quantops.quantize_(model, quantops.TruncQuantConfig(bits=widths, **settings))
+        self.widths, self.joint, self.distill, self.distill_from = widths, joint, distill, distill_from
+
+        def chosen(name, layer):
+            return quantops.is_linear_or_conv(name, layer) and (shortcuts or "down" not in name.split("."))
+
+        quantops.quantize_(model, quantops.TruncQuantConfig(bits=widths, **settings), chosen)
 
     def backward(self, forward, x, y):
         if not self.joint:
@@ -211,6 +215,7 @@ class Truncated(Float):
                 x,
                 weights=[1 / len(self.widths)] * len(self.widths),
                 distill=self.distill,
+                distill_from=self.distill_from,
             )
         return done.loss
 

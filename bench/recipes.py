@@ -62,6 +62,15 @@ _NEAREST = {"hessian": False, "threshold": 0.55, "prune": 0.2, "nearest": 1.87}
 # weights at 1 and at 2 bits.
 _SIGN = {"grid": "sign", "min_bits": 1, "scale": 3.07}
 
+_PAPER = {  # as its text has it: codes over 2^n - 1, and a plain sum of |B|
+    "grid": "full",
+    "scale": "absmax",
+    "penalty_unit": "code",
+    "min_bits": 1,
+    "threshold": 0.3,
+    "strength": 5e-5,
+}
+
 # 2 bits fixed, in details that public code and this library have decided differently.
 _FIXED = _MSQ | {"bits": 2, "k": 0, "target": None}
 _ROUND_CLAMP = "round-clamp rule, constant bits"
@@ -73,7 +82,29 @@ _TRUNCATED = dict(
 _ALONE = _TRUNCATED | {"joint": False, "batch_norm": False}  # trained at its widest width
 _TWO = _ALONE | {"widths": (2,)}
 _TANH = _TWO | {"companding": "tanh", "out_scale": "absmean"}
+_EXACT = {"slope": "exact", "scale_grad": True}
+_FLOOR = "the floor rule, constant bits"
+_PUBLIC = "its gradients: the slope mean|w| / tanh(max|w|), and through both scales"
 _ANY = "Any-Precision networks, arXiv 1911.07346, which TruncQuant builds on"
+# Of TruncQuantConfig.paper(). 16 bits stand for the float weights, which are trained along and teach.
+_TRUNCATION = "TruncQuant, arXiv 2506.11431"
+_TRUNCQUANT_PAPER = _TRUNCATED | dict(
+    widths=(16, *WIDTHS),
+    companding="tanh",
+    out_scale="absmean",
+    slope="exact",
+    scale_grad=True,
+    first="skip",
+    last="skip",
+    shortcuts=False,  # they stay float
+    distill=1.0,
+    distill_from="wider",
+)
+_TRUNCQUANT_PAPER_DEVIATIONS = (
+    "TruncQuantConfig.paper(), details of the public code that it builds on: first, last and shortcut layers are "
+    "float; 16 bits stand for the float weights that teach 8 bits, which teach 4, and so on, by soft cross entropy; "
+    "the mean of the losses of all widths; not the pre-activation ResNet-20"
+)
 _BITS = dict(
     bits=4,
     dropbits=None,
@@ -114,6 +145,13 @@ RECIPES = {
         _MSQ_PAPER,
         _MSQ_DEVIATIONS + "; the penalty's gradient is added after the backward pass",
     ),
+    "msq-paper": Recipe(
+        methods.MSQ,
+        _MSQ | _PAPER,
+        _MSQ_PAPER,
+        "MSQConfig.paper(), and the paper's lambda and threshold; decisions are a fraction of an epoch apart; the "
+        "Hessian from 2 samples of 64 images",
+    ),
     "msq-sign": Recipe(
         methods.MSQ,
         _MSQ | _SIGN,
@@ -132,16 +170,13 @@ RECIPES = {
     "truncquant": Recipe(
         methods.Truncated,
         _TRUNCATED,
-        "TruncQuant, arXiv 2506.11431",
+        _TRUNCATION,
         "scale max|w| without tanh; the mean of the losses of all widths, so that lr means the same",
         claims="86.0 % at 8 bits; at 2 bits 57.5 % of ordinary training truncated, 85.8 % of this",
     ),
     **{
         f"separate-{m}": Recipe(
-            methods.Truncated,
-            _ALONE | {"widths": (m,)},
-            "the floor rule, constant bits",
-            "one network for this width alone",
+            methods.Truncated, _ALONE | {"widths": (m,)}, _FLOOR, "one network for this width alone"
         )
         for m in WIDTHS
     },
@@ -172,6 +207,13 @@ RECIPES = {
         "temperature of the others goes on rising instead of starting again; lr 0.1",
         common={"lr": 0.1},
     ),
+    "truncquant-paper": Recipe(methods.Truncated, _TRUNCQUANT_PAPER, _TRUNCATION, _TRUNCQUANT_PAPER_DEVIATIONS),
+    "cpq-paper": Recipe(
+        methods.CPQ,
+        _BITS | {"grad": "winner", "sigma": 1 / 3, "start": "range"},
+        "CPQ, arXiv 2109.02100",
+        "CPQConfig.paper(); weights only; float weights and their alpha at one lr",
+    ),
     "cpq": Recipe(methods.CPQ, _BITS, "CPQ, arXiv 2109.02100", "weights only; float weights and their alpha at one lr"),
     "dropbits": Recipe(
         methods.CPQ,
@@ -184,20 +226,12 @@ RECIPES = {
 }
 # In the order of a table: what each detail of a 2-bit quantizer is worth. ``--method details`` runs all of them.
 DETAILS = {
-    "details-tanh-public": Recipe(
-        methods.Truncated,
-        _TANH | {"slope": "exact", "scale_grad": True},
-        _ANY,
-        "its gradients: the slope mean|w| / tanh(max|w|), and through both scales",
-    ),
+    "details-tanh-public": Recipe(methods.Truncated, _TANH | {"slope": "exact", "scale_grad": True}, _ANY, _PUBLIC),
     "details-tanh": Recipe(methods.Truncated, _TANH, _ANY, "a slope of 1 and constant scales"),
     "details-tanh-slope": Recipe(methods.Truncated, _TANH | {"slope": "exact"}, _ANY, "constant scales"),
-    "details-floor": Recipe(methods.Truncated, _TWO, "the floor rule, constant bits", "max|w|, a constant"),
+    "details-floor": Recipe(methods.Truncated, _TWO, _FLOOR, "max|w|, a constant"),
     "details-floor-gradient": Recipe(
-        methods.Truncated,
-        _TWO | {"scale_grad": True},
-        "the floor rule, constant bits",
-        "max|w|, and the gradient through it",
+        methods.Truncated, _TWO | {"scale_grad": True}, _FLOOR, "max|w|, and the gradient through it"
     ),
     "details-dyadic": Recipe(methods.MSQ, _FIXED | {"scale": "absmax"}, _ROUND_CLAMP, "max|w|, a constant"),
     "details-dyadic-gradient": Recipe(
@@ -222,6 +256,37 @@ DETAILS = {
 }
 RECIPES |= DETAILS
 
+
+def _at(n):
+    """What defaults are chosen by: constant ``n`` bits; scales that are constants, and functions of the weights.
+
+    The scales f mean|w| have the least squared error of normal weights. Rows that DETAILS has are not repeated.
+    """
+    dyadic, sign, floor = {2: (2.8, 3.26, 1.72), 3: (3.02, 3.54, 2.46), 4: (3.4, 3.88, 3.1)}[n]
+    rows = {
+        "dyadic": (methods.MSQ, _FIXED | {"bits": n, "scale": "absmax"}, _ROUND_CLAMP, "max|w|"),
+        "dyadic-mean": (methods.MSQ, _FIXED | {"bits": n, "scale": dyadic}, _ROUND_CLAMP, f"{dyadic} mean|w|"),
+        "sign": (
+            methods.MSQ,
+            _FIXED | {"bits": n, "grid": "sign", "scale": sign},
+            _ROUND_CLAMP,
+            f"{n} bits beside a sign, {sign} mean|w|",
+        ),
+        "floor": (methods.Truncated, _ALONE | {"widths": (n,)}, _FLOOR, "max|w|"),
+        "floor-mean": (methods.Truncated, _ALONE | {"widths": (n,), "scale": floor}, _FLOOR, f"{floor} mean|w|"),
+    }
+    found = {f"details-{n}-tanh-public": Recipe(methods.Truncated, _TANH | _EXACT | {"widths": (n,)}, _ANY, _PUBLIC)}
+    for name, (method, settings, paper, text) in rows.items():
+        for suffix, told in (("", "a constant"), ("-gradient", "and the gradient through it")):
+            of_row = settings | {"scale_grad": bool(suffix)}
+            found[f"details-{n}-{name}{suffix}"] = Recipe(method, of_row, paper, f"{text}, {told}")
+    known = [(r.method, {"scale_grad": False} | r.settings) for r in DETAILS.values()]
+    return {name: r for name, r in found.items() if (r.method, r.settings) not in known}
+
+
+DEFAULTS = {n: _at(n) for n in (2, 3, 4)}
+RECIPES |= DEFAULTS[2] | DEFAULTS[3] | DEFAULTS[4]
+
 # Activations too, in front of every layer that is quantized (the networks call functional ReLUs), with LSQ's steps.
 _ACTS = "inputs of all layers, the image too, with LSQ's steps; "
 ACTIVATIONS = {
@@ -231,10 +296,17 @@ ACTIVATIONS = {
         )
         for n in (4, 3, 2)
     },
+    "truncquant-paper-activations": Recipe(
+        methods.Truncated,
+        _TRUNCQUANT_PAPER | {"act_bits": "weights", "act": "input", "act_scale": 1.0, "act_signed": False},
+        _TRUNCATION,
+        "inputs of the layers that are quantized, clamped to [0, 1], at the bits of the weights; "
+        + _TRUNCQUANT_PAPER_DEVIATIONS,
+    ),
     "truncquant-activations": Recipe(
         methods.Truncated,
         _TRUNCATED | {"act_bits": "weights", "act": "input"},
-        "TruncQuant, arXiv 2506.11431",
+        _TRUNCATION,
         f"{_ACTS}a step for each width, where the paper clamps to [0, 1]; scale max|w| without tanh",
     ),
     **{
@@ -248,5 +320,10 @@ ACTIVATIONS = {
     },
 }
 RECIPES |= ACTIVATIONS
-GROUPS = {"all": tuple(RECIPES), "details": (*DETAILS, "float"), "activations": (*ACTIVATIONS, "float")}
+GROUPS = {
+    "all": tuple(RECIPES),
+    "details": (*DETAILS, "float"),
+    "activations": (*ACTIVATIONS, "float"),
+    **{f"details-{n}": tuple(found) for n, found in DEFAULTS.items()},
+}
 SEPARATE = tuple(name for name in RECIPES if name.startswith("separate-"))  # together they are one row of a table

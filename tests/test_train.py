@@ -22,8 +22,8 @@ if quantops.info()["devices"]["cpu"]["implementation"] != "cpp":
 CLASSES, BATCH = 3, 8
 needs_cpq = [pytest.mark.skipif(not hasattr(quantops, "CPQConfig"), reason="this version has no CPQConfig")]
 METHODS = [
-    pytest.param(name, marks=needs_cpq if recipe.method is methods.CPQ else [])
-    for name, recipe in recipes.RECIPES.items()
+    pytest.param(name, marks=needs_cpq if recipes.RECIPES[name].method is methods.CPQ else [])
+    for name in recipes.GROUPS["all"]
 ]
 
 
