@@ -25,9 +25,11 @@ from quantops.hessian import hessian_trace
 from quantops.intfile import load_int, save_int
 from quantops.intweight import IntWeight, to_int
 from quantops.methods.cpq import CPQConfig, finish_dropbits
-from quantops.methods.msq import MSQConfig, MSQController, add_penalty_grad_
+from quantops.methods.joint import joint_loss, joint_step
+from quantops.methods.msq import MSQConfig, add_penalty_grad_
+from quantops.methods.msq_controller import MSQController
 from quantops.methods.multibn import MultiBatchNorm
-from quantops.methods.truncquant import TruncQuantConfig, joint_loss, joint_step, plain_model, set_bits
+from quantops.methods.truncquant import TruncQuantConfig, plain_model, set_bits
 from quantops.packed import Packed
 from quantops.penalty import penalty
 from quantops.report import bit_report

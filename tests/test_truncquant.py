@@ -24,6 +24,8 @@ from quantops import (
     set_bits,
     to_int,
 )
+from quantops.methods.joint import _Scope
+from quantops.methods.truncquant import network_of
 from quantops.nn import quantized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -241,7 +243,7 @@ def test_one_call_reads_the_weights_for_all_widths(fuse, kind, cache):
 def test_nothing_is_saved_for_backward_but_parameters_and_scalars(fuse):
     model, saved = make(fuse=fuse), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        scope = quantops.methods.truncquant._Scope(quantops.methods.truncquant._network(model))
+        scope = _Scope(network_of(model))
         scope.open(detached=False)
     kept = {p.untyped_storage().data_ptr() for p in model.parameters()}
     extra = [t for t in saved if t.untyped_storage().data_ptr() not in kept]

@@ -1,6 +1,5 @@
 """MSQ (arXiv 2507.22349): train with a penalty on the least significant bits, and drop the bits that fall silent."""
 
-import copy
 import dataclasses
 import math
 from typing import ClassVar, NamedTuple
@@ -11,12 +10,10 @@ from quantops import checks, foreach
 from quantops.activation import ActivationConfig
 from quantops.autograd.common import call, materialize, of_used
 from quantops.convert import check_choice, check_int
-from quantops.hessian import hessian_trace
 from quantops.intweight import IntWeight
 from quantops.library import ops
 from quantops.nn import WeightQuantizer, batches, quantized, shown, used_up
 from quantops.reference.uniform import GRIDS, MAX_BITS, code_bits, most_bits
-from quantops.report import compression, measure
 from quantops.scales import ABSMAX, check_scale, weight_scales
 
 PENALTIES = ("loss", "decoupled")
@@ -244,7 +241,8 @@ class _Revive(torch.autograd.Function):
 # The penalty.
 
 
-def _layers(model):
+def msq_layers(model):
+    """[(layer name, ParametrizationList, MSQWeight)] of a model. ValueError where it has none."""
     layers = [(name, owner, p) for name, owner, p in quantized(model) if isinstance(p, MSQWeight)]
     if not layers:
         raise ValueError(f"model: expected weights quantized with MSQConfig, {type(model).__name__} has none")
@@ -265,7 +263,7 @@ def penalty(model):
 
     Raises ValueError for a model without MSQ weights.
     """
-    layers = _layers(model)
+    layers = msq_layers(model)
     parts = _traced_penalties(layers) if torch.compiler.is_compiling() else _penalties(layers)
     total = parts[0]
     for part in parts[1:]:
@@ -350,7 +348,7 @@ def add_penalty_grad_(model, strength):
     """
     if not isinstance(strength, torch.Tensor):
         checks.strength(strength)
-    pairs = [(p, owner.original) for _, owner, p in _layers(model) if owner.original.requires_grad]
+    pairs = [(p, owner.original) for _, owner, p in msq_layers(model) if owner.original.requires_grad]
     for quantizers, w in batches(pairs):
         for t in w:
             if t.grad is None:
@@ -360,265 +358,3 @@ def add_penalty_grad_(model, strength):
         if p.unit == "code":
             each = _in_units(torch.as_tensor(strength, dtype=scale[0].dtype, device=w[0].device), p, scale, bits)
         foreach.add_lsb_grad_([t.grad for t in w], w, scale, bits, k, each, grid=GRIDS[p.grid])
-
-
-# The controller.
-
-
-class MSQController:
-    """Drops bits while training goes on, until the model is small enough; arXiv 2507.22349.
-
-        controller = MSQController(model, target=10.7, interval=100, threshold=0.3, strength=5e-5)
-        for x, y in batches:
-            (loss(model(x), y) + controller.strength * quantops.penalty(model)).backward()
-            optimizer.step(); optimizer.zero_grad()
-            controller.step(lambda: loss(model(x), y))
-
-    Every ``interval`` calls of :meth:`step` it decides, from the weights as they are:
-
-        E_l = sum (q - w)^2,  Omega_l = tr(H_l) * E_l                     tr(H_l) by :func:`quantops.hessian_trace`
-        k_l = 2 where Omega_l < mean(Omega) else 1,  with n_l - k_l >= min_bits, 0 where no bit can go
-        beta_l = fraction of weights with B_(k_l) != 0
-        n_l -= k_l where beta_l < threshold, in order of increasing Omega, until
-        compression = 32 * sum(numel) / sum(numel * n_l) >= target
-
-    so that no layer loses a bit after the target is reached. Omega, and its mean, are over the layers with "prune" on.
-    The compression is over all weights quantized with MSQConfig, those with fixed bits too; other weights do not count,
-    nor, as papers have it, do the signs of the sign grid.
-    The new k_l stays, limited again, for the penalty of the steps that follow.
-
-    Args:
-        target: compression to reach, e.g. 32 / 3 for 3 bits on average.
-        interval: calls of step() per decision.
-        threshold: beta below which a layer loses k bits, in (0, 1].
-        strength: lambda of the penalty, read back through :attr:`strength`.
-        hessian: False: k stays 1, and layers are taken in order of increasing beta; so also where step() gets no
-            loss_fn.
-        samples: Hutchinson vectors per decision.
-        min_bits: bits that a layer keeps; default and least: 2 on the dyadic grid, where 1 bit has the values -s and 0
-            and no positive one, 1 on the others.
-        seed: with the number of decisions taken, the seed of the vectors.
-
-    ``log`` is a list with a dict per decision, fit for JSON: step, compression_before, compression, done, and layers,
-    each with name, bits and k (those beta was measured at), beta, sq_error, trace and omega (None without Hessian),
-    pruned (bits dropped) and bits_after.
-
-    Checkpoints: the bits are in the model's state dict, the rest in :meth:`state_dict`. With model, optimizer and
-    controller restored, training goes on bit for bit.
-
-    Raises ValueError for a model without MSQ layers to prune, frozen ones among them, a target that min_bits keeps out
-    of reach, and options out of range.
-    """
-
-    def __init__(
-        self, model, target, *, interval=1, threshold, strength, hessian=True, samples=8, min_bits=None, seed=0
-    ):
-        self._all = _layers(model)
-        self._layers = [entry for entry in self._all if entry[2].prune]
-        if not self._layers:
-            raise ValueError("model: expected MSQ layers with prune on, all of them have fixed bits")
-        for name, owner, _ in self._layers:
-            if not owner.original.requires_grad:
-                raise ValueError(
-                    f"{name or 'model'}: expected a weight that requires grad; set "
-                    '{"prune": False} for it in MSQConfig.overrides'
-                )
-        self.interval = check_int("interval", interval, 1, 2**62)
-        self.samples = check_int("samples", samples, 1, 2**31)
-        of_use = max(LEAST_BITS[GRIDS[p.grid]] for _, _, p in self._layers)
-        self.min_bits = check_int("min_bits", of_use if min_bits is None else min_bits, 1, MAX_BITS)
-        if self.min_bits < of_use:
-            raise ValueError(
-                f"min_bits: expected at least {of_use}, since 1 bit on the dyadic grid has the values -s "
-                f"and 0 and no positive one (the grids 'sign' and 'full' have one), got {min_bits}"
-            )
-        self.seed = check_int("seed", seed, 0, 2**32)
-        self.hessian = check_choice("hessian", hessian, (True, False))
-        self.target = _number("target", target, 1, math.inf)
-        self.threshold = _number("threshold", threshold, 0, 1)
-        self._strength = _number("strength", strength, 0, math.inf)
-        least = [min(n, self.min_bits) if p.prune else n for (_, _, p), n in zip(self._all, self._bits())]
-        if compression(self._sizes(), least) < self.target:
-            raise ValueError(
-                f"target: {self.target} is out of reach, min_bits = {self.min_bits} and the layers with "
-                f"fixed bits allow {compression(self._sizes(), least):.4g}"
-            )
-        self.log, self._steps, self._decisions = [], 0, 0
-        self._done = self.compression >= self.target
-
-    def _sizes(self):
-        return [owner.original.numel() for _, owner, _ in self._all]
-
-    def _bits(self):
-        return [int(p.bits) for _, _, p in self._all]
-
-    @property
-    def compression(self):
-        """32 * sum(numel) / sum(numel * bits) of the MSQ weights now."""
-        return compression(self._sizes(), self._bits())
-
-    @property
-    def done(self):
-        """True once the target is reached: finetune from here."""
-        return self._done
-
-    @property
-    def strength(self):
-        """lambda while bits are being dropped, 0.0 once done."""
-        return 0.0 if self._done else self._strength
-
-    def step(self, loss_fn=None):
-        """Counts a training step; at every ``interval``-th decides and returns the log entry, otherwise None.
-
-        ``loss_fn``: called without arguments at a decision, gives the scalar task loss on some batch (leave the penalty
-        out: it is linear). Whatever else it changes (batch norm statistics, random state) is the caller's; ``.grad`` is
-        not touched. Where it raises, nothing is decided and this step is not counted: the next call decides.
-        """
-        if loss_fn is not None and not callable(loss_fn):
-            raise TypeError(f"loss_fn: expected a function without arguments, got {type(loss_fn).__name__}")
-        if self._done or (self._steps + 1) % self.interval:
-            self._steps += 1
-            return None
-        for name, _, p in self._layers:
-            if p.group is None:
-                raise ValueError(
-                    f"model: {name or 'it'} is not quantized any more; expected the quantizers that the "
-                    "controller was made for"
-                )
-        before = [(p, int(p.bits), int(p.k)) for _, _, p in self._layers]
-        try:
-            entry = self._decide(loss_fn if self.hessian else None)
-        except BaseException:
-            for p, bits, k in before:
-                p.set_precision(bits, k)
-            raise
-        self._steps += 1
-        self.log.append(entry)
-        return entry
-
-    def _decide(self, loss_fn):
-        traces = None if loss_fn is None else self._traces(loss_fn)
-        with torch.no_grad():
-            pairs = [(p, owner.original) for _, owner, p in self._layers]
-            bits = [int(p.bits) for p, _ in pairs]
-            omegas, wanted = [None] * len(pairs), [1] * len(pairs)
-            if traces is not None:
-                measured = measure(pairs)
-                omegas = [t * measured[p][3] for t, (p, _) in zip(traces, pairs)]
-                mean = sum(omegas) / len(omegas)
-                wanted = [2 if v < mean else 1 for v in omegas]
-            for (p, _), n, k in zip(pairs, bits, wanted):
-                p.set_precision(n, self._limit(k, n))
-            measured = measure(pairs)
-            rows = [
-                {
-                    "name": name or "model",
-                    "bits": n,
-                    "k": measured[p][1],
-                    "beta": measured[p][2],
-                    "sq_error": measured[p][3],
-                    "trace": t,
-                    "omega": v,
-                    "pruned": 0,
-                    "bits_after": n,
-                }
-                for (name, _, p), n, t, v in zip(self._layers, bits, traces or omegas, omegas)
-            ]
-            before = self.compression
-            self._prune(rows, [p for p, _ in pairs])
-        self._decisions += 1
-        self._done = self.compression >= self.target
-        return {
-            "step": self._steps + 1,
-            "compression_before": before,
-            "compression": self.compression,
-            "done": self._done,
-            "layers": rows,
-        }
-
-    def _limit(self, k, bits):
-        return max(0, min(k, bits - self.min_bits))
-
-    def _prune(self, rows, quantizers):
-        order = sorted(range(len(rows)), key=lambda i: rows[i]["beta" if rows[i]["omega"] is None else "omega"])
-        left = {p: n for (_, _, p), n in zip(self._all, self._bits())}  # read once: on a GPU each read waits
-        for i in order:
-            row = rows[i]
-            if compression(self._sizes(), left.values()) >= self.target:
-                break
-            if row["k"] and row["beta"] < self.threshold:
-                row.update(pruned=row["k"], bits_after=row["bits"] - row["k"])
-                quantizers[i].set_precision(row["bits_after"], self._limit(row["k"], row["bits_after"]))
-                left[quantizers[i]] = row["bits_after"]
-
-    def _traces(self, loss_fn):
-        with torch.enable_grad():
-            loss = loss_fn()
-            values = hessian_trace(
-                loss,
-                [owner.original for _, owner, _ in self._layers],
-                self.samples,
-                seed=(self.seed * 1_000_003 + self._decisions) % 2**63,
-            ).tolist()
-        for (name, _, _), v in zip(self._layers, values):
-            if not math.isfinite(v):
-                raise ValueError(f"loss_fn: the Hessian trace of {name or 'model'} is {v}; is the loss finite?")
-        return values
-
-    def state_dict(self):
-        """Steps, decisions, log and seed: plain Python values. Bits and k are in the model's own state dict."""
-        return {
-            "version": 2,
-            **self._own(),
-            "steps": self._steps,
-            "decisions": self._decisions,
-            "done": self._done,
-            "seed": self.seed,
-            "log": copy.deepcopy(self.log),
-        }
-
-    def _own(self):
-        return {
-            "names": [name for name, _, _ in self._layers],
-            "sizes": [owner.original.numel() for _, owner, _ in self._layers],
-        }
-
-    def load_state_dict(self, state):
-        """Takes up :meth:`state_dict`; load the model's state dict too.
-
-        Raises TypeError for what is not a dict, and ValueError where a value is none that state_dict() gives or the
-        names or sizes of the layers differ from this model's, naming it, with the controller untouched.
-        """
-        if not isinstance(state, dict):
-            raise TypeError(f"state: expected what MSQController.state_dict() gives, got {type(state).__name__}")
-        version, own = state.get("version"), self._own()
-        if version == 1:  # has no sizes
-            del own["sizes"]
-        missing = {*own, "steps", "decisions", "done", "seed", "log"} - set(state)
-        if missing or version not in (1, 2) or isinstance(version, bool):
-            raise ValueError(
-                f"state: expected version 2 of MSQController.state_dict(), got version {version!r}, "
-                f"missing {sorted(missing)}"
-            )
-        for key, expected in own.items():
-            if not isinstance(state[key], (list, tuple)) or list(state[key]) != expected:
-                told = "the layers" if key == "names" else "layers of so many weights:"
-                raise ValueError(f"state: expected {told} {expected}, got {state[key]!r}")
-        steps = check_int("state: steps", state["steps"], 0, 2**62)
-        check_int("state: decisions", state["decisions"], 0, steps)
-        check_int("state: seed", state["seed"], 0, 2**32)
-        check_choice("state: done", state["done"], (True, False))
-        if not isinstance(state["log"], list) or not all(
-            isinstance(entry, dict) and isinstance(entry.get("layers"), list) for entry in state["log"]
-        ):
-            raise ValueError(f"state: expected log, a list with a dict per decision, got {state['log']!r}")
-        self._steps, self._decisions, self._done = steps, state["decisions"], state["done"]
-        self.seed, self.log = state["seed"], copy.deepcopy(state["log"])
-
-
-def _number(name, value, low, high):
-    """``value`` where it is a finite number above ``low`` (strength: from ``low`` on) and up to ``high``."""
-    inside = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not inside or value > high or value < low or (value == low and name != "strength"):
-        raise ValueError(f"{name}: expected a finite number above {low}, up to {high}, got {value!r}")
-    return float(value)
