@@ -1,5 +1,7 @@
 """Hutchinson's estimate of Hessian traces."""
 
+from contextlib import contextmanager
+
 import torch
 
 
@@ -14,7 +16,8 @@ def hessian_trace(loss, params, samples=8, *, seed=0, generator=None):
     (arXiv 2507.22349) weighs its layers by these traces.
 
     Args:
-        loss: scalar with a graph. Every op on the way needs a double backward (fused attention has none).
+        loss: scalar with a graph. Every op on the way needs a double backward. Fused attention has none: compute the
+            loss within ``torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)``.
         params: tensors that require grad and that the loss was computed from.
         samples: number of vectors v.
         seed: seed of the vectors, which are drawn on each parameter's device. torch's own random state is not used.
@@ -22,7 +25,8 @@ def hessian_trace(loss, params, samples=8, *, seed=0, generator=None):
 
     Returns float32 (float64 if any parameter is) on the first parameter's device.
     Raises ValueError for a loss that is not a scalar with a graph and for parameters that do not require grad or that
-    the loss does not reach, named by index. A parameter that the loss is linear in has trace 0.
+    the loss does not reach, named by index, RuntimeError for a loss without second derivatives. A parameter that the
+    loss is linear in has trace 0.
     """
     params = list(params)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
@@ -41,7 +45,8 @@ def hessian_trace(loss, params, samples=8, *, seed=0, generator=None):
     frozen = [i for i, p in enumerate(params) if not p.requires_grad]
     if frozen:
         raise ValueError(f"params{frozen}: expected tensors that require grad")
-    grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+    with _second_derivatives():
+        grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
     unused = [i for i, g in enumerate(grads) if g is None]
     if unused:
         raise ValueError(f"params{unused}: the loss does not depend on them")
@@ -52,13 +57,29 @@ def hessian_trace(loss, params, samples=8, *, seed=0, generator=None):
     draw = _Signs(seed, generator)
     for _ in range(samples if curved else 0):
         v = [draw(p) for p in params]
-        products = torch.autograd.grad(
-            [grads[i] for i in curved], params, [v[i] for i in curved], retain_graph=True, allow_unused=True
-        )
+        with _second_derivatives():
+            products = torch.autograd.grad(
+                [grads[i] for i in curved], params, [v[i] for i in curved], retain_graph=True, allow_unused=True
+            )
         for t, h, s in zip(total, products, v):
             if h is not None:
                 t += (h.detach() * s).sum(dtype=dtype)
     return torch.stack([t.to(params[0].device) for t in total]) / samples
+
+
+@contextmanager
+def _second_derivatives():
+    """Errors of torch that say that an op has none, with what to do about it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(text in str(error) for text in ("is not implemented", "double backward", "once_differentiable")):
+            raise
+        raise RuntimeError(
+            "loss: expected one with second derivatives, of a model that is not compiled and whose attention is eager "
+            "or torch's scaled_dot_product_attention within torch.nn.attention.sdpa_kernel(SDPBackend.MATH), as "
+            f"MSQController has it; got: {error}. Without traces: MSQController(hessian=False)"
+        ) from error
 
 
 class _Signs:

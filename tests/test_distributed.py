@@ -11,7 +11,17 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from quantops import CPQConfig, MSQConfig, TruncQuantConfig, add_penalty_grad_, joint_loss, penalty, quantize_, set_bits
+from quantops import (
+    CPQConfig,
+    MSQConfig,
+    MSQController,
+    TruncQuantConfig,
+    add_penalty_grad_,
+    joint_loss,
+    penalty,
+    quantize_,
+    set_bits,
+)
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 PROCESSES, STRENGTH = 2, 0.1
@@ -128,3 +138,40 @@ def _all_fsdp(rank):
 @pytest.mark.parametrize("task", [_all_ddp, _all_fsdp])
 def test_gradients_are_those_of_one_process(task):
     run_on_all(task)
+
+
+def _controller(rank):
+    """Each process has a batch of its own, and all take the decisions of one process with the whole batch."""
+    options = dict(target=8.0, threshold=0.6, strength=1e-3, samples=2, interval=2)
+    for wrapped in (True, False):  # whether the controller knows of DDP; loss_fn calls the model in it
+        expected, model = (make(MSQConfig(bits=8)) for _ in range(2))
+        ddp = DistributedDataParallel(model)
+        control, single = MSQController(ddp if wrapped else model, **options), MSQController(expected, **options)
+        optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (expected, model)]
+        for _ in range(6):
+            run_penalized(expected, *data(), single.strength)
+            run_penalized(ddp, *data(rank), control.strength)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            x, y = data()
+            single.step(lambda: F.cross_entropy(expected(x), y))
+            x, y = data(rank)
+            control.step(lambda: F.cross_entropy(ddp(x), y))
+        assert any(row["pruned"] for entry in control.log for row in entry["layers"])
+        assert len({row["k"] for row in control.log[0]["layers"]}) == 2
+        for entry, other in zip(control.log, single.log):
+            for row, one in zip(entry["layers"], other["layers"]):
+                assert (row["k"], row["bits_after"]) == (one["k"], one["bits_after"])
+                assert row["trace"] == pytest.approx(one["trace"], rel=1e-3, abs=1e-3)
+        logs = [None] * PROCESSES
+        dist.all_gather_object(logs, control.log)
+        assert logs[0] == logs[1]
+
+
+def run_penalized(model, x, y, strength):
+    (F.cross_entropy(model(x), y) + strength * penalty(model)).backward()
+
+
+def test_the_controllers_of_all_processes_decide_as_one():
+    run_on_all(_controller)

@@ -7,7 +7,16 @@ import torch
 import torch.nn.functional as F
 
 from networks import Net, data, loss_of, make_msq, originals, same, separable
-from quantops import MSQController, add_penalty_grad_, bit_report, hessian_trace, penalty, reference
+from quantops import (
+    MSQConfig,
+    MSQController,
+    add_penalty_grad_,
+    bit_report,
+    hessian_trace,
+    penalty,
+    quantize_,
+    reference,
+)
 from quantops.nn import quantized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -286,3 +295,67 @@ def test_a_decision_that_fails_is_made_by_the_next_step(hessian):
         weight.copy_(finite)
     assert a.state_dict() == before and {(int(p.bits), int(p.k)) for _, _, p in quantized(model)} == {(6, 1)}
     assert a.step(lambda: loss_of(model)) == entry and a.state_dict() == b.state_dict()
+
+
+def test_decisions_and_likely_mistakes_are_logged(caplog):
+    caplog.set_level("INFO", "quantops.controller")
+    model = make_msq(bits=8)
+    control = MSQController(model, 8, interval=2, threshold=1e-9, strength=0.01, hessian=False, patience=3)
+
+    def decide(with_penalty):
+        caplog.clear()
+        for _ in range(2):
+            loss_of(model, 0.01 if with_penalty else 0.0).backward()
+            control.step()
+        return [(r.levelname, r.getMessage()) for r in caplog.records]
+
+    (told,) = decide(True)
+    assert told == ("INFO", "step 2: compression 4.00x, 0 of 4 layers lose bits")
+    assert [level for level, _ in decide(True)] == ["INFO"]
+    told = decide(False)
+    assert [level for level, _ in told] == ["INFO", "WARNING", "WARNING"]
+    assert "no penalty was computed since the last decision" in told[1][1]
+    assert "no bits have fallen for 3 decisions: the least beta is " in told[2][1]
+    add_penalty_grad_(model, 0.01)
+    assert [level for level, _ in decide(False)] == ["INFO"]  # it counts, and patience starts again
+    silent(model)
+    assert decide(True)[0][1].startswith("step 10: compression 4.57x, 4 of 4 layers lose bits: conv 8 -> 7, mid.0 8 ->")
+
+
+def test_no_penalty_is_missed_where_there_is_to_be_none(caplog):
+    control = MSQController(make_msq(bits=8), 8, threshold=1e-9, strength=0.0)
+    control.step()
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
+def test_plot_is_a_picture_of_the_log(tmp_path):
+    model = silent(make_msq(bits=8))
+    control = MSQController(model, 16, threshold=0.5, strength=0.01, hessian=False)
+    with pytest.raises(ValueError, match="log: expected at least one decision"):
+        control.plot(tmp_path / "bits.png")
+    while not control.done:
+        control.step()
+    control.plot(tmp_path / "bits.svg")
+    text = (tmp_path / "bits.svg").read_text()
+    assert "<svg" in text
+    control.plot(tmp_path / "bits.png")
+    assert (tmp_path / "bits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_loss_through_fused_attention_has_traces():
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = torch.nn.Linear(8, 24)
+
+        def forward(self, x):
+            return F.scaled_dot_product_attention(*self.qkv(x).unflatten(-1, (2, 12)).transpose(1, 2).chunk(3, -1))
+
+    torch.manual_seed(0)
+    model, x = quantize_(Attention(), MSQConfig(bits=5)), torch.randn(3, 6, 8)
+    with pytest.raises(RuntimeError, match="loss: expected one with second derivatives"):
+        hessian_trace(model(x).square().mean(), [originals(model)["qkv"]])
+    row = MSQController(model, 8, threshold=0.1, strength=0.1).step(lambda: model(x).square().mean())["layers"][0]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        expected = hessian_trace(model(x).square().mean(), [originals(model)["qkv"]])
+    assert row["trace"] == expected.item() != 0

@@ -137,6 +137,7 @@ class MSQWeight(WeightQuantizer):
         self.scale, self.scale_grad, self.per_row = config.scale, config.scale_grad, config.per_row
         self.covered = self.identity = config.scale == ABSMAX and not config.scale_grad
         self.unit = config.penalty_unit
+        self.penalized = False  # whether a penalty was computed, of the model whose first layer this is
         self.batch_key = ("msq", self.grid, self.scale, self.scale_grad, self.per_row, self.decoupled, self.unit)
 
     counts = {"bits": range(MAX_BITS + 1), "k": range(MAX_BITS + 1)}
@@ -264,6 +265,7 @@ def penalty(model):
     Raises ValueError for a model without MSQ weights.
     """
     layers = msq_layers(model)
+    layers[0][2].penalized = True
     parts = _traced_penalties(layers) if torch.compiler.is_compiling() else _penalties(layers)
     total = parts[0]
     for part in parts[1:]:
@@ -348,7 +350,9 @@ def add_penalty_grad_(model, strength):
     """
     if not isinstance(strength, torch.Tensor):
         checks.strength(strength)
-    pairs = [(p, owner.original) for _, owner, p in msq_layers(model) if owner.original.requires_grad]
+    layers = msq_layers(model)
+    layers[0][2].penalized = True
+    pairs = [(p, owner.original) for _, owner, p in layers if owner.original.requires_grad]
     for quantizers, w in batches(pairs):
         for t in w:
             if t.grad is None:

@@ -1,15 +1,20 @@
 """The controller of MSQ (arXiv 2507.22349): drops the bits that have fallen silent while training goes on."""
 
 import copy
+import logging
 import math
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from quantops import processes
 from quantops.convert import check_choice, check_int
 from quantops.hessian import hessian_trace
 from quantops.methods.msq import LEAST_BITS, msq_layers
 from quantops.reference.uniform import GRIDS, MAX_BITS
 from quantops.report import compression, measure
+
+logger = logging.getLogger("quantops.controller")
 
 
 class MSQController:
@@ -45,10 +50,19 @@ class MSQController:
         min_bits: bits that a layer keeps; default and least: 2 on the dyadic grid, where 1 bit has the values -s and 0
             and no positive one, 1 on the others.
         seed: with the number of decisions taken, the seed of the vectors.
+        process_group: with torch.distributed, the processes that decide together; None: the default group. All of them
+            call :meth:`step`, each with a loss of its own batch, and take one decision, from the means over them.
+        patience: decisions without a bit that falls, after which a warning is logged.
+
+    Traces need a second derivative, which fused attention has not: while ``loss_fn`` runs,
+    torch.nn.functional.scaled_dot_product_attention is computed by torch's own "math" kernels.
+
+    Decisions are logged to the logger "quantops.controller", by one process for all: INFO, and WARNING where no bits
+    fall for ``patience`` decisions, or where none of the penalty was computed since the last one.
 
     ``log`` is a list with a dict per decision, fit for JSON: step, compression_before, compression, done, and layers,
     each with name, bits and k (those beta was measured at), beta, sq_error, trace and omega (None without Hessian),
-    pruned (bits dropped) and bits_after.
+    pruned (bits dropped) and bits_after. :meth:`plot` draws it.
 
     Checkpoints: the bits are in the model's state dict, the rest in :meth:`state_dict`. With model, optimizer and
     controller restored, training goes on bit for bit.
@@ -58,8 +72,21 @@ class MSQController:
     """
 
     def __init__(
-        self, model, target, *, interval=1, threshold, strength, hessian=True, samples=8, min_bits=None, seed=0
+        self,
+        model,
+        target,
+        *,
+        interval=1,
+        threshold,
+        strength,
+        hessian=True,
+        samples=8,
+        min_bits=None,
+        seed=0,
+        process_group=None,
+        patience=10,
     ):
+        self._model, self.process_group = model, process_group
         self._all = msq_layers(model)
         self._layers = [entry for entry in self._all if entry[2].prune]
         if not self._layers:
@@ -80,6 +107,7 @@ class MSQController:
                 f"and 0 and no positive one (the grids 'sign' and 'full' have one), got {min_bits}"
             )
         self.seed = check_int("seed", seed, 0, 2**32)
+        self.patience = check_int("patience", patience, 1, 2**31)
         self.hessian = check_choice("hessian", hessian, (True, False))
         self.target = _number("target", target, 1, math.inf)
         self.threshold = _number("threshold", threshold, 0, 1)
@@ -91,6 +119,7 @@ class MSQController:
                 f"fixed bits allow {compression(self._sizes(), least):.4g}"
             )
         self.log, self._steps, self._decisions = [], 0, 0
+        self._since, self._idle = 0, 0  # steps since the last decision that this object saw; decisions without a drop
         self._done = self.compression >= self.target
 
     def _sizes(self):
@@ -125,6 +154,7 @@ class MSQController:
             raise TypeError(f"loss_fn: expected a function without arguments, got {type(loss_fn).__name__}")
         if self._done or (self._steps + 1) % self.interval:
             self._steps += 1
+            self._since += 1
             return None
         for name, _, p in self._layers:
             if p.group is None:
@@ -141,7 +171,52 @@ class MSQController:
             raise
         self._steps += 1
         self.log.append(entry)
+        self._tell(entry)
         return entry
+
+    def _tell(self, entry):
+        """Logs a decision and what looks like a mistake in the training loop."""
+        dropped = [r for r in entry["layers"] if r["pruned"]]
+        used = [p for _, _, p in self._all if p.penalized]
+        unused = self._strength and not used and self._since + 1 >= self.interval
+        self._since, self._idle = 0, 0 if dropped else self._idle + 1
+        for p in used:
+            p.penalized = False
+        if not processes.leads(self.process_group):
+            return
+        logger.info(
+            "step %d: compression %.2fx, %d of %d layers lose bits%s%s",
+            entry["step"],
+            entry["compression"],
+            len(dropped),
+            len(entry["layers"]),
+            ": " + ", ".join(f"{r['name']} {r['bits']} -> {r['bits_after']}" for r in dropped) if dropped else "",
+            "; the target is reached" if entry["done"] else "",
+        )
+        if entry["done"]:
+            return
+        if unused:
+            logger.warning(
+                "step %d: no penalty was computed since the last decision: add strength * quantops.penalty(model) to "
+                'the loss, or call quantops.add_penalty_grad_ with penalty="decoupled"',
+                entry["step"],
+            )
+        if self._idle and self._idle % self.patience == 0:
+            least = min(r["beta"] for r in entry["layers"])
+            logger.warning(
+                "step %d: no bits have fallen for %d decisions: the least beta is %.3g, the threshold %g; a larger "
+                "strength, or a longer interval, lowers beta",
+                entry["step"],
+                self._idle,
+                least,
+                self.threshold,
+            )
+
+    def _measure(self, pairs):
+        """{quantizer: (k, beta, sq_error)}, the means over the processes."""
+        found = measure(pairs)
+        means = processes.mean([v for p, _ in pairs for v in found[p][2:4]], self.process_group, pairs[0][1].device)
+        return {p: (found[p][1], means[2 * i], means[2 * i + 1]) for i, (p, _) in enumerate(pairs)}
 
     def _decide(self, loss_fn):
         traces = None if loss_fn is None else self._traces(loss_fn)
@@ -150,20 +225,20 @@ class MSQController:
             bits = [int(p.bits) for p, _ in pairs]
             omegas, wanted = [None] * len(pairs), [1] * len(pairs)
             if traces is not None:
-                measured = measure(pairs)
-                omegas = [t * measured[p][3] for t, (p, _) in zip(traces, pairs)]
+                measured = self._measure(pairs)
+                omegas = [t * measured[p][2] for t, (p, _) in zip(traces, pairs)]
                 mean = sum(omegas) / len(omegas)
                 wanted = [2 if v < mean else 1 for v in omegas]
             for (p, _), n, k in zip(pairs, bits, wanted):
                 p.set_precision(n, self._limit(k, n))
-            measured = measure(pairs)
+            measured = self._measure(pairs)
             rows = [
                 {
                     "name": name or "model",
                     "bits": n,
-                    "k": measured[p][1],
-                    "beta": measured[p][2],
-                    "sq_error": measured[p][3],
+                    "k": measured[p][0],
+                    "beta": measured[p][1],
+                    "sq_error": measured[p][2],
                     "trace": t,
                     "omega": v,
                     "pruned": 0,
@@ -199,14 +274,12 @@ class MSQController:
                 left[quantizers[i]] = row["bits_after"]
 
     def _traces(self, loss_fn):
-        with torch.enable_grad():
-            loss = loss_fn()
-            values = hessian_trace(
-                loss,
-                [owner.original for _, owner, _ in self._layers],
-                self.samples,
-                seed=(self.seed * 1_000_003 + self._decisions) % 2**63,
-            ).tolist()
+        weights = [owner.original for _, owner, _ in self._layers]
+        seed = (self.seed * 1_000_003 + self._decisions) % 2**63
+        # Around the products too: what is checkpointed is computed again there.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), processes.unsynchronized(self._model):
+            values = hessian_trace(loss_fn(), weights, self.samples, seed=seed).tolist()
+        values = processes.mean(values, self.process_group, weights[0].device)
         for (name, _, _), v in zip(self._layers, values):
             if not math.isfinite(v):
                 raise ValueError(f"loss_fn: the Hessian trace of {name or 'model'} is {v}; is the loss finite?")
@@ -223,6 +296,16 @@ class MSQController:
             "seed": self.seed,
             "log": copy.deepcopy(self.log),
         }
+
+    def plot(self, path):
+        """Bits and beta of each layer, and the compression, over the training steps of :attr:`log`, as a picture.
+
+        ``path``: a file, whose ending is its format (.png, .pdf, .svg). Needs matplotlib, of quantops[demo]. Raises
+        ValueError before the first decision.
+        """
+        from quantops.plots import plot_decisions
+
+        plot_decisions(self.log, path)
 
     def _own(self):
         return {

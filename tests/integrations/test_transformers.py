@@ -2,7 +2,7 @@
 
 import pytest
 
-from quantops import MSQConfig, bit_report, penalty, quantize_
+from quantops import MSQConfig, MSQController, bit_report, penalty, quantize_
 from zoo import images, llama, tokens, vit
 
 
@@ -15,3 +15,19 @@ def test_a_step_reaches_every_quantized_weight(make, batch):
     for name in names:
         owner = model.get_submodule(name).parametrizations.weight
         assert owner.original.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("make, batch", [(llama, tokens), (vit, images)])
+def test_the_controller_takes_traces_through_attention(make, batch):
+    model, eager = (quantize_(make(), MSQConfig(bits=6)) for _ in range(2))
+    assert model.config._attn_implementation == "sdpa"
+    eager.set_attn_implementation("eager")
+    rows, expected = (
+        MSQController(m, 8, threshold=0.9, strength=1e-3, samples=2).step(lambda: m(**batch()).loss)["layers"]
+        for m in (model, eager)
+    )
+    assert [r["name"] for r in rows] == [r["name"] for r in expected]
+    largest = max(abs(r["trace"]) for r in expected)
+    for row, other in zip(rows, expected):
+        assert row["trace"] == pytest.approx(other["trace"], abs=1e-5 * largest)
+    assert len({r["k"] for r in rows}) == 2  # Omega is above its mean in some layers
