@@ -5,6 +5,7 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 
 import quantops
@@ -97,6 +98,7 @@ class MSQ(Float):
         scale_grad,
         penalty_unit,
         act_bits=None,
+        act_outputs=(),
     ):
         super().__init__(model, steps)
         self.nearest, self.found = nearest, None  # the bits of each layer, once they are final
@@ -116,6 +118,7 @@ class MSQ(Float):
                 penalty_unit=penalty_unit,
                 act_bits=act_bits,
                 act="input",
+                act_outputs=act_outputs,
             ),
         )
         self.decoupled, self.sample_size, self.controller = penalty == "decoupled", sample_size, None
@@ -173,7 +176,8 @@ class MSQ(Float):
         for m in norms:
             m.momentum = 0.0
         try:
-            return F.cross_entropy(self.model(x), y)
+            with sdpa_kernel(SDPBackend.MATH):  # which alone can be differentiated twice
+                return F.cross_entropy(self.model(x), y)
         finally:
             for m, momentum in before:
                 m.momentum = momentum

@@ -97,10 +97,10 @@ class Block(nn.Module):
 class DeiTSmall(nn.Module):
     """DeiT-S: 12 blocks of width 384 on 16 x 16 patches."""
 
-    def __init__(self, classes=1000, size=224, width=384, depth=12):
+    def __init__(self, classes=1000, size=224, width=384, depth=12, patch=16):
         super().__init__()
-        self.patch = nn.Conv2d(3, width, 16, 16)
-        self.position = nn.Parameter(torch.randn(1, (size // 16) ** 2 + 1, width) * 0.02)
+        self.patch = nn.Conv2d(3, width, patch, patch)
+        self.position = nn.Parameter(torch.randn(1, (size // patch) ** 2 + 1, width) * 0.02)
         self.token = nn.Parameter(torch.zeros(1, 1, width))
         self.blocks = nn.Sequential(*(Block(width, width // 64, 4 * width) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
@@ -109,6 +109,11 @@ class DeiTSmall(nn.Module):
         x = self.patch(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.position
         return self.head(self.norm(self.blocks(x))[:, 0])
+
+
+def small_vit(classes=10):
+    """DeiT for 32 x 32 images: 6 blocks of width 128 on 4 x 4 patches, 1.2 million weights."""
+    return DeiTSmall(classes, size=32, width=128, depth=6, patch=4)
 
 
 class Blocks(nn.Module):

@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from bench import methods
+from bench import methods, models
 
 COMMON = {"batch": 128, "lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4}  # SGD, cosine schedule to 0
+NETWORKS = {"resnet20": models.ResNet20, "vit": models.small_vit}
 EVERYWHERE = (
     "JPEG images in the place of the original ones; finetuned from --init, for --epochs; activations stay "
     "float unless named; all layers, first and last too, are quantized; SGD, cosine schedule, lr 0.02 unless named"
@@ -15,14 +16,16 @@ EVERYWHERE = (
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """method: its class in bench/methods.py, called with ``settings``; deviations: from ``paper``, and EVERYWHERE."""
+    """method: its class in bench/methods.py, called with ``settings``; deviations: from ``paper``, and EVERYWHERE;
+    network: of NETWORKS."""
 
     method: Callable
     settings: dict[str, Any]
     paper: str
     deviations: str
     claims: str = ""  # figures of the paper
-    common: dict[str, Any] = dataclasses.field(default_factory=dict)  # in the place of COMMON
+    common: dict[str, Any] = dataclasses.field(default_factory=dict)  # in the place of COMMON, and an "optimizer"
+    network: str = "resnet20"
 
 
 _MSQ = dict(
@@ -320,10 +323,35 @@ ACTIVATIONS = {
     },
 }
 RECIPES |= ACTIVATIONS
+# Its inputs have signs where they come from a LayerNorm; queries, keys and values are quantized for attention.
+_VIT = {"network": "vit", "common": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05}}
+_VIT_ACTS = {"act_bits": 4, "act_outputs": ("*.qkv",)}
+_VIT_TEXT = "a ViT of 6 blocks of width 128, 4 x 4 patches; AdamW, lr 1e-3; "
+VIT = {
+    "vit-float": Recipe(methods.Float, {}, "-", _VIT_TEXT + "from random weights where no --init is given", **_VIT),
+    "vit-msq-w4a4": Recipe(
+        methods.MSQ,
+        _MSQ | _VIT_ACTS | {"target": 8.0},
+        _MSQ_PAPER,
+        _VIT_TEXT
+        + "4 bits on average; inputs of all layers, and queries, keys and values, have 4 bits; "
+        + _MSQ_DEVIATIONS,
+        **_VIT,
+    ),
+    "vit-cpq-w4a4": Recipe(
+        methods.CPQ,
+        _BITS | _VIT_ACTS | {"act": "input"},
+        "CPQ, arXiv 2109.02100",
+        _VIT_TEXT + "inputs of all layers, and queries, keys and values, have 4 bits, by the uniform rule",
+        **_VIT,
+    ),
+}
+RECIPES |= VIT
 GROUPS = {
     "all": tuple(RECIPES),
     "details": (*DETAILS, "float"),
     "activations": (*ACTIVATIONS, "float"),
+    "vit": tuple(VIT),
     **{f"details-{n}": tuple(found) for n, found in DEFAULTS.items()},
 }
 SEPARATE = tuple(name for name in RECIPES if name.startswith("separate-"))  # together they are one row of a table

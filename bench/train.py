@@ -1,4 +1,4 @@
-"""Trains ResNet-20 by each method in one loop, and writes what came of it: accuracy, bits, bytes, time, decisions."""
+"""Trains ResNet-20, or a small ViT, by each method in one loop, and writes accuracy, bits, bytes, time, decisions."""
 
 import ast
 import contextlib
@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 import quantops
-from bench import data, machine, models, state
-from bench.recipes import COMMON, EVERYWHERE, GROUPS, RECIPES
+from bench import data, machine, state
+from bench.recipes import COMMON, EVERYWHERE, GROUPS, NETWORKS, RECIPES
 from bench.store import UNFINISHED, read_json, read_states, write_json
 from quantops.files import write_whole
 
@@ -80,15 +80,15 @@ def renamed(weights):
     return {name(key): value for key, value in weights.items()}
 
 
-def initialised(classes, seed, path):
-    """ResNet-20, from a state dict where ``path`` is one."""
+def initialised(classes, seed, path, network="resnet20"):
+    """A network of NETWORKS, from a state dict where ``path`` is one."""
     torch.manual_seed(seed)
-    model = models.ResNet20(classes)
+    model = NETWORKS[network](classes)
     if path is not None:
         try:
             model.load_state_dict(renamed(read_states("init", path)))
         except (RuntimeError, AttributeError, TypeError) as error:
-            raise ValueError(f"init: {path} is no state dict of this ResNet-20: {error}") from None
+            raise ValueError(f"init: {path} is no state dict of this {network}: {error}") from None
     return model
 
 
@@ -121,7 +121,8 @@ class Run:
                 f"subset: expected at least one batch of {self.common['batch']} images, got {len(images.train.y)}"
             )
         self.total = self.per_epoch * args.epochs
-        self.model = initialised(images.classes, seed, args.init).to(self.device, memory_format=torch.channels_last)
+        self.model = initialised(images.classes, seed, args.init, recipe.network)
+        self.model.to(self.device, memory_format=torch.channels_last)
         torch.manual_seed(seed)  # for methods that draw: the same whether weights were drawn before or not
         self.method = recipe.method(self.model, self.total, **self.settings)
         self.forward = Forward(self.model, self.device, args.amp, args.compile)
@@ -130,20 +131,18 @@ class Run:
         self.start_accuracy, self.cold = None, COLD
 
     def new_optimizer(self):
-        """SGD without momentum yet: when Parameters have been replaced it starts anew, for all of them."""
+        """Without momentum yet: when Parameters have been replaced it starts anew, for all of them."""
         groups = {}
         for p in self.model.parameters():
             if p.requires_grad:
                 groups.setdefault((self.method.decays(p), self.method.rate(p)), []).append(p)
-        return torch.optim.SGD(
-            [
-                {"params": members, "weight_decay": decays * self.common["weight_decay"], "rate": rate}
-                for (decays, rate), members in groups.items()
-            ],
-            lr=self.common["lr"],
-            momentum=self.common["momentum"],
-            fused=True,
-        )
+        groups = [
+            {"params": members, "weight_decay": decays * self.common["weight_decay"], "rate": rate}
+            for (decays, rate), members in groups.items()
+        ]
+        if self.common.get("optimizer") == "adamw":
+            return torch.optim.AdamW(groups, lr=self.common["lr"], fused=True)
+        return torch.optim.SGD(groups, lr=self.common["lr"], momentum=self.common["momentum"], fused=True)
 
     def batches(self, epoch):
         """The training batches of an epoch: the same however the run came to it."""

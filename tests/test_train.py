@@ -200,7 +200,7 @@ def test_two_steps(file, tmp_path, method):
     assert found["label"] == method and found["configuration"]["settings"] == settings
     assert len(found["epochs"]) == 1 and found["epochs"][0]["loss"] > 0
     assert all(0 <= v <= 100 for v in found["accuracy"].values())
-    assert (found["compression"] is None) == (method == "float")
+    assert (found["compression"] is None) == (recipes.RECIPES[method].method is methods.Float)
     assert not list(tmp_path.glob("*.pt")) and len(list((tmp_path / "weights").iterdir())) == 1
 
 
@@ -361,7 +361,7 @@ def test_init_takes_the_names_of_torchvision(tmp_path):
     torch.save(weights, tmp_path / "init.pt")
     loaded = train.initialised(10, 1, tmp_path / "init.pt").state_dict()
     assert all(torch.equal(v, loaded[k]) for k, v in model.state_dict().items())
-    with pytest.raises(ValueError, match="no state dict of this ResNet-20"):
+    with pytest.raises(ValueError, match="no state dict of this resnet20"):
         train.initialised(11, 1, tmp_path / "init.pt")
 
 
