@@ -36,8 +36,8 @@ test: $(VENV)/.installed
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q $(TEST_FLAGS) || status=$$?; \
 	echo "The Triton kernels, interpreted:"; \
 	QUANTOPS_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q $(TEST_FLAGS) \
-		$(foreach family,uniform truncate packing categorical activation categorical_activation,tests/test_$(family).py) \
-		tests/test_errors.py tests/test_limits.py \
+		$(foreach family,uniform truncate packing categorical activation categorical_activation,tests/ops/test_$(family).py) \
+		tests/ops/test_errors.py tests/ops/test_limits.py \
 		|| status=$$?; \
 	echo "Two minutes of make fuzz:"; \
 	OMP_NUM_THREADS=1 $(PY) tests/fuzz --minutes 2 --seed 1 || status=$$?; \
@@ -106,13 +106,13 @@ tables: $(VENV)/.installed
 	$(if $(DATA),$(PY) -m bench tables build/tables)
 
 # Both libraries, for GPUs of ARCH, on any machine with nvcc: what `make gpu` wants to find. VARIANTS=1: and those of
-# bench/variants.py, which it then compares.
+# bench/machine_code/variants.py, which it then compares.
 ARCH ?= 9.0
 gpu-libraries: $(VENV)/.torch
 	QUANTOPS_CUDA=1 TORCH_CUDA_ARCH_LIST="$(ARCH)" $(PY) -m pip install -q --disable-pip-version-check $(PIP_FLAGS) -e .
 	$(if $(VARIANTS),$(PY) -m bench variants --arch $(subst .,,$(ARCH)))
 
-# On a machine with a GPU, without a network, by the Python that has torch there (PYTHON): see bench/gpu.py. MINUTES=8: the
+# On a machine with a GPU, without a network, by the Python that has torch there (PYTHON): see bench/gpu/. MINUTES=8: the
 # most telling within them; without, all. ONLY=first,ops: stages. OUT=folder of the results. DRY=1: on a CPU, in small.
 gpu: $(if $(DRY),$(VENV)/.installed)
 	$(if $(DRY),$(PY),$(PYTHON)) -m bench.gpu $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only $(ONLY)) \

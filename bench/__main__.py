@@ -3,8 +3,11 @@
 import argparse
 import sys
 
-from bench import compare, costs, headline, report, run, small, static, steps, tables, train, variants
+from bench import headline
+from bench.machine_code import static, variants
+from bench.ops import compare, report, run, small, steps
 from bench.state import Wrong
+from bench.training import costs, tables, train
 
 
 def main(argv=None):

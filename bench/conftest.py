@@ -3,7 +3,7 @@
 
 def pytest_addoption(parser):
     group = parser.getgroup("bench")
-    group.addoption("--workloads", default="1M,resnet20", help="comma-separated names of bench/shapes.py")
+    group.addoption("--workloads", default="1M,resnet20", help="comma-separated names of bench/ops/shapes.py")
     group.addoption("--dtypes", default="float32", help="comma-separated: float32, bfloat16")
     group.addoption("--compiled", action="store_true", help="torch.compile too, which takes seconds a case")
 
@@ -12,8 +12,8 @@ def pytest_generate_tests(metafunc):
     """A benchmark per case, workload, dtype, and function: quantops, the copy, each peer."""
     if "function" not in metafunc.fixturenames:
         return
-    from bench.registry import COPY, OURS, cases
-    from bench.run import DTYPES
+    from bench.ops.registry import COPY, OURS, cases
+    from bench.ops.run import DTYPES
 
     option, made = metafunc.config.getoption, []
     for workload in option("--workloads").split(","):

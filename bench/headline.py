@@ -7,9 +7,10 @@ networks were trained where bench/results says.
 import statistics
 from pathlib import Path
 
-from bench import report, tables, targets
-from bench.registry import OURS
+from bench.ops import report, targets
+from bench.ops.registry import OURS
 from bench.state import RESULTS
+from bench.training import tables
 
 BEGIN, END = "<!-- headline: begin -->", "<!-- headline: end -->"
 MOST_ROWS = 12

@@ -1,8 +1,8 @@
 // Where kernels are launched: the device and stream of a tensor, and the one place of the launch syntax.
 //
-// With QUANTOPS_EMULATE the same sources compile with a plain C++ compiler against tests/cuda_on_cpu, whose `emulate`
-// runs a kernel thread by thread on the CPU: that is how the kernels are tested on machines without a GPU. Its value is
-// the dispatch key that the kernels serve.
+// With QUANTOPS_EMULATE the same sources compile with a plain C++ compiler against tests/emulation/cuda_on_cpu, whose
+// `emulate` runs a kernel thread by thread on the CPU: that is how the kernels are tested on machines without a GPU.
+// Its value is the dispatch key that the kernels serve.
 #pragma once
 #include <cuda_runtime.h>
 

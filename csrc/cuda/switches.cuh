@@ -1,5 +1,5 @@
 // Choices that only a GPU can decide between, each with a default by reasoning. A build with, say, -DQUANTOPS_STORES=2
-// has another one of them: bench/variants.py lists those that are worth a comparison and builds them.
+// has another one of them: bench/machine_code/variants.py lists those that are worth a comparison and builds them.
 #pragma once
 #include <cstdint>
 

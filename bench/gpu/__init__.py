@@ -1,0 +1,1 @@
+"""``make gpu``: everything that a GPU is needed for, in order, within minutes."""

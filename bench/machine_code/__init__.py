@@ -1,0 +1,1 @@
+"""What compilers make of the CUDA and Triton kernels, read without a GPU."""

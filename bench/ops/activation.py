@@ -1,0 +1,149 @@
+"""Family ``activation``: activations by the uniform rules, with LSQ's and PACT's gradients, and what they are measured
+against: the papers' chains of tensor ops, and torch's own learnable fake quantizer."""
+
+import functools
+
+import torch
+
+from bench.ops.peers import step, step_peer
+from bench.ops.registry import Case
+from bench.ops.uniform import Inputs
+from quantops import quantize_activation, reference
+from quantops.layout import in_memory
+from quantops.library import ops
+
+BITS, TOP = 4, 15
+PIECE = 1 << 20  # elements that the reference takes at a time
+
+
+class ActivationInputs(Inputs):
+    """Tensors with the scale that LSQ starts with, of unsigned codes."""
+
+    n = BITS
+
+    def __init__(self, shapes, dtype, device):
+        super().__init__(shapes, dtype, device)
+        self.bits = torch.full((1,), BITS, dtype=torch.int32, device=device)
+
+    @functools.cached_property
+    def ends(self):
+        return [2 * t.float().abs().mean().reshape(1) * (TOP + 1) / TOP**0.5 for t in self.w]
+
+    @functools.cached_property
+    def end_leaves(self):
+        return [s.clone().requires_grad_() for s in self.ends]
+
+
+def _quantized(x, learn):
+    return [quantize_activation(t, s, x.bits, learn=learn) for t, s in zip(x.leaves, x.end_leaves)]
+
+
+def _pieces(x, i):
+    return zip(in_memory(x.w[i]).split(PIECE), in_memory(x.grad[i]).split(PIECE))
+
+
+def _forward_check(got, x):
+    return all(
+        torch.equal(in_memory(q), torch.cat([reference.activation(t, s, BITS)[0] for t, _ in _pieces(x, i)]))
+        for i, ((q, _), s) in enumerate(zip(got, x.ends))
+    )
+
+
+def _step_check(learn):
+    """dL/dx bit for bit; the sum for the scale against the exact one, to the rounding of what is kept of its terms."""
+
+    def check(got, x):
+        for i, s in enumerate(x.ends):
+            parts = [reference.activation_backward(g, t, None, None, s, BITS, learn="clip") for t, g in _pieces(x, i)]
+            want = sum(v[1].double() for v in parts)
+            if learn == "step":
+                pairs = [(t, g, reference.activation(t, s, BITS)[0]) for t, g in _pieces(x, i)]
+                inside = sum((g.double() * ((q - t).double() / s) * ((t >= 0) & (t <= s))).sum() for t, g, q in pairs)
+                want = (want + inside) / (TOP * max(1, x.w[i].numel())) ** 0.5
+            room = 2e-2 * max(1, x.w[i].numel()) ** (0.5 if learn == "clip" else 0)
+            same = torch.equal(in_memory(got[i]), torch.cat([v[0] for v in parts]))
+            if not same or not torch.allclose(got[len(x.w) + i].double(), want, rtol=1e-2, atol=room):
+                return False
+        return True
+
+    return check
+
+
+def _eager(learn):
+    """The papers' chains, on a step (LSQ) or a clip (PACT)."""
+
+    def lsq(t, s):
+        factor = (TOP * t.numel()) ** -0.5
+        step_ = (s * factor + (s - s * factor).detach()) / (TOP + 1)
+        v = (t / step_).clamp(0, TOP)
+        return ((v.round() - v).detach() + v) * step_
+
+    def pact(t, s):
+        v = torch.minimum(t.clamp(min=0), s)
+        return v + ((v * (TOP / s)).round() * (s / TOP) - v).detach()
+
+    chain = lsq if learn == "step" else pact
+
+    def prepare(x):
+        return [*x.leaves, *x.end_leaves], lambda bits: [
+            chain(t, s.to(t.dtype)) for t, s in zip(x.leaves, x.end_leaves)
+        ]
+
+    def compiled(x):
+        call = torch.compile(chain)
+        return [*x.leaves, *x.end_leaves], lambda bits: [call(t, s.to(t.dtype)) for t, s in zip(x.leaves, x.end_leaves)]
+
+    return {"eager": step_peer(prepare), "compiled": step_peer(compiled, compiles=True)}
+
+
+def _torch_learnable(x):
+    steps = [(s / (TOP + 1)).requires_grad_() for s in x.ends]
+    zero = torch.zeros(1, device=x.w[0].device)
+    return [*x.leaves, *steps], lambda bits: [
+        torch._fake_quantize_learnable_per_tensor_affine(t, s, zero, 0, TOP, (TOP * max(1, t.numel())) ** -0.5)
+        for t, s in zip(x.leaves, steps)
+    ]
+
+
+def _case(name, learn, reads, writes, keeps, peers):
+    return Case(
+        name,
+        ActivationInputs,
+        reads,
+        writes,
+        lambda x: step(x, [*x.leaves, *x.end_leaves], _quantized(x, learn)),
+        _step_check(learn),
+        peers,
+        forward=lambda x: (lambda: _quantized(x, learn), [*x.leaves, *x.end_leaves]),
+        keeps=keeps,
+    )
+
+
+CASES = [
+    Case(
+        "activation forward",
+        ActivationInputs,
+        lambda s: s,
+        lambda s: s + 0.125,
+        lambda x: [ops.activation(t, s, None, x.bits, 0, False, 0, 1, 0, t.dtype) for t, s in zip(x.w, x.ends)],
+        _forward_check,
+    ),
+    # x to q and 8 bits; then dL/dq and these to dL/dx.
+    _case(
+        "LSQ activation step",
+        "step",
+        lambda s: 2 * s + 1,
+        lambda s: 2 * s + 1,
+        lambda s: 1.0,
+        {**_eager("step"), "torch learnable": step_peer(_torch_learnable)},
+    ),
+    # x to q and a bit; then dL/dq, q and the bit to dL/dx.
+    _case(
+        "PACT activation step",
+        "clip",
+        lambda s: 3 * s + 0.125,
+        lambda s: 2 * s + 0.125,
+        lambda s: s + 0.125,
+        _eager("clip"),
+    ),
+]
