@@ -536,6 +536,7 @@ def _run(
 
 def categorical(x, alpha, sigma, bits, gates, seed, mode, grad_of, signed, dtype):
     check_categorical(alpha, sigma, bits, gates, seed, mode, grad_of)
+    gates = gates or []
     x = [dense(t) for t in x]
     q = [empty_like(t, dtype) for t in x]
     soft = "soft" in (MODES[mode], GRADS[grad_of])

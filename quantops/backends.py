@@ -9,45 +9,16 @@ CPU tensors: the way to debug or check the Triton kernels without a GPU.
 import ctypes
 import importlib
 import importlib.util
-import os
 import platform
 import warnings
-from pathlib import Path
 
 import torch
 
-from quantops.library import OPS, _lib, checked
+from quantops.compiled import forced, interpreted, library_path, load
+from quantops.library import CPU, OPS, _lib, checked
 from quantops.version import __version__
 
-CHOICES = ("cuda", "triton", "reference")
-
 _serving: dict = {}  # device type -> (implementation, why the ones before it in the order are off)
-
-
-def library_path(kind):
-    """Where the compiled library of ``kind`` ("cpu", "cuda") is, or would be; QUANTOPS_CUDA_LIBRARY: another build."""
-    other = os.environ.get("QUANTOPS_CUDA_LIBRARY") if kind == "cuda" else None
-    return Path(other or Path(__file__).parent / f"_{kind}.abi3.so")
-
-
-def _load_library(kind):
-    """Loads a compiled library, whose kernels register themselves. Returns why it could not, or None."""
-    path = library_path(kind)
-    if not path.exists():
-        failed = path.with_name(path.name + ".failed")  # by setup.py
-        why = f"{path.name} " + (
-            failed.read_text().strip()
-            if failed.exists()
-            else f"was not built (it needs {'nvcc' if kind == 'cuda' else 'a C++ compiler'} at installation)"
-        )
-        if (Path(__file__).parents[1] / "setup.py").exists():
-            why += f"; this is the source tree {path.parents[1]}: pip install -e . builds it in place"
-        return why
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        return f"{path.name} does not load: {error}"
-    return None
 
 
 def _register_triton(key):
@@ -68,46 +39,41 @@ def _lazy(family, name):
 
 
 def _setup():
-    forced = os.environ.get("QUANTOPS_BACKEND") or None
-    if forced is not None and forced not in CHOICES:
-        raise ImportError(f"QUANTOPS_BACKEND: expected one of {', '.join(CHOICES)}, got {forced!r}")
-    _serving["cpu"] = _setup_cpu(forced)
-    _serving["cuda"] = _setup_cuda(forced)
+    _serving["cpu"] = _setup_cpu()
+    _serving["cuda"] = _setup_cuda(forced())
 
 
-def _setup_cpu(forced):
-    if forced == "reference":
-        return "reference", "QUANTOPS_BACKEND=reference"
-    if forced == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
-        return "triton", _require(forced, _register_triton("CPU")) or "the Triton interpreter, TRITON_INTERPRET=1"
-    why = _load_library("cpu")
-    if why:
-        warnings.warn(f"quantops runs on its plain PyTorch reference, which is right but slow: {why}", stacklevel=2)
-    return ("reference", why) if why else ("cpp", "")
+def _setup_cpu():
+    """The compiled library, if it is to serve, was loaded with the schemas."""
+    implementation, why = CPU
+    if implementation == "triton":
+        _require("triton", _register_triton("CPU"))
+    elif implementation == "reference" and forced() != "reference":
+        warnings.warn(f"quantops runs on its plain PyTorch reference, which is right but slow: {why}", stacklevel=3)
+    return CPU
 
 
-def _setup_cuda(forced):
+def _setup_cuda(choice):
     if not torch.backends.cuda.is_built():
-        interpreted = forced == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-        _require(None if interpreted else forced, "this torch is built without CUDA")
+        _require(None if interpreted() else choice, "this torch is built without CUDA")
         return "none", "this torch is built without CUDA"
-    if forced == "reference":
+    if choice == "reference":
         return "reference", "QUANTOPS_BACKEND=reference"
     why_not = []
-    if forced in (None, "cuda"):
-        why = "a ROCm build of torch" if torch.version.hip else _load_library("cuda")
-        if _require(forced, why) is None:
+    if choice in (None, "cuda"):
+        why = "a ROCm build of torch" if torch.version.hip else load("cuda")
+        if _require(choice, why) is None:
             return "cuda", ""
         why_not.append(f"cuda: {why}")
-    why = _require(forced, _register_triton("CUDA"))
+    why = _require(choice, _register_triton("CUDA"))
     if why is None:
         return "triton", "; ".join(why_not)
     return "reference", "; ".join([*why_not, f"triton: {why}"])
 
 
-def _require(forced, why):
-    if forced in ("cuda", "triton") and why:
-        raise ImportError(f"QUANTOPS_BACKEND={forced}: {why}")
+def _require(choice, why):
+    if choice in ("cuda", "triton") and why:
+        raise ImportError(f"QUANTOPS_BACKEND={choice}: {why}")
     return why
 
 

@@ -71,7 +71,7 @@ class CategoricalActivation(Settings, torch.nn.Module):
         grad_of, dtype = GRADS.index(self.grad), checks.dtype_of(None, [x])
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, alpha, sigma)):
             return ops.categorical_activation(x, alpha, sigma, self.bits, grad_of, dtype)[0]
-        return ops.categorical([x], [alpha], [sigma], self.bits, [], None, HARD, grad_of, False, dtype)[0]
+        return ops.categorical([x], [alpha], [sigma], self.bits, None, None, HARD, grad_of, False, dtype)[0]
 
     @torch.no_grad()
     def _start(self, x):

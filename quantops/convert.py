@@ -16,6 +16,7 @@ from quantops.reference.uniform import MAX_BITS
 
 FUSE = ("model", "layer")
 POLICIES = ("quantize", "skip")
+RECORD = "_quantize_calls"  # the attribute of a model that says how it was quantized, see config_json.py
 # Parameters that hooks of torch compute a weight from, and what takes them off.
 REPLACED = {"weight_g": "torch.nn.utils.remove_weight_norm", "weight_orig": "torch.nn.utils.remove_spectral_norm"}
 PRUNED = "torch.nn.utils.prune.remove(layer, 'weight')"
@@ -153,8 +154,14 @@ def quantize_(model, config, filter_fn=None):
     else:
         for layer in layers:
             layer[1].group = WeightGroup([layer], False, config.cache)
+    model.__dict__.setdefault(RECORD, []).append((config, tuple(modules)))
     warn_of_the_rest(model)
     return model
+
+
+def records(model):
+    """[(name of the module that quantize_ was called with, its config, the layers that its filter chose)]"""
+    return [(name, *record) for name, m in model.named_modules() for record in m.__dict__.get(RECORD, ())]
 
 
 def _take_float_weight(layer, state_dict, prefix, *_):
@@ -237,6 +244,8 @@ def remove_quantizers(model, leave_quantized):
     for module, hooks, key, _ in _group_hooks(model):
         del hooks[key]
         module._forward_hooks_always_called.pop(key, None)
+    for module in model.modules():
+        module.__dict__.pop(RECORD, None)
 
 
 def _group_hooks(model):

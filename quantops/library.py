@@ -8,16 +8,17 @@ and ``rule`` count in GRIDS and RULES of the reference. ``covered`` promises tha
 scale is max|w|): the backward is then the identity but for the penalty.
 
 Of the categorical ops: ``alpha`` and ``sigma`` are like ``scale``, with equally many elements; ``gates`` holds a tensor
-of ``bits`` values per weight, or nothing; ``seed`` is an int64 tensor of one element; ``mode`` and ``grad_of`` count in
+of ``bits`` values per weight, or is None, of the backward op []; ``seed`` is an int64 tensor of one element; ``mode`` and ``grad_of`` count in
 MODES and GRADS of the reference.
 
 The default kernel of each op, in default/<family>.py, runs the reference on any device; compiled backends (see
-backends.py) take over theirs. What autograd does is in autograd/<family>.py.
+backends.py) take over theirs. What autograd does is in autograd/<family>.py. csrc/cpu/schemas.cpp has the same schemas
+for programs without Python.
 """
 
 import torch
 
-from quantops import autograd, checks, default
+from quantops import autograd, checks, compiled, default
 from quantops.autograd.common import below_autograd, functions, refuse_unsupported
 from quantops.layout import empty_like
 from quantops.reference.activation import KEEPS
@@ -25,7 +26,8 @@ from quantops.reference.categorical_activation import QUARTER_BITS
 from quantops.reference.packing import LAYOUTS, data_shape, split_shapes
 from quantops.reference.uniform import acc_dtype
 
-_lib = torch.library.Library("quantops", "DEF")
+CPU = compiled.load_cpu()  # what serves the CPU, and why the compiled library does not; that defines the ops
+_lib = torch.library.Library("quantops", "FRAGMENT")
 
 OPS = {
     # name: schema of arguments and results. A family's ops stand together; default/<family>.py and kernels/<family>.py
@@ -57,10 +59,11 @@ OPS = {
         "own_scale_backward": "(Tensor[] w, Tensor[] scale, Tensor[] grad_scale, bool mean) -> Tensor[] grad_w",
     },
     # bits: (widths, weights). Lists of q and of their gradients run width by width: that of width j of weight i is
-    # entry j * len(w) + i, an empty tensor where there is no gradient. out_scale: [] where it is the scale. `exact`:
+    # entry j * len(w) + i, an empty tensor where there is no gradient. out_scale: None where it is the scale, of the
+    # backward op [] (AOTInductor makes None of an empty list, and exports no backward op). `exact`:
     # the slope of q is out_scale/scale, not 1, which is up to autograd.
     "truncate": {
-        "truncate": "(Tensor[] w, Tensor[] scale, Tensor[] out_scale, Tensor bits, Tensor base_bits, int rule, "
+        "truncate": "(Tensor[] w, Tensor[] scale, Tensor[]? out_scale, Tensor bits, Tensor base_bits, int rule, "
         "bool tanh, bool covered, bool exact, ScalarType dtype) -> Tensor[] q",
         "truncate_backward": "(Tensor[] grads, Tensor[] w, Tensor[] scale, Tensor[] out_scale, Tensor bits, "
         "Tensor base_bits, int rule, bool tanh, bool covered, bool scale_grad) -> "
@@ -76,7 +79,7 @@ OPS = {
         "int layout, int grid, bool signed, ScalarType dtype) -> Tensor[]",
     },
     "categorical": {
-        "categorical": "(Tensor[] x, Tensor[] alpha, Tensor[] sigma, Tensor bits, Tensor[] gates, Tensor? seed, "
+        "categorical": "(Tensor[] x, Tensor[] alpha, Tensor[] sigma, Tensor bits, Tensor[]? gates, Tensor? seed, "
         "int mode, int grad_of, bool signed, ScalarType dtype) -> Tensor[]",
         "categorical_backward": "(Tensor[] grad, Tensor[] x, Tensor[] alpha, Tensor[] sigma, Tensor bits, "
         "Tensor[] gates, Tensor? seed, int mode, int grad_of, bool signed, bool scale_grad, bool gate_grad) -> "
@@ -150,9 +153,22 @@ def _with_autograd(op, fn):
     return kernel
 
 
+def _define(name, schema):
+    """Defines an op that the compiled library has not; ImportError where it has another of this name."""
+    if not hasattr(ops, name):
+        _lib.define(name + schema)
+        return
+    found, want = getattr(ops, name).default._schema, torch._C.parse_schema(f"quantops::{name}{schema}")
+    if str(found) != str(want):
+        raise ImportError(
+            f"{compiled.library_path('cpu')} was built from other sources: it has {found}, expected {want}; build it "
+            "again (pip install .)"
+        )
+
+
 for _family, _schemas in OPS.items():
     for _name, _schema in _schemas.items():
-        _lib.define(_name + _schema)
+        _define(_name, _schema)
         _kernel = checked(_name, getattr(getattr(default, _family), _name))
         _lib.impl(_name, _kernel, "CompositeExplicitAutograd")
         if _name in AUTOGRAD:

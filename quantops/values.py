@@ -57,7 +57,7 @@ def check_truncation(scale, out_scale, bits, base_bits):
         for j, n in enumerate(widths):
             if not 1 <= n <= b or n in widths[:j]:
                 raise ValueError(f"bits[{j}][{i}]: expected distinct widths in 1..base_bits = {b}, got {widths}")
-    for name, values in (("scale", scale), ("out_scale", out_scale)):
+    for name, values in (("scale", scale), ("out_scale", out_scale or ())):
         for i, s in enumerate(values):
             if not bool(((s >= 0) & (s < torch.inf)).all()):
                 raise ValueError(f"{name}[{i}]: expected finite values >= 0, got {s.reshape(-1)[:8].tolist()}")

@@ -364,10 +364,10 @@ void forward_into(const Problem& p, Mode mode, const Targets& q) {
   });
 }
 
-Tensors categorical(Tensors x, Tensors alpha, Tensors sigma, Tensor bits, Tensors gates, std::optional<Tensor> seed,
-                    int64_t mode, int64_t grad_of, bool is_signed, ScalarType dtype) {
+Tensors categorical(Tensors x, Tensors alpha, Tensors sigma, Tensor bits, std::optional<Tensors> gates,
+                    std::optional<Tensor> seed, int64_t mode, int64_t grad_of, bool is_signed, ScalarType dtype) {
   check_float("dtype", dtype);
-  const Problem p = make_problem(x, alpha, sigma, bits, gates, seed, mode, grad_of, is_signed);
+  const Problem p = make_problem(x, alpha, sigma, bits, gates.value_or(Tensors{}), seed, mode, grad_of, is_signed);
   Tensors q = empty_like(p.list.w, dtype);
   p.list.is_double ? forward_into<double>(p, Mode(mode), targets(q, p.list))
                    : forward_into<float>(p, Mode(mode), targets(q, p.list));

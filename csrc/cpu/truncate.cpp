@@ -90,11 +90,11 @@ void truncate_into(const Widths& widths, const Targets& q) {
   });
 }
 
-Tensors truncate(Tensors w, Tensors scale, Tensors out_scale, Tensor bits, Tensor base_bits, int64_t rule, bool tanh,
-                 bool /*covered*/, bool /*exact*/, ScalarType dtype) {
+Tensors truncate(Tensors w, Tensors scale, std::optional<Tensors> out_scale, Tensor bits, Tensor base_bits,
+                 int64_t rule, bool tanh, bool /*covered*/, bool /*exact*/, ScalarType dtype) {
   bool is_double = is_double_list(w);
   check_float("dtype", dtype);
-  Widths widths = make_widths(w, scale, out_scale, bits, base_bits, rule, tanh, is_double);
+  Widths widths = make_widths(w, scale, out_scale.value_or(Tensors{}), bits, base_bits, rule, tanh, is_double);
   Tensors q;
   for (int64_t j = 0; j < widths.count; j++)
     for (const Tensor& t : widths.list.w) q.push_back(empty_like(t, dtype));

@@ -111,6 +111,9 @@ Tensor reduce_abs(const Tensors& w, bool per_row, bool mean) {
 Tensor absmax(Tensors w, bool per_row) { return reduce_abs(w, per_row, false); }
 Tensor absmean(Tensors w, bool per_row) { return reduce_abs(w, per_row, true); }
 
+// Either, as a function of the weights whose gradient is in own_scale.cpp.
+Tensor own_scale(Tensors w, bool per_row, bool mean) { return reduce_abs(w, per_row, mean); }
+
 // --- forward ---------------------------------------------------------------------------------------------------
 
 template <class A>
@@ -426,6 +429,7 @@ void add_lsb_grad_(Tensors grad, Tensors w, Tensors scale, Tensor bits, Tensor k
 STABLE_TORCH_LIBRARY_IMPL(quantops, CPU, m) {
   m.impl("absmax", TORCH_BOX(&quantops::absmax));
   m.impl("absmean", TORCH_BOX(&quantops::absmean));
+  m.impl("own_scale", TORCH_BOX(&quantops::own_scale));
   m.impl("round_clamp", TORCH_BOX(&quantops::round_clamp));
   m.impl("round_clamp_out", TORCH_BOX(&quantops::round_clamp_out));
   m.impl("msq", TORCH_BOX(&quantops::msq));

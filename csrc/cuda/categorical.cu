@@ -101,10 +101,10 @@ struct Problem {
   }
 };
 
-Tensors categorical(Tensors x, Tensors alpha, Tensors sigma, Tensor bits, Tensors gates, std::optional<Tensor> seed,
-                    int64_t mode, int64_t grad_of, bool is_signed, ScalarType dtype) {
+Tensors categorical(Tensors x, Tensors alpha, Tensors sigma, Tensor bits, std::optional<Tensors> gates,
+                    std::optional<Tensor> seed, int64_t mode, int64_t grad_of, bool is_signed, ScalarType dtype) {
   check_float("dtype", dtype);
-  Problem p(x, alpha, sigma, bits, gates, seed, mode, grad_of, is_signed);
+  Problem p(x, alpha, sigma, bits, gates.value_or(Tensors{}), seed, mode, grad_of, is_signed);
   const ScalarType written = reads_grad(p.dtype, dtype) ? dtype : p.acc;
   Tensors q = empty_like(p.x, written);
   p.write_to(q);

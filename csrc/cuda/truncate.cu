@@ -398,10 +398,10 @@ void with_tables(const List& list, Run run) {
 
 dim3 blocks_of(int64_t items) { return dim3(static_cast<unsigned>((items + kWarpsPerBlock - 1) / kWarpsPerBlock)); }
 
-Tensors truncate(Tensors w, Tensors scale, Tensors out_scale, Tensor bits, Tensor base_bits, int64_t rule, bool tanh,
-                 bool /*covered*/, bool /*exact*/, ScalarType dtype) {
+Tensors truncate(Tensors w, Tensors scale, std::optional<Tensors> out_scale, Tensor bits, Tensor base_bits,
+                 int64_t rule, bool tanh, bool /*covered*/, bool /*exact*/, ScalarType dtype) {
   check_float("dtype", dtype);
-  List list(w, scale, out_scale, bits, base_bits, rule, tanh);
+  List list(w, scale, out_scale.value_or(Tensors{}), bits, base_bits, rule, tanh);
   Tensors q;
   for (int64_t i = 0; i < list.size() * list.cut.widths; ++i) {
     q.push_back(empty_like(list.w[i % list.size()], dtype));

@@ -369,6 +369,9 @@ Tensor absmax(Tensors w, bool per_row) { return reduce<AbsMax>(w, per_row); }
 
 Tensor absmean(Tensors w, bool per_row) { return reduce<AbsMean>(w, per_row); }
 
+// Either, as a function of the weights whose gradient is in own_scale.cu.
+Tensor own_scale(Tensors w, bool per_row, bool mean) { return mean ? absmean(w, per_row) : absmax(w, per_row); }
+
 void round_clamp_into(List& list, const Tensors& q, ScalarType q_dtype) {
   list.write_to(q);
   with_float(list.dtype, [&](auto element) {
@@ -552,6 +555,7 @@ QUANTOPS_REGISTER(QUANTOPS_KEY, m) {
   using namespace quantops::cuda;
   m.impl("absmax", TORCH_BOX(&absmax));
   m.impl("absmean", TORCH_BOX(&absmean));
+  m.impl("own_scale", TORCH_BOX(&own_scale));
   m.impl("round_clamp", TORCH_BOX(&round_clamp));
   m.impl("round_clamp_out", TORCH_BOX(&round_clamp_out));
   m.impl("msq", TORCH_BOX(&msq));

@@ -15,7 +15,7 @@ class _Categorical(torch.autograd.Function):
         q = below_autograd(keyset, op, args)
         x, _, _, bits, gates, seed, *ctx.options, _ = args
         ctx.set_materialize_grads(False)
-        ctx.count, ctx.gate_count, ctx.has_seed, ctx.dtype = len(x), len(gates), seed is not None, q[0].dtype
+        ctx.count, ctx.gate_count, ctx.has_seed, ctx.dtype = len(x), len(gates or ()), seed is not None, q[0].dtype
         ctx.save_for_backward(*tensors, bits, *([seed] if ctx.has_seed else []))
         return tuple(q)
 
@@ -67,7 +67,7 @@ class _CategoricalBackward(torch.autograd.Function):
 
 def categorical(keyset, op, args):
     x, alpha, sigma, _, gates, *_ = args
-    return list(_Categorical.apply(keyset, op, args, *x, *alpha, *sigma, *gates))
+    return list(_Categorical.apply(keyset, op, args, *x, *alpha, *sigma, *(gates or ())))
 
 
 def categorical_backward(keyset, op, args):

@@ -124,7 +124,7 @@ class _TruncateBackward(torch.autograd.Function):
 
 def truncate(keyset, op, args):
     w, scale, out_scale = args[:3]
-    return list(_Truncate.apply(keyset, op, args, *w, *scale, *out_scale))
+    return list(_Truncate.apply(keyset, op, args, *w, *scale, *(out_scale or ())))
 
 
 def truncate_backward(keyset, op, args):

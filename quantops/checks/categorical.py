@@ -41,9 +41,9 @@ def alpha_and_sigma(alpha, sigma, x):
 
 
 def gates(value, bits_value, x):
-    """A list of gates, one tensor of ``bits`` values per tensor of x, of the arithmetic dtype; [] for None."""
+    """A list of gates, one tensor of ``bits`` values per tensor of x, of the arithmetic dtype; or None."""
     if value is None:
-        return []
+        return None
     dtype, device = acc_dtype(x[0].dtype), x[0].device
     one_for_each("gates", value, x, "tensor per tensor of x")
     counts = [None] * len(x) if isinstance(bits_value, torch.Tensor) else repeated(bits_value, x)

@@ -52,9 +52,9 @@ def _constant_widths(bits_value, base_value, count, device):
 
 
 def out_scales(value, scale, w):
-    """``scale`` and out_scale, [] for None, with as many elements each: where one has one per row, so has the other."""
+    """``scale`` and out_scale, which may be None, with as many elements each: where one has one per row, so has the other."""
     if value is None:
-        return scale, []
+        return scale, None
     one_for_each("out_scale", value, w, "entry per weight")
     dtype, device = acc_dtype(w[0].dtype), w[0].device
     value = [one_scale(entry("out_scale", i, w), o, t, dtype, device) for i, (o, t) in enumerate(zip(value, w))]
@@ -81,7 +81,7 @@ def structure(arguments):
         raise ValueError(f"rule: expected 0, 1 or 2, got {arguments['rule']}")
     if out_scale:
         ready_scales("out_scale", out_scale, w, acc_dtype(w[0].dtype))
-    if [s.numel() for s in out_scale] != [s.numel() for s in scale][: len(out_scale)]:
+    if out_scale and [s.numel() for s in out_scale] != [s.numel() for s in scale]:
         raise ValueError("out_scale: expected as many elements as in scale")
     if bits.dim() != 2 or bits.shape[1] != len(w) or not 1 <= bits.shape[0] <= MAX_BITS:
         raise ValueError(f"bits: expected shape (1..{MAX_BITS} widths, {len(w)}), got {tuple(bits.shape)}")

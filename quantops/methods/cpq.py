@@ -234,7 +234,7 @@ class CPQWeight(WeightQuantizer):
     def launch(quantizers, w):
         _, mode, grad, gated = quantizers[0].batch_key
         alpha, sigma = _scales(quantizers, w)
-        gates, seed = _gates(quantizers, alpha[0].dtype) if gated else [], None
+        gates, seed = _gates(quantizers, alpha[0].dtype) if gated else None, None
         bits = torch.stack([v.bits if v.training else v.bits_that_stay() for v in quantizers])
         if mode == "sample":
             seed = torch.randint(2**62, (), dtype=torch.int64, device=w[0].device)
@@ -264,7 +264,7 @@ class CPQWeight(WeightQuantizer):
     def measure(quantizers, w):
         alpha, sigma = _scales(quantizers, w)
         bits = torch.stack([p.bits_that_stay() for p in quantizers])
-        q = call(ops.categorical, w, alpha, sigma, bits, [], None, 0, 0, True, alpha[0].dtype)
+        q = call(ops.categorical, w, alpha, sigma, bits, None, None, 0, 0, True, alpha[0].dtype)
         top = [float(a.max()) if a.numel() else 0.0 for a in alpha]
         return [
             (n, 0, 0.0, float((v.double() - t.double()).square().sum()), s * 2 ** (n - 1))
@@ -276,7 +276,7 @@ class CPQWeight(WeightQuantizer):
         alpha, sigma = _scales([self], [w])
         bits = self.bits_that_stay().reshape(1)
         n, alpha = int(bits), alpha[0]
-        q = call(ops.categorical, [w], [alpha], sigma, bits, [], None, 0, 0, True, alpha.dtype)[0]
+        q = call(ops.categorical, [w], [alpha], sigma, bits, None, None, 0, 0, True, alpha.dtype)[0]
         step = alpha.reshape(-1, *[1] * (w.dim() - 1)) if self.per_row else alpha
         codes = (q / step).round().to(torch.int32) + 2 ** (n - 1)
         return IntWeight.from_codes(codes, alpha * 2 ** (n - 1), n, dtype=w.dtype)

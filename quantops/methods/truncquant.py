@@ -157,7 +157,7 @@ class Truncated(NamedTuple):
 
     q: list | None
     scale: list
-    out_scale: list
+    out_scale: list | None
     bits: torch.Tensor  # (widths, weights)
     base: torch.Tensor
 
@@ -234,9 +234,9 @@ class TruncQuantWeight(WeightQuantizer):
     @staticmethod
     def revive(quantizers, w, result):
         p = quantizers[0]
-        scale, out_scale = _scales(quantizers, w, grad=True) if p.scale_grad else ([], [])
+        scale, out_scale = _scales(quantizers, w, grad=True) if p.scale_grad else ([], None)
         return result._replace(
-            q=list(_Revive.apply(result, (p.rule, p.tanh, p.covered, p.exact), *w, *scale, *out_scale))
+            q=list(_Revive.apply(result, (p.rule, p.tanh, p.covered, p.exact), *w, *scale, *(out_scale or ())))
         )
 
     @staticmethod
@@ -315,11 +315,11 @@ def _truncate(quantizers, w, bits):
 
 
 def _scales(quantizers, w, grad=False):
-    """(scale, out_scale) of a list call; out_scale is [] where it is the scale, and no slope depends on it."""
+    """(scale, out_scale) of a list call; out_scale is None where it is the scale, and no slope depends on it."""
     p = quantizers[0]
     if not p.out_scale:
         scale = weight_scales(w, p.scale, p.per_row, grad)
-        return scale, scale if p.exact and p.tanh else []
+        return scale, scale if p.exact and p.tanh else None
     mean = measured(w, p.per_row, True, grad)
     top = measured(w, p.per_row, False, grad) if p.scale == ABSMAX else mean * p.scale
     return split_scales(top, w, p.per_row), split_scales(mean, w, p.per_row)
@@ -338,7 +338,7 @@ class _Revive(torch.autograd.Function):
         ctx.own_out = bool(result.out_scale)
         ctx.identity = covered and not tanh and not (exact and ctx.own_out)
         if not ctx.identity:
-            ctx.save_for_backward(*w, *result.scale, *result.out_scale, result.bits, result.base)
+            ctx.save_for_backward(*w, *result.scale, *(result.out_scale or ()), result.bits, result.base)
         return tuple(t.detach() for t in result.q)
 
     @staticmethod

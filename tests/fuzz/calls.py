@@ -144,6 +144,11 @@ class _Call:
         self.mode = rng.randrange(3)
         self.read = [rng.randrange(0, max(n - self.sign, 0) + 1) for n in self.bits]
 
+    @staticmethod
+    def absent(kind):
+        """A list of the type ``kind`` that is not there."""
+        return None if kind.startswith("Optional") else []
+
     def argument(self, name, kind):
         """The node of an argument, by its name; NotImplementedError for names that no schema here has had."""
         rng, many, acc = self.rng, range(len(self.shapes)), self.acc
@@ -190,7 +195,7 @@ class _Call:
                 for s, n, layout in zip(self.shapes, self.bits, self.layouts)
             ]
         if name in ("scale", "out_scale") and not self.single:
-            return [] if name == "out_scale" and rng.random() < 0.5 else spread("positive")
+            return self.absent(kind) if name == "out_scale" and rng.random() < 0.5 else spread("positive")
         if name == "grad_scale":
             return spread("normal")
         if name in ("alpha", "sigma", "scale"):
@@ -217,7 +222,7 @@ class _Call:
             return exact([rng.randrange(1, n) if n > 1 else 0 for n in self.bits], "int32")
         if name == "gates":
             return (
-                []
+                self.absent(kind)
                 if rng.random() < 0.5
                 else [exact([rng.choice([0.0, 1.0, rng.random()]) for _ in range(n)], acc) for n in self.bits]
             )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
-from quantops import backends
+from quantops import backends, compiled
 
 ROOT = Path(__file__).resolve().parents[2]
 # One clang of those that are there: any from 14 on will do.
@@ -86,14 +86,14 @@ def test_a_build_that_fails_says_what_failed(tree, monkeypatch):
     for text in (said, failed.read_text()):
         assert f"{compiler} ended with status 7: x.h:3: error: no such thing" in text
     assert not library.exists()
-    monkeypatch.setattr(backends, "library_path", lambda kind: library)
-    assert "no such thing" in backends._load_library("cpu")
+    monkeypatch.setattr(compiled, "library_path", lambda kind: library)
+    assert "no such thing" in compiled.load("cpu")
 
     failed.unlink()
     _, failed = build(tree, tree / "absent")
     assert failed.read_text() == f"was not built: {tree / 'absent'}: No such file or directory\n"
     failed.unlink()
-    assert "needs a C++ compiler" in backends._load_library("cpu")
+    assert "needs a C++ compiler" in compiled.load("cpu")
 
 
 @pytest.mark.skipif(not COMPILERS, reason="no C++ compiler")
