@@ -1,6 +1,8 @@
-// Runs an AOTInductor package of a quantized model without Python: an example, and what tests/test_aoti.py checks.
+// Runs an AOTInductor package of a quantized model without Python: an example, and what tests/export/test_aoti.py
+// checks.
 //
-//   g++ -std=c++20 serve.cpp -o serve -I$TORCH/include -L$TORCH/lib -Wl,-rpath,$TORCH/lib -ltorch -ltorch_cpu -lc10 -ldl
+//   g++ -std=c++20 serve.cpp -o serve -I$TORCH/include -L$TORCH/lib -Wl,-rpath,$TORCH/lib -ltorch -ltorch_cpu -lc10
+//   -ldl
 //   ./serve _cpu.abi3.so model.pt2 8 3 32 32 < input.f32 > output.f32
 //
 // TORCH: the folder of an installed torch, or libtorch. The first argument is the library with the kernels, which

@@ -1,6 +1,6 @@
 """How a model was quantized, as JSON: the configs of its quantize_ calls and the layers that these chose.
 
-    {"version": 1, "calls": [{"module": "", "config": {"class": "MSQConfig", "bits": 8, ...}, "chosen": ["conv1", ...]}]}
+    {"version": 1, "calls": [{"module": "", "config": {"class": "MSQConfig", "bits": 8}, "chosen": ["conv1", "fc"]}]}
 
 ``module`` is the name, within the model, of what :func:`quantops.quantize_` was called with; ``chosen`` are the names,
 within that, of the layers that its ``filter_fn`` chose, those included that ``first`` and ``last`` then left out.

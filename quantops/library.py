@@ -8,8 +8,8 @@ and ``rule`` count in GRIDS and RULES of the reference. ``covered`` promises tha
 scale is max|w|): the backward is then the identity but for the penalty.
 
 Of the categorical ops: ``alpha`` and ``sigma`` are like ``scale``, with equally many elements; ``gates`` holds a tensor
-of ``bits`` values per weight, or is None, of the backward op []; ``seed`` is an int64 tensor of one element; ``mode`` and ``grad_of`` count in
-MODES and GRADS of the reference.
+of ``bits`` values per weight, or is None, of the backward op []; ``seed`` is an int64 tensor of one element; ``mode``
+and ``grad_of`` count in MODES and GRADS of the reference.
 
 The default kernel of each op, in default/<family>.py, runs the reference on any device; compiled backends (see
 backends.py) take over theirs. What autograd does is in autograd/<family>.py. csrc/cpu/schemas.cpp has the same schemas

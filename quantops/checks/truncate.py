@@ -52,7 +52,7 @@ def _constant_widths(bits_value, base_value, count, device):
 
 
 def out_scales(value, scale, w):
-    """``scale`` and out_scale, which may be None, with as many elements each: where one has one per row, so has the other."""
+    """``scale`` and out_scale, or None, with as many elements each: where one has one per row, so has the other."""
     if value is None:
         return scale, None
     one_for_each("out_scale", value, w, "entry per weight")

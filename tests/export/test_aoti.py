@@ -14,7 +14,7 @@ from torch import nn
 import quantops as Q
 from quantops.library import OPS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 compiled = pytest.mark.skipif(
     Q.info()["devices"]["cpu"]["implementation"] != "cpp" or COMPILER is None, reason="no compiled library, or compiler"
