@@ -85,7 +85,7 @@ def stages(at):
 
     def equal(backend, family, *dtypes, **options):
         name, env = backend
-        argv = "tests/ops/test_devices.py", at.device, family, *dtypes
+        argv = "tests/devices.py", at.device, family, *dtypes
         return Command(f"{name} {family} {' '.join(dtypes)}", argv, env + one_thread, **options)
 
     def sanitized(backend, tool):

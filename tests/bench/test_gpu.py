@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
-import test_devices
-
+import devices
 import quantops
 from bench import state
 from bench.__main__ import main
@@ -53,8 +51,8 @@ def test_the_stages_are_in_order_and_within_the_budget():
 
 def test_what_the_stages_name_exists():
     of_gpu = gpu.Place()
-    assert {*of_gpu.families, *of_gpu.slow_families} == set(test_devices.FAMILIES)
-    assert tuple(str(d).removeprefix("torch.") for d in test_devices.DTYPES) == gpu.DTYPES
+    assert {*of_gpu.families, *of_gpu.slow_families} == set(devices.FAMILIES)
+    assert tuple(str(d).removeprefix("torch.") for d in devices.DTYPES) == gpu.DTYPES
     known = {case.name for case in registry.cases()}
     lists = gpu.OPS, gpu.SOFT_OPS, gpu.OPS_OF_TRITON, gpu.OPS_OF_VARIANTS
     assert {*(name for v in lists for name in run._wanted(v)), *(name for name, _ in counters.MEASURED)} <= known
@@ -261,7 +259,7 @@ def test_half_of_the_minutes_is_half_of_the_time(tmp_path):
 
 
 def test_a_result_that_differs_is_a_status_of_its_own(monkeypatch, capsys):
-    right = test_devices.results
+    right = devices.results
 
     def results(device, family, dtype):
         found = right("cpu", family, dtype)
@@ -269,9 +267,9 @@ def test_a_result_that_differs_is_a_status_of_its_own(monkeypatch, capsys):
             next(t for t in found["exact", f"q {dtype} per_row=True full"] if t.numel()).view(-1)[-1] += 1
         return found
 
-    monkeypatch.setattr(test_devices, "results", results)
-    assert test_devices.main("cpu", "msq", "bfloat16") == 0
-    assert test_devices.main("gpu", "msq", "float32") == WRONG and "gpu differs from the CPU" in capsys.readouterr().err
+    monkeypatch.setattr(devices, "results", results)
+    assert devices.main("cpu", "msq", "bfloat16") == 0
+    assert devices.main("gpu", "msq", "float32") == WRONG and "gpu differs from the CPU" in capsys.readouterr().err
     case = next(c for c in registry.cases() if c.name == "absmax")
     wrong = registry.dataclasses.replace(case, check=lambda got, x: False)
     monkeypatch.setattr(small, "cases", lambda: [wrong])

@@ -41,9 +41,9 @@ def emulated(name, *args):
 def _lists(dtype, per_row, most_bits, kind, seed=0):
     """(x, alpha, sigma, bits, gates or []) of many shapes, the last with NaN and infinities."""
     import torch
-    from test_categorical import make_gates
 
     import cases
+    from categorical_cases import make_gates
 
     x = [
         t if t.numel() < 3000 else t[3:1500] if t.dim() == 1 else t[:2, :1200]
@@ -140,7 +140,8 @@ def _check_gradients(g, args, mode, grad_of, signed, what, wanted=(True, True)):
 @program.check
 def values():
     import torch
-    from test_categorical import KINDS
+
+    from categorical_cases import KINDS
 
     for case, (dtype, per_row, signed, kind, mode) in enumerate(
         itertools.product(DTYPES, (False, True), (True, False), KINDS, (HARD, SOFT, SAMPLE))
@@ -159,7 +160,8 @@ def values():
 @program.check
 def gradients():
     import torch
-    from test_categorical import KINDS
+
+    from categorical_cases import KINDS
 
     for case, (dtype, per_row, kind, (mode, grad_of)) in enumerate(
         itertools.product(DTYPES, (False, True), KINDS, BACKWARD)
@@ -179,7 +181,8 @@ def gradients():
 def every_width():
     """x on and beside every class of every width, and far outside."""
     import torch
-    from test_categorical import KINDS, RATIOS, interval, make_gates
+
+    from categorical_cases import KINDS, RATIOS, interval, make_gates
 
     generator = torch.Generator().manual_seed(3)
     kinds = list(zip(KINDS * 2, RATIOS + RATIOS[:1], (True, False) * 4))

@@ -5,10 +5,10 @@ import os
 
 import pytest
 import torch
-from test_export import CONFIGS, made
 from torch import nn
 
 import quantops as Q
+from exported import CONFIGS, made
 from quantops import export
 from quantops.export.trained import signed_bits
 

@@ -13,39 +13,11 @@ import torch
 import quantops as Q
 import quantops.reference.categorical
 from cases import EXHAUSTIVE, SPECIAL, same, weights
+from categorical_cases import KINDS, RATIOS, inputs, make_gates
 from quantops.reference import paper
 
 ref = sys.modules["quantops.reference.categorical"]
 ops = torch.ops.quantops
-RATIOS = (100, 10, 3, 1, 0.3, 0.1, 0.01)  # alpha/sigma
-KINDS = ("none", "fractions", "mixed", "ones")
-
-
-def make_gates(kind, bits, dtype, generator, least=0.05):
-    """None; or in (0, 1); or some of them exactly 0 or 1; or all 1."""
-    if kind == "none":
-        return None
-    gates = least + (1 - least) * torch.rand(bits, generator=generator, dtype=torch.float64)
-    if kind == "mixed":
-        choice = torch.rand(bits, generator=generator)
-        gates[choice < 0.4] = 1
-        gates[choice > 0.85] = 0
-    return (torch.ones_like(gates) if kind == "ones" else gates).to(dtype)
-
-
-def interval(bits, signed, gates=None):
-    """The lowest and the highest class that is in."""
-    count = bits if gates is None else int((ref.cumulative_gates(gates, bits) > 0).sum())
-    return ref.levels(bits, signed)[count - 1]
-
-
-def inputs(n, bits, signed, ratio, gates, generator, dtype=torch.float64, beyond=3.0):
-    """x over the grid and ``beyond`` sigmas more, with its alpha and sigma."""
-    low, high = interval(bits, signed, gates)
-    alpha = torch.rand(1, generator=generator, dtype=torch.float64) + 0.5
-    more = min(beyond / ratio, 3.0)
-    x = torch.rand(n, generator=generator, dtype=torch.float64) * (high - low + 1 + 2 * more) + low - 0.5 - more
-    return (x * alpha).to(dtype), alpha.to(dtype), (alpha / ratio).to(dtype)
 
 
 def backward(g, x, alpha, sigma, bits, gates=None, signed=True, mode="hard", grad="winner", seed=7):

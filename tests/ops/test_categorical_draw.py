@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from test_categorical import KINDS, inputs, make_gates
 
 import quantops as Q
 import quantops.reference.categorical
 from cases import EXHAUSTIVE
+from categorical_cases import KINDS, inputs, make_gates
 
 ref = sys.modules["quantops.reference.categorical"]
 

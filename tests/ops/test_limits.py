@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from graphs import captured
 
 import quantops as Q
 from cases import EXHAUSTIVE
+from graphs import captured
 from quantops.checks import integral
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,48 @@
+"""The models that tests of exports export."""
+
+import torch
+from torch import nn
+
+import quantops as Q
+
+
+class Net(nn.Module):
+    """Every kind of layer whose weight is read in a way of its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.norm, self.act = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+        self.conv2, self.up, self.fc = nn.Conv2d(8, 16, 3, groups=4), nn.ConvTranspose2d(16, 4, 2), nn.Linear(100, 10)
+
+    def forward(self, x):
+        x = self.up(self.conv2(self.act(self.norm(self.conv1(x)))))
+        return self.fc(x.flatten(1))
+
+
+def weighted(name, module):
+    return hasattr(module, "weight") and not isinstance(module, nn.BatchNorm2d)
+
+
+CONFIGS = {
+    "msq 4": Q.MSQConfig(bits=4, scale=2.8),
+    "msq 8": Q.MSQConfig(bits=8),
+    "msq 2 per row": Q.MSQConfig(bits=2, per_row=True),
+    "msq 16": Q.MSQConfig(bits=16),
+    "msq 0": Q.MSQConfig(bits=0, k=0),
+    "msq 4 full": Q.MSQConfig(bits=4, grid="full", per_row=True),
+    "msq 3 sign": Q.MSQConfig(bits=3, grid="sign", scale=2.8),
+    "truncquant": Q.TruncQuantConfig(bits=(8, 4, 2, 1), scale=2.5, per_row=True),
+    "truncquant tanh": Q.TruncQuantConfig(bits=(8, 3), companding="tanh", out_scale="absmean"),
+    "truncquant tanh only": Q.TruncQuantConfig(bits=(8, 3), companding="tanh"),
+    "cpq, activations": Q.CPQConfig(bits=4, act_bits=4),
+    "cpq per row": Q.CPQConfig(bits=3, per_row=True),
+    "dropbits": Q.CPQConfig(bits=4, dropbits="learned"),
+}
+
+
+def made(config, dtype=torch.float32):
+    model, x = Net().to(dtype), torch.randn(2, 3, 8, 8, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    Q.quantize_(model, config, weighted)
+    model(x)  # activations start from a batch
+    return model.eval(), x
