@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from quantops import CPQConfig, MSQConfig, penalty, quantize_
-from quantops.methods.cpq import SHIFT
+from quantops.methods.gates import SHIFT
 from quantops.nn import quantized
 from quantops.positive import positive
 

@@ -1,6 +1,7 @@
 """CPQ with DropBits (arXiv 2109.02100): categorical weights whose alpha and sigma learn, and bits that drop out."""
 
 import dataclasses
+import itertools
 import math
 from typing import ClassVar, NamedTuple
 
@@ -8,11 +9,13 @@ import torch
 
 from quantops import checks
 from quantops.activation import ActivationConfig
-from quantops.autograd.common import call, each, materialize, of_used
+from quantops.autograd.common import call, materialize, of_used
 from quantops.categorical_activation import CategoricalActivation
 from quantops.convert import check_choice, check_int
 from quantops.intweight import IntWeight
 from quantops.library import ops
+from quantops.methods.gates import OPEN, SHIFT, deterministic, drawn, with_first
+from quantops.methods.relaxed import relaxed
 from quantops.nn import WeightQuantizer, quantized, shown
 from quantops.positive import grid_step, positives, range_step
 from quantops.reference.categorical import GRADS, MAX_BITS, MAX_SOFT_BITS, MODES
@@ -21,9 +24,7 @@ from quantops.report import bit_report
 
 DROPBITS = (None, "fixed", "learned")
 STARTS = ("error", "range")
-# The hard concrete distribution of Louizos et al. 2018.
-TEMPERATURE, GAMMA, ZETA = 2 / 3, -0.1, 1.1
-SHIFT = TEMPERATURE * math.log(-GAMMA / ZETA)  # P(z != 0) = S(log_a - SHIFT)
+EVALUATIONS = ("threshold", "gate")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,9 @@ class CPQConfig(ActivationConfig):
     bits: 1..16; 1..8 where soft sums are taken.
     mode: "hard", the most probable grid point; "sample", one drawn from the distribution, with a seed of its own for
         every forward; "soft", the expectation. In evaluation always "hard", so that integers hold it.
+    temperature: None, or of mode="sample": the sample is relaxed, as in Relaxed Quantization (arXiv 1810.01875): the
+        grid's values under a softmax of log-probabilities and Gumbel noise, over this temperature. For comparison: it
+        needs all 2^bits classes, several numbers for each of them and each weight, and bits up to 8.
     grad: of modes hard and sample, see :func:`quantops.categorical`. "soft" is the default by result: with "winner",
         the paper's literal form, a weight at grid point 0 has no gradient, and elsewhere one towards its grid point or
         away from it, whichever makes its class more or less probable. On the digits of the demo at 2, 3 and 4 bits it
@@ -45,14 +49,23 @@ class CPQConfig(ActivationConfig):
         accurate as the plain STE; that with sigma = alpha.
     sigma: sigma/alpha at the start. Smaller ones gather the weights closer around the grid and learn more slowly; 0.15
         was chosen by hand on the digits of the demo, which shows how far they gather.
+    offset: True shifts the grid by a learned beta, 0 at first, as Relaxed Quantization does: q = alpha j + beta. Such
+        a grid has no exact zero in general, and :func:`quantops.to_int` refuses it.
     per_row: alpha and sigma per row (dim 0: output channels of Linear and Conv, input channels of ConvTranspose).
     dropbits: None; "fixed": every bit above min_bits has a hard concrete gate, drawn anew in every training forward,
         that is not 0 with probability ``nonzero``; "learned": the same at the start, and then ``log_a`` of each gate is
         learned with ``quantops.penalty(model)`` in the loss (:func:`penalty`), until
-        :func:`quantops.finish_dropbits`. A dropped bit drops those above it. In evaluation no gate is drawn: all bits
-        stay with "fixed", those of which P(z != 0) > 1/2, and all bits below them too, with "learned".
+        :func:`quantops.finish_dropbits`. A dropped bit drops those above it.
+    evaluate: "threshold": in evaluation there are no gates; all bits stay with "fixed", those of which P(z != 0) > 1/2,
+        and all bits below them too, with "learned". "gate": the deterministic gate clamp(S(log_a) 1.2 - 0.1, 0, 1) of
+        Louizos et al. 2018 stands for the draws, in evaluation and after ``finish_dropbits``; bits whose gate is 0 are
+        gone, P(z != 0) <= 0.31.
+    gate_rows: None, a draw of the gates for each layer; or so many rows (dim 0) that share one, 1 for a draw of each
+        channel. The probabilities are those of the layer. Each group is an entry of the list call.
     nonzero: P(z != 0) of each gate, in (0, 1). Not the part of a bit that is kept: of what is not 0, much lies between
-        0 and 1 and weakens the bit's classes. 0.9 gives E[z] = 0.63 and P(z = 1) = 0.27.
+        0 and 1 and weakens the bit's classes. 0.9 gives E[z] = 0.63 and P(z = 1) = 0.27. So a draw in which no bit is
+        dropped changes classes too: of normal weights at 4 bits 3 % with sigma = 0.15 alpha, 7 % with alpha/3; with
+        0.99, 0.2 and 0.8 %. That stays, for it is the paper's formula, and what the gates learn from.
     min_bits: the bits that have no gate, at least 1.
     start: of alpha, "error", where the squared error of the weights is smallest, or "range", (max w - min w) / 2^bits,
         as Relaxed Quantization (arXiv 1810.01875) starts, on whose code the paper builds.
@@ -74,7 +87,11 @@ class CPQConfig(ActivationConfig):
     dropbits: str | None = None
     nonzero: float = 0.9
     min_bits: int = 2
+    evaluate: str = EVALUATIONS[0]
+    gate_rows: int | None = None
     start: str = STARTS[0]
+    offset: bool = False
+    temperature: float | None = None
 
     settings: ClassVar[tuple[str, ...]] = ("bits", "dropbits", "act_bits")
 
@@ -93,6 +110,14 @@ class CPQConfig(ActivationConfig):
         _check_number("sigma", self.sigma, 2.0**-24, 2.0**24)
         _check_number("nonzero", self.nonzero, 0.0, 1.0)
         check_choice("start", self.start, STARTS)
+        check_choice("evaluate", self.evaluate, EVALUATIONS)
+        check_choice("offset", self.offset, (True, False))
+        if self.gate_rows is not None:
+            check_int("gate_rows", self.gate_rows, 1, 2**31)
+        if self.temperature is not None:
+            _check_number("temperature", self.temperature, 0.0, math.inf)
+            if self.mode != "sample":
+                raise ValueError(f"temperature: expected None, or mode='sample' with it, got mode={self.mode!r}")
 
     @classmethod
     def paper(cls, **settings):
@@ -101,17 +126,17 @@ class CPQConfig(ActivationConfig):
         Quantization starts. ``settings`` replace any of these, e.g. dropbits="fixed" or "learned".
 
         What cannot be known from public text, and is a guess here: the start of alpha and sigma (those of the code that
-        it builds on), that one set of gates serves a layer (not a channel, or a group of them), and that bits in
-        evaluation stay by the threshold P(z != 0) > 1/2, not by a deterministic gate. Relaxed Quantization's offset of
-        the grid and its Gumbel temperature are not offered: integers of a shifted grid have no exact zero, and a
-        relaxed sample needs all 2^bits classes.
+        it builds on); that gates are drawn for a layer (``gate_rows``: for a channel, or a group of them); that bits in
+        evaluation stay by the threshold P(z != 0) > 1/2 (``evaluate="gate"``: by a deterministic gate); that the grid
+        has no ``offset``; and that training takes the most probable point, where Relaxed Quantization samples with a
+        ``temperature``.
         """
         return cls(**{"mode": "hard", "grad": "winner", "sigma": 1 / 3, "start": "range", **settings})
 
     @property
     def most_bits(self):
-        """8 where soft sums are taken, 16 elsewhere."""
-        return MAX_SOFT_BITS if "soft" in (self.mode, self.grad) else MAX_BITS
+        """8 where soft sums are taken or samples relaxed, 16 elsewhere."""
+        return MAX_SOFT_BITS if "soft" in (self.mode, self.grad) or self.temperature else MAX_BITS
 
     def fixed(self, bits):
         return {"bits": bits, "dropbits": None}
@@ -159,8 +184,10 @@ class CPQWeight(WeightQuantizer):
         self.log_alpha = torch.nn.Parameter(torch.zeros_like(step))
         self.log_sigma = torch.nn.Parameter(torch.zeros_like(step))
         self.register_buffer("bits", torch.full((), bits, dtype=torch.int32, device=device))
-        self.mode, self.grad, self.min_bits = config.mode, config.grad, config.min_bits
-        self.per_row, self.dropbits = config.per_row, dropbits
+        self.beta = torch.nn.Parameter(torch.zeros_like(step)) if config.offset else None
+        self.mode, self.grad, self.min_bits, self.all_bits = config.mode, config.grad, config.min_bits, bits
+        self.per_row, self.dropbits, self.temperature = config.per_row, dropbits, config.temperature
+        self.evaluate, self.gate_rows = config.evaluate, config.gate_rows if dropbits else None
         self.gated = dropbits is not None  # False once finish_dropbits has been called
         if self.gated:
             start = math.log(config.nonzero / (1 - config.nonzero)) + SHIFT
@@ -178,10 +205,16 @@ class CPQWeight(WeightQuantizer):
 
     @property
     def batch_key(self):
-        """(method, mode, grad, whether gates are drawn): evaluation neither draws nor takes expectations."""
-        if not self.training:
-            return "cpq", MODES[0], self.grad, False
-        return "cpq", self.mode, self.grad, self.gated
+        """(method, mode, grad, gates, ...): evaluation draws nothing and takes no expectations."""
+        mode, temperature = (self.mode, self.temperature) if self.training else (MODES[0], None)
+        gates = "drawn" if self.training and self.gated else "fixed" if self.dropbits and self.by_gate else None
+        rows = self.gate_rows if gates == "drawn" else None
+        return "cpq", mode, self.grad, gates, temperature, rows, self.per_row, self.beta is not None
+
+    @property
+    def by_gate(self):
+        """Whether deterministic gates stand for the draws where there are none."""
+        return self.evaluate == "gate"
 
     @property
     def draws(self):
@@ -190,15 +223,18 @@ class CPQWeight(WeightQuantizer):
 
     def bits_that_stay(self):
         """The bits of the evaluated layer, a 0-dim int32 tensor on its device."""
-        if not self.gated or self.dropbits == "fixed":
+        if not self.dropbits or (not self.gated or self.dropbits == "fixed") and not self.by_gate:
             return self.bits
-        stay = (self.min_bits + (self.log_a > SHIFT).to(torch.int32).cumprod(0).sum()).to(torch.int32)
+        open_gates = (self.log_a > (OPEN if self.by_gate else SHIFT)).to(torch.int32)
+        stay = (self.min_bits + open_gates.cumprod(0).sum()).to(torch.int32)
+        if self.by_gate:
+            return stay
         return torch.where(self.finished, self.bits, stay)  # copies get buffers in place, and not ``gated``
 
     def finish(self):
         """The bits that stay are the layer's bits from now on, without gates."""
         if self.gated:
-            self.write(bits=int(self.bits_that_stay()), finished=True)
+            self.write(bits=int(self.bits if self.by_gate else self.bits_that_stay()), finished=True)
             self._open_gates(False)
 
     def _open_gates(self, gated):
@@ -208,7 +244,8 @@ class CPQWeight(WeightQuantizer):
         self.log_a.requires_grad_(gated and self.dropbits == "learned")
 
     def settings(self):
-        return {"method": "cpq", "per_row": self.per_row, "dropbits": self.dropbits, "min_bits": self.min_bits}
+        found = {"method": "cpq", "per_row": self.per_row, "dropbits": self.dropbits, "min_bits": self.min_bits}
+        return {**found, "evaluate": self.evaluate} if self.dropbits and self.by_gate else found
 
     @torch.no_grad()
     def state_for(self, w):
@@ -223,6 +260,7 @@ class CPQWeight(WeightQuantizer):
             "sigma_start": step * (self.sigma_start / self.alpha_start),
             "log_alpha": zero,
             "log_sigma": zero,
+            **({} if self.beta is None else {"beta": zero}),
         }
 
     def _load_from_state_dict(self, *args):
@@ -232,51 +270,40 @@ class CPQWeight(WeightQuantizer):
 
     @staticmethod
     def launch(quantizers, w):
-        _, mode, grad, gated = quantizers[0].batch_key
+        _, mode, _, gates_of, *_ = quantizers[0].batch_key
         alpha, sigma = _scales(quantizers, w)
-        gates, seed = _gates(quantizers, alpha[0].dtype) if gated else None, None
-        bits = torch.stack([v.bits if v.training else v.bits_that_stay() for v in quantizers])
-        if mode == "sample":
-            seed = torch.randint(2**62, (), dtype=torch.int64, device=w[0].device)
-        q = call(
-            ops.categorical,
-            w,
-            alpha,
-            sigma,
-            bits,
-            gates,
-            seed,
-            MODES.index(mode),
-            GRADS.index(grad),
-            True,
-            checks.dtype_of(None, w),
-        )
+        seed = torch.randint(2**62, (), dtype=torch.int64, device=w[0].device) if mode == "sample" else None
+        bits, gates = _drawn(quantizers, w, alpha) if gates_of == "drawn" else _undrawn(quantizers, alpha)
+        q = _quantized(quantizers, w, alpha, sigma, bits, gates, mode, seed, checks.dtype_of(None, w))
         return Quantized(q, alpha, sigma, bits)
 
     @staticmethod
     def revive(quantizers, w, result):
-        _, mode, grad, _ = quantizers[0].batch_key
+        _, mode, grad, gates, *_, offset = quantizers[0].batch_key
+        if gates or offset:  # more than the one op: computed again
+            return CPQWeight.launch(quantizers, w)
         alpha, sigma = _scales(quantizers, w)
         q = _Revive.apply(result, (MODES.index(mode), GRADS.index(grad)), *w, *alpha, *sigma)
         return Quantized(list(q), alpha, sigma, result.bits)
 
     @staticmethod
     def measure(quantizers, w):
-        alpha, sigma = _scales(quantizers, w)
-        bits = torch.stack([p.bits_that_stay() for p in quantizers])
-        q = call(ops.categorical, w, alpha, sigma, bits, None, None, 0, 0, True, alpha[0].dtype)
+        alpha, q = _evaluated(quantizers, w)
+        bits = [int(p.bits_that_stay()) for p in quantizers]
         top = [float(a.max()) if a.numel() else 0.0 for a in alpha]
         return [
             (n, 0, 0.0, float((v.double() - t.double()).square().sum()), s * 2 ** (n - 1))
-            for v, t, s, n in zip(q, w, top, bits.tolist())
+            for v, t, s, n in zip(q, w, top, bits)
         ]
 
     def to_int(self, w):
         """q = alpha j is the dyadic grid with scale alpha 2^(n-1): its step is alpha, bit for bit."""
-        alpha, sigma = _scales([self], [w])
-        bits = self.bits_that_stay().reshape(1)
-        n, alpha = int(bits), alpha[0]
-        q = call(ops.categorical, [w], [alpha], sigma, bits, None, None, 0, 0, True, alpha.dtype)[0]
+        if self.beta is not None:
+            raise ValueError(
+                f"{self.layer}: expected offset=False, since the integers of a grid alpha j + beta have no zero"
+            )
+        (alpha,), (q,) = _evaluated([self], [w])
+        n = int(self.bits_that_stay())
         step = alpha.reshape(-1, *[1] * (w.dim() - 1)) if self.per_row else alpha
         codes = (q / step).round().to(torch.int32) + 2 ** (n - 1)
         return IntWeight.from_codes(codes, alpha * 2 ** (n - 1), n, dtype=w.dtype)
@@ -295,18 +322,75 @@ def _scales(quantizers, w):
     return alpha, positives([p.sigma_start for p in quantizers], [p.log_sigma for p in quantizers], acc)
 
 
-def _gates(quantizers, dtype):
-    """A draw of the gates of each layer: z in [0, 1], and 1 for the bits that have none."""
-    draw = each(
-        lambda log_a: hard_concrete(log_a.to(dtype), torch.rand_like(log_a, dtype=dtype)), [p.log_a for p in quantizers]
-    )
-    one = draw[0].new_ones(max(p.min_bits for p in quantizers))
-    return [torch.cat([one[: p.min_bits], z]) for p, z in zip(quantizers, draw)]
+def _drawn(quantizers, w, alpha):
+    """(bits, gates) of a forward that draws gates."""
+    return torch.stack([p.bits for p in quantizers]), drawn(quantizers, w, alpha[0].dtype)
 
 
-def hard_concrete(log_a, u):
-    """z = clamp(S((log u - log(1-u) + log_a)/b) (zeta - gamma) + gamma, 0, 1) of uniform u; Louizos et al. 2018."""
-    return (torch.sigmoid((torch.logit(u) + log_a) / TEMPERATURE) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+def _undrawn(quantizers, alpha):
+    """(bits, gates) of one that does not: evaluation, and layers without gates."""
+    first = quantizers[0]
+    if not first.dropbits or not first.by_gate:
+        return torch.stack([p.bits_that_stay() for p in quantizers]), None
+    gates = [with_first(deterministic(p.log_a.to(alpha[0].dtype)), p.min_bits) for p in quantizers]
+    return torch.stack([p.bits for p in quantizers]), gates
+
+
+def _evaluated(quantizers, w):
+    """(alpha, q) as in evaluation, in the arithmetic of alpha."""
+    alpha, sigma = _scales(quantizers, w)
+    of_each = _undrawn(quantizers, alpha)
+    return alpha, _quantized(quantizers, w, alpha, sigma, *of_each, MODES[0], None, alpha[0].dtype)
+
+
+def _quantized(quantizers, w, alpha, sigma, bits, gates, mode, seed, dtype):
+    """[q] of ``dtype``; on a shifted grid where there is a beta."""
+    first, beta, out = quantizers[0], None, dtype
+    if first.beta is not None:
+        out = alpha[0].dtype
+        beta = [p.beta.to(out).reshape(-1, *[1] * (t.dim() - 1)) for p, t in zip(quantizers, w)]
+        w = [t.to(out) - b for t, b in zip(w, beta)]
+    options = (seed, MODES.index(mode), GRADS.index(first.grad), True, out)
+    is_relaxed, grouped = mode == "sample" and first.temperature is not None, bool(gates) and gates[0].dim() > 1
+    if is_relaxed:
+        of_each = zip(w, alpha, sigma, bits, [p.all_bits for p in quantizers], gates or [None] * len(w))
+        q = [relaxed(t, a, s, n, most, first.temperature, z).to(out) for t, a, s, n, most, z in of_each]
+    elif grouped:
+        q = _in_groups(w, alpha, sigma, bits, gates, first.gate_rows, options)
+    else:
+        q = call(ops.categorical, w, alpha, sigma, bits, gates, *options)
+    if beta is not None:
+        q = [(v + b).to(dtype) for v, b in zip(q, beta)]
+    of_one_op = not is_relaxed and not grouped and beta is None
+    return q if of_one_op or torch.compiler.is_compiling() else list(_OneNode.apply(*q))
+
+
+def _in_groups(w, alpha, sigma, bits, gates, rows, options):
+    """One list call with an entry for each group of ``rows`` rows, which has gates of its own."""
+    parts = [t.split(rows) for t in w]
+
+    def spread(v, part):
+        return v.split(rows) if v.numel() > 1 else [v] * len(part)
+
+    flat = [[t for part in parts for t in part]]
+    flat += [[t for v, part in zip(values, parts) for t in spread(v, part)] for values in (alpha, sigma)]
+    bits = torch.cat([n.expand(len(part)) for n, part in zip(bits, parts)])
+    q = call(ops.categorical, *flat, bits, [z for of_layer in gates for z in of_layer.unbind()], *options)
+    ends = list(itertools.accumulate(map(len, parts)))
+    return [torch.cat(q[end - len(part) : end]) for end, part in zip(ends, parts)]
+
+
+class _OneNode(torch.autograd.Function):
+    """q of several ops as results of one node, of which a WeightGroup asks whether a backward pass has been there."""
+
+    @staticmethod
+    def forward(ctx, *q):
+        ctx.set_materialize_grads(False)
+        return tuple(t.view_as(t) for t in q)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads
 
 
 class _Revive(torch.autograd.Function):

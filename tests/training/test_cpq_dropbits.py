@@ -11,7 +11,7 @@ import quantops
 from cases import Calls
 from networks import LEARNED, Net, data, loss_of, make_cpq, originals, quantizers, same, scales, set_gates, state
 from quantops import bit_report, finish_dropbits, penalty, quantize_, reference, to_int
-from quantops.methods.cpq import SHIFT, hard_concrete
+from quantops.methods.gates import SHIFT, hard_concrete
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FUSES = pytest.mark.parametrize("fuse", ["model", "layer"])
