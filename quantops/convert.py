@@ -146,7 +146,8 @@ def quantize_(model, config, filter_fn=None):
             type(module).named_modules = _weight_first  # a class that register_parametrization made for this module
         layers.append((module.parametrizations[WEIGHT], quantizer))
     if config.fuse == "model":
-        group = WeightGroup(layers, True, config.cache)
+        # Lightning calls training_step, which may call the layers without the forward of the model.
+        group = WeightGroup(layers, True, config.cache, lazy=hasattr(model, "training_step"))
         for _, quantizer in layers:
             quantizer.group = group
         model.register_forward_pre_hook(group)

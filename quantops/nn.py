@@ -43,6 +43,7 @@ parametrizations, not pickled whole.
 import re
 import threading
 import weakref
+from contextlib import nullcontext
 
 import torch
 from torch.nn.utils.parametrize import ParametrizationList
@@ -342,10 +343,11 @@ class Mine(threading.local):
 
 
 class WeightGroup:
-    """Layers that are quantized together. ``whole``: with fuse="model", as forward pre-hook of the root."""
+    """Layers that are quantized together. ``whole``: with fuse="model", as forward pre-hook of the root; ``lazy``: and
+    by the first layer that is read where there is no q of all layers, for roots whose forward may never run."""
 
-    def __init__(self, layers, whole, cache):
-        self.layers = layers  # [(ParametrizationList, WeightQuantizer)]
+    def __init__(self, layers, whole, cache, lazy=False):
+        self.layers, self.lazy = layers, lazy  # [(ParametrizationList, WeightQuantizer)]
         self.whole, self.cache, self.mine = whole, cache, Mine()
         self.drawn = {}  # {weak reference to the graph's node of q that were drawn: what stands for their forward}
         self.clear()
@@ -378,9 +380,14 @@ class WeightGroup:
                 for p, t in zip(quantizers, q):
                     p.slot.traced = t
             return
-        self.free()  # before the next is computed
         if getattr(root, "_is_replica", False):  # of DataParallel: it has weights of its own
+            self.free()
             return
+        self._start(running=True)
+
+    def _start(self, running):
+        """q of all layers. ``running``: until the root's forward ends."""
+        self.free()  # before the next is computed
         turn = object()
         for quantizers, w in self.batches():
             # Sharded weights (FSDP2) and the like are quantized by their layers, once they are whole.
@@ -388,7 +395,9 @@ class WeightGroup:
             if len(own) < len(w):
                 quantizers, w = [quantizers[i] for i in own], [w[i] for i in own]
             if w:
-                self._leave(self._compute(quantizers, w), turn)
+                done = self._compute(quantizers, w)
+                done.running = running
+                self._leave(done, turn)
 
     def end(self, root, args, output):
         """Forward hook of the root."""
@@ -415,10 +424,22 @@ class WeightGroup:
             found = self._recomputed(p, w)
             if found is not None:
                 return found
-        if _saved_tensors_hooks() is None:
+        with nullcontext() if _saved_tensors_hooks() is None else _Unseen():
+            if self.lazy and not in_backward() and not p.draws and self._begin(p, w):
+                done, i = p.slot.result
+                return done.value.q[i]
             return self._compute([p], [w]).value.q[0]
-        with _Unseen():
-            return self._compute([p], [w]).value.q[0]
+
+    def _begin(self, p, w):
+        """Where no forward of the root has done it, q of all layers; False where this one has to compute its own, as
+        where autocast is on for a part of them."""
+        done, i = p.slot.result or (None, 0)
+        other_dtype = done is not None and done.dtype != checks.dtype_of(None, [w])
+        if not trackable(w) or (other_dtype and done.value.q is not None and done.unchanged(i, p, w)):
+            return False
+        self._start(running=False)
+        done, i = p.slot.result or (None, 0)
+        return done is not None and done.fits(i, p, w)
 
     def _recomputed(self, p, w):
         """q for a checkpointed part that is computed again, from the pass it was part of; None: the layer's own.

@@ -28,3 +28,23 @@ def mean(values, group, device):
 def unsynchronized(model):
     """While it is open a model in DDP sums no gradients: for forwards without the backward pass that DDP waits for."""
     return model.no_sync() if hasattr(model, "no_sync") else nullcontext()
+
+
+@torch.no_grad()
+def average_gradients(parameters, group):
+    """Sets each ``.grad`` to the mean over the processes; those that no process has stay None."""
+    parameters = [p for p in parameters if p.requires_grad]
+    if not parameters or not several(group):
+        return
+    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=parameters[0].device)
+    dist.all_reduce(used, dist.ReduceOp.MAX, group)
+    kinds: dict[tuple, list] = {}
+    for p, any_has_one in zip(parameters, used.tolist()):
+        if any_has_one:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            kinds.setdefault((p.grad.dtype, p.grad.device), []).append(p.grad)
+    for grads in kinds.values():
+        flat = torch.cat([g.reshape(-1) for g in grads]).div_(dist.get_world_size(group))
+        dist.all_reduce(flat, group=group)
+        for g, v in zip(grads, flat.split([g.numel() for g in grads])):
+            g.copy_(v.view_as(g))

@@ -14,7 +14,7 @@ from quantops.autograd.truncate import exact_slope
 from quantops.convert import check_choice, check_int, remove_quantizers
 from quantops.intweight import IntWeight
 from quantops.library import ops
-from quantops.methods.multibn import KINDS, MultiBatchNorm, check_norms, refuse_recomputing, replace
+from quantops.methods.multibn import MultiBatchNorm, check_norms, is_batch_norm, refuse_recomputing, replace
 from quantops.nn import PerThread, WeightQuantizer, quantized, shown
 from quantops.reference.truncate import COMPANDINGS, SLOPES
 from quantops.reference.uniform import MAX_BITS, RULES
@@ -35,8 +35,8 @@ class TruncQuantConfig(ActivationConfig):
     slope: "ste", 1, which a quantizer has on its own scale, or "exact", see :func:`quantops.truncate`.
     scale_grad: True takes the scales as the functions of the weights that they are, see MSQConfig.
     per_row: scales per row (dim 0: output channels of Linear and Conv, input channels of ConvTranspose).
-    batch_norm: BatchNorm1d, 2d and 3d become :class:`quantops.MultiBatchNorm`, one for each width. False: they are
-        shared by all widths.
+    batch_norm: BatchNorm1d, 2d, 3d, SyncBatchNorm and subclasses become :class:`quantops.MultiBatchNorm`, one for
+        each width. False: they are shared by all widths.
     act_bits, act, act_scale, act_signed, act_outputs: of activations, see
         :class:`quantops.activation.ActivationConfig`; floor codes, so that m bits are n bits shifted.
         act_bits="weights": those of the width that is selected, as in the paper. act_shared: one scale for all widths
@@ -149,7 +149,7 @@ class TruncQuantConfig(ActivationConfig):
             check_norms(model)
         super().prepare(model, layers)
         if self.batch_norm:
-            replace(model, lambda m: MultiBatchNorm(m, self.bits) if type(m) in KINDS else None)
+            replace(model, lambda m: MultiBatchNorm(m, self.bits) if is_batch_norm(m) else None)
 
 
 class Truncated(NamedTuple):

@@ -18,6 +18,7 @@ from quantops import (
     TruncQuantConfig,
     add_penalty_grad_,
     joint_loss,
+    joint_step,
     penalty,
     quantize_,
     set_bits,
@@ -64,6 +65,10 @@ def joint(model, x, y):
     joint_loss(model, lambda out: F.cross_entropy(out, y), x).loss.backward()
 
 
+def stepwise(model, x, y):
+    joint_step(model, lambda out: F.cross_entropy(out, y), x)
+
+
 def at_three_bits(model, x, y):
     set_bits(model.module if isinstance(model, DistributedDataParallel) else model, 3)
     cross_entropy(model, x, y)
@@ -74,6 +79,7 @@ STEPS = {
     "penalty": (MSQConfig, {"bits": 5}, with_penalty),
     "decoupled": (MSQConfig, {"bits": 5, "penalty": "decoupled"}, decoupled),
     "joint": (TruncQuantConfig, {"bits": (6, 3, 1)}, joint),
+    "joint step": (TruncQuantConfig, {"bits": (6, 3, 1)}, stepwise),
     "one width": (TruncQuantConfig, {"bits": (6, 3, 1)}, at_three_bits),
     "categorical": (CPQConfig, {"bits": 3}, cross_entropy),
 }
@@ -130,7 +136,7 @@ def _all_ddp(rank):
 
 
 def _all_fsdp(rank):
-    for step in ("plain", "one width", "categorical"):
+    for step in ("plain", "joint", "joint step", "one width", "categorical"):
         for fuse in ("model", "layer"):
             _fsdp(rank, step, fuse)
 
