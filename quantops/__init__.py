@@ -30,6 +30,7 @@ from quantops.methods.msq import MSQConfig, add_penalty_grad_
 from quantops.methods.msq_controller import MSQController
 from quantops.methods.multibn import MultiBatchNorm
 from quantops.methods.truncquant import TruncQuantConfig, plain_model, set_bits
+from quantops.modelfile import load_model, save_model
 from quantops.packed import Packed
 from quantops.penalty import penalty
 from quantops.report import bit_report
@@ -65,6 +66,7 @@ __all__ = [
     "joint_step",
     "layout",
     "load_int",
+    "load_model",
     "lsb",
     "lsb_penalty",
     "msq",
@@ -76,6 +78,7 @@ __all__ = [
     "reference",
     "round_clamp",
     "save_int",
+    "save_model",
     "set_bits",
     "to_int",
     "truncate",

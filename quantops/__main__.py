@@ -1,5 +1,5 @@
 """``python -m quantops`` prints which kernels serve which device; ``demo`` trains on real data; ``show FILE`` tells
-what a file of integer weights holds."""
+what a file of integer weights, or of a whole model, holds."""
 
 import argparse
 
@@ -12,13 +12,14 @@ def main():
     from quantops import demo
 
     demo.add_arguments(commands.add_parser("demo", help=demo.__doc__))
-    commands.add_parser("show", help="what a file of save_int holds").add_argument("file")
+    commands.add_parser("show", help="what a file of save_int or save_model holds").add_argument("file")
     args = parser.parse_args()
     if args.command == "show":
+        from quantops import modelfile
         from quantops.intfile import show
 
         try:
-            print(show(args.file))
+            print(show(args.file, {modelfile.FORMAT: modelfile.describe}))
         except (OSError, ValueError, ImportError) as error:
             raise SystemExit(f"quantops: {error}") from None
         return 0

@@ -79,10 +79,13 @@ def load_int(path, model=None, bits=None):
     return weights
 
 
-def show(path):
-    """What a file of :func:`save_int` holds, as text: a line per weight, read from its header alone."""
+def show(path, others=None):
+    """What a file of :func:`save_int` or :func:`quantops.save_model` holds, as text, read from its header alone: a line
+    per weight, and what ``others``, {format: function of the open file}, tell of files of other formats."""
     with opened(path) as f:
-        about = parsed(metadata_of(f, FORMAT, VERSION), "weights")
+        kind = (f.metadata() or {}).get("format")
+        told = others[kind](f) if others and kind in others else None
+        about = parsed(f.metadata() if told else metadata_of(f, FORMAT, VERSION), "weights")
         rows, total, numel = [], 0, 0
         for name, entry in about.items():
             bits, shape, _ = _sizes(name, entry)
@@ -103,13 +106,8 @@ def show(path):
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]
     average = 8 * total / numel if numel else 0.0
-    return "\n".join(
-        [
-            *lines,
-            f"{len(rows)} weights, {numel:,} elements, {total:,} bytes: {average:.2f} bits each with "
-            f"the scales; format {FORMAT} {VERSION}",
-        ]
-    )
+    held = f"{len(rows)} weights, {numel:,} elements, {total:,} bytes: {average:.2f} bits each with the scales"
+    return "\n".join([*lines, *([held, *told] if told else [f"{held}; format {FORMAT} {VERSION}"])])
 
 
 def parts_of(weights):
@@ -274,7 +272,9 @@ def _file_bytes(shape):
 
 def crc32(t, entry=None):
     """Checksum of a contiguous CPU tensor, little-endian as safetensors has it, and of metadata, if any."""
-    return zlib.crc32(t.numpy(), zlib.crc32(json.dumps(entry, sort_keys=True).encode()) if entry else 0)
+    start = zlib.crc32(json.dumps(entry, sort_keys=True).encode()) if entry else 0
+    numbers = t.reshape(-1).as_strided((t.numel(),), (1,))  # of one number, any stride counts as contiguous
+    return zlib.crc32(numbers.view(torch.uint8).numpy(), start)
 
 
 def targets_of(model, weights):

@@ -82,6 +82,16 @@ class IntWeight:
         )
 
     @property
+    def level_range(self):
+        """(lowest, highest) level that the grid has."""
+        top = 2**self.bits - 1
+        if not self.bits:
+            return 0, 0
+        if self.grid == "dyadic" and self.signed:
+            return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        return (-top if self.signed else 0), top
+
+    @property
     def step(self):
         """What the levels are multiplied by: in the scale's shape and dtype; 0 for 0 bits."""
         return self.scale / self.unit if self.bits else torch.zeros_like(self.scale)

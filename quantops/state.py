@@ -117,8 +117,8 @@ class Settings:
     def set_extra_state(self, state):
         """Nothing: what it says was compared before any value was loaded."""
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        name = prefix.partition("parametrizations.")[0].removesuffix(".") or "model"
+    def refusal(self, state_dict, prefix):
+        """Why a state dict cannot be loaded, or None: its settings are others, or its counts out of range."""
         found = state_dict.get(prefix + KEY)
         wrong = self._differs(found) if found is not None else None
         for count, allowed in self.counts.items():
@@ -126,10 +126,15 @@ class Settings:
             if wrong is None and value is not None and not value.is_meta:
                 bad = [v for v in value.reshape(-1).tolist() if v not in allowed]
                 wrong = f"{count}: expected one of {', '.join(map(str, allowed))}, got {bad[0]}" if bad else None
+        return wrong
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        name = prefix.partition("parametrizations.")[0].removesuffix(".") or "model"
+        wrong = self.refusal(state_dict, prefix)
         if wrong is not None:
             errors.append(f"{name}: {wrong}")
             return
-        if found is None:
+        if state_dict.get(prefix + KEY) is None:
             if any(key.startswith(prefix) for key in state_dict):
                 warnings.warn(
                     "the state dict does not say which settings its numbers were made with (an earlier "

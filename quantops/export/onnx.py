@@ -5,7 +5,7 @@ import math
 import torch
 
 from quantops.export.aten import to_aten
-from quantops.export.trained import level_range, need, trained
+from quantops.export.trained import need, trained
 from quantops.files import write_whole
 
 # (bits of a signed integer, the name of its ONNX type, the first opset whose DequantizeLinear takes it)
@@ -105,7 +105,7 @@ def _put_integers(library, proto, weights, opset):
     nodes = []
     for name, w in weights.items():
         graph.initializer.remove(old[name])
-        width, kind = integer_type(level_range(w), opset)
+        width, kind = integer_type(w.level_range, opset)
         graph.initializer.append(_tensor(helper, f"{name}.levels", getattr(types, kind), w.levels.cpu(), width))
         step = w.step.cpu().to(torch.float32)
         scale = helper.make_tensor(

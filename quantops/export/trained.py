@@ -31,19 +31,9 @@ def trained(model, bits=None):
     return plain, weights
 
 
-def level_range(w):
-    """(lowest, highest) level m that the grid of an IntWeight has."""
-    top = 2**w.bits - 1
-    if not w.bits:
-        return 0, 0
-    if w.grid == "dyadic" and w.signed:
-        return -(2 ** (w.bits - 1)), 2 ** (w.bits - 1) - 1
-    return (-top if w.signed else 0), top
-
-
 def signed_bits(w):
     """The least bits of a two's complement integer that holds every level."""
-    lowest, highest = level_range(w)
+    lowest, highest = w.level_range
     return 1 + max((-lowest - 1).bit_length() if lowest < 0 else 0, highest.bit_length())
 
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 import quantops as Q
 from exported import CONFIGS, Net, made
 from quantops import decompositions, export
-from quantops.export.onnx import integer_type, level_range
+from quantops.export.onnx import integer_type
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -50,7 +50,7 @@ def test_onnx_is_the_evaluated_model(name, tmp_path):
         assert torch.equal(value, w.dequantize()), key
     stored = {t.name: t for t in proto.graph.initializer}
     for key, w in weights.items():
-        bits, kind = integer_type(level_range(w), 21)
+        bits, kind = integer_type(w.level_range, 21)
         assert key not in stored and stored[f"{key}.levels"].data_type == getattr(onnx.TensorProto, kind)
         assert len(stored[f"{key}.levels"].raw_data) == -(-w.levels.numel() * bits // 8)
     for count in (1, 5):  # another batch than it was exported with
