@@ -156,6 +156,12 @@ RECIPES = {
         "MSQConfig.paper(), and the paper's lambda and threshold; decisions are a fraction of an epoch apart; the "
         "Hessian from 2 samples of 64 images",
     ),
+    "msq-relative": Recipe(
+        methods.MSQ,
+        _MSQ | {"penalty": "decoupled", "penalty_unit": "gradient", "strength": 1.0, "threshold": 0.4},
+        _MSQ_PAPER,
+        _MSQ_DEVIATIONS + "; lambda is a part of the task's gradient in each layer, the default of MSQController",
+    ),
     "msq-sign": Recipe(
         methods.MSQ,
         _MSQ | _SIGN,

@@ -17,7 +17,7 @@ from quantops.reference.uniform import GRIDS, MAX_BITS, code_bits, most_bits
 from quantops.scales import ABSMAX, check_scale, weight_scales
 
 PENALTIES = ("loss", "decoupled")
-UNITS = ("step", "code")
+UNITS = ("step", "code", "gradient")
 # Of a layer whose bits may go. On the dyadic grid, 1 bit has the values -s and 0, and none above.
 LEAST_BITS = {"dyadic": 2, "full": 1, "sign": 1}
 
@@ -73,6 +73,11 @@ class MSQConfig(ActivationConfig):
         check_choice("per_row", self.per_row, (True, False))
         check_choice("penalty", self.penalty, PENALTIES)
         check_choice("penalty_unit", self.penalty_unit, UNITS)
+        if self.penalty_unit == "gradient" and self.penalty != "decoupled":
+            raise ValueError(
+                "penalty_unit: expected 'step' or 'code', or penalty='decoupled', where the task's gradient is known "
+                f"when the penalty's is added, got 'gradient' with penalty={self.penalty!r}"
+            )
         if self.penalty_unit == "code" and self.per_row:
             raise ValueError("penalty_unit: expected 'step' with per_row, where a layer has many steps, got 'code'")
 
@@ -255,7 +260,8 @@ def penalty(model):
 
         (task_loss + strength * quantops.penalty(model)).backward()      dR/dw = sign(B_k)
 
-    With penalty_unit="code" R = sum |B_k|, and dR/dw = sign(B_k) / (value of one code step).
+    With penalty_unit="code" R = sum |B_k|, and dR/dw = sign(B_k) / (value of one code step). With "gradient" this is R
+    as with "step", to be looked at.
 
     Taken from the forward pass that just ran, without reading the weights again, where that one is still valid (same
     weights and bits, graph not used up); computed otherwise, as for penalty="decoupled", where it serves to be looked
@@ -290,7 +296,7 @@ def _penalties(layers):
 
 def _in_units(v, p, scale, bits):
     """R, or a strength of it, of each weight in the unit of ``p``, from what it is in the value of code steps."""
-    if p.unit == "step":
+    if p.unit != "code":
         return v
     s = torch.cat([v.detach().reshape(1) for v in scale])
     if GRIDS[p.grid] == "full":
@@ -346,6 +352,10 @@ def add_penalty_grad_(model, strength):
     without a ``.grad`` get one, as from the loss term; frozen weights do not. With a GradScaler call it after
     ``scaler.unscale_(optimizer)``: until then gradients are multiplied by its scale, and this one is not.
 
+    With penalty_unit="gradient" it adds strength * mean |.grad| * sign(B_k), the mean over a layer as it is at the call:
+    before or after ``unscale_`` is then the same, and gradients should have been accumulated, clipped and averaged over
+    processes. Layers without a gradient get none.
+
     strength: a number >= 0 or a tensor with one element. Raises ValueError for a model without MSQ weights.
     """
     if not isinstance(strength, torch.Tensor):
@@ -361,4 +371,6 @@ def add_penalty_grad_(model, strength):
         each = strength
         if p.unit == "code":
             each = _in_units(torch.as_tensor(strength, dtype=scale[0].dtype, device=w[0].device), p, scale, bits)
+        elif p.unit == "gradient":
+            each = strength * torch.stack(foreach.absmean([t.grad for t in w]))
         foreach.add_lsb_grad_([t.grad for t in w], w, scale, bits, k, each, grid=GRIDS[p.grid])

@@ -14,6 +14,8 @@ from quantops.methods.msq import LEAST_BITS, msq_layers
 from quantops.reference.uniform import GRIDS, MAX_BITS
 from quantops.report import compression, measure
 
+STRENGTH = 1.0  # in units of the gradient
+
 logger = logging.getLogger("quantops.controller")
 
 
@@ -43,7 +45,8 @@ class MSQController:
         target: compression to reach, e.g. 32 / 3 for 3 bits on average.
         interval: calls of step() per decision.
         threshold: beta below which a layer loses k bits, in (0, 1].
-        strength: lambda of the penalty, read back through :attr:`strength`.
+        strength: lambda of the penalty, read back through :attr:`strength`. None: 1 with
+            penalty_unit="gradient", the one unit in which it means the same for all networks and optimizers.
         hessian: False: k stays 1, and layers are taken in order of increasing beta; so also where step() gets no
             loss_fn.
         samples: Hutchinson vectors per decision.
@@ -78,7 +81,7 @@ class MSQController:
         *,
         interval=1,
         threshold,
-        strength,
+        strength=None,
         hessian=True,
         samples=8,
         min_bits=None,
@@ -111,6 +114,10 @@ class MSQController:
         self.hessian = check_choice("hessian", hessian, (True, False))
         self.target = _number("target", target, 1, math.inf)
         self.threshold = _number("threshold", threshold, 0, 1)
+        if strength is None:
+            if any(p.unit != "gradient" for _, _, p in self._all):
+                raise ValueError("strength: expected a number, or weights with penalty_unit='gradient', got None")
+            strength = STRENGTH
         self._strength = _number("strength", strength, 0, math.inf)
         least = [min(n, self.min_bits) if p.prune else n for (_, _, p), n in zip(self._all, self._bits())]
         if compression(self._sizes(), least) < self.target:

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cases import Calls
 from networks import Net, data, grads, loss_of, make_msq, one_step, originals, same, set_precision
-from quantops import add_penalty_grad_, bit_report, hessian_trace, penalty, reference
+from quantops import MSQConfig, absmean, add_penalty_grad_, bit_report, hessian_trace, penalty, reference
 from quantops.nn import quantized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -141,6 +141,39 @@ def test_decoupled_gradients_equal_the_loss_term_bit_for_bit(fuse, dtype, scale,
     assert calls.counts["add_lsb_grad_"] == 1
     assert ("uniform_backward" in calls.counts) == (scale != "absmax")  # with absmax the backward is the identity
     assert same(coupled, grads(model)) and not same(before, coupled)
+
+
+@FUSES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@SCALES
+def test_a_strength_in_units_of_the_gradient(fuse, dtype, scale, per_row):
+    config = dict(fuse=fuse, scale=scale, per_row=per_row, penalty="decoupled", penalty_unit="gradient")
+    model = make_msq(dtype, **config)
+    one_step(model, dtype=dtype)
+    w = originals(model)
+    before = {name: t.grad.clone() for name, t in w.items()}
+    add_penalty_grad_(model, 0.5)
+    for name, t in w.items():
+        t, g = t.detach(), before[name]
+        b = reference.lsb(t, scale_of(t, scale, per_row), 5, 1).sign() * inside(t, scale, per_row)
+        got, acc = w[name].grad, torch.float64 if dtype == torch.float64 else torch.float32
+        expected = g.to(acc) + 0.5 * absmean(g) * b
+        assert torch.equal(got, expected.to(dtype)) and not torch.equal(got, g)
+    # Whatever the loss is multiplied by, the penalty is the same part of it.
+    larger = make_msq(dtype, **config)
+    (1024 * loss_of(larger, dtype=dtype)).backward()
+    add_penalty_grad_(larger, 0.5)
+    assert all(torch.equal(1024 * w[name].grad, t.grad) for name, t in originals(larger).items())
+
+
+def test_units_of_the_gradient_need_that_gradient():
+    with pytest.raises(ValueError, match="penalty_unit: .*penalty='decoupled'.*got 'gradient' with penalty='loss'"):
+        MSQConfig(penalty_unit="gradient")
+    model = make_msq(penalty="decoupled", penalty_unit="gradient")
+    add_penalty_grad_(model, 0.5)  # no task, no penalty
+    assert all(not t.grad.any() for t in originals(model).values())
+    plain = make_msq(penalty="decoupled")
+    assert penalty(model).item() == penalty(plain).item()
 
 
 def test_decoupled_penalty_gives_weights_without_grad_one_and_leaves_frozen_ones():

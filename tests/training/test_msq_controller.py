@@ -134,6 +134,7 @@ def test_layers_above_the_threshold_keep_their_bits():
         ({"threshold": 1.5}, "threshold: "),
         ({"strength": -1}, "strength: "),
         ({"strength": float("nan")}, "strength: "),
+        ({"strength": None}, "strength: expected a number, or weights with penalty_unit='gradient'"),
         ({"samples": 0}, "samples: "),
         ({"min_bits": 0}, "min_bits: "),
         ({"hessian": 1}, "hessian: "),
@@ -143,6 +144,12 @@ def test_layers_above_the_threshold_keep_their_bits():
 def test_controller_errors(options, text):
     with pytest.raises(ValueError, match=text):
         MSQController(make_msq(), **{"target": 8, "threshold": 0.1, "strength": 0.1, **options})
+
+
+def test_strength_has_a_default_in_units_of_the_gradient():
+    model = make_msq(penalty="decoupled", penalty_unit="gradient")
+    assert MSQController(model, 8, threshold=0.1).strength == 1.0
+    assert MSQController(model, 8, threshold=0.1, strength=0.25).strength == 0.25
 
 
 def test_controller_needs_layers_to_prune():
