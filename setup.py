@@ -206,6 +206,7 @@ PACKAGES = {
     "quantops.methods": "quantops/methods",
     "quantops.demo": "quantops/demo",
     "quantops.export": "quantops/export",
+    "quantops.integrations": "quantops/integrations",
     "quantops.kernels": "kernels",
     "quantops.csrc": "csrc",
     "quantops.csrc.cpu": "csrc/cpu",

@@ -11,6 +11,7 @@ from quantops import processes
 from quantops.convert import check_choice, check_int
 from quantops.hessian import hessian_trace
 from quantops.methods.msq import LEAST_BITS, msq_layers
+from quantops.nn import quantized
 from quantops.reference.uniform import GRIDS, MAX_BITS
 from quantops.report import compression, measure
 
@@ -303,6 +304,10 @@ class MSQController:
             "seed": self.seed,
             "log": copy.deepcopy(self.log),
         }
+
+    def belongs_to(self, model):
+        """Whether ``model`` has the layers that the controller was made for."""
+        return {p for _, _, p in self._all} <= {p for _, _, p in quantized(model)}
 
     def plot(self, path):
         """Bits and beta of each layer, and the compression, over the training steps of :attr:`log`, as a picture.

@@ -4,10 +4,13 @@ import lightning
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from cases import Calls
-from quantops import MSQConfig, penalty, quantize_
+from quantops import MSQConfig, MSQController, penalty, quantize_
+from quantops.integrations.lightning import MSQCallback
 
 
 class Net(lightning.LightningModule):
@@ -88,3 +91,71 @@ def test_a_checkpointed_part_of_a_lightning_module():
     twin.head(twin.encoder(x)).sum().backward()
     for p, q in zip(model.parameters(), twin.parameters()):
         assert torch.equal(p.grad, q.grad)
+
+
+# The callback
+
+
+class Plain(Net):
+    def __init__(self):
+        super().__init__(False)
+        self.drop = nn.Dropout(0.1)
+
+    def training_step(self, batch, index):
+        loss = F.cross_entropy(self(self.drop(batch[0])), batch[1])
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def start(**options):
+    torch.manual_seed(0)
+    model = quantize_(Plain(), MSQConfig(bits=8, penalty="decoupled"))
+    options = {"threshold": 0.55, "strength": 0.01, "interval": 2, "samples": 1, **options}
+    return model, MSQController(model, 12, **options)
+
+
+def test_the_callback_trains_logs_and_resumes_bit_for_bit(tmp_path):
+    def run(epochs, checkpoint=None, state=None, **options):
+        model, controller = start()
+        loaders = batches(6), batches(1)
+        torch.manual_seed(5)
+        if state is not None:  # Lightning leaves the random state, of dropout, to the caller
+            torch.set_rng_state(state)
+        quiet = dict(enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, logger=False)
+        options = {**quiet, "accelerator": "cpu", "log_every_n_steps": 1, "accumulate_grad_batches": 2, **options}
+        trainer = lightning.Trainer(max_epochs=epochs, callbacks=[MSQCallback(controller)], **options)
+        trainer.fit(model, *loaders, ckpt_path=checkpoint)
+        return model, controller, trainer
+
+    logger = TensorBoardLogger(tmp_path, name="", version="logs")
+    whole, control, trainer = run(3, logger=logger)
+    assert any(row["pruned"] for entry in control.log for row in entry["layers"]) and len(control.log) == 4
+    assert control.state_dict()["steps"] == trainer.global_step == 9
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    told = [e.value for e in events.Scalars("quantops/compression")]
+    assert len(told) == 9 and told[0] == 4 and told[-1] == pytest.approx(control.compression) and told[-1] > 4
+    for row in control.log[-1]["layers"]:
+        assert events.Scalars(f"quantops/bits/{row['name']}")[-1].value == row["bits_after"]
+        assert events.Scalars(f"quantops/beta/{row['name']}")[-1].value == pytest.approx(row["beta"])
+    _, _, trainer = run(1)
+    state = torch.get_rng_state()
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    model, controller, _ = run(3, tmp_path / "first.ckpt", state)
+    assert controller.state_dict() == control.state_dict()
+    for (name, a), b in zip(whole.state_dict().items(), model.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
+def test_errors_of_the_callback():
+    with pytest.raises(TypeError, match="controller: expected an MSQController, got Plain"):
+        MSQCallback(Plain())
+    model, controller = start()
+    other, _ = start()
+    with pytest.raises(ValueError, match="one of the module that is trained"):
+        fit(other, batches(), callbacks=[MSQCallback(controller)])
+    model.automatic_optimization = False
+    with pytest.raises(ValueError, match="loss_fn: expected one with manual optimization"):
+        fit(model, batches(), callbacks=[MSQCallback(controller)])

@@ -45,3 +45,17 @@ def test_checks_know_no_op():
     for path in (ROOT / "checks").glob("*.py"):
         strangers = [name for name in _imports(path) if not name.startswith(allowed)]
         assert not strangers, f"{path.name} imports {strangers}"
+
+
+def test_libraries_of_integrations_are_imported_only_there():
+    for path in ROOT.rglob("*.py"):
+        if path.is_relative_to(ROOT / "integrations"):
+            continue
+        found = [
+            name
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
+        ]
+        libraries = {"transformers", "lightning", "pytorch_lightning", "peft", "accelerate", "tensorboard"}
+        assert not [name for name in found if name.split(".")[0] in libraries or "quantops.integrations" in name], path
