@@ -7,7 +7,7 @@ from bench import headline
 from bench.machine_code import static, variants
 from bench.ops import compare, report, run, small, steps
 from bench.state import Wrong
-from bench.training import costs, tables, train
+from bench.training import costs, kept, tables, train
 
 
 def main(argv=None):
@@ -15,7 +15,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for module in (run, steps, static, small, report, compare, train, costs, tables, headline, variants):
+    for module in (run, steps, static, small, report, compare, train, costs, kept, tables, headline, variants):
         name = module.__name__.rpartition(".")[2]
         module.add_arguments(commands.add_parser(name, help=getattr(module, name).__doc__))
     args = parser.parse_args(argv)

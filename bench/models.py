@@ -17,11 +17,11 @@ class _Basic(nn.Module):
         self.conv1, self.bn1 = _conv(below, width, 3, stride), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = _conv(width, width, 3), nn.BatchNorm2d(width)
         project = nn.Sequential(_conv(below, width, 1, stride), nn.BatchNorm2d(width)) if stride > 1 else nn.Identity()
-        self.down = project
+        self.down, self.relu1, self.relu2 = project, nn.ReLU(), nn.ReLU()
 
     def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.down(x))
+        y = self.relu1(self.bn1(self.conv1(x)))
+        return self.relu2(self.bn2(self.conv2(y)) + self.down(x))
 
 
 class ResNet20(nn.Module):
@@ -29,7 +29,7 @@ class ResNet20(nn.Module):
 
     def __init__(self, classes=10):
         super().__init__()
-        self.conv, self.bn = _conv(3, 16, 3), nn.BatchNorm2d(16)
+        self.conv, self.bn, self.relu = _conv(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()
         blocks, below = [], 16
         for width in (16, 32, 64):
             for i in range(3):
@@ -38,7 +38,7 @@ class ResNet20(nn.Module):
         self.blocks, self.fc = nn.Sequential(*blocks), nn.Linear(64, classes)
 
     def forward(self, x):
-        x = self.blocks(F.relu(self.bn(self.conv(x))))
+        x = self.blocks(self.relu(self.bn(self.conv(x))))
         return self.fc(x.mean((2, 3)))
 
 
@@ -51,11 +51,12 @@ class _Bottleneck(nn.Module):
         self.conv2, self.bn2 = _conv(width, width, 3, stride), nn.BatchNorm2d(width)
         self.conv3, self.bn3 = _conv(width, 4 * width, 1), nn.BatchNorm2d(4 * width)
         self.down = nn.Sequential(_conv(below, 4 * width, 1, stride), nn.BatchNorm2d(4 * width)) if project else None
+        self.relu1, self.relu2, self.relu3 = nn.ReLU(), nn.ReLU(), nn.ReLU()
 
     def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(y)))))
-        return F.relu(y + (x if self.down is None else self.down(x)))
+        y = self.relu1(self.bn1(self.conv1(x)))
+        y = self.bn3(self.conv3(self.relu2(self.bn2(self.conv2(y)))))
+        return self.relu3(y + (x if self.down is None else self.down(x)))
 
 
 class ResNet50(nn.Module):
@@ -63,7 +64,7 @@ class ResNet50(nn.Module):
 
     def __init__(self, classes=1000):
         super().__init__()
-        self.conv, self.bn = _conv(3, 64, 7, 2), nn.BatchNorm2d(64)
+        self.conv, self.bn, self.relu = _conv(3, 64, 7, 2), nn.BatchNorm2d(64), nn.ReLU()
         blocks, below = [], 64
         for width, count in ((64, 3), (128, 4), (256, 6), (512, 3)):
             for i in range(count):
@@ -72,7 +73,7 @@ class ResNet50(nn.Module):
         self.blocks, self.fc = nn.Sequential(*blocks), nn.Linear(2048, classes)
 
     def forward(self, x):
-        x = F.max_pool2d(F.relu(self.bn(self.conv(x))), 3, 2, 1)
+        x = F.max_pool2d(self.relu(self.bn(self.conv(x))), 3, 2, 1)
         return self.fc(self.blocks(x).mean((2, 3)))
 
 

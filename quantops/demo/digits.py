@@ -95,7 +95,10 @@ def step_costs(steps, rounds=120):
             optimizers[name].step()
             if i >= rounds // 6:
                 times[name].append(time.perf_counter() - start)
-    return {name: (1e3 * statistics.median(times[name]), _kept(model, step)) for name, (model, step) in steps.items()}
+    return {
+        name: (1e3 * statistics.median(times[name]), kept_for_backward(model, step))
+        for name, (model, step) in steps.items()
+    }
 
 
 class _Kept:
@@ -124,7 +127,7 @@ class _Account:
             self.most = max(self.most, self.now)
 
 
-def _kept(model, step):
+def kept_for_backward(model, step):
     """The most bytes, parameters apart, that one step keeps for backward at a time."""
     account, parameters = _Account(), {p.untyped_storage().data_ptr() for p in model.parameters()}
 

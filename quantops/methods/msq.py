@@ -352,8 +352,8 @@ def add_penalty_grad_(model, strength):
     without a ``.grad`` get one, as from the loss term; frozen weights do not. With a GradScaler call it after
     ``scaler.unscale_(optimizer)``: until then gradients are multiplied by its scale, and this one is not.
 
-    With penalty_unit="gradient" it adds strength * mean |.grad| * sign(B_k), the mean over a layer as it is at the call:
-    before or after ``unscale_`` is then the same, and gradients should have been accumulated, clipped and averaged over
+    With penalty_unit="gradient": strength * mean |.grad| * sign(B_k), the mean over a layer as it is at the call: so
+    before or after ``unscale_`` is the same, and gradients should have been accumulated, clipped and averaged over
     processes. Layers without a gradient get none.
 
     strength: a number >= 0 or a tensor with one element. Raises ValueError for a model without MSQ weights.
