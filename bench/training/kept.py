@@ -2,8 +2,9 @@
 
 Whole steps of ResNet-50 and of a ViT, weights in float, with a quantizer of 4 bits in front of every layer, or in the
 place of every ReLU, whose output nobody keeps then. A ReLU or a GELU in front keeps x by itself: there keep="input"
-costs nothing, nor does what torch's quantizer keeps. Bytes are counted by torch's hooks on saved tensors, each storage once, parameters apart: the most that is alive at a time. They
-depend on no load and no clock; on a GPU the allocator's peak stands beside them.
+costs nothing, nor does what torch's quantizer keeps. Bytes are counted by torch's hooks on saved tensors, each storage
+once, parameters apart: the most that is alive at a time. They depend on no load and no clock; on a GPU the allocator's
+peak stands beside them.
 """
 
 import functools
