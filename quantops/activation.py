@@ -12,7 +12,7 @@ from quantops.categorical_activation import CategoricalActivation
 from quantops.convert import QuantConfig, check_choice, check_int
 from quantops.library import ops
 from quantops.methods.multibn import refuse_recomputing, replace
-from quantops.nn import check_module
+from quantops.nn import PerThread, check_module
 from quantops.reference.activation import KEEPS, LEARNS
 from quantops.reference.uniform import MAX_BITS, RULES, acc_dtype
 from quantops.state import Settings
@@ -28,7 +28,7 @@ class UniformActivation(Settings, torch.nn.Module):
     """A quantizer of activations, see :func:`quantops.quantize_activation`: q of x at ``bits``, by ``rule``.
 
     Args:
-        bits: 0..16; kept in an int32 buffer, which may change in place.
+        bits: 0..16; kept in an int32 buffer, which :meth:`set_bits` changes.
         scale: "step": LSQ (arXiv 1902.08153), the step is a parameter, ``step``. "clip": PACT (1805.06085), the end of
             the range is a parameter, ``clip``. "tracked": the running maximum of |x|, or its ``percentile``, in
             training forwards, with ``momentum``; static in evaluation. Or a number, the end of the range, fixed.
@@ -47,7 +47,7 @@ class UniformActivation(Settings, torch.nn.Module):
     that the range ends at the maximum or the percentile), or with those of :func:`calibrate`.
     An evaluation before either raises RuntimeError. Before a model is wrapped in DDP, calibrate it or run a forward:
     each process would start from a batch of its own. A learned value that an optimizer takes below 1/1024 of its start
-    counts as that, with its gradient.
+    counts as that, with its gradient. In a joint step each thread has the width that it trains, for itself.
 
     x: any shape, float32, bfloat16, float16 or float64; q has its dtype, under autocast the autocast dtype.
     """
@@ -88,7 +88,6 @@ class UniformActivation(Settings, torch.nn.Module):
         for name, value, low, high in (("percentile", percentile, 0, 100), ("momentum", momentum, 0, 1)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value <= high:
                 raise ValueError(f"{name}: expected a number in ({low}, {high}], got {value!r}")
-        self.counts = {"bits": range(MAX_BITS + 1)}
         self.learn = "step" if scale == "step" else "clip" if scale == "clip" or offset else None
         keep = ("residual" if self.learn == "step" else "bits") if keep is None else keep
         checks.activation.choices(rule, bool(signed), "relu" if relu else None, keep, self.learn, None)
@@ -97,30 +96,35 @@ class UniformActivation(Settings, torch.nn.Module):
             if widths
             else (check_int("bits", bits, 0, MAX_BITS),)
         )
+        self.counts = {
+            "bits": self.widths if widths else range(MAX_BITS + 1),
+            "index": range(len(self.widths)),  # of the row that is used
+            "is_signed": (-1, 0, 1),  # -1: the first batch will say it
+        }
         self.rule, self.relu, self.keep, self.scale, self.per_width = rule, relu, keep, scale, not shared
         self.percentile, self.momentum, self.joint_graph = percentile, momentum, False
+        self.given = PerThread()  # the place of the width, a tensor, while a thread goes through the widths
         rows = len(self.widths) if self.per_width else 1
         count = 1 if channels is None else check_int("channels", channels, 1, 2**31)
         made = {"device": device, "dtype": acc_dtype(dtype)}
-        self.register_buffer("bits", torch.full((1,), self.widths[0], dtype=torch.int32, device=device))
-        self.register_buffer("index", torch.zeros(1, dtype=torch.int64, device=device))  # of the row that is used
+        for name, type_ in (("bits", torch.int32), ("index", torch.int64), ("is_signed", torch.int8)):
+            self.register_buffer(name, torch.zeros((), dtype=type_, device=device))
+        self.register_constants(device, all_bits=list(self.widths))
         self.register_buffer("start", torch.zeros(rows, count, **made))  # 0 until values are known
         self.register_buffer("negative", torch.zeros(1, **made))  # part of x below 0, where values came from
-        known = False if relu or offset else signed
-        self.register_buffer(
-            "is_signed", torch.full((1,), -1 if known is None else int(known), dtype=torch.int8, device=device)
-        )
         values = torch.zeros(rows, count, **made)
         if scale in ("step", "clip"):
             self.register_parameter(scale, torch.nn.Parameter(values))
         else:
             self.register_buffer("clip", values)
         self.offset = torch.nn.Parameter(torch.zeros(rows, count, **made)) if offset else None
-        self.signed, self.started, self.place, self.seen = known, [False] * rows, 0, None
+        self.seen = None
         if number:
             self.clip.fill_(float(scale))
             self.start.fill_(float(scale))
-            self.started = [signed is not None or relu or offset] * rows
+        known = False if relu or offset else signed
+        self.signed, self.place, self.started = known, 0, [number and known is not None] * rows
+        self.write(bits=self.widths[0], index=0, is_signed=-1 if known is None else int(known))
 
     def settings(self):
         return {
@@ -132,53 +136,80 @@ class UniformActivation(Settings, torch.nn.Module):
             "widths": list(self.widths) if len(self.widths) > 1 else None,
         }
 
-    # Values.
+    # The width, and what is known of values.
 
-    @property
-    def steps_of_a_scale(self):
-        """The end of the range in steps, a tensor of one element."""
-        if self.rule == "round_clamp":
-            return torch.exp2(self.bits - int(bool(self.signed))).to(self.start.dtype)
-        return (torch.exp2(self.bits) - 1).to(self.start.dtype)
-
-    def values(self):
-        """(scale, offset) that are used now, one element or one per channel; offset may be None."""
-        row = self._row(self.step if self.scale == "step" else self.clip)
-        if self.learn == self.scale:
-            least = LEAST * self._row(self.start)
-            row = torch.where(row < least, least + (row - row.detach()), row)
-        if self.scale == "step":
-            row = row * self.steps_of_a_scale
-        return row, None if self.offset is None else self._row(self.offset)
-
-    def _row(self, t):
-        return t[0] if len(t) == 1 else t.index_select(0, self.index).squeeze(0)
+    def _note(self):
+        super()._note()
+        if self.start.is_meta:
+            return
+        sign, self.place = int(self.is_signed), int(self.index)
+        self.signed = None if sign < 0 else bool(sign)
+        self.started = [bool((row > 0).all()) and sign >= 0 for row in self.start]
 
     def select(self, place):
         """Selects the width at ``place`` of ``widths``, in place: nothing recompiles."""
-        self.bits.fill_(self.widths[place if len(self.widths) > 1 else 0])
-        if self.per_width:
-            self.index.fill_(place)
-            self.place = place
+        self._change(bits=self.widths[place], index=place if self.per_width else 0)
 
-    def state(self):
-        """What :meth:`select` changes, for :meth:`set_state`."""
-        return self.bits.clone(), self.index.clone(), self.place
+    def set_bits(self, bits):
+        """Sets the bits of a module that has one width, in place: nothing recompiles. The scale stays as it is."""
+        if len(self.widths) > 1:
+            raise ValueError(f"bits: expected a module of one width, which this is not; it has {self.widths}")
+        self._change(bits=check_int("bits", bits, 0, MAX_BITS))
 
-    def set_state(self, state):
-        bits, index, self.place = state
-        self.bits.copy_(bits)
-        self.index.copy_(index)
+    def _change(self, **counts):
+        self.check_written()
+        self.write(**{name: int(self._buffers[name]) for name in self.counts} | counts)
+
+    def _width(self):
+        """(bits, the row of values) that this thread uses now, tensors of one element."""
+        given = self.given.get()
+        if given is not None:
+            place = given.reshape(1)
+            return self.all_bits.index_select(0, place), place
+        if len(self.widths) == 1:
+            return self.bits, self.index.reshape(1)
+        return self.bits.clone(), self.index.clone().reshape(1)  # autograd keeps them, and the width may change
+
+    def _place(self):
+        """The row of values that this thread uses now, an int."""
+        given = self.given.get() if self.per_width else None
+        return self.place if given is None else int(given)
+
+    # Values.
+
+    def _steps_of_a_scale(self, bits):
+        """The end of the range in steps, a tensor of one element."""
+        if self.rule == "round_clamp":
+            return torch.exp2(bits - int(bool(self.signed))).to(self.start.dtype)
+        return (torch.exp2(bits) - 1).to(self.start.dtype)
+
+    def values(self):
+        """(scale, offset) that are used now, one element or one per channel; offset may be None."""
+        return self._values(*self._width())
+
+    def _values(self, bits, place):
+        def row(t):
+            return t[0] if len(t) == 1 else t.index_select(0, place).squeeze(0)
+
+        scale = row(self.step if self.scale == "step" else self.clip)
+        if self.learn == self.scale:
+            least = LEAST * row(self.start)
+            scale = torch.where(scale < least, least + (scale - scale.detach()), scale)
+        if self.scale == "step":
+            scale = scale * self._steps_of_a_scale(bits)
+        return scale, None if self.offset is None else row(self.offset)
 
     def forward(self, x):
         """q of x."""
         checks.tensors("x", [x])
+        if not torch.compiler.is_compiling() and self.versions() != self.noted:
+            self.check_written()
         if len(self.widths) > 1:
             refuse_recomputing(self)
         if self.seen is not None:
             self.seen.append(self._statistics(x))
             return x.relu() if self.relu else x
-        if not all(self.started) and not self.started[self.place]:
+        if not all(self.started) and not self.started[self._place()]:
             if not self.training:
                 raise RuntimeError(
                     "UniformActivation: evaluated before it has a scale; expected a training forward, "
@@ -187,8 +218,8 @@ class UniformActivation(Settings, torch.nn.Module):
             self._begin([self._statistics(x)])
         elif self.scale == "tracked" and self.training:
             self._track(x)
-        acc = acc_dtype(x.dtype)
-        scale, offset = (None if v is None else v.to(acc) for v in self.values())
+        acc, (bits, place) = acc_dtype(x.dtype), self._width()
+        scale, offset = (None if v is None else v.to(acc) for v in self._values(bits, place))
         options = (
             RULES.index(self.rule),
             bool(self.signed),
@@ -196,7 +227,7 @@ class UniformActivation(Settings, torch.nn.Module):
             KEEPS.index(self.keep),
             LEARNS.index(self.learn),
         )
-        return call(ops.activation, x, scale, offset, self.bits, *options, checks.dtype_of(None, [x]))[0]
+        return call(ops.activation, x, scale, offset, bits, *options, checks.dtype_of(None, [x]))[0]
 
     # Where values come from.
 
@@ -224,49 +255,42 @@ class UniformActivation(Settings, torch.nn.Module):
     def _begin(self, statistics):
         """Takes values from [what :meth:`_statistics` gives for a batch]."""
         mean, end, low, high, negative = (torch.stack(v) for v in zip(*statistics))
+        place, bits = self._place(), self._width()[0]
         self.negative.copy_(negative.mean(0))
         if self.signed is None:
-            self._set_signed(bool(low.min() < 0))
+            self._change(is_signed=int(low.min() < 0))
         end, low, high = end.amax(0) if self.percentile == 100 else end.mean(0), low.amin(0), high.amax(0)
         if self.offset is not None:
-            self.offset[self.place].copy_(low)
+            self.offset[place].copy_(low)
             end = high - low
         if self.scale == "step" and self.offset is None:
-            start = 2 * mean.mean(0) / self._last_level() ** 0.5
+            start = 2 * mean.mean(0) / self._last_level(bits) ** 0.5
         elif self.scale == "step":
-            start = end / self.steps_of_a_scale
+            start = end / self._steps_of_a_scale(bits)
         else:
             start = end
         start = torch.where((start > 2.0**-80) & (start < 2.0**80), start, torch.ones_like(start))
         if isinstance(self.scale, str):
             # A copy whose buffers are those of a module that has begun (an average of models) keeps what it was given.
-            given = self.start[self.place] > 0
-            self.start[self.place].copy_(torch.where(given, self.start[self.place], start))
+            given = self.start[place] > 0
+            self.start[place].copy_(torch.where(given, self.start[place], start))
             target = self.step if self.scale == "step" else self.clip
-            target[self.place].copy_(torch.where(given, target[self.place], start))
-        self.started[self.place] = True
+            target[place].copy_(torch.where(given, target[place], start))
+        self.started[place] = True
 
-    def _last_level(self):
-        last = torch.exp2(self.bits - int(self.signed)) - 1 if self.rule == "round_clamp" else torch.exp2(self.bits) - 1
+    def _last_level(self, bits):
+        last = torch.exp2(bits - int(self.signed)) - 1 if self.rule == "round_clamp" else torch.exp2(bits) - 1
         return last.to(self.start.dtype).clamp(min=1)
-
-    def _set_signed(self, value):
-        self.signed = value
-        self.is_signed.fill_(int(value))
 
     @torch.no_grad()
     def _track(self, x):
-        end = self._statistics(x)[1]
-        end = torch.where((end > 2.0**-80) & (end < 2.0**80), end, self.clip[self.place])
-        self.clip[self.place].lerp_(end, self.momentum)
-
-    def _load_from_state_dict(self, *args):
-        super()._load_from_state_dict(*args)
-        if not self.start.is_meta:
-            sign = int(self.is_signed)
-            self.signed = None if sign < 0 else bool(sign)
-            self.started = [bool((row > 0).all()) and sign >= 0 for row in self.start]
-            self.place = int(self.index) if self.per_width else 0
+        end, place = self._statistics(x)[1], self._width()[1]
+        old = self.clip if len(self.clip) == 1 else self.clip.index_select(0, place)
+        end = torch.where((end > 2.0**-80) & (end < 2.0**80), end, old)
+        if len(self.clip) == 1:
+            self.clip.lerp_(end, self.momentum)
+        else:
+            self.clip.index_copy_(0, place, old.lerp(end, self.momentum))
 
     @torch.no_grad()
     def report(self):
@@ -401,14 +425,15 @@ def calibrate(model, batches, *, steps=None, progress=False):
     for (name, m), seen in zip(found, statistics):
         if not seen:
             continue
-        before = m.state()
+        before = m.widths.index(int(m.bits)) if len(m.start) > 1 else 0
         for row in range(len(m.start)):
             if len(m.start) > 1:
                 m.select(row)
             if isinstance(m.scale, str):
                 m.start[m.place].zero_()
             m._begin(seen)
-        m.set_state(before)
+        if len(m.start) > 1:
+            m.select(before)
         scales[name] = m.values()[0].detach().clone()
     return scales
 

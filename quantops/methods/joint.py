@@ -206,11 +206,10 @@ class _Scope:
 
     def __init__(self, network):
         self.network, self.given, self.roots = network, [], []
-        devices = {norm.index.device for norm in network.norms}
+        devices = {part.index.device for part in (*network.norms, *network.acts)}
         self.index = {
             device: [torch.full((), place, device=device) for place in range(len(network.widths))] for device in devices
         }
-        self.acts_before = [act.state() for act in network.acts]  # whose width is that of all threads
 
     def open(self, detached):
         for group in {id(p.group): p.group for _, p in self.network.layers}.values():
@@ -233,10 +232,8 @@ class _Scope:
             p.joint_place.set(place)
         for p, q in self.given:
             p.given.set(q[place if len(q) > 1 else 0])
-        for norm in self.network.norms:
-            norm.given.set(self.index[norm.index.device][place])
-        for act in self.network.acts:
-            act.select(place)
+        for part in (*self.network.norms, *self.network.acts):
+            part.given.set(self.index[part.index.device][place])
 
     def backward(self):
         """From the gradients of q, which the widths have left in the leaves, to the weights."""
@@ -248,10 +245,8 @@ class _Scope:
         for _, p in self.network.layers:
             p.joint_place.set(None)
             p.given.set(None)
-        for norm in self.network.norms:
-            norm.given.set(None)
-        for act, old in zip(self.network.acts, self.acts_before):
-            act.set_state(old)
+        for part in (*self.network.norms, *self.network.acts):
+            part.given.set(None)
 
 
 def _each_width(scope, model, loss_fn, inputs, kwargs, distillation):

@@ -1,6 +1,7 @@
 """State dicts say with which settings their numbers were made; constants are there after every move and load."""
 
 import copy
+import dataclasses
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from quantops import CPQConfig, MSQConfig, TruncQuantConfig, quantize_, set_bits, unquantize_
+from quantops.activation import activations
 from quantops.nn import quantized
 from quantops.state import Settings
 
@@ -23,7 +25,11 @@ CONFIGS = [
     CPQConfig(act_bits=3),
     CPQConfig(bits=3, dropbits="learned"),
     CPQConfig(per_row=True),
+    MSQConfig(bits=3, act_bits=4, act_scale="tracked"),
+    TruncQuantConfig(bits=(8, 2), act_bits="weights"),
+    MSQConfig(act_bits=4, act="input", act_scale="clip"),
 ]
+ACTIVATIONS = {"CategoricalActivation", "UniformActivation"}
 
 
 def make(config):
@@ -37,7 +43,10 @@ def batch():
 
 def started(config):
     model = make(config)
-    model(batch())
+    for n in reversed(config.bits) if isinstance(config, TruncQuantConfig) else [None]:
+        if n is not None:
+            set_bits(model, n)
+        model(batch())
     return model.eval()
 
 
@@ -74,7 +83,7 @@ def test_every_constant_is_made_again():
                 t.fill_(77)
         model.to_empty(device="cpu")
         assert all(torch.equal(t, values[n]) for n, t in model.named_buffers() if n in values)
-    assert seen == {"MSQWeight", "TruncQuantWeight", "CPQWeight", "MultiBatchNorm", "CategoricalActivation"}
+    assert seen == {"MSQWeight", "TruncQuantWeight", "CPQWeight", "MultiBatchNorm", *ACTIVATIONS}
 
 
 @pytest.mark.parametrize(
@@ -141,12 +150,13 @@ def test_a_state_is_a_file_that_loads_weights_only(tmp_path):
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("config", [c for c in CONFIGS if not isinstance(c, TruncQuantConfig)], ids=str)
 def test_the_state_of_a_float_network_sets_the_float_weights(config, strict):
-    if isinstance(config, CPQConfig) and config.act_bits and strict:
-        config = CPQConfig()  # activations have a state of their own, which a float network does not have
+    if config.act_bits and strict:
+        config = dataclasses.replace(config, act_bits=None)  # whose state a float network does not have
     model, plain = make(config), nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
     keys = list(model.state_dict())
     found = model.load_state_dict(plain.state_dict(), strict)
-    assert not found.unexpected_keys and not [k for k in found.missing_keys if not k.startswith("2.")]
+    missing = [k for k in found.missing_keys if "2." not in k and "input_quantizer" not in k]
+    assert not found.unexpected_keys and not missing
     assert list(model.state_dict()) == keys
     for i in (0, 3):
         assert torch.equal(model[i].parametrizations.weight.original, plain[i].weight)
@@ -190,7 +200,7 @@ def averages():
 
 
 def precision(model):
-    return [t.tolist() for n, t in model.named_buffers() if n.endswith((".bits", ".k", "index", ".base"))]
+    return [t.tolist() for n, t in model.named_buffers() if n.endswith((".bits", ".k", "index", ".base", "signed"))]
 
 
 @pytest.mark.parametrize("how", averages())
@@ -203,6 +213,9 @@ def test_an_average_has_the_bits_of_the_model_or_is_an_error(config, how):
             p.set_precision(int(p.bits) - 1, 1)
     if isinstance(config, TruncQuantConfig):
         set_bits(model, config.bits[-1])
+    for _, m in activations(model):
+        if isinstance(config, MSQConfig):
+            m.set_bits(int(m.bits) - 1)
     try:
         averages()[how](average, model)
         average(batch())
@@ -228,3 +241,32 @@ def test_the_index_of_a_batch_norm_that_others_wrote_is_an_error():
     model[1].index.fill_(1)
     with pytest.raises(ValueError, match="index = 1"):
         model(batch())
+
+
+@pytest.mark.parametrize("name, value", [("bits", 3), ("index", 1), ("is_signed", 1)])
+def test_numbers_of_an_activation_that_others_wrote_are_an_error(name, value):
+    model = started(CONFIGS[10])
+    getattr(model[2], name).fill_(value)
+    with pytest.raises(ValueError, match=f"{name} = {value}.*use_buffers=False"):
+        model(batch())
+    with pytest.raises(ValueError, match=f"{name} = {value}.*use_buffers=False"):
+        set_bits(model, 8)
+
+
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c.act_bits], ids=str)
+def test_an_average_made_before_the_first_batch_begins_with_the_model(config):
+    model = make(config)
+    average = AveragedModel(model).eval()
+    model(batch())
+    average.update_parameters(model)
+    assert torch.equal(average(batch()), model.eval()(batch()))
+
+
+def test_states_of_activations_whose_numbers_had_a_dimension_load():
+    model = started(CONFIGS[10])
+    state = {k: v.reshape(1) if k in ("2.bits", "2.index", "2.is_signed") else v for k, v in model.state_dict().items()}
+    other = make(CONFIGS[10]).eval()
+    other.load_state_dict(state)
+    assert torch.equal(other(batch()), model(batch()))
+    with pytest.raises(RuntimeError, match="2: bits: expected one of 8, 2, got 4"):
+        other.load_state_dict({**state, "2.bits": torch.tensor(4)})

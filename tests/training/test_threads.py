@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quantops import CPQConfig, MSQConfig, TruncQuantConfig, joint_step, penalty, quantize_
+from quantops import CPQConfig, MSQConfig, TruncQuantConfig, calibrate, joint_loss, joint_step, penalty, quantize_
 from quantops.nn import quantized
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -114,6 +114,28 @@ def test_a_thread_that_evaluates_leaves_joint_steps_of_another_their_widths(shor
         return [p.grad.clone() for p in parameters]
 
     share(3, 15, work)
+
+
+@pytest.mark.parametrize("act_shared", [False, True])
+def test_joint_steps_have_widths_of_their_own(act_shared, short_switches):
+    """Each thread's; one that evaluates sees the width that is selected."""
+    torch.manual_seed(0)
+    scale = "tracked" if act_shared else "step"
+    config = TruncQuantConfig(act_bits="weights", act_scale=scale, act_shared=act_shared)
+    model = quantize_(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)), config)
+    parameters, x, y = list(model.parameters()), torch.randn(4, 6, 8), torch.arange(6) % 3
+    calibrate(model, x)
+    model.eval()
+
+    def work(i):
+        if i == 3:
+            with torch.no_grad():
+                return [model(x[i])]
+        loss = joint_loss(model, lambda out: F.cross_entropy(out, y), x[i]).loss
+        return torch.autograd.grad(loss, parameters)
+
+    share(4, 15, work)
+    assert [int(t) for t in (model[2].bits, model[1].index)] == [8, 0]
 
 
 def test_replicas_of_data_parallel_use_weights_of_their_own():
