@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 
 import quantops
-from quantops.demo.digits import BATCH, Digits, Net, step_costs, train
+from quantops.demo.digits import BATCH, Digits, Net, kept_for_backward, step_costs, train
 from quantops.reference import paper
 
 EPOCHS = 60
 INTERVAL = 42  # steps between decisions: two epochs
+PLAIN_EPOCHS = 10  # of the runs at 4 bits
+W4, W4A4 = "W4", "W4A4"  # activations in float, and in the place of each ReLU a quantizer of 4 bits
 
 
 def train_msq(model, data, args, seed, bar):
@@ -42,6 +44,20 @@ def fixed_bits(report, model, data, epochs, seed, bar):
     quantops.quantize_(model, quantops.MSQConfig(bits=low, k=0, overrides=overrides))
     accuracy = train(model, data, epochs, seed, bar)
     return accuracy, quantops.bit_report(model).average_bits
+
+
+def at_four_bits(untouched, data, epochs, seed, bar):
+    """{W4, W4A4: (accuracy, bytes that a step keeps for backward)}"""
+    found = {}
+    for name, act_bits in ((W4, None), (W4A4, 4)):
+        model = quantops.quantize_(copy.deepcopy(untouched), quantops.MSQConfig(bits=4, k=0, act_bits=act_bits))
+        accuracy = train(model, data, epochs, seed, bar)
+
+        def step():
+            F.cross_entropy(model(data.x[:BATCH]), data.y[:BATCH]).backward()
+
+        found[name] = accuracy, kept_for_backward(model, step)
+    return found
 
 
 def costs(data):
@@ -105,7 +121,8 @@ def run(args):
     from tqdm import tqdm
 
     data, results, epochs = Digits(), [], args.epochs or EPOCHS
-    with tqdm(total=3 * args.seeds * epochs, desc="MSQ", unit="epoch") as bar:
+    plain_epochs = min(epochs, PLAIN_EPOCHS)
+    with tqdm(total=(3 * epochs + 2 * plain_epochs) * args.seeds, desc="MSQ", unit="epoch") as bar:
         for seed in range(args.seeds):
             torch.manual_seed(seed)
             model = Net()
@@ -127,6 +144,7 @@ def run(args):
                     "fixed_bits": fixed_average,
                     "done": controller.done,
                     "steps_to_target": controller.log[-1]["step"],
+                    "four_bits": at_four_bits(untouched, data, plain_epochs, seed, bar),
                 }
             )
             if seed == 0:
@@ -163,6 +181,11 @@ def run(args):
     print(
         f"  mean {mean['float']:>7.2f} {mean['msq']:>7.2f} {'':>6} {mean['compression']:>11.1f}x {mean['fixed']:>11.2f}"
     )
+
+    print(f"\nAt 4 bits, {plain_epochs} epochs, means of the seeds; kept: by a step of {BATCH} for its backward pass")
+    for name in (W4, W4A4):
+        accuracy, kept = (statistics.mean(r["four_bits"][name][i] for r in results) for i in (0, 1))
+        print(f"  {name:5} {accuracy:>7.2f} %  {kept / 1e6:6.2f} MB")
 
     measured = costs(data)
     print(f"\nA training step of this network, batch {BATCH}, {torch.get_num_threads()} threads, 8 bits:")
