@@ -1,11 +1,13 @@
 """The CUDA kernels of family ``packing`` equal the reference, bit for bit: see emulation.py for the how."""
 
+import ctypes
 import itertools
-import sys
+import mmap
 
-import pytest
+import torch
 
 from emulation import Program, exact, raises
+from quantops import reference
 
 LAYOUTS = ("planes", "dense")
 GRIDS = ("dyadic", "full", "sign")
@@ -15,29 +17,16 @@ ROWS = [1, 1, 7, 4, 3, 7, 16, 5, 127, 2, 43, 33, 8, 205, 23, 1000, 511]  # of th
 program = Program(__file__, "packing")
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    return program.results(tmp_path_factory.mktemp("cuda_on_cpu"))
-
-
 def _codes(n, lengths=LENGTHS):
-    import torch
-
     return [torch.randint(0, 2**n, (count,), dtype=torch.int32) for count in lengths]
 
 
 def _int32(values):
-    import torch
-
     return torch.tensor(values, dtype=torch.int32)
 
 
 @program.check
-def every_width_and_length():
-    import torch
-
-    from quantops import reference
-
+def test_every_width_and_length():
     ops = torch.ops.quantops
     for n, (which, layout) in itertools.product(range(17), enumerate(LAYOUTS)):
         codes = _codes(n)
@@ -52,11 +41,7 @@ def every_width_and_length():
 
 
 @program.check
-def values_of_every_dtype_and_scale():
-    import torch
-
-    from quantops import reference
-
+def test_values_of_every_dtype_and_scale():
     for case, (n, (which, layout), per_row, (grid, signed)) in enumerate(
         itertools.product(
             (0, 1, 3, 4, 8, 11, 16),
@@ -94,12 +79,8 @@ def values_of_every_dtype_and_scale():
 
 
 @program.check
-def unaligned_and_many():
+def test_unaligned_and_many():
     """Codes and data that do not begin at 16 bytes go element by element; a list of more than one table."""
-    import torch
-
-    from quantops import reference
-
     ops = torch.ops.quantops
     for n, (which, layout) in itertools.product((3, 8, 13), enumerate(LAYOUTS)):
         codes = [c[1:] for c in _codes(n, (5, 130, 1025, 2600))]
@@ -120,13 +101,8 @@ def unaligned_and_many():
 
 
 @program.check
-def reading_m_planes_touches_no_other():
+def test_reading_m_planes_touches_no_other():
     """The planes behind them cannot be read: this process would be killed."""
-    import ctypes
-    import mmap
-
-    import torch
-
     ops, page = torch.ops.quantops, mmap.PAGESIZE
     codes = torch.randint(0, 16, (8 * page,), dtype=torch.int32)
     data = torch.frombuffer(mmap.mmap(-1, 4 * page), dtype=torch.uint8).view(4, page)
@@ -139,12 +115,8 @@ def reading_m_planes_touches_no_other():
 
 
 @program.check
-def values_out_of_range():
+def test_values_out_of_range():
     """Of a code the low bits; bits out of range give INVALID, or NaN, for that tensor and for no other."""
-    import torch
-
-    from quantops import reference
-
     ops = torch.ops.quantops
     bad = _int32([-1, 16, 2**16, 2**31 - 1, -(2**31), 5])
     for (which, layout), n in itertools.product(enumerate(LAYOUTS), (1, 4, 8, 15, 16)):
@@ -169,9 +141,7 @@ def values_out_of_range():
 
 
 @program.check
-def errors():
-    import torch
-
+def test_errors():
     ops, f32 = torch.ops.quantops, torch.float32
     c, m, unpack = [torch.ones(40, dtype=torch.int32)], _int32([3]), ops.unpack
     d = ops.pack(c, [4], 0)
@@ -204,14 +174,3 @@ def errors():
             "dtype: expected float32": lambda: decode(d, torch.ones(()), torch.int8),
         }
     )
-
-
-if __name__ == "__main__":
-    program.main(*sys.argv[1:])
-
-
-@pytest.mark.parametrize("name", program.checks)
-def test_emulated(results, name):
-    """Each check of the child process."""
-    if results[name]:
-        pytest.fail(results[name], pytrace=False)

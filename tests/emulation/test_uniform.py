@@ -1,53 +1,30 @@
-"""The CUDA kernels of families ``uniform`` and ``truncate`` equal the reference, bit for bit: the very source files,
-run on the CPU. See emulation.py for the how.
+"""The CUDA kernels of family ``uniform`` equal the reference, bit for bit: the very source file, run on the CPU. See
+emulation.py for the how.
 """
 
 import itertools
-import sys
 
-import pytest
+import torch
 
-from emulation import DTYPES, Program, close, exact, laid_out_like, raises
+import cases
+from emulation import DTYPES, Program, close, exact, laid_out_like, raises, weights
+from quantops import reference
 
-program = Program(__file__, "uniform", "truncate")
+program = Program(__file__, "uniform")
 GRIDS = ("dyadic", "full", "sign")
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    return program.results(tmp_path_factory.mktemp("cuda_on_cpu"))
-
-
-# ------------------------------------------------------------------------------ what runs in the process of its own
 
 
 def _bits(count, shift, grid="full"):
     """(bits, k) that take all values in turn: every width with every k."""
-    import torch
-
     pairs = [(n, k) for n in range(16 if grid == "sign" else 17) for k in ([0] if n < 2 else range(1, n))]
     chosen = [pairs[(shift * 7 + i * 11) % len(pairs)] for i in range(count)]
     return [torch.tensor(v, dtype=torch.int32) for v in zip(*chosen)]
 
 
-def _weights(dtype, per_row):
-    import torch
-
-    import cases
-
-    dtype = getattr(torch, dtype)
-    w = [t if t.numel() < 5000 else t[3:3100] if t.dim() == 1 else t[:2, :2500] for t in cases.weights(dtype)]
-    return w, cases.scales(w, per_row)
-
-
 @program.check
-def reductions():
-    import torch
-
-    from quantops import reference
-
+def test_reductions():
     for dtype, per_row in itertools.product(DTYPES, (False, True)):
-        w, _ = _weights(dtype, False)
+        w = weights(dtype)
         if per_row:
             w = [t for t in w if t.dim()] + [torch.zeros(0, 4, dtype=w[0].dtype), torch.zeros(4, 0, dtype=w[0].dtype)]
         size = [t.shape[0] if per_row else 1 for t in w]
@@ -59,17 +36,14 @@ def reductions():
 
 
 @program.check
-def round_clamp():
-    import torch
-
-    from quantops import reference
-
+def test_round_clamp():
     for case, (dtype, per_row, grid, signed) in enumerate(
         itertools.product(DTYPES, (False, True), GRIDS, (False, True))
     ):
         if grid == "sign" and not signed:
             continue
-        w, s = _weights(dtype, per_row)
+        w = weights(dtype)
+        s = cases.scales(w, per_row)
         bits, _ = _bits(len(w), case, grid)
         for out in DTYPES:
             out = getattr(torch, out)
@@ -81,14 +55,11 @@ def round_clamp():
 
 
 @program.check
-def msq_and_its_sums():
-    import torch
-
-    from quantops import reference
-
+def test_msq_and_its_sums():
     ops = torch.ops.quantops
     for case, (dtype, per_row, grid) in enumerate(itertools.product(DTYPES, (False, True), GRIDS)):
-        w, s = _weights(dtype, per_row)
+        w = weights(dtype)
+        s = cases.scales(w, per_row)
         bits, k = _bits(len(w), case, grid)
         want = [reference.msq(*a, grid=grid) for a in zip(w, s, bits, k)]
         for out in DTYPES:
@@ -109,11 +80,7 @@ def msq_and_its_sums():
 
 
 @program.check
-def every_width_and_k():
-    import torch
-
-    from quantops import reference
-
+def test_every_width_and_k():
     ops, one = torch.ops.quantops, torch.tensor(1.0)
     edges = torch.arange(-512, 513).div(512)  # every bin edge of every narrow width
     for index, grid in enumerate(GRIDS):
@@ -132,13 +99,10 @@ def every_width_and_k():
 
 
 @program.check
-def lsb():
-    import torch
-
-    from quantops import reference
-
+def test_lsb():
     for case, (dtype, per_row, grid) in enumerate(itertools.product(DTYPES, (False, True), ("dyadic", "sign"))):
-        w, s = _weights(dtype, per_row)
+        w = weights(dtype)
+        s = cases.scales(w, per_row)
         bits, k = _bits(len(w), case, grid)
         for i, b in enumerate(torch.ops.quantops.lsb(w, s, bits, k, GRIDS.index(grid))):
             want = reference.lsb(w[i], s[i], bits[i], k[i], grid=grid)
@@ -147,14 +111,11 @@ def lsb():
 
 
 @program.check
-def encode_and_decode():
-    import torch
-
-    from quantops import reference
-
+def test_encode_and_decode():
     kinds = [(signed, rule, None) for signed in (False, True) for rule in range(3)] + [(True, 0, "sign")]
     for case, (dtype, per_row, (signed, rule, sign)) in enumerate(itertools.product(DTYPES, (False, True), kinds)):
-        w, s = _weights(dtype, per_row)
+        w = weights(dtype)
+        s = cases.scales(w, per_row)
         bits, _ = _bits(len(w), case, sign)
         codes = torch.ops.quantops.encode(w, s, bits, rule, GRIDS.index(sign or "full"), signed)
         for i, c in enumerate(codes):
@@ -173,15 +134,11 @@ def encode_and_decode():
 
 
 @program.check
-def backward():
-    import torch
-
-    import cases
-    from quantops import reference
-
+def test_backward():
     case = 0
     for dtype, per_row in itertools.product(DTYPES, (False, True)):
-        w, s = _weights(dtype, per_row)
+        w = weights(dtype)
+        s = cases.scales(w, per_row)
         r = torch.linspace(-2, 2, len(w), dtype=s[0].dtype)
         for grad_dtype, penalty, scale_grad in (
             *itertools.product(DTYPES, (False, True), (False, True)),
@@ -220,13 +177,10 @@ def backward():
 
 
 @program.check
-def add_lsb_grad():
-    import torch
-
-    from quantops import reference
-
+def test_add_lsb_grad():
     for case, (dtype, per_row, grid) in enumerate(itertools.product(DTYPES, (False, True), ("dyadic", "sign"))):
-        w, s = _weights(dtype, per_row)
+        w = weights(dtype)
+        s = cases.scales(w, per_row)
         w = [t.contiguous() if not t.is_contiguous() and t.dim() == 2 else t for t in w]
         bits, k = _bits(len(w), case, grid)
         for strength in (0.0, 0.37, -1e30, float("inf")):
@@ -239,12 +193,8 @@ def add_lsb_grad():
 
 
 @program.check
-def unaligned_memory_and_its_neighbours():
+def test_unaligned_memory_and_its_neighbours():
     """Every alignment of input and output; what lies beside an output stays as it was."""
-    import torch
-
-    from quantops import reference
-
     for w_dtype, q_dtype in itertools.product((torch.float32, torch.bfloat16, torch.float64), repeat=2):
         for at_w, at_q, size in itertools.product(range(0, 9), (0, 1, 2, 4, 7), (1, 6, 31, 1030)):
             w = torch.randn(size + 16).to(w_dtype)[at_w : at_w + size]
@@ -271,12 +221,7 @@ def unaligned_memory_and_its_neighbours():
 
 
 @program.check
-def rows_of_every_length():
-    import torch
-
-    import cases
-    from quantops import reference
-
+def test_rows_of_every_length():
     for dtype in (torch.float32, torch.bfloat16):
         w = [
             torch.randn(rows, inner).to(dtype)
@@ -299,12 +244,8 @@ def rows_of_every_length():
 
 
 @program.check
-def long_lists():
+def test_long_lists():
     """More tensors than the tables of one launch hold, empty ones among them."""
-    import torch
-
-    from quantops import reference
-
     for count in (61, 1001):
         w = [torch.randn((i * 37) % 90 if i % 7 else 0) for i in range(count)]
         s = [t.abs().amax() if t.numel() else torch.tensor(1.0) for t in w]
@@ -321,12 +262,8 @@ def long_lists():
 
 
 @program.check
-def longer_segments():
+def test_longer_segments():
     """A list of more than 2M elements, which is cut into longer runs; its sums are the same bits every time."""
-    import torch
-
-    from quantops import reference
-
     w = [torch.randn(size).bfloat16() for size in ((4_500_003,), (3, 70001), (5,))]
     s = list(torch.ops.quantops.absmax(w, False).unbind())
     bits, k = (torch.tensor(v, dtype=torch.int32) for v in ([4, 8, 3], [1, 2, 1]))
@@ -342,12 +279,8 @@ def longer_segments():
 
 
 @program.check
-def values_out_of_range():
+def test_values_out_of_range():
     """NaN for that tensor (integers: INVALID, a count: -1), as in the reference, and for no other."""
-    import torch
-
-    from quantops import reference
-
     nan, inf = float("nan"), float("inf")
     bad = [
         (8, 1, 1.0),
@@ -397,9 +330,7 @@ def values_out_of_range():
 
 
 @program.check
-def errors():
-    import torch
-
+def test_errors():
     ops = torch.ops.quantops
     w, s, n = [torch.randn(4, 6)], [torch.ones(())], torch.tensor([4], dtype=torch.int32)
     f32 = torch.float32
@@ -454,252 +385,3 @@ def errors():
             ),
         }
     )
-
-
-# ------------------------------------------------------------------------------------------------- family truncate
-
-
-def _widths(count, widths, seed):
-    """(bits, base_bits) of `count` weights: distinct widths of base widths of every kind."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    base = torch.randint(widths, 17, (count,), generator=generator, dtype=torch.int32)
-    bits = torch.stack([1 + torch.randperm(int(n), generator=generator)[:widths] for n in base], 1)
-    return bits.to(torch.int32), base
-
-
-def _check_truncate(w, s, out, bits, base, rule, dtype, what, tanh=False):
-    import torch
-
-    from quantops import reference
-
-    q = torch.ops.quantops.truncate(w, s, out, bits, base, rule, tanh, False, False, dtype)
-    for j, i in itertools.product(range(len(bits)), range(len(w))):
-        want = reference.truncate(
-            w[i],
-            s[i],
-            bits[j, i],
-            base_bits=base[i],
-            rule=reference.uniform.RULES[rule],
-            companding="tanh" if tanh else None,
-            out_scale=out[i] if out else None,
-            out_dtype=dtype,
-        )
-        exact(q[j * len(w) + i], want, f"{what} bits={bits[j, i]} of {base[i]} w[{i}]")
-        laid_out_like(q[j * len(w) + i], w[i])
-
-
-def _check_truncate_backward(grads, w, s, out, bits, base, rule, what, tanh=False):
-    import torch
-
-    from quantops import reference
-    from quantops.default.truncate import used_gradients
-
-    for scale_grad in (False, True):
-        got = torch.ops.quantops.truncate_backward(grads, w, s, out, bits, base, rule, tanh, False, scale_grad)
-        assert [len(v) for v in got] == [len(w), len(w) * scale_grad, len(out) * scale_grad]
-        for i, t in enumerate(w):
-            used = used_gradients(grads[i :: len(w)], t)
-            options = {
-                "base_bits": base[i],
-                "rule": reference.uniform.RULES[rule],
-                "out_scale": out[i] if out else None,
-                "companding": "tanh" if tanh else None,
-            }
-            want = reference.truncate_backward(used, t, s[i], bits[:, i], **options)
-            where = f"{what} bits={bits[:, i]} of {base[i]} w[{i}]"
-            exact(got[0][i], want[0], f"grad_w {where}")
-            laid_out_like(got[0][i], t)
-            room = sum(
-                float((abs(a) + abs(b)).double().mul(abs(g)).nan_to_num(0, 0, 0).sum())
-                for g, n in zip(used, bits[:, i])
-                if g is not None
-                for a, b in [reference.truncate_scale_terms(t, s[i], n, **options)]
-            )
-            for have, value in zip(got[1:], want[1:]):
-                if have:  # a lane adds up a vector in float32
-                    assert have[i].shape == s[i].shape and have[i].dtype == s[i].dtype
-                    torch.testing.assert_close(
-                        have[i],
-                        value,
-                        rtol=1e-6,
-                        equal_nan=True,
-                        atol=room * (1e-15 if value.dtype == torch.float64 else 1e-7) + 1e-30,
-                        msg=lambda m: f"{where}: {m}",
-                    )
-
-
-@program.check
-def truncate():
-    import torch
-
-    import cases
-
-    for case, (dtype, per_row, rule) in enumerate(itertools.product(DTYPES, (False, True), range(3))):
-        w, s = _weights(dtype, per_row)
-        bits, base = _widths(len(w), 1 + case % 4, case)
-        for out_dtype in DTYPES:
-            what = f"{dtype} to {out_dtype} per_row={per_row} rule={rule}"
-            _check_truncate(
-                w,
-                s,
-                cases.scales(w, per_row, seed=7) if case % 2 else [],
-                bits,
-                base,
-                rule,
-                getattr(torch, out_dtype),
-                what,
-                tanh=case % 5 > 2,
-            )
-
-
-@program.check
-def truncate_to_every_width():
-    import torch
-
-    for base in range(1, 17):
-        edges = torch.arange(-512, 513).div(512)
-        w = [torch.cat([edges, torch.randn(41) * 0.4])]
-        bits, base = torch.arange(1, base + 1, dtype=torch.int32).unsqueeze(1), torch.tensor([base], dtype=torch.int32)
-        for rule in range(3):
-            _check_truncate(w, [torch.tensor(1.0)], [], bits, base, rule, torch.float32, f"rule={rule}")
-
-
-@program.check
-def truncate_backward():
-    import torch
-
-    import cases
-
-    for case, (dtype, per_row, grad_dtype) in enumerate(itertools.product(DTYPES, (False, True), DTYPES)):
-        w, s = _weights(dtype, per_row)
-        widths = 1 + case % 3
-        bits, base = _widths(len(w), widths, case)
-        grads = [torch.randn(t.shape).to(getattr(torch, grad_dtype)) for _ in range(widths) for t in w]
-        grads[0] = torch.randn(()).to(grads[0].dtype).expand(w[0].shape)  # the gradient of a sum
-        for i in (5, 1 + len(w), *range(12, len(grads), len(w))):
-            if i < len(grads):
-                grads[i] = grads[i].new_empty(0)
-        grads[-1].view(-1)[::5] = torch.tensor(float("nan"))
-        grads[6].view(-1)[::2] = -0.0
-        out = cases.scales(w, per_row, seed=7) if case % 2 else []
-        _check_truncate_backward(
-            grads,
-            w,
-            s,
-            out,
-            bits,
-            base,
-            case % 3,
-            f"{dtype} grad {grad_dtype} per_row={per_row}",
-            tanh=case // 4 % 2 == 1,
-        )
-        s = [t.reshape(()) for t in torch.ops.quantops.absmax(w[:-1], False).unbind()]
-        some = [g for i, g in enumerate(grads) if i % len(w) != len(w) - 1]
-        got = torch.ops.quantops.truncate_backward(some, w[:-1], s, [], bits[:, :-1], base[:-1], 1, False, True, False)
-        for i, t in enumerate(w[:-1]):
-            total = None
-            for g in some[i :: len(w) - 1]:
-                if g.numel() or not t.numel():
-                    total = g.to(s[0].dtype) if total is None else total + g.to(s[0].dtype)
-            exact(got[0][i], (torch.zeros(t.shape) if total is None else total).to(t.dtype), f"covered w[{i}]")
-
-
-@program.check
-def truncate_rows_of_every_length_and_alignment():
-    import torch
-
-    for dtype in (torch.float32, torch.bfloat16):
-        w = [
-            torch.randn(rows, inner).to(dtype)
-            for rows, inner in itertools.product((1, 2, 37), (1, 3, 8, 27, 32, 147, 1023, 1024, 1025, 3000))
-        ]
-        w += [torch.randn(1000)[at : at + 700].to(dtype) for at in range(5)]
-        w += [torch.randn(1000).to(dtype)[at : at + 700] for at in range(5)]
-        s = [t.float().abs().amax(1) * 0.8 if t.dim() == 2 else torch.ones(1) for t in w]
-        bits, base = _widths(len(w), 3, 1)
-        _check_truncate(w, s, [], bits, base, 1, dtype, "rows")
-        grads = [
-            torch.randn(t.numel() + 3).to(dtype)[i % 4 : i % 4 + t.numel()].view_as(t) for i, t in enumerate(w * 3)
-        ]
-        _check_truncate_backward(grads, w, s, [], bits, base, 1, "rows")
-
-
-@program.check
-def truncate_long_lists():
-    """More tensors than the tables of one launch hold, empty ones among them, and up to 16 widths of each."""
-    import torch
-
-    for count, widths in ((37, 1), (301, 1), (350, 4), (90, 16)):
-        w = [torch.randn((i * 37) % 90 if i % 7 else 0) for i in range(count)]
-        s = [t.abs().amax() if t.numel() else torch.tensor(1.0) for t in w]
-        bits, base = _widths(count, widths, 2)
-        _check_truncate(w, s, [], bits, base, 1, torch.float32, f"{count} x {widths}")
-        grads = [torch.randn(t.shape) for _ in range(widths) for t in w]
-        _check_truncate_backward(grads, w, s, s, bits, base, 1, f"{count} x {widths}")
-
-
-@program.check
-def truncate_values_out_of_range():
-    import torch
-
-    nan, inf = float("nan"), float("inf")
-    bad = [
-        (n, base, 1.0, 1.0)
-        for n, base in ((0, 8), (9, 8), (-1, 8), (2**31 - 1, 8), (4, 17), (4, 0), (4, -1), (4, 2**31 - 1), (4, 8))
-    ]
-    bad += [(4, 8, v, 1.0) for v in (-1.0, nan, inf)] + [(4, 8, 1.0, v) for v in (-1.0, nan, inf)]
-    for shape in ((6, 50), (0,)):
-        w = [torch.randn(shape) for _ in bad]
-        s, out = ([torch.ones(shape[0]) for _ in bad] for _ in range(2))
-        for t, o, b in zip(s, out, bad):
-            t[-1:], o[-1:] = b[2], b[3]
-        base = torch.tensor([b[1] for b in bad], dtype=torch.int32)
-        bits = torch.tensor([[b[0] for b in bad], [3] * len(bad)], dtype=torch.int32)
-        for tanh in (False, True):
-            _check_truncate(w, s, out, bits, base, 1, torch.float32, "out of range", tanh)
-        for unused in ((), range(len(w)), range(len(w), 2 * len(w))):  # what is not used does no harm
-            grads = [torch.empty(0) if i in unused else torch.randn(shape) for i in range(2 * len(w))]
-            for tanh in (False, True):
-                _check_truncate_backward(grads, w, s, out, bits, base, 1, f"out of range, unused {unused}", tanh)
-
-
-@program.check
-def truncate_errors():
-    import torch
-
-    ops = torch.ops.quantops
-    w, s, n = [torch.randn(4, 6)], [torch.ones(())], torch.tensor([[4]], dtype=torch.int32)
-
-    def forward(scale=s, out=(), bits=n, base=n[0], rule=1, dtype=torch.float32):
-        return ops.truncate(w, scale, list(out), bits, base, rule, False, False, False, dtype)
-
-    def backward(grads):
-        return ops.truncate_backward(grads, w, s, [], n, n[0], 1, False, False, True)
-
-    raises(
-        {
-            "scale: expected dtype float32, got float64": lambda: forward(scale=[s[0].double()]),
-            "out_scale: expected dtype float32, got float64": lambda: forward(out=[s[0].double()]),
-            "out_scale: expected as many elements as its scale has (1)": lambda: forward(out=[torch.ones(4)]),
-            "bits: expected dtype int32, got int64": lambda: forward(bits=n.long()),
-            "bits: expected shape (widths, weights) = (1..16, 1), got (17, 1)": lambda: forward(bits=n.repeat(17, 1)),
-            "base_bits: expected 1 element, got shape (2,)": lambda: forward(base=n[0].repeat(2)),
-            "rule: expected 0, 1 or 2, got 3": lambda: forward(rule=3),
-            "dtype: expected float32": lambda: forward(dtype=torch.int32),
-            "grads: expected a list with one entry per width and weight (1 x 1), got 2": lambda: backward(w * 2),
-            "grads[0]: expected the weight's shape (4, 6), or no elements, got (6, 4)": lambda: backward([w[0].t()]),
-        }
-    )
-
-
-if __name__ == "__main__":
-    program.main(*sys.argv[1:])
-
-
-@pytest.mark.parametrize("name", program.checks)
-def test_emulated(results, name):
-    """Each check of the child process."""
-    if results[name]:
-        pytest.fail(results[name], pytrace=False)

@@ -4,47 +4,26 @@ the how. The two stand side by side in one process: the emulated ones under a di
 """
 
 import itertools
-import sys
 
-import pytest
+import torch
 
+import cases
+from categorical_cases import KINDS, RATIOS, interval, make_gates
 from emulation import DTYPES, Program, exact, laid_out_like, raises
+from quantops import reference
+from quantops.reference.categorical import GRADS, MODES
 
-KEY = "XLA"
 HARD, SOFT, SAMPLE = range(3)
 WINNER, OF_SOFT = range(2)
 # (mode, grad_of) of every kind of backward kernel: the last takes the draws of one and the sums of the other.
 BACKWARD = ((HARD, WINNER), (SAMPLE, WINNER), (SOFT, WINNER), (SAMPLE, OF_SOFT))
 
-program = Program(__file__, "categorical", backend="", key=KEY)
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    from quantops.backends import library_path
-
-    if not library_path("cpu").exists():
-        pytest.skip("the C++ kernels to compare with were not built: install g++ and run pip install -e .")
-    return program.results(tmp_path_factory.mktemp("cuda_on_cpu"))
-
-
-# ------------------------------------------------------------------------------ what runs in the process of its own
-
-
-def emulated(name, *args):
-    import torch
-
-    keys = torch._C.DispatchKeySet(torch._C._parse_dispatch_key(KEY))
-    return getattr(torch.ops.quantops, name).default.redispatch(keys, *args)
+program = Program(__file__, "categorical", beside_cpp=True)
+emulated = program.emulated
 
 
 def _lists(dtype, per_row, most_bits, kind, seed=0):
     """(x, alpha, sigma, bits, gates or []) of many shapes, the last with NaN and infinities."""
-    import torch
-
-    import cases
-    from categorical_cases import make_gates
-
     x = [
         t if t.numel() < 3000 else t[3:1500] if t.dim() == 1 else t[:2, :1200]
         for t in cases.weights(getattr(torch, dtype))
@@ -62,23 +41,17 @@ def _lists(dtype, per_row, most_bits, kind, seed=0):
 
 def _unit(t):
     """Four units of rounding."""
-    import torch
-
     return 4 * torch.finfo(t.dtype).eps
 
 
 def _close(got, want, room, what):
     """To ``room``, and to the rounding of what is stored."""
-    import torch
-
     torch.testing.assert_close(
         got, want, rtol=2 * torch.finfo(got.dtype).eps, atol=room, equal_nan=True, msg=lambda m: f"{what}: {m}"
     )
 
 
 def _check_values(args, mode, signed, dtype, what):
-    import torch
-
     x, alpha, sigma, bits, gates = args
     options = bits, gates, torch.tensor([7]), mode, WINNER, signed, dtype
     got = emulated("categorical", x, alpha, sigma, *options)
@@ -93,8 +66,6 @@ def _check_values(args, mode, signed, dtype, what):
 
 def _check_gradients(g, args, mode, grad_of, signed, what, wanted=(True, True)):
     """``wanted``: gradients of alpha and sigma, of gates."""
-    import torch
-
     x, alpha, sigma, bits, gates = args
     options = bits, gates, torch.tensor([7]), mode, grad_of, signed, *wanted
     got = emulated("categorical_backward", g, x, alpha, sigma, *options)
@@ -138,11 +109,7 @@ def _check_gradients(g, args, mode, grad_of, signed, what, wanted=(True, True)):
 
 
 @program.check
-def values():
-    import torch
-
-    from categorical_cases import KINDS
-
+def test_values():
     for case, (dtype, per_row, signed, kind, mode) in enumerate(
         itertools.product(DTYPES, (False, True), (True, False), KINDS, (HARD, SOFT, SAMPLE))
     ):
@@ -158,11 +125,7 @@ def values():
 
 
 @program.check
-def gradients():
-    import torch
-
-    from categorical_cases import KINDS
-
+def test_gradients():
     for case, (dtype, per_row, kind, (mode, grad_of)) in enumerate(
         itertools.product(DTYPES, (False, True), KINDS, BACKWARD)
     ):
@@ -178,12 +141,8 @@ def gradients():
 
 
 @program.check
-def every_width():
+def test_every_width():
     """x on and beside every class of every width, and far outside."""
-    import torch
-
-    from categorical_cases import KINDS, RATIOS, interval, make_gates
-
     generator = torch.Generator().manual_seed(3)
     kinds = list(zip(KINDS * 2, RATIOS + RATIOS[:1], (True, False) * 4))
     for bits, (kind, ratio, signed) in itertools.product(range(1, 17), kinds):
@@ -200,9 +159,7 @@ def every_width():
 
 
 @program.check
-def rows_of_every_length_and_alignment():
-    import torch
-
+def test_rows_of_every_length_and_alignment():
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         x = [
             torch.randn(rows, inner).to(dtype)
@@ -222,10 +179,8 @@ def rows_of_every_length_and_alignment():
 
 
 @program.check
-def long_lists():
+def test_long_lists():
     """More tensors than the tables of one launch hold, empty ones among them; the same bits every time."""
-    import torch
-
     for count in (32, 33, 270):
         x = [torch.randn((i * 37) % 90 if i % 7 else 0) for i in range(count)]
         alpha, sigma = [torch.rand(1) + 0.1 for _ in x], [torch.rand(1) + 0.1 for _ in x]
@@ -242,10 +197,8 @@ def long_lists():
 
 
 @program.check
-def long_tensors():
+def test_long_tensors():
     """Many items of one scale, whose sums a second kernel adds up, and a long list of draws."""
-    import torch
-
     x = [torch.randn(60_001), torch.randn(3, 5000), torch.randn(7)]
     g = [torch.randn(t.shape) for t in x]
     alpha = [torch.tensor([0.3]), torch.rand(3) + 0.3, torch.tensor([0.4])]
@@ -259,13 +212,8 @@ def long_tensors():
 
 
 @program.check
-def values_out_of_range():
+def test_values_out_of_range():
     """NaN for that scale, or that tensor, as in the reference, and for no other."""
-    import torch
-
-    from quantops import reference
-    from quantops.reference.categorical import GRADS, MODES
-
     nan, inf = float("nan"), float("inf")
     bad = [(v, 1.0, 3, None) for v in (0.0, -1.0, nan, inf, -inf, 1e-39)]
     bad += [(1.0, v, 3, None) for v in (0.0, -0.0, -1.0, nan, inf)]
@@ -315,9 +263,7 @@ def values_out_of_range():
 
 
 @program.check
-def errors():
-    import torch
-
+def test_errors():
     x, s, n = [torch.randn(4, 6)], [torch.ones(1)], torch.tensor([3], dtype=torch.int32)
 
     def forward(x=x, alpha=s, sigma=s, bits=n, gates=(), seed=None, mode=HARD, grad_of=WINNER, dtype=torch.float32):
@@ -346,14 +292,3 @@ def errors():
             "grad: expected dtype float32": lambda: backward([torch.ones(4, 6, dtype=torch.int32)]),
         }
     )
-
-
-if __name__ == "__main__":
-    program.main(*sys.argv[1:])
-
-
-@pytest.mark.parametrize("name", program.checks)
-def test_emulated(results, name):
-    """Each check of the child process."""
-    if results[name]:
-        pytest.fail(results[name], pytrace=False)

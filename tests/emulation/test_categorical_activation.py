@@ -4,46 +4,23 @@ rounding. As in test_cuda_emulated_categorical.py.
 """
 
 import itertools
-import sys
 
-import pytest
+import torch
 
+import cases
 from emulation import DTYPES, Program, exact, laid_out_like, raises
 
-KEY = "XLA"
-program = Program(__file__, "categorical_activation", backend="", key=KEY)
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    from quantops.backends import library_path
-
-    if not library_path("cpu").exists():
-        pytest.skip("the C++ kernels to compare with were not built: install g++ and run pip install -e .")
-    return program.results(tmp_path_factory.mktemp("cuda_on_cpu"))
-
-
-# ------------------------------------------------------------------------------ what runs in the process of its own
-
-
-def emulated(name, *args):
-    import torch
-
-    keys = torch._C.DispatchKeySet(torch._C._parse_dispatch_key(KEY))
-    return getattr(torch.ops.quantops, name).default.redispatch(keys, *args)
+program = Program(__file__, "categorical_activation", beside_cpp=True)
+emulated = program.emulated
 
 
 def _widths(bits, dtype, alpha=0.37, ratio=2.0):
-    import torch
-
     a = torch.tensor([alpha], dtype=torch.float64 if dtype == "float64" else torch.float32)
     return a, a / ratio, torch.tensor([bits], dtype=torch.int32)
 
 
 def _check_gradient(got, want, g, args, grad_of, what):
     """Of soft sums bit for bit; the winner's, whose products and sums are fused in one alone, to their rounding."""
-    import torch
-
     if grad_of:
         return exact(got, want, what)
     room = 4 * torch.finfo(args[0].dtype).eps * 2 ** int(args[2]) * max(1.0, float(args[0] / args[1]))
@@ -58,8 +35,6 @@ def _check_gradient(got, want, g, args, grad_of, what):
 
 
 def _check(x, g, args, grad_of, out, what, scale_grad=True):
-    import torch
-
     forward, backward = torch.ops.quantops.categorical_activation, torch.ops.quantops.categorical_activation_backward
     q, quarters = emulated("categorical_activation", x, *args, grad_of, out)
     for got, want in zip((q, quarters), forward(x, *args, grad_of, out)):
@@ -79,11 +54,7 @@ def _check(x, g, args, grad_of, out, what, scale_grad=True):
 
 
 @program.check
-def every_dtype_and_layout():
-    import torch
-
-    import cases
-
+def test_every_dtype_and_layout():
     for case, (dtype, out, grad_dtype) in enumerate(itertools.product(DTYPES, DTYPES, DTYPES)):
         for i, x in enumerate(cases.weights(getattr(torch, dtype))):
             x = x if x.numel() < 3000 else x[3:1500] if x.dim() == 1 else x[:2, :1200]
@@ -97,10 +68,8 @@ def every_dtype_and_layout():
 
 
 @program.check
-def every_width():
+def test_every_width():
     """x on and beside every edge of every quarter, and far outside."""
-    import torch
-
     for bits, ratio, grad_of in itertools.product(range(9), (100, 10, 1, 0.1, 0.01), (0, 1)):
         v = torch.arange(-8, 4 * 2**bits + 8) / 4
         x = torch.cat([v, v + 0.01, v - 0.01, torch.tensor([-1e6, 1e6, 3e38, -torch.inf, torch.inf, torch.nan])]) * 0.7
@@ -108,9 +77,7 @@ def every_width():
 
 
 @program.check
-def lengths_and_alignments():
-    import torch
-
+def test_lengths_and_alignments():
     lengths = *range(1, 12), 127, 128, 129, 1023, 1030
     for dtype, n, at in itertools.product(("float32", "bfloat16", "float64"), lengths, (0, 1, 3, 8)):
         x, g = (torch.randn(2, n + 8).to(getattr(torch, dtype)))[:, at : at + n].unbind()
@@ -118,10 +85,8 @@ def lengths_and_alignments():
 
 
 @program.check
-def long_tensors():
+def test_long_tensors():
     """Many items, whose sums another kernel adds up; the same bits every time."""
-    import torch
-
     for dtype in ("float32", "bfloat16"):
         x, g = torch.randn(2, 60_001).to(getattr(torch, dtype)).unbind()
         args = _widths(3, dtype)
@@ -135,11 +100,7 @@ def long_tensors():
 
 
 @program.check
-def any_q_and_quarters():
-    import torch
-
-    import cases
-
+def test_any_q_and_quarters():
     q = torch.tensor([*cases.SPECIAL, 1e9, -1e9, 0.2, 5.0])
     quarters = torch.randint(0, 256, (5,), dtype=torch.uint8)
     for bits, grad_of in itertools.product((1, 4, 8), (0, 1)):
@@ -150,9 +111,7 @@ def any_q_and_quarters():
 
 
 @program.check
-def values_out_of_range():
-    import torch
-
+def test_values_out_of_range():
     nan, inf = float("nan"), float("inf")
     bad = [(v, 1.0, 3) for v in (0.0, -1.0, nan, inf, -inf, 1e-39)] + [(1.0, v, 3) for v in (0.0, -1.0, nan, inf)]
     bad += [(1.0, 1.0, n) for n in (-1, 9, 17, 2**31 - 1, -(2**31))]
@@ -165,9 +124,7 @@ def values_out_of_range():
 
 
 @program.check
-def errors():
-    import torch
-
+def test_errors():
     x, (alpha, sigma, bits) = torch.rand(4), _widths(4, "float32")
     quarters = torch.zeros(1, dtype=torch.uint8)
 
@@ -194,14 +151,3 @@ def errors():
             "alpha: expected dtype float64, got float32": lambda: backward(dtype=torch.float64),
         }
     )
-
-
-if __name__ == "__main__":
-    program.main(*sys.argv[1:])
-
-
-@pytest.mark.parametrize("name", program.checks)
-def test_emulated(results, name):
-    """Each check of the child process."""
-    if results[name]:
-        pytest.fail(results[name], pytrace=False)

@@ -3,41 +3,20 @@ sums, which are taken in another order, to their rounding. As in test_cuda_emula
 """
 
 import itertools
-import sys
 
-import pytest
+import torch
 
+import cases
 from emulation import DTYPES, Program, exact, laid_out_like, raises
 
-KEY = "XLA"
-program = Program(__file__, "activation", backend="", key=KEY)
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    from quantops.backends import library_path
-
-    if not library_path("cpu").exists():
-        pytest.skip("the C++ kernels to compare with were not built: install g++ and run pip install -e .")
-    return program.results(tmp_path_factory.mktemp("cuda_on_cpu"))
-
-
-# ------------------------------------------------------------------------------ what runs in the process of its own
-
-
-def emulated(name, *args):
-    import torch
-
-    keys = torch._C.DispatchKeySet(torch._C._parse_dispatch_key(KEY))
-    return getattr(torch.ops.quantops, name).default.redispatch(keys, *args)
+program = Program(__file__, "activation", beside_cpp=True)
+emulated = program.emulated
 
 
 WAYS = ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0), (2, 2))  # keep, learn
 
 
 def _check(x, g, scale, offset, bits, settings, out, what):
-    import torch
-
     forward, backward = torch.ops.quantops.activation, torch.ops.quantops.activation_backward
     keep, learn = settings[-2:]
     args = scale, offset, torch.tensor([bits], dtype=torch.int32), *settings
@@ -58,11 +37,7 @@ def _check(x, g, scale, offset, bits, settings, out, what):
 
 
 @program.check
-def every_dtype_and_layout():
-    import torch
-
-    import cases
-
+def test_every_dtype_and_layout():
     for case, (dtype, out, grad) in enumerate(itertools.product(DTYPES, DTYPES, DTYPES)):
         acc = torch.float64 if dtype == "float64" else torch.float32
         for i, x in enumerate(cases.weights(getattr(torch, dtype))):
@@ -88,9 +63,7 @@ def every_dtype_and_layout():
 
 
 @program.check
-def lengths_and_alignments():
-    import torch
-
+def test_lengths_and_alignments():
     lengths = *range(1, 11), 255, 256, 257, 1023, 1030
     for dtype, n, at in itertools.product(("float32", "bfloat16"), lengths, (0, 1, 8)):
         x, g = (torch.randn(2, n + 8).to(getattr(torch, dtype)))[:, at : at + n].unbind()
@@ -99,10 +72,8 @@ def lengths_and_alignments():
 
 
 @program.check
-def long_tensors():
+def test_long_tensors():
     """Many items, whose sums another kernel adds up; the same bits every time."""
-    import torch
-
     for dtype, (keep, learn) in itertools.product(("float32", "bfloat16"), ((1, 1), (2, 2))):
         x, g = torch.randn(2, 60_001).to(getattr(torch, dtype)).unbind()
         scale, n = torch.ones(1), torch.tensor([4], dtype=torch.int32)
@@ -115,9 +86,7 @@ def long_tensors():
 
 
 @program.check
-def values_out_of_range():
-    import torch
-
+def test_values_out_of_range():
     nan, inf = float("nan"), float("inf")
     bad = [(v, 0.0, 3) for v in (0.0, -1.0, nan, inf, 1e-31)] + [(1.0, v, 3) for v in (nan, inf)]
     bad += [(1.0, 0.0, n) for n in (-1, 17, 2**31 - 1, -(2**31))]
@@ -130,9 +99,7 @@ def values_out_of_range():
 
 
 @program.check
-def errors():
-    import torch
-
+def test_errors():
     x, scale, bits, none = torch.rand(4), torch.ones(1), torch.tensor([4], dtype=torch.int32), torch.zeros(0).byte()
 
     def forward(
@@ -168,14 +135,3 @@ def errors():
             "kept: expected dtype uint8": lambda: backward(kept=torch.zeros(1)),
         }
     )
-
-
-if __name__ == "__main__":
-    program.main(*sys.argv[1:])
-
-
-@pytest.mark.parametrize("name", program.checks)
-def test_emulated(results, name):
-    """Each check of the child process."""
-    if results[name]:
-        pytest.fail(results[name], pytrace=False)
