@@ -1,10 +1,9 @@
 """Gates, x over a grid, and the widths of bins that tests of family ``categorical`` go through."""
 
-import sys
-
 import torch
 
-ref = sys.modules["quantops.reference.categorical"]
+from quantops.reference.categorical import cumulative_gates, levels
+
 RATIOS = (100, 10, 3, 1, 0.3, 0.1, 0.01)  # alpha/sigma
 KINDS = ("none", "fractions", "mixed", "ones")
 
@@ -23,8 +22,8 @@ def make_gates(kind, bits, dtype, generator, least=0.05):
 
 def interval(bits, signed, gates=None):
     """The lowest and the highest class that is in."""
-    count = bits if gates is None else int((ref.cumulative_gates(gates, bits) > 0).sum())
-    return ref.levels(bits, signed)[count - 1]
+    count = bits if gates is None else int((cumulative_gates(gates, bits) > 0).sum())
+    return levels(bits, signed)[count - 1]
 
 
 def inputs(n, bits, signed, ratio, gates, generator, dtype=torch.float64, beyond=3.0):
