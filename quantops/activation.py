@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
@@ -33,7 +34,7 @@ class UniformActivation(Settings, torch.nn.Module):
             the range is a parameter, ``clip``. "tracked": the running maximum of |x|, or its ``percentile``, in
             training forwards, with ``momentum``; static in evaluation. Or a number, the end of the range, fixed.
         signed: True, False, or None: signed if the first batch has negative values. Negative values that come to an
-            unsigned quantizer are no error: the report says which part of x they were.
+            unsigned quantizer are no error: the report says which part they were of the first batch, or of calibrate's.
         relu: the ReLU in front is fused: the module stands in the place of a ReLU. Unsigned.
         offset: LSQ+ (2004.09576): unsigned codes of x less a parameter, ``offset``, which starts at the minimum.
         channels: None, or the channels (dim 1 of x), each with values of its own.
@@ -215,7 +216,10 @@ class UniformActivation(Settings, torch.nn.Module):
                     "UniformActivation: evaluated before it has a scale; expected a training forward, "
                     "quantops.calibrate(model, batches) or a state dict first"
                 )
-            self._begin([self._statistics(x)])
+            first = self._statistics(x)
+            if not torch.compiler.is_compiling() and not _finite([first]):
+                raise ValueError("x: expected finite values to take a scale from, got NaN or infinity")
+            self._begin([first])
         elif self.scale == "tracked" and self.training:
             self._track(x)
         acc, (bits, place) = acc_dtype(x.dtype), self._width()
@@ -306,6 +310,11 @@ class UniformActivation(Settings, torch.nn.Module):
         )
 
 
+def _finite(statistics):
+    """Whether all of x were finite in [what :meth:`UniformActivation._statistics` gives for a batch]."""
+    return all(bool(low.isfinite().all() & high.isfinite().all()) for _, _, low, high, _ in statistics)
+
+
 # Where they stand in a network.
 
 INPUT, OUTPUT = "input_quantizer", "output_quantizer"
@@ -389,13 +398,18 @@ def calibrate(model, batches, *, steps=None, progress=False):
     Args:
         batches: inputs: tensors; tuples or lists, of which the first entry goes in (as a DataLoader gives x and y); or
             dicts, as keyword arguments.
-        steps: so many batches at most. progress: show a bar (needs tqdm).
+        steps: so many batches at most, all where None. progress: show a bar (needs tqdm).
 
-    Raises ValueError for a model without such modules and for no batches at all.
+    Raises ValueError for a model without such modules, for no batches at all, and for NaN or infinities that come to a
+    module, naming it; TypeError for batches that cannot be iterated over.
     """
     found = [(n, m) for n, m in activations(model) if isinstance(m, UniformActivation)]
     if not found:
         raise ValueError(f"model: expected modules of UniformActivation, {type(model).__name__} has none")
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches: expected an iterable of inputs, got {type(batches).__name__}")
+    if steps is not None:
+        check_int("steps", steps, 1, 2**62)
     training, count = {m: m.training for m in model.modules()}, 0
     if progress:
         from tqdm import tqdm
@@ -421,6 +435,9 @@ def calibrate(model, batches, *, steps=None, progress=False):
             m.training = mode
     if not count:
         raise ValueError("batches: expected at least one batch, got none")
+    for (name, _), seen in zip(found, statistics):
+        if not _finite(seen):
+            raise ValueError(f"batches: expected finite values to take a scale from, got NaN or infinity at {name}")
     scales = {}
     for (name, m), seen in zip(found, statistics):
         if not seen:

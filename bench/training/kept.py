@@ -1,26 +1,29 @@
 """What a training step keeps for its backward pass where activations are quantized, by us and by others.
 
 Whole steps of ResNet-50 and of a ViT, weights in float, with a quantizer of 4 bits in front of every layer, or in the
-place of every ReLU, whose output nobody keeps then. A ReLU or a GELU in front keeps x by itself: there keep="input"
-costs nothing, nor does what torch's quantizer keeps. Bytes are counted by torch's hooks on saved tensors, each storage
+place of every ReLU, whose output nobody keeps then. A ReLU in front keeps x by itself: there keep="input" costs
+nothing, nor does what torch's quantizer keeps. Bytes are counted by torch's hooks on saved tensors, each storage
 once, parameters apart: the most that is alive at a time. They depend on no load and no clock; on a GPU the allocator's
 peak stands beside them.
 """
 
 import functools
 import importlib.util
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import quantops
+from bench.ops.report import insert
 from bench.ops.steps import NETWORKS
 from bench.store import Result
 from bench.store import add_arguments as add_common
 from quantops.activation import replace_relus
 from quantops.demo.digits import kept_for_backward
 
+BEGIN, END = "<!-- kept: begin -->", "<!-- kept: end -->"
 BITS = 4
 CHOSEN = ("resnet50", "deit_small")
 
@@ -155,12 +158,16 @@ def kept(args):
                 continue
             result.add(measured(network, way, device))
             print(f"{network}, {way}: {result.rows[-1]['kept'] / 1e6:.1f} MB", flush=True)
-    print(markdown(result.data))
+    text = markdown(result.data)
+    print(text)
+    if args.into:
+        insert(args.into, text, BEGIN, END)
     return 0
 
 
 def add_arguments(parser):
     """Options of ``python -m bench kept``."""
+    parser.add_argument("--into", type=Path, help=f"a Markdown file with the markers {BEGIN} and {END}")
     parser.add_argument("--networks", default=",".join(CHOSEN), help=f"some of {', '.join(NETWORKS)}")
     add_common(parser)
     parser.set_defaults(call=kept)

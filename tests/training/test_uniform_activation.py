@@ -130,10 +130,9 @@ def test_where_values_start(scale):
     act.eval()
     act(9 * x)  # static
     assert float(act.values()[0]) == pytest.approx(1.2 * end if scale == "tracked" else end, rel=1e-5)
-    for bad in (-1.0, float("nan")):
-        dead = UniformActivation(2, scale=scale, relu=True)
-        dead(torch.full((3,), bad))
-        assert dead.start == 1
+    dead = UniformActivation(2, scale=scale, relu=True)
+    dead(torch.full((3,), -1.0))
+    assert dead.start == 1
 
 
 def test_a_percentile_leaves_outliers_out():
@@ -302,3 +301,20 @@ def test_errors_of_calls():
         act(torch.ones(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"x: expected values to take a scale from, got shape \(0,\)"):
         UniformActivation()(torch.empty(0))
+    for bad in (float("nan"), float("inf")):
+        module, x = UniformActivation(4), torch.ones(4)
+        x[2] = bad
+        with pytest.raises(ValueError, match="x: expected finite values to take a scale from, got NaN or infinity"):
+            module(x)
+        assert not any(module.started) and module(torch.ones(4)).isfinite().all()  # the module is as it was
+        model = nn.Sequential(nn.Linear(4, 3), module)
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        with pytest.raises(ValueError, match="batches: expected finite values .* NaN or infinity at 1"):
+            Q.calibrate(model, [torch.ones(2, 4), x.expand(2, 4)])
+        assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+    for batches, options, error, text in (
+        (3, {}, TypeError, "batches: expected an iterable of inputs, got int"),
+        ([torch.ones(2, 4)], {"steps": 0}, ValueError, "steps: expected an integer 1"),
+    ):
+        with pytest.raises(error, match=text):
+            Q.calibrate(model, batches, **options)
