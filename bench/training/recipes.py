@@ -264,6 +264,7 @@ DETAILS = {
         "1 bit beside a sign, 3 levels, 3.07 mean|w|",
     ),
 }
+DETAILS["details-float"] = Recipe(methods.Float, {}, "-", "float, for as many steps")
 RECIPES |= DETAILS
 
 
@@ -290,7 +291,7 @@ def _at(n):
         for suffix, told in (("", "a constant"), ("-gradient", "and the gradient through it")):
             of_row = settings | {"scale_grad": bool(suffix)}
             found[f"details-{n}-{name}{suffix}"] = Recipe(method, of_row, paper, f"{text}, {told}")
-    known = [(r.method, {"scale_grad": False} | r.settings) for r in DETAILS.values()]
+    known = [(r.method, {"scale_grad": False} | r.settings) for r in DETAILS.values() if r.settings]
     return {name: r for name, r in found.items() if (r.method, r.settings) not in known}
 
 
@@ -356,7 +357,7 @@ VIT = {
 RECIPES |= VIT
 GROUPS = {
     "all": tuple(RECIPES),
-    "details": (*DETAILS, "float"),
+    "details": tuple(DETAILS),
     "activations": (*ACTIVATIONS, "float"),
     "vit": tuple(VIT),
     **{f"details-{n}": tuple(found) for n, found in DEFAULTS.items()},

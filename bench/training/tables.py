@@ -102,7 +102,8 @@ def _images_seen(results):
 
 def runs_table(folder):
     """What each method has come to, the longest runs first, and how far below float training for as long."""
-    body, ordered = [], sorted(folder.runs.items(), key=lambda item: -_images_seen(item[1]))
+    networks = [item for item in folder.runs.items() if not _is_detail(item[1])]
+    body, ordered = [], sorted(networks, key=lambda item: -_images_seen(item[1]))
     unquantized = {
         _budget(runs[0]): statistics.mean(r["accuracy"]["final"] for r in runs)
         for _, runs in ordered
@@ -182,10 +183,34 @@ def widths_table(folder):
     return markdown(heads, body) if body else ""
 
 
+def _is_detail(runs):
+    return runs[0]["configuration"]["method"].startswith("details")
+
+
+def details_table(folder):
+    """What the details of a quantizer are worth: constant bits, each detail on its own."""
+    body = []
+    for results in filter(_is_detail, folder.runs.values()):
+        name = results[0]["configuration"]["method"]
+        recipe, bits = RECIPES[name], results[0]["average_bits"]
+        body.append(
+            [
+                name,
+                f"{bits:.0f}" if bits else "32",
+                (f"{recipe.paper}: {recipe.deviations}" if bits else recipe.deviations).replace("|", r"\|"),
+                _budget(results[0]),
+                str(len(results)),
+                _mean(results, lambda r: r["accuracy"]["final"]),
+            ]
+        )
+    return markdown(["recipe", "bits", "what it is", "epochs x images", "seeds", "accuracy, %"], body) if body else ""
+
+
 def deviations(found):
     """What is not as in the papers, and what the papers have."""
     lines = [f"All methods: {EVERYWHERE}."]
-    names = dict.fromkeys(r["configuration"]["method"] for f in found for runs in f.runs.values() for r in runs)
+    networks = [runs for f in found for runs in f.runs.values() if not _is_detail(runs)]
+    names = dict.fromkeys(r["configuration"]["method"] for runs in networks for r in runs)
     for name in names:
         recipe = RECIPES[name]
         lines.append(
@@ -208,6 +233,8 @@ def summary(folder):
         ]
     if folder.runs:
         parts += ["Networks:", runs_table(folder)]
+        if details_table(folder):
+            parts += ["Details of a quantizer, at constant bits:", details_table(folder)]
         if widths_table(folder):
             parts += ["Accuracy by dropping bits of one network:", widths_table(folder)]
     return "\n\n".join(parts)

@@ -576,7 +576,7 @@ def test_costs_and_tables(file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(costs, "WAYS", {k: v for k, v in costs.WAYS.items() if k != "compiled MSQ"})
     monkeypatch.setattr(costs.measure, "interleave", lambda calls, *_, **__: {k: [f(), f()] for k, f in calls.items()})
     assert main(["costs", "--device", "cpu", "--batch", "2", "--out", str(tmp_path / "costs-cpp.json")]) == 0
-    for more in (["--method", "qat,separate-8,separate-2"], ["--method", "msq,float"]):
+    for more in (["--method", "qat,separate-8,separate-2"], ["--method", "msq,float,details-dyadic"]):
         assert run(file, tmp_path / "train", "--epochs", "1", *more) == 0
     assert run(file, tmp_path / "train", "--epochs", "2", "--method", "msq", "--label", "msq-long") == 0
     page = tmp_path / "page.md"
@@ -597,6 +597,7 @@ def test_costs_and_tables(file, tmp_path, capsys, monkeypatch):
         "| qat, norms re-estimated | 1 x 16 | 1 |",
         f"| separate networks | 1 x 16 | 1 | {alone[8]} |  | {alone[2]} |  |",
         "- msq (MSQ, arXiv 2507.22349): a scale of 2.8",
+        r"| details-dyadic | 2 | round-clamp rule, constant bits: max\|w\|, a constant | 1 x 16 | 1 |",
     ):
         assert cell in text, cell
     (row,) = (line for line in text.splitlines() if line.startswith("| msq-long |"))
