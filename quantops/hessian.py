@@ -4,6 +4,8 @@ from contextlib import contextmanager
 
 import torch
 
+from quantops.sharded import any_sharded, is_sharded, shards, slice_of, totals
+
 
 def hessian_trace(loss, params, samples=8, *, seed=0, generator=None):
     """tr(H_ii) of each parameter's own block of the Hessian of ``loss``: a tensor with one entry per parameter.
@@ -48,6 +50,11 @@ def hessian_trace(loss, params, samples=8, *, seed=0, generator=None):
     with _second_derivatives():
         grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
     unused = [i for i, g in enumerate(grads) if g is None]
+    if any_sharded([params[i] for i in unused]):
+        raise ValueError(
+            f"params{unused}: the loss does not depend on these sharded weights, but on the whole ones that FSDP2 "
+            "makes of them, which have no second derivatives; take MSQController(hessian=False)"
+        )
     if unused:
         raise ValueError(f"params{unused}: the loss does not depend on them")
 
@@ -61,10 +68,11 @@ def hessian_trace(loss, params, samples=8, *, seed=0, generator=None):
             products = torch.autograd.grad(
                 [grads[i] for i in curved], params, [v[i] for i in curved], retain_graph=True, allow_unused=True
             )
-        for t, h, s in zip(total, products, v):
+        for t, h, s, p in zip(total, products, v, params):
             if h is not None:
-                t += (h.detach() * s).sum(dtype=dtype)
-    return torch.stack([t.to(params[0].device) for t in total]) / samples
+                h, s = shards([h.detach().redistribute(placements=p.placements) if is_sharded(p) else h.detach(), s])
+                t += (h * s).sum(dtype=dtype)
+    return totals(torch.stack([t.to(params[0].device) for t in total]), params) / samples
 
 
 @contextmanager
@@ -95,4 +103,5 @@ class _Signs:
                 self.own[like.device] = torch.Generator(like.device).manual_seed(self.seed)
             g = self.own[like.device]
         v = torch.empty(like.shape, dtype=like.dtype, device=g.device).bernoulli_(0.5, generator=g)
-        return v.mul_(2).sub_(1).to(like.device)
+        v = v.mul_(2).sub_(1).to(like.device)
+        return slice_of(v, like) if is_sharded(like) else v

@@ -9,6 +9,7 @@ from quantops import checks, foreach
 from quantops.nn import check_only, quantized
 from quantops.packed import Packed
 from quantops.reference.uniform import GRIDS, code_bits
+from quantops.sharded import gathered, whole
 
 MOST = 2**40  # elements of a weight, and of each of its dims: a file of no bits at all may claim any number
 
@@ -113,7 +114,8 @@ def to_int(model):
 
     Names are those of the plain model's state dict ("conv1.weight"), tensors stay on their devices, and each
     ``dequantize()`` equals the training forward bit for bit (without autocast), with CPQ the evaluated one. Biases and
-    layers that are not quantized are not in it.
+    layers that are not quantized are not in it. Sharded weights are gathered one at a time, and every process, all of
+    which have to call it, gets the whole.
 
     Raises ValueError for a model without quantized weights, for weights with NaN or inf and for those that have other
     parametrizations too, naming the layer.
@@ -126,9 +128,11 @@ def to_int(model):
         check_only(name, owner)
         if owner.original.is_meta:
             raise ValueError(f"{name or 'model'}: expected a weight with values, got one on the meta device")
-        if not bool(torch.isfinite(owner.original).all()):
+        w = whole(owner.original)
+        if not bool(torch.isfinite(w).all()):
             raise ValueError(f"{name or 'model'}: the weight has NaN or inf values, which no code stands for")
-        weights[f"{name}.weight".removeprefix(".")] = quantizer.to_int(owner.original)
+        with gathered(quantizer):
+            weights[f"{name}.weight".removeprefix(".")] = quantizer.to_int(w)
     return weights
 
 

@@ -24,8 +24,9 @@ use_reentrant=True. fuse="layer", where a part that is computed again draws the 
 fuse="layer". Each layer quantizes its own weight when it is read, and no q is kept. Gradients become ready layer by
 layer, which DDP needs to overlap communication; with fuse="model" they all become ready at the end of the backward
 pass. torch.compile of single blocks needs fuse="layer".
-FSDP2: forward and backward work with either (sharded weights are quantized by their layers, once they are whole);
-penalties, reports and controllers need whole weights and do not.
+FSDP2 and tensor parallel: sharded weights are quantized by their layers, once they are whole (FSDP2) or each process
+its own part; penalties, reports and controllers reduce what each process has computed of its part, see
+quantops/sharded.py.
 
 cache=True. While no weight and no bits change (gradient accumulation, evaluation), q is computed once. Each forward
 still has an autograd graph of its own. Changes are seen by version counters, those of q among them, and by torch.optim
@@ -50,6 +51,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from quantops import checks
+from quantops.sharded import any_sharded
 from quantops.state import Settings, version
 
 WEIGHT = "weight"
@@ -129,6 +131,7 @@ class WeightQuantizer(Settings, torch.nn.Module):
 
     batch_key = ()
     identity = False  # True where the gradient of q is that of the weight, so that no backward pass uses its graph up
+    by_shards = False  # True where its functions take weights that are sharded, each process its own part
     draws = False  # True while every forward draws a q of its own, which the cache must not keep
 
     def __init__(self):
@@ -463,7 +466,8 @@ class WeightGroup:
         return pending == {done.turn}
 
     def _compute(self, quantizers, w):
-        if not self.cache or quantizers[0].draws or torch._C._are_functorch_transforms_active():
+        keeps = self.cache and not quantizers[0].draws and all(map(trackable, w))
+        if not keeps or torch._C._are_functorch_transforms_active():
             return Pass(quantizers, w, launch(quantizers, w))
         key = tuple(id(p) for p in quantizers)
         kept = self.kept.get(key)
@@ -505,6 +509,11 @@ def _saved_tensors_hooks():
 
 def launch(quantizers, w):
     """The list call of the quantizers' method, whose errors name the layer in the place of its number in the list."""
+    if not quantizers[0].by_shards and any_sharded(w):
+        raise ValueError(
+            f"{quantizers[0].layer}: expected whole weights in the forward pass, got sharded ones (tensor parallel), "
+            "which MSQ and TruncQuant take; FSDP2 makes them whole"
+        )
     try:
         return quantizers[0].launch(quantizers, w)
     except ValueError as error:

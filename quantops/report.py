@@ -8,6 +8,7 @@ import torch
 from quantops.activation import activations
 from quantops.coverage import left_in_float
 from quantops.nn import batches, quantized
+from quantops.sharded import any_sharded, gathered, whole
 
 
 class LayerBits(NamedTuple):
@@ -121,11 +122,22 @@ def bit_report(model):
     return BitReport(tuple(rows), average, compression(sizes, bits), compression(sizes, stored), acts, left, whole)
 
 
+def _rows(quantizers, w):
+    own = [v for p in quantizers for v in p._parameters.values() if v is not None]
+    if quantizers[0].by_shards or not any_sharded([*w, *own]):
+        return quantizers[0].measure(quantizers, w)
+    rows = []
+    for p, t in zip(quantizers, w):  # one whole weight at a time
+        with gathered(p):
+            rows += p.measure([p], [whole(t)])
+    return rows
+
+
 def measure(pairs):
     """{quantizer: (bits, k, beta, sq_error, scale)} as Python numbers, of pairs (quantizer, weight)."""
     found = {}
     for quantizers, w in batches(pairs):
-        for p, t, row in zip(quantizers, w, quantizers[0].measure(quantizers, w)):
+        for p, t, row in zip(quantizers, w, _rows(quantizers, w)):
             if not math.isfinite(row[3]):
                 raise ValueError(f"weight of shape {tuple(t.shape)}: expected finite values, got NaN or infinity")
             found[p] = row

@@ -2,7 +2,10 @@
 
 import math
 
+import torch
+
 from quantops.library import ops
+from quantops.sharded import any_sharded, maxima, means, shards
 
 ABSMAX = "absmax"
 
@@ -23,6 +26,15 @@ def weight_scales(w, scale, per_row, grad=False):
 
 def measured(w, per_row, mean, grad=False):
     """max|w| or mean|w| of a list, one after another."""
+    if any_sharded(w):
+        if grad:
+            raise ValueError(
+                "scale_grad: expected False for weights that are sharded in the forward pass (tensor parallel)"
+            )
+        parts = shards([t.detach() for t in w])
+        values = split_scales(measured(parts, per_row, mean), parts, per_row)
+        values = means(values, w, per_row) if mean else maxima(values, w, per_row)
+        return torch.cat([v.reshape(-1) for v in values])
     if grad:
         return ops.own_scale(w, per_row, mean)
     return ops.absmean(w, per_row) if mean else ops.absmax(w, per_row)
@@ -30,4 +42,10 @@ def measured(w, per_row, mean, grad=False):
 
 def split_scales(values, w, per_row):
     """What absmax and absmean give for a list, as a list."""
-    return list(values.split([t.shape[0] for t in w]) if per_row else values.unbind())
+    return list(values.split([t.shape[0] for t in shards(w)]) if per_row else values.unbind())
+
+
+def largest(scale, w):
+    """The largest scale of each weight, as a number; 0 for one without rows."""
+    tops = [s.max() if s.numel() else s.new_zeros(()) for s in scale]
+    return [float(s) for s in maxima(tops, w)]

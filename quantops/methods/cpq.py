@@ -21,6 +21,7 @@ from quantops.positive import grid_step, positives, range_step
 from quantops.reference.categorical import GRADS, MAX_BITS, MAX_SOFT_BITS, MODES
 from quantops.reference.uniform import acc_dtype
 from quantops.report import bit_report
+from quantops.sharded import whole
 
 DROPBITS = (None, "fixed", "learned")
 STARTS = ("error", "range")
@@ -451,10 +452,10 @@ def penalty(model):
         raise ValueError(
             f"model: expected weights quantized with CPQConfig(dropbits='learned'), {type(model).__name__} has none"
         )
-    total = layers[0].log_a.new_zeros(())
+    total = whole(layers[0].log_a).new_zeros(())
     for p in layers:
         if p.gated:
-            total = total + torch.sigmoid(p.log_a - SHIFT).sum().to(total)
+            total = total + torch.sigmoid(whole(p.log_a) - SHIFT).sum().to(total)
     return total
 
 

@@ -14,7 +14,8 @@ from quantops.intweight import IntWeight
 from quantops.library import ops
 from quantops.nn import WeightQuantizer, batches, quantized, shown, used_up
 from quantops.reference.uniform import GRIDS, MAX_BITS, code_bits, most_bits
-from quantops.scales import ABSMAX, check_scale, weight_scales
+from quantops.scales import ABSMAX, check_scale, largest, measured, weight_scales
+from quantops.sharded import any_sharded, as_shards, shards, totals
 
 PENALTIES = ("loss", "decoupled")
 UNITS = ("step", "code", "gradient")
@@ -146,6 +147,7 @@ class MSQWeight(WeightQuantizer):
         self.batch_key = ("msq", self.grid, self.scale, self.scale_grad, self.per_row, self.decoupled, self.unit)
 
     counts = {"bits": range(MAX_BITS + 1), "k": range(MAX_BITS + 1)}
+    by_shards = True
 
     def settings(self):
         return {"method": "msq", "grid": GRIDS[self.grid], "scale": self.scale, "per_row": self.per_row}
@@ -159,9 +161,9 @@ class MSQWeight(WeightQuantizer):
     def launch(quantizers, w):
         p, dtype = quantizers[0], checks.dtype_of(None, w)
         scale, bits, k = _arguments(quantizers, w, p.scale_grad)
-        if p.decoupled:
-            q = call(ops.round_clamp, w, scale, bits, p.grid, True, p.covered, dtype)
-            return Quantized(q, None, scale, bits, k)
+        if p.decoupled or any_sharded(w):  # of which the penalty is taken once their forward is over
+            q = call(ops.round_clamp, shards(w), scale, bits, p.grid, True, p.covered, dtype)
+            return Quantized(as_shards(q, w), None, scale, bits, k)
         q, penalty, _, _ = call(ops.msq, w, scale, bits, k, p.grid, p.covered, dtype)
         return Quantized(q, penalty, scale, bits, k)
 
@@ -175,8 +177,9 @@ class MSQWeight(WeightQuantizer):
     @staticmethod
     def measure(quantizers, w):
         scale, bits, k = _arguments(quantizers, w)
-        _, nonzero, sq_error = call(ops.lsb_stats, w, scale, bits, k, quantizers[0].grid, quantizers[0].covered)
-        top = [float(s.max()) if s.numel() else 0.0 for s in scale]
+        _, *sums = call(ops.lsb_stats, shards(w), scale, bits, k, quantizers[0].grid, quantizers[0].covered)
+        nonzero, sq_error = (totals(v, w) for v in sums)
+        top = largest(scale, w)
         rows = zip(w, bits.tolist(), k.tolist(), nonzero.tolist(), sq_error.tolist(), top)
         # A negative count is what a GPU says of weights that have a NaN or an infinity.
         return [
@@ -338,7 +341,8 @@ def _traced_penalties(layers):
 def _stats(quantizers, w):
     """(penalty, nonzero, sq_error), an entry per weight."""
     scale, bits, k = _arguments(quantizers, w)
-    penalty, *sums = call(ops.lsb_stats, w, scale, bits, k, quantizers[0].grid, quantizers[0].covered)
+    sums = call(ops.lsb_stats, shards(w), scale, bits, k, quantizers[0].grid, quantizers[0].covered)
+    penalty, *sums = (totals(v, w) for v in sums)
     return _in_units(penalty, quantizers[0], scale, bits), *sums
 
 
@@ -372,5 +376,5 @@ def add_penalty_grad_(model, strength):
         if p.unit == "code":
             each = _in_units(torch.as_tensor(strength, dtype=scale[0].dtype, device=w[0].device), p, scale, bits)
         elif p.unit == "gradient":
-            each = strength * torch.stack(foreach.absmean([t.grad for t in w]))
-        foreach.add_lsb_grad_([t.grad for t in w], w, scale, bits, k, each, grid=GRIDS[p.grid])
+            each = strength * measured([t.grad for t in w], False, True)
+        foreach.add_lsb_grad_(shards([t.grad for t in w]), shards(w), scale, bits, k, each, grid=GRIDS[p.grid])

@@ -18,7 +18,8 @@ from quantops.methods.multibn import MultiBatchNorm, check_norms, is_batch_norm,
 from quantops.nn import PerThread, WeightQuantizer, quantized, shown
 from quantops.reference.truncate import COMPANDINGS, SLOPES
 from quantops.reference.uniform import MAX_BITS, RULES
-from quantops.scales import ABSMAX, check_scale, measured, split_scales, weight_scales
+from quantops.scales import ABSMAX, check_scale, largest, measured, split_scales, weight_scales
+from quantops.sharded import as_shards, shards, totals
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,6 +166,8 @@ class Truncated(NamedTuple):
 class TruncQuantWeight(WeightQuantizer):
     """original -> q of one width. ``bits``, the width, is a 0-dim int32 buffer that changes in place."""
 
+    by_shards = True
+
     def __init__(self, config, device, widths, base_bits):
         super().__init__()
         self.model_widths, self.widths, self.base_bits = config.bits, widths, base_bits
@@ -241,15 +244,14 @@ class TruncQuantWeight(WeightQuantizer):
 
     @staticmethod
     def measure(quantizers, w):
-        finite = [bool(torch.isfinite(t).all()) for t in w]
-        if not all(finite):
-            return [(int(p.bits), 0, 0.0, 0.0 if ok else math.nan, math.nan) for p, ok in zip(quantizers, finite)]
+        parts = shards(w)
+        wrong = totals(torch.stack([torch.isfinite(t).logical_not().sum() for t in parts]), w).tolist()
+        if any(wrong):
+            return [(int(p.bits), 0, 0.0, math.nan if bad else 0.0, math.nan) for p, bad in zip(quantizers, wrong)]
         result = TruncQuantWeight.launch(quantizers, w)
-        rows = zip(result.q, w, result.bits[0].tolist(), result.scale)
-        return [
-            (n, 0, 0.0, float((q.double() - t.double()).square().sum()), float(s.max()) if s.numel() else 0.0)
-            for q, t, n, s in rows
-        ]
+        errors = [(q.double() - t.double()).square().sum() for q, t in zip(shards(result.q), parts)]
+        rows = zip(result.bits[0].tolist(), totals(torch.stack(errors), w).tolist(), largest(result.scale, w))
+        return [(n, 0, 0.0, error, top) for n, error, top in rows]
 
     @staticmethod
     def check_removable(model):
@@ -300,7 +302,7 @@ def _truncate(quantizers, w, bits):
     base = torch.stack([p.base for p in quantizers])
     q = call(
         ops.truncate,
-        w,
+        shards(w),
         scale,
         out_scale,
         bits,
@@ -311,7 +313,7 @@ def _truncate(quantizers, w, bits):
         p.exact and bool(out_scale),
         checks.dtype_of(None, w),
     )
-    return Truncated(q, scale, out_scale, bits, base)
+    return Truncated(as_shards(q, w), scale, out_scale, bits, base)
 
 
 def _scales(quantizers, w, grad=False):

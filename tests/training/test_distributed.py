@@ -1,7 +1,6 @@
 """DDP and FSDP2 on two processes: gradients equal those of one process with the whole batch."""
 
 import copy
-import socket
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from processes import PROCESSES, run_on_all
 from quantops import (
     CPQConfig,
     MSQConfig,
@@ -25,7 +25,7 @@ from quantops import (
 )
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-PROCESSES, STRENGTH = 2, 0.1
+STRENGTH = 0.1
 
 
 class Net(nn.Module):
@@ -110,23 +110,6 @@ def _fsdp(rank, step, fuse):
         run(model, *data(rank))
     for (name, p), q in zip(model.named_parameters(), expected.parameters()):
         torch.testing.assert_close(p.grad.full_tensor(), q.grad, msg=lambda m: f"{name}: {m}")
-
-
-def _process(rank, port, task):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=PROCESSES)
-    try:
-        task(rank)
-        dist.barrier()  # one that leaves while the other still talks to it may abort it
-    finally:
-        dist.destroy_process_group()
-
-
-def run_on_all(task):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_process, (port, task), PROCESSES)
 
 
 def _all_ddp(rank):

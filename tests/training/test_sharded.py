@@ -1,0 +1,217 @@
+"""Sharded weights (FSDP2, tensor parallel) on two processes: what one process has of the whole, bit for bit."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from processes import PROCESSES, run_on_all
+from quantops import (
+    CPQConfig,
+    MSQConfig,
+    MSQController,
+    TruncQuantConfig,
+    add_penalty_grad_,
+    bit_report,
+    joint_loss,
+    joint_step,
+    penalty,
+    quantize_,
+    set_bits,
+    to_int,
+    unquantize_,
+)
+from quantops.nn import quantized
+from quantops.sharded import is_sharded
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+MSQ = [
+    {},
+    {"per_row": True},
+    {"penalty": "decoupled", "grid": "sign"},
+    {"penalty_unit": "code", "grid": "full"},
+    {"penalty": "decoupled", "penalty_unit": "gradient"},
+]
+
+
+class Net(nn.Module):
+    """Rows that two processes cannot share evenly, and one of a single row, of which one process has nothing."""
+
+    def __init__(self, wide=33):
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(16, wide), nn.Linear(wide, 6), nn.Linear(6, 1), nn.Linear(1, 4)
+
+    def forward(self, x):
+        return self.d(self.c(self.b(self.a(x).relu()).relu()))
+
+
+def make(config, exact=True, wide=33):
+    """``exact``: weights of few bits, whose sums are the same in any order."""
+    torch.manual_seed(0)
+    model = Net(wide)
+    if exact:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_((p * 256).round() / 256)
+                p.view(-1)[-1] = 0.75  # the scale, in the part of the last process
+    return quantize_(model, config)
+
+
+def fsdp(model):
+    sharded = copy.deepcopy(model)
+    for layer in sharded.children():
+        fully_shard(layer)
+    return fully_shard(sharded)
+
+
+def data(rank=None):
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(8, 16, generator=g), torch.randint(0, 4, (8,), generator=g)
+    return (x, y) if rank is None else (x.chunk(PROCESSES)[rank], y.chunk(PROCESSES)[rank])
+
+
+def whole(t):
+    return t.full_tensor() if is_sharded(t) else t
+
+
+def weights(model):
+    return {name: owner.original for name, owner, _ in quantized(model)}
+
+
+def same_ints(a, b):
+    a, b = to_int(a), to_int(b)
+    assert a.keys() == b.keys()
+    for name, v in a.items():
+        assert torch.equal(v.codes, b[name].codes) and torch.equal(v.scale, b[name].scale), name
+
+
+def _fsdp_msq(rank):
+    for config in MSQ:
+        expected = make(MSQConfig(bits=6, **config))
+        model = fsdp(expected)
+        assert all(map(is_sharded, weights(model).values()))
+        assert str(bit_report(model)) == str(bit_report(expected))
+        same_ints(model, expected)
+        assert torch.equal(penalty(model), penalty(expected))
+        penalty(model).backward(), penalty(expected).backward()
+        for name, w in weights(model).items():
+            assert (
+                torch.equal(whole(w.grad), weights(expected)[name].grad) and w.grad.to_local().shape[1:] == w.shape[1:]
+            )
+        add_penalty_grad_(model, 0.5), add_penalty_grad_(expected, 0.5)
+        for name, w in weights(model).items():
+            assert torch.equal(whole(w.grad), weights(expected)[name].grad)
+        controls = [MSQController(m, 8, threshold=0.99, strength=1.0, hessian=False) for m in (model, expected)]
+        entries = [c.step() for c in controls]
+        for row, one in zip(*(entry["layers"] for entry in entries)):
+            assert row.pop("sq_error") == pytest.approx(one.pop("sq_error"), rel=1e-6) and row == one
+        assert any(row["pruned"] for row in entries[0]["layers"])
+        assert penalty(model) == penalty(expected)
+    with pytest.raises(ValueError, match="FSDP2 makes of them, .*MSQController.hessian=False"):
+        MSQController(model, 8, threshold=0.5, strength=1.0).step(lambda: model(data()[0]).sum())
+
+
+def _fsdp_steps(rank):
+    """Whole steps, on local batches, of weights as they come."""
+    for config in ({}, {"scale": 2.5, "scale_grad": True}, {"penalty": "decoupled"}):
+        expected = make(MSQConfig(bits=5, **config), exact=False)
+        model = fsdp(expected)
+        for _ in range(2):
+            for m, batch in ((model, data(rank)), (expected, data())):
+                m.zero_grad()
+                (F.cross_entropy(m(batch[0]), batch[1]) + 0.01 * penalty(m)).backward()
+                if config.get("penalty"):
+                    add_penalty_grad_(m, 0.01)
+        for (name, p), q in zip(model.named_parameters(), expected.parameters()):
+            torch.testing.assert_close(whole(p.grad), q.grad, msg=lambda m: f"{name}: {m}")
+        rows = zip(bit_report(model).rows, bit_report(expected).rows)
+        for row, one in rows:
+            assert row.beta == pytest.approx(one.beta, abs=0 if not config.get("scale") else 0.02)
+            assert row.sq_error == pytest.approx(one.sq_error, rel=1e-5)
+        same_ints(model, expected)
+
+
+def _fsdp_other_methods(rank):
+    for config in (
+        TruncQuantConfig(bits=(6, 3), scale=2.5, out_scale="absmean"),
+        CPQConfig(bits=4, dropbits="learned"),
+        CPQConfig(bits=3, per_row=True),
+    ):
+        expected = make(config)
+        model = fsdp(expected)
+        for row, one in zip(bit_report(model).rows, bit_report(expected).rows):
+            assert row[:6] == one[:6] and row.sq_error == pytest.approx(one.sq_error, rel=1e-5)
+            assert row.scale == pytest.approx(one.scale, rel=1e-6)
+        same_ints(model, expected)
+        assert penalty(model) == penalty(expected)
+        if penalty(expected).requires_grad:
+            penalty(model).backward(), penalty(expected).backward()
+            for (name, p), q in zip(model.named_parameters(), expected.parameters()):
+                assert (p.grad is None) == (q.grad is None) and (
+                    p.grad is None or torch.equal(whole(p.grad), q.grad)
+                ), name
+
+
+def _tensor_parallel(rank):
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    plan = {"a": ColwiseParallel(), "b": RowwiseParallel()}
+
+    def parallel(config):
+        expected, model = make(config, wide=32), Net(32)
+        model.load_state_dict(unquantize_(copy.deepcopy(expected)).state_dict())
+        return expected, quantize_(parallelize_module(model, mesh, plan), config)
+
+    for config in MSQ:
+        expected, model = parallel(MSQConfig(bits=6, **config))
+        assert [is_sharded(w) for w in weights(model).values()] == [True, True, False, False]
+        for layer in ("a", "b", "c", "d"):
+            assert torch.equal(whole(getattr(model, layer).weight), getattr(expected, layer).weight)
+        assert str(bit_report(model)) == str(bit_report(expected))
+        same_ints(model, expected)
+        assert torch.equal(penalty(model), penalty(expected))
+        x, y = data()
+        for m in (model, expected):
+            (F.cross_entropy(m(x), y) + 0.01 * penalty(m)).backward()
+            add_penalty_grad_(m, 0.01)
+        for (name, p), q in zip(model.named_parameters(), expected.parameters()):
+            torch.testing.assert_close(whole(p.grad), q.grad, msg=lambda m: f"{name}: {m}")
+        controls = [MSQController(m, 8, threshold=0.99, strength=1.0, samples=2) for m in (model, expected)]
+        entries = [c.step(lambda: F.cross_entropy(m(x), y)) for c, m in zip(controls, (model, expected))]
+        for row, one in zip(entries[0]["layers"], entries[1]["layers"]):
+            assert row["trace"] == pytest.approx(one["trace"], rel=1e-3, abs=1e-5)
+            assert (row["k"], row["beta"], row["bits_after"]) == (one["k"], one["beta"], one["bits_after"])
+        assert any(row["pruned"] for row in entries[0]["layers"])
+    for joint in (joint_loss, joint_step):
+        expected, model = parallel(TruncQuantConfig(bits=(6, 2), companding="tanh", slope="exact", out_scale="absmean"))
+        losses = []
+        for m in (model, expected):
+            result = joint(m, lambda out: F.cross_entropy(out, y), x)
+            if joint is joint_loss:
+                result.loss.backward()
+            losses.append(torch.stack(list(result.losses.values())))
+        torch.testing.assert_close(*losses)
+        for (name, p), q in zip(model.named_parameters(), expected.parameters()):
+            torch.testing.assert_close(whole(p.grad), q.grad, rtol=1e-4, atol=1e-5, msg=lambda m: f"{name}: {m}")
+        set_bits(model, 2), set_bits(expected, 2)
+        torch.testing.assert_close(model(x), expected(x))
+        same_ints(model, expected)
+    _, model = parallel(MSQConfig(scale=2.5, scale_grad=True))
+    with pytest.raises(ValueError, match="scale_grad: expected False for weights that are sharded"):
+        model(x)
+
+
+def _fsdp(rank):
+    _fsdp_msq(rank)
+    _fsdp_steps(rank)
+    _fsdp_other_methods(rank)
+
+
+@pytest.mark.parametrize("task", [_fsdp, _tensor_parallel])
+def test_two_processes_have_what_one_has(task):
+    run_on_all(task)
