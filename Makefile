@@ -36,7 +36,7 @@ test: $(VENV)/.installed
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q $(TEST_FLAGS) || status=$$?; \
 	echo "The Triton kernels, interpreted:"; \
 	QUANTOPS_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q $(TEST_FLAGS) \
-		$(foreach family,uniform truncate packing categorical activation categorical_activation,tests/ops/test_$(family).py) \
+		$(foreach family,uniform truncate truncate_gradients packing categorical activation categorical_activation,tests/ops/test_$(family).py) \
 		tests/ops/test_errors.py tests/ops/test_limits.py \
 		|| status=$$?; \
 	echo "Two minutes of make fuzz:"; \

@@ -34,6 +34,20 @@ class Net(nn.Module):
         return self.head(checkpoint(self.features, x, use_reentrant=self.reentrant))
 
 
+def layered(dtype=torch.float32):
+    """Layers of all kinds whose weights are quantized, and others, under numbers for names."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3),
+        nn.Flatten(),
+        nn.Linear(6 * 16, 8),
+        nn.Linear(8, 3),
+    ).to(dtype)
+
+
 def make_msq(dtype=torch.float32, **config):
     torch.manual_seed(0)
     return quantize_(Net().to(dtype), MSQConfig(**{"bits": 5, **config}))

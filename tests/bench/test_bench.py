@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import headline, machine, measure, models, state, store
+from bench import headline, machine, measure, state, store
 from bench.__main__ import main
-from bench.machine_code import sass, static
-from bench.ops import compare, registry, report, room, run, shapes, steps, targets
-from bench.ops.registry import COPY, OURS, Peer
+from bench.ops import registry, report, room, run, shapes
+from bench.ops.registry import OURS, Peer
 from bench.ops.uniform import Inputs
 from bench.training import tables
 from quantops.library import OPS, ops
@@ -336,69 +335,6 @@ def test_time_box():
         raise ValueError("not late")
 
 
-# Training steps.
-
-
-@pytest.mark.parametrize("name", ["resnet20", "resnet50", "deit_small"])
-def test_models_have_the_shapes_that_are_measured(name):
-    with torch.device("meta"):
-        model = steps.NETWORKS[name].build()
-    got = [tuple(m.weight.shape) for m in steps.quantized_layers(model).values()]
-    assert sorted(got) == sorted(shapes.LISTS[name])
-
-
-def test_the_transformer_list():
-    with torch.device("meta"):
-        model = models.Blocks(depth=1)
-    assert [tuple(m.weight.shape) for m in steps.quantized_layers(model).values()] == shapes.LISTS["transformer_1b"][:4]
-    assert sum(torch.Size(s).numel() for s in shapes.LISTS["transformer_1b"]) > 1e9
-
-
-@pytest.fixture
-def small_network(monkeypatch):
-    small = steps.Network(lambda: models.Blocks(128, 1, 256), (1, 8, 128), (1, 8, 128), images=False)
-    monkeypatch.setitem(steps.NETWORKS, "small", small)
-
-
-def test_all_ways_to_train_several_widths_are_one_training(small_network):
-    training, grads = steps.Training("small", "cpu"), []
-    for label in ("quantops joint_loss", "quantops joint_step"):
-        training.optimizer.zero_grad()
-        steps.JOINT[label](training.model).backward(training)
-        grads.append([p.grad.clone() for p in training.model.parameters()])
-    for (name, _), a, b in zip(training.model.named_parameters(), *grads):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=lambda text: f"{name}: {text}")
-    # The chain has the same forward pass, which is checked below; its slope is 2^m / (2^m - 1) where ours is 1.
-    kinds = {k: v for k, v in steps.JOINT.items() if not v.compiles}
-    row = steps.measure_network("small", "cpu", kinds, 60, 0.01)
-    assert row["ratio"][steps.JOINT_BASE] == 1 and row["ratio"].keys() == kinds.keys() and not row["absent"]
-    assert "quantops joint_step" not in row["saved_bytes"]
-    assert row["saved_bytes"]["eager chain"] > row["saved_bytes"]["quantops joint_loss"]
-
-
-def test_all_ways_to_train_are_one_training(small_network):
-    training, grads = steps.Training("small", "cpu"), {}
-    for label in ("quantops", "quantops decoupled", "eager chain"):
-        variant = steps.VARIANTS[label](training.model)
-        ours, shared = ({id(p) for p in m.parameters()} for m in (training.model, variant.model))
-        assert ours == shared, "the Parameters are not shared"
-        training.optimizer.zero_grad()
-        training.loss(variant).backward()
-        variant.after()
-        grads[label] = [p.grad.clone() for p in training.model.parameters()]
-    for label in ("quantops decoupled", "eager chain"):
-        for (name, w), a, b in zip(training.model.named_parameters(), grads["quantops"], grads[label]):
-            # The chain gives no gradient where its code was clamped, in the last half bin: it differentiates the clamp.
-            free = w < w.abs().max() * (1 - 2**-steps.BITS)
-            torch.testing.assert_close(
-                a[free], b[free], rtol=1e-3, atol=1e-5, msg=lambda text: f"{label}, {name}: {text}"
-            )
-    kinds = {k: v for k, v in steps.VARIANTS.items() if not v.compiles}
-    row = steps.measure_network("small", "cpu", kinds, 60, 0.01)
-    assert row["ratio"][steps.BASE] == 1 and row["ratio"].keys() == kinds.keys() and not row["absent"]
-    assert row["saved_bytes"]["eager chain"] > row["saved_bytes"]["quantops"] >= row["saved_bytes"][steps.BASE]
-
-
 # Comparing and reporting.
 
 
@@ -423,11 +359,6 @@ def test_compare(result, tmp_path, capsys):
     empty = _rewrite(result, tmp_path / "empty.json", lambda data: data.update(rows=[]))
     with pytest.raises(SystemExit, match="no row in common"):
         main(["compare", str(result), str(empty)])
-
-
-def test_compare_steps():
-    row = {"network": "n", "ratio": {"unquantized": 1.0, "quantops": 1.25, "eager chain": 4.0}}
-    assert compare.figures({"rows": [row]}) == {"n, quantops": 1.25}
 
 
 def test_report(result, tmp_path, capsys):
@@ -494,156 +425,3 @@ def test_of_several_devices_the_latest_is_told_whole(result, tmp_path):
     assert "the late one" in late and "an eager call" in late
     assert "| target |" in early and "an eager call" not in early
     assert "an eager call" in (tmp_path / "early" / "report.md").read_text()
-
-
-def _row(**changes):
-    return {
-        "case": "c",
-        "workload": "16M",
-        "dtype": "float32",
-        "numel": 100,
-        "trains": False,
-        "keeps": 0.0,
-        "headline": "warm",
-        "share_of_copy": {"warm": 0.9},
-        "ratio": {},
-        **changes,
-    }
-
-
-def test_targets():
-    machine = {"kind": "cpu", "implementation": "cpp"}
-    rows = [
-        _row(),
-        _row(share_of_copy={"warm": 0.5}, case="slow"),
-        _row(workload="64K", share_of_copy={"warm": 0.1}),
-        _row(trains=True, share_of_copy={"warm": 0.1}, saved_bytes={OURS: 3}, ratio={"compiled": 0.8}),
-    ]
-    found = targets.of_ops({"machine": machine, "rows": rows, "call_microseconds": {"ops.x": 6.0, "clone": 9.0}})
-    large, compiled, kept, call = found
-    assert (large.met, large.missed, large.figures, large.worst) == (False, 1, 2, 0.5) and "slow" in large.where
-    assert not compiled.met and compiled.worst == 0.8
-    assert kept.met and kept.worst == 0.03 and not call.met and call.figures == 1
-    assert targets.table(found).count("**no**") == 3
-    own = [_row(case="categorical hard", share_of_copy={"warm": v}) for v in (0.78, 0.70)]
-    own += [_row(case="categorical hard", workload="64K"), _row(case="categorical soft, 4 bits")]
-    found = targets.of_ops({"machine": machine, "rows": own, "call_microseconds": {}})
-    verdict = found[0]
-    assert verdict.target == "categorical hard takes 1.30x of a copy or less"
-    assert (verdict.figures, verdict.missed, verdict.worst) == (2, 1, 1 / 0.70)
-    assert targets.OWN.keys() | {"msq step"} <= {c.name for c in registry.cases()}
-    steps = [
-        _row(case="msq step", trains=True, workload=w, dtype=d, share_of_copy={"warm": v})
-        for w, d, v in (("1M", "float32", 0.41), ("16M", "float32", 0.8), ("1M", "bfloat16", 0.1))
-    ]
-    small, large = targets.of_ops({"machine": machine, "rows": steps, "call_microseconds": {}})
-    assert small.target == "msq step at 1M takes 2.50x of a copy or less" and large.met
-    assert (small.figures, small.missed, small.worst) == (1, 0, 1 / 0.41)
-    assert targets.of_steps({"machine": machine, "rows": []}) == []
-    row = {
-        "network": "resnet50",
-        "base": "unquantized",
-        "ratio": {"unquantized": 1.0, "quantops": 1.05, "quantops decoupled": 1.02, "eager chain": 2.0},
-    }
-    (verdict,) = targets.of_steps({"machine": {"kind": "cuda"}, "rows": [row]})
-    assert verdict.met and verdict.worst == 1.02
-
-
-def test_reasons_of_what_misses():
-    """A copy of 16M weights from memory takes 10 ns a weight."""
-
-    def rows(name, share, cached):
-        def row(workload, numel, seconds):
-            times = {"warm": {OURS: {"p10": seconds}, COPY: {"median": 1e-8 * numel / 2}}}
-            return _row(
-                case=name,
-                workload=workload,
-                numel=numel,
-                share_of_copy={"warm": share},
-                times=times,
-                copy_factor=2,
-                bytes_per_weight=8,
-            )
-
-        return [row("64", 64, 1e-6), row("64K", 1 << 16, 1e-6 + cached * (1 << 16)), row("16M", 1 << 24, 1.0)]
-
-    machine = {"kind": "cpu", "second_level_cache_bytes": 1 << 20}
-    every = [
-        *rows("much arithmetic", 0.6, 3e-8),
-        *rows("little", 0.6, 1e-8),
-        *rows("met", 0.9, 3e-8),
-        *rows("faster from memory", 0.7, 3e-8),
-    ]
-    much, little = targets.reasons({"machine": machine, "gain_of_threads": 2.0, "rows": every})
-    assert much.row["case"] == "much arithmetic" and much.arithmetic and abs(much.most - 10 / 15) < 1e-6
-    assert little.row["case"] == "little" and not little.arithmetic and abs(little.most - 2) < 1e-6
-    (less,) = targets.reasons({"machine": machine, "gain_of_threads": 1.0, "rows": rows("little", 0.6, 1.5e-8)})
-    assert less.arithmetic and abs(less.most - 10 / 15) < 1e-6  # threads of one core
-    machine["second_level_cache_bytes"] = 1 << 18
-    assert targets.reasons({"machine": machine, "gain_of_threads": 2.0, "rows": every}) == []
-    assert targets.reasons({"machine": machine, "rows": every}) == []
-
-
-# Machine code.
-
-
-def _opcodes(way):
-    return [sass.opcode(text) for _, text in way]
-
-
-def test_ways_through_machine_code():
-    kernel = sass.Kernel(0, 0, 32)
-    kernel.code = [
-        (16 * i, text)
-        for i, text in enumerate(
-            [
-                "MOV R1, R2",
-                "@P0 BRA 0x40",
-                "CALL.REL 0x90",
-                "FADD R1, R1, R2",
-                "LDG.E.128 R4, desc[UR4][R2.64]",
-                "@P1 BRA 0x70",
-                "FRND R4, R4",
-                "STG.E.128 desc[UR4][R2.64], R4",
-                "@!P2 BRA 0x40",
-                "EXIT",
-            ]
-        )
-    ]
-    assert kernel.spans() == [(0x40, 0x80)]
-    assert _opcodes(kernel.around(0x40, 0x80, [0x70], longest=True)) == ["LDG", "BRA", "FRND", "STG", "BRA"]
-    assert _opcodes(kernel.around(0x40, 0x80, [0x70], longest=False)) == ["LDG", "BRA", "STG", "BRA"]
-    assert _opcodes(kernel.shortest([0x40, 0x70])) == ["MOV", "BRA", "LDG", "BRA", "STG", "BRA", "EXIT"]
-    found = static.cuda_cost(kernel, reads=4, writes=4)
-    assert (
-        found["bytes"] == 8
-        and found["elements"] == 4
-        and found["instructions"] == {"issue": 1.25, "alu": 0, "fp64": 0, "conversions": 0.25}
-    )
-    assert found["binds"] == "memory" and found["share_of_copy"] == 1 and found["occupancy"] == 1
-    with pytest.raises(static.NoMainPath, match="STG of 12 bytes a thread expected"):
-        static.cuda_cost(kernel, reads=4, writes=3)
-
-
-def test_a_loop_over_results_is_counted_as_often_as_it_turns():
-    kernel = sass.Kernel(0, 0, 32)
-    kernel.code = [
-        (16 * i, text)
-        for i, text in enumerate(
-            [
-                "LDG.E.128 R4, desc[UR4][R2.64]",
-                "FMUL R4, R4, R4",
-                "STG.E.128 desc[UR4][R2.64], R4",
-                "@P0 BRA 0x10",
-                "@P1 BRA 0x0",
-                "EXIT",
-            ]
-        )
-    ]
-    found = static.cuda_cost(kernel, reads=4, writes=16)  # four results of what was read once
-    assert found["instructions"]["issue"] == (1 + 4 * 3 + 1) / 4 and found["bytes"] == 20
-
-
-def test_occupancy():
-    assert static.occupancy(sass.Kernel(0, 0, 80), 256) == 24 / 64  # three blocks of 8 warps in 65536 registers
-    assert static.occupancy(sass.Kernel(0, 0, 32, shared=100 * 1024), 128) == 8 / 64

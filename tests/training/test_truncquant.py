@@ -1,4 +1,4 @@
-"""TruncQuant training: joint steps, a batch norm per width, set_bits, compile, resume, integers and plain models."""
+"""TruncQuant training: joint steps, set_bits, resume, integers and plain models."""
 
 import copy
 import importlib.util
@@ -8,112 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import quantops
 from cases import Calls
-from networks import data, noting
-from quantops import (
-    MultiBatchNorm,
-    TruncQuantConfig,
-    bit_report,
-    joint_loss,
-    joint_step,
-    plain_model,
-    quantize_,
-    set_bits,
-    to_int,
-)
+from networks import close, data, grads, originals, same, state
+from quantops import TruncQuantConfig, bit_report, joint_loss, joint_step, plain_model, quantize_, set_bits, to_int
 from quantops.methods.joint import _Scope
 from quantops.methods.truncquant import network_of
 from quantops.nn import quantized
+from truncquant_networks import FUSES, RULES, STEPS, WIDTHS, Net, joint, loss_of, make, separately
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FUSES = pytest.mark.parametrize("fuse", ["model", "layer"])
-STEPS = pytest.mark.parametrize("kind", ["loss", "step"])
-WIDTHS = (8, 4, 2, 1)
-RULES = [
-    {},
-    {"rule": "nearest"},
-    {"companding": "tanh", "out_scale": "absmean"},
-    {"scale": 2.5, "per_row": True},
-    {"bits": (5, 3), "base_bits": 11, "out_scale": "absmean", "per_row": True},
-]
-
-
-class Net(nn.Module):
-    reentrant = None
-
-    def __init__(self, affine=True):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4, affine=affine)
-        self.conv2, self.bn2 = nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6, momentum=0.3)
-        self.fc1, self.bn3, self.fc2 = nn.Linear(24, 9), nn.BatchNorm1d(9), nn.Linear(9, 5)
-
-    def features(self, x):
-        x = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())).relu()
-        return self.bn3(self.fc1(x.flatten(1))).relu()
-
-    def forward(self, x):
-        if self.reentrant is None:
-            return self.fc2(self.features(x))
-        return self.fc2(checkpoint(self.features, x, use_reentrant=self.reentrant))
-
-
-def make(dtype=torch.float32, affine=True, **config):
-    torch.manual_seed(0)
-    return quantize_(Net(affine).to(dtype), TruncQuantConfig(**config))
-
-
-def loss_of(model, seed=1, dtype=torch.float32):
-    x, y = data(dtype, seed)
-    return F.cross_entropy(model(x), y)
-
-
-def joint(model, kind="loss", seed=1, dtype=torch.float32, **options):
-    """A joint step that ends with gradients."""
-    x, y = data(dtype, seed)
-    if kind == "step":
-        return joint_step(model, lambda out: F.cross_entropy(out, y), x, **options)
-    result = joint_loss(model, lambda out: F.cross_entropy(out, y), x, **options)
-    result.loss.backward()
-    return result
-
-
-def separately(model, seed=1, dtype=torch.float32, weights=None):
-    """The same by steps at one width each, before one backward pass."""
-    widths = quantized(model)[0][2].model_widths
-    total = 0.0
-    for i, m in enumerate(widths):
-        set_bits(model, m)
-        total = total + (weights[i] if weights else 1.0) * loss_of(model, seed, dtype)
-    set_bits(model)
-    total.backward()
-    return total
-
-
-def grads(model):
-    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
-
-
-def originals(model):
-    return {name: owner.original for name, owner, _ in quantized(model)}
-
-
-def same(a, b):
-    assert a.keys() == b.keys()
-    return all(torch.equal(a[k], b[k]) for k in a)
-
-
-def close(a, b, tolerance=1e-6):
-    """Equal but for the order in which a few gradients were added."""
-    assert a.keys() == b.keys()
-    return all((a[k] - b[k]).abs().max() <= tolerance * (1 + b[k].abs().max()) for k in a)
-
-
-def state(model):
-    return {k: v.clone() for k, v in model.state_dict().items()}
-
 
 # Forward
 
@@ -362,57 +267,6 @@ def test_grad_scaler_and_evaluation():
         assert result.losses[m] == model(data()[0]).sum() and not result.loss.requires_grad
 
 
-# Batch norms
-
-
-def test_a_batch_norm_per_width_keeps_its_own_statistics():
-    model = make()
-    start = state(model)
-    set_bits(model, 2)
-    for seed in range(3):
-        loss_of(model, seed).backward()
-    after = state(model)
-    for name in ("bn1", "bn2", "bn3"):
-        norm = model.get_submodule(name)
-        assert isinstance(norm, MultiBatchNorm) and norm.num_batches_tracked.tolist() == [0, 0, 3, 0]
-        for part in ("running_mean", "running_var", "weight", "bias"):
-            old, new = start[f"{name}.{part}"], after[f"{name}.{part}"]
-            assert new.shape == (4, norm.features)
-            moved = [not torch.equal(a, b) for a, b in zip(old, new)]
-            assert moved == [False, False, "running" in part, False]
-        assert [g.abs().max() > 0 for g in norm.weight.grad] == [False, False, True, False]
-
-
-def test_optimizers_made_before_and_shared_norms():
-    torch.manual_seed(0)
-    model = Net()
-    model.again = model.bn3
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    quantize_(model, TruncQuantConfig())
-    assert model.again is model.bn3 and isinstance(model.bn3, MultiBatchNorm)
-    before = state(model)
-    joint(model)
-    optimizer.step()
-    assert all(not torch.equal(before[k], p) for k, p in model.named_parameters())
-    shared = make(batch_norm=False)
-    assert isinstance(shared.bn1, nn.BatchNorm2d)
-    joint(shared)
-    assert int(shared.bn1.num_batches_tracked) == 4
-
-
-@pytest.mark.parametrize(
-    "norm, text", [(nn.LazyBatchNorm1d(), "bn3: expected a batch norm with values, got LazyBatchNorm1d")]
-)
-def test_norms_that_cannot_be_converted_leave_the_model_untouched(norm, text):
-    model = Net()
-    model.bn3 = norm
-    modules = dict(model.named_modules())
-    with pytest.raises(ValueError, match=text):
-        quantize_(model, TruncQuantConfig())
-    assert dict(model.named_modules()) == modules and not quantized(model)
-    quantize_(model, TruncQuantConfig(batch_norm=False))
-
-
 # State
 
 
@@ -476,61 +330,6 @@ def test_cache_computes_once_and_has_the_same_gradients(fuse, options):
         for seed in range(3):
             loss_of(plain, seed).backward()
         assert same(grads(cached), grads(plain))
-
-
-# torch.compile
-
-
-def graphs():
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-@FUSES
-def test_set_bits_recompiles_nothing(fuse, fresh_compiler):
-    model, eager = make(fuse=fuse), make(fuse=fuse)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    counts = []
-    for m in (8, 2, 1, 4, 8):
-        set_bits(compiled, m), set_bits(eager, m)
-        loss_of(compiled).backward(), loss_of(eager).backward()
-        counts.append(graphs())
-    assert set(counts) == {counts[0]} and close(grads(model), grads(eager)) and same(state(model), state(eager))
-    model.eval(), eager.eval(), compiled.eval()
-    with torch.no_grad():
-        compiled(data()[0])
-        before = graphs()
-        for m in WIDTHS:
-            set_bits(model, m), set_bits(eager, m)
-            assert torch.equal(compiled(data()[0]), eager(data()[0]))
-    assert graphs() == before
-
-
-@STEPS
-def test_joint_steps_of_a_compiled_model_run_one_graph(kind, fresh_compiler):
-    model, eager = make(), make()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for seed in range(3):
-        joint(compiled, kind, seed), joint(eager, kind, seed)
-    assert graphs() == 1 and close(grads(model), grads(eager)) and same(state(model), state(eager))
-
-
-def objective(model, x, y):
-    return joint_loss(model, lambda out: F.cross_entropy(out, y), x, distill=0.5).loss
-
-
-@FUSES
-def test_compiled_joint_loss_is_one_graph_with_one_read_of_the_weights(fuse, fresh_compiler):
-    ops = []
-    from torch._dynamo.backends.common import aot_autograd
-
-    model, eager = make(fuse=fuse), make(fuse=fuse)
-    step = torch.compile(objective, fullgraph=True, backend=aot_autograd(fw_compiler=noting(ops)))
-    for seed in range(2):
-        step(model, *data(seed=seed)).backward()
-        objective(eager, *data(seed=seed)).backward()
-    assert close(grads(model), grads(eager), 1e-5) and same(state(model), state(eager)) and graphs() == 1
-    assert sorted(ops[0]) == ["absmax.default", "truncate.default"]
-    assert ops[1] == ["truncate_backward.default"]
 
 
 # Errors

@@ -1,0 +1,67 @@
+"""How instructions of machine code are counted: ways, loops, occupancy."""
+
+import pytest
+
+from bench.machine_code import sass, static
+
+
+def _opcodes(way):
+    return [sass.opcode(text) for _, text in way]
+
+
+def test_ways_through_machine_code():
+    kernel = sass.Kernel(0, 0, 32)
+    kernel.code = [
+        (16 * i, text)
+        for i, text in enumerate(
+            [
+                "MOV R1, R2",
+                "@P0 BRA 0x40",
+                "CALL.REL 0x90",
+                "FADD R1, R1, R2",
+                "LDG.E.128 R4, desc[UR4][R2.64]",
+                "@P1 BRA 0x70",
+                "FRND R4, R4",
+                "STG.E.128 desc[UR4][R2.64], R4",
+                "@!P2 BRA 0x40",
+                "EXIT",
+            ]
+        )
+    ]
+    assert kernel.spans() == [(0x40, 0x80)]
+    assert _opcodes(kernel.around(0x40, 0x80, [0x70], longest=True)) == ["LDG", "BRA", "FRND", "STG", "BRA"]
+    assert _opcodes(kernel.around(0x40, 0x80, [0x70], longest=False)) == ["LDG", "BRA", "STG", "BRA"]
+    assert _opcodes(kernel.shortest([0x40, 0x70])) == ["MOV", "BRA", "LDG", "BRA", "STG", "BRA", "EXIT"]
+    found = static.cuda_cost(kernel, reads=4, writes=4)
+    assert (
+        found["bytes"] == 8
+        and found["elements"] == 4
+        and found["instructions"] == {"issue": 1.25, "alu": 0, "fp64": 0, "conversions": 0.25}
+    )
+    assert found["binds"] == "memory" and found["share_of_copy"] == 1 and found["occupancy"] == 1
+    with pytest.raises(static.NoMainPath, match="STG of 12 bytes a thread expected"):
+        static.cuda_cost(kernel, reads=4, writes=3)
+
+
+def test_a_loop_over_results_is_counted_as_often_as_it_turns():
+    kernel = sass.Kernel(0, 0, 32)
+    kernel.code = [
+        (16 * i, text)
+        for i, text in enumerate(
+            [
+                "LDG.E.128 R4, desc[UR4][R2.64]",
+                "FMUL R4, R4, R4",
+                "STG.E.128 desc[UR4][R2.64], R4",
+                "@P0 BRA 0x10",
+                "@P1 BRA 0x0",
+                "EXIT",
+            ]
+        )
+    ]
+    found = static.cuda_cost(kernel, reads=4, writes=16)  # four results of what was read once
+    assert found["instructions"]["issue"] == (1 + 4 * 3 + 1) / 4 and found["bytes"] == 20
+
+
+def test_occupancy():
+    assert static.occupancy(sass.Kernel(0, 0, 80), 256) == 24 / 64  # three blocks of 8 warps in 65536 registers
+    assert static.occupancy(sass.Kernel(0, 0, 32, shared=100 * 1024), 128) == 8 / 64
