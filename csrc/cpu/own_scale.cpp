@@ -19,60 +19,72 @@ QUANTOPS_SIMD void own_scale_loop(const In* __restrict w, In* __restrict out, bo
   map_lanes<In>(out, streaming, n, [&](A x) QUANTOPS_LANES { return own_scale_grad(x, least, each); }, w);
 }
 
-// dL/ds over the number of weights that carry it, of each scale.
+// Weights [begin, begin + n) of a tensor, all of one row.
+struct Block {
+  int64_t tensor, row, begin, n;
+};
+
 template <class A>
-std::vector<std::vector<A>> parts_of(const List& list, const Tensors& grad_scale, bool mean) {
-  std::vector<std::vector<A>> each;
-  std::vector<A*> counts;
-  for (const Rows& r : list.rows) each.emplace_back(r.rows, A(r.inner));
-  for (auto& v : each) counts.push_back(v.data());
-  if (!mean) {
-    std::vector<double> parts(list.chunks.size(), 0);
-    for_chunks(list.chunks, [&](int64_t chunk) {
-      const Chunk& c = list.chunks[chunk];
-      for_rows(c, list.rows[c.tensor], [&](int64_t row, int64_t begin, int64_t end) {
-        const A least = static_cast<const A*>(list.scale[c.tensor])[row];
-        int64_t count = 0;
-        for (int64_t i = begin; i < end; i += kBlock) {
-          const int64_t n = std::min(kBlock, end - i);
-          with_source<A>(list.data[c.tensor], list.type, i, n,
-                         [&](const auto* w) { count += carriers_loop(w, n, least); });
-        }
-        if (row_in_parts(list.rows[c.tensor]))
-          parts[chunk] = double(count);
-        else
-          counts[c.tensor][row] = A(count);
-      });
-    });
-    add_parts(list, parts, counts);
-  }
-  for (int64_t t = 0; t < list.size(); t++) {
-    const A* g = static_cast<const A*>(grad_scale[t].data_ptr());
-    for (int64_t row = 0; row < list.rows[t].rows; row++) each[t][row] = g[row] / each[t][row];
-  }
-  return each;
+int64_t count_carriers(const List& list, const Block& b, A least) {
+  int64_t count = 0;
+  with_source<A>(list.data[b.tensor], list.type, b.begin, b.n,
+                 [&](const auto* w) { count = carriers_loop(w, b.n, least); });
+  return count;
 }
 
 template <class A>
+void write_block(const List& list, const Targets& out, const Block& b, A least, A each, bool stream) {
+  with_source<A>(list.data[b.tensor], list.type, b.begin, b.n, [&](const auto* w) {
+    with_target<A>(out.data[b.tensor], out.type, b.begin, b.n, stream, [&](auto* y, bool streaming) {
+      if constexpr (std::is_same_v<decltype(*w), std::add_const_t<std::remove_reference_t<decltype(*y)>>&>)
+        own_scale_loop(w, y, streaming, b.n, least, each);
+      else
+        __builtin_unreachable();  // the result always has the dtype of w
+    });
+  });
+}
+
+// Memory is read once. A row within a chunk is counted while it comes into the cache, and then written. Of a longer row
+// each chunk writes zeros and remembers the blocks that have carriers, mostly one in all, until their number is known.
+template <class A>
 void backward_into(const List& list, const Tensors& grad_scale, bool mean, const Targets& out) {
-  const auto each = parts_of<A>(list, grad_scale, mean);
+  std::vector<double> parts(list.chunks.size(), 0);
+  std::vector<std::vector<Block>> found(list.chunks.size());
+  auto gradient = [&](int64_t t, int64_t row) { return static_cast<const A*>(grad_scale[t].data_ptr())[row]; };
+  auto size = [&](int64_t t, int64_t row) { return static_cast<const A*>(list.scale[t])[row]; };
   for_chunks(list.chunks, [&](int64_t chunk) {
     const Chunk& c = list.chunks[chunk];
-    for_rows(c, list.rows[c.tensor], [&](int64_t row, int64_t begin, int64_t end) {
-      const A least = mean ? A(0) : static_cast<const A*>(list.scale[c.tensor])[row], part = each[c.tensor][row];
-      for (int64_t i = begin; i < end; i += kBlock) {
-        const int64_t n = std::min(kBlock, end - i);
-        with_source<A>(list.data[c.tensor], list.type, i, n, [&](const auto* w) {
-          with_target<A>(out.data[c.tensor], out.type, i, n, out.streaming, [&](auto* y, bool streaming) {
-            if constexpr (std::is_same_v<decltype(*w), std::add_const_t<std::remove_reference_t<decltype(*y)>>&>)
-              own_scale_loop(w, y, streaming, n, least, part);
-            else
-              __builtin_unreachable();  // the result always has the dtype of w
-          });
+    const Rows& rows = list.rows[c.tensor];
+    for_rows(c, rows, [&](int64_t row, int64_t begin, int64_t end) {
+      const A g = gradient(c.tensor, row), least = mean ? A(0) : size(c.tensor, row);
+      auto blocks = [&](auto f) {
+        for (int64_t i = begin; i < end; i += kBlock) f(Block{c.tensor, row, i, std::min(kBlock, end - i)});
+      };
+      int64_t count = mean ? rows.inner : 0;
+      if (!mean && row_in_parts(rows)) {
+        blocks([&](const Block& b) {
+          const int64_t carriers = count_carriers(list, b, least);
+          if (carriers) found[chunk].push_back(b);
+          count += carriers;
+          write_block(list, out, b, std::numeric_limits<A>::infinity(), A(0), out.streaming);
         });
+        parts[chunk] = double(count);
+        return;
       }
+      if (!mean) blocks([&](const Block& b) { count += count_carriers(list, b, least); });
+      blocks([&](const Block& b) { write_block(list, out, b, least, g / A(count), out.streaming); });
     });
     end_streaming();
+  });
+  if (mean) return;
+  std::vector<std::vector<A>> counts;
+  std::vector<A*> at;
+  for (const Rows& r : list.rows) counts.emplace_back(r.rows);
+  for (auto& v : counts) at.push_back(v.data());
+  add_parts(list, parts, at);
+  for_chunks(list.chunks, [&](int64_t chunk) {
+    for (const Block& b : found[chunk])
+      write_block(list, out, b, size(b.tensor, b.row), gradient(b.tensor, b.row) / counts[b.tensor][b.row], false);
   });
 }
 

@@ -35,7 +35,8 @@ class MSQConfig(ActivationConfig):
         f = 2.8: of many normal weights its squared error is within 2 % of the least, a third of that with max|w|,
         which leaves most of them at 0.
     scale_grad: True takes the scale as the function of the weights that it is: its gradient reaches the weight that is
-        the maximum, or all of them. The backward pass is then no identity, and takes one pass more.
+        the maximum, or all of them. The backward pass is then no identity: it sums up the gradient of the scale, a
+        pass over the weights makes each one's part of it (the bench's own_scale), and autograd adds that.
     per_row: a scale per row (dim 0: output channels of Linear and Conv, input channels of ConvTranspose).
     penalty: "loss", for ``loss + strength * quantops.penalty(model)``, or "decoupled", for
         ``quantops.add_penalty_grad_(model, strength)`` after backward, where the backward pass is the identity (with

@@ -40,8 +40,9 @@ class TruncQuantConfig(ActivationConfig):
         each width. False: they are shared by all widths.
     act_bits, act, act_scale, act_signed, act_outputs: of activations, see
         :class:`quantops.activation.ActivationConfig`; floor codes, so that m bits are n bits shifted.
-        act_bits="weights": those of the width that is selected, as in the paper. act_shared: one scale for all widths
-        (act_scale other than "step"), else one for each.
+        act_bits="weights": those of the width that is selected, as in the paper; each width of a joint step has
+        activations of its own, so that no pass could serve several. act_shared: one scale for all widths (act_scale
+        other than "step"), else one for each.
     fuse, cache, first, last, overrides: see QuantConfig. Joint steps read each weight once whatever ``fuse`` is, and
     do not use the cache. Overrides may set "bits": the layer then has this one width always.
 
@@ -102,7 +103,9 @@ class TruncQuantConfig(ActivationConfig):
         Shortcuts stay float by the filter; distillation is recursive, each width teaching the next, by soft cross
         entropy alone (whose gradient is that of KL), with a float network as the first teacher. What cannot be known
         from public text: whether TruncQuant itself keeps tanh, its scales, and whether its float teacher is a frozen
-        network, as here, or trained along as a width of its own, as in the Any-Precision code.
+        network, as here, or trained along as a width of its own, as in the Any-Precision code; for that take bits=(16,
+        8, 4, 2, 1), whose 16 bits stand for float weights, and no teacher. That code also clamps activations to [0, 1]
+        and gives them the bits of the weights, act_bits="weights", act_scale=1.0, in a pre-activation ResNet-20.
         """
         return cls(
             **{

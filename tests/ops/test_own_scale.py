@@ -38,6 +38,19 @@ def test_ties_share():
     assert not Q.absmax(w).requires_grad and not Q.absmean(w).requires_grad
 
 
+def test_ties_far_apart_share(dtype):
+    """Of rows that lie in several parts, each done apart: none, one, some or all of a part carry gradient."""
+    w = torch.randn(3, 1 << 17, generator=torch.Generator().manual_seed(0)).clamp(-3, 3).to(dtype)
+    w[0].clamp_(-2.5, 2.5)[[5, 70000, (1 << 17) - 1]] = torch.tensor([3.0, -3.0, 3.0], dtype=dtype)
+    w[1] = -1.0
+    for per_row in (True, False):
+        s = ref.absmax(w, per_row=per_row)
+        g = torch.full_like(s, 6.0)
+        (got,) = ops.own_scale_backward([w], [s], [g], False)
+        assert same(got, ref.own_scale_backward(w, s, g, mean=False))
+    assert got[0].nonzero().flatten().tolist() == [5, 70000, (1 << 17) - 1]
+
+
 def test_a_list_with_an_entry_that_is_not_used():
     w = [torch.randn(5, requires_grad=True), torch.randn(3, 4, requires_grad=True)]
     for name in ("absmax", "absmean"):
