@@ -106,6 +106,20 @@ OPS = {
     },
 }
 
+# Where a family's code is, column by column: the grid of the package. tests/package/test_grid.py walks it.
+CELLS = {
+    "reference": "quantops/reference/{}.py",  # what it means, in plain PyTorch: the oracle
+    "default": "quantops/default/{}.py",  # that over lists, for any device
+    "checks": "quantops/checks/{}.py",
+    "autograd": "quantops/autograd/{}.py",  # of families that have an op in AUTOGRAD
+    "C++": "csrc/cpu/{}.cpp",
+    "CUDA": "csrc/cuda/{}.cu",
+    "Triton": "kernels/{}.py",
+    "tests": "tests/ops/test_{}.py",
+    "emulation": "tests/emulation/test_{}.py",  # the CUDA kernels, run on the CPU
+    "bench": "bench/ops/{}.py",
+}
+
 # The autograd kernels of the ops through which gradients flow. The results of the others never require grad.
 AUTOGRAD = {
     "round_clamp": autograd.uniform.round_clamp,

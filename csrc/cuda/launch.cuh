@@ -71,7 +71,7 @@ struct OnDevice {
 
 template <class... Parameters, class... Args>
 void launch(const OnDevice& on, void (*kernel)(Parameters...), dim3 grid, unsigned threads, const Args&... args) {
-  kernel<<<grid, threads, 0, on.stream> > >(args...);
+  kernel<<<grid, threads, 0, on.stream>>>(args...);
   check_cuda(cudaGetLastError(), "kernel launch");
 }
 
