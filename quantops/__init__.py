@@ -1,6 +1,6 @@
 """Fused kernels for quantization-aware training with MSQ, TruncQuant and CPQ."""
 
-from quantops import backends, foreach, layout, reference
+from quantops import backends, decompositions, foreach, layout, reference
 from quantops.activation import UniformActivation, activation_scales, calibrate
 from quantops.backends import info
 from quantops.categorical_activation import CategoricalActivation
@@ -56,6 +56,7 @@ __all__ = [
     "calibrate",
     "categorical",
     "decode",
+    "decompositions",
     "encode",
     "finish_dropbits",
     "foreach",

@@ -14,6 +14,7 @@ from quantops.convert import QuantConfig, check_choice, check_int
 from quantops.library import ops
 from quantops.methods.multibn import refuse_recomputing, replace
 from quantops.nn import PerThread, check_module
+from quantops.positive import positive
 from quantops.reference.activation import KEEPS, LEARNS
 from quantops.reference.uniform import MAX_BITS, RULES, acc_dtype
 from quantops.state import Settings
@@ -456,19 +457,20 @@ def calibrate(model, batches, *, steps=None, progress=False):
 
 
 def activation_scales(model):
-    """{name: dict} of what integer arithmetic needs of each started :class:`UniformActivation`: scale, offset, bits,
-    rule, signed. With these, ``encode`` gives the codes of x (less the offset) and ``decode`` what the module gives."""
+    """{name: dict} of what integer arithmetic needs of each quantizer of activations that has started: scale, offset,
+    bits, rule, signed. With these, ``encode`` gives the codes of x (less the offset) and ``decode`` what the module
+    gives; those of :class:`quantops.CategoricalActivation` are the unsigned codes of round_clamp."""
     found = {}
     for name, m in activations(model):
         if isinstance(m, UniformActivation) and m.started[m.place]:
             scale, offset = (None if v is None else v.detach().clone() for v in m.values())
-            found[name] = {
-                "scale": scale,
-                "offset": offset,
-                "bits": int(m.bits),
-                "rule": m.rule,
-                "signed": bool(m.signed),
-            }
+            bits, rule, signed = int(m.bits), m.rule, bool(m.signed)
+        elif isinstance(m, CategoricalActivation) and m.started:
+            bits, rule, signed, offset = int(m.bits), "round_clamp", False, None
+            scale = positive(m.alpha_start, m.log_alpha).detach() * 2**bits
+        else:
+            continue
+        found[name] = {"scale": scale, "offset": offset, "bits": bits, "rule": rule, "signed": signed}
     return found
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from quantops import checks
+from quantops.autograd.common import call
 from quantops.convert import check_choice, check_int
 from quantops.library import ops
 from quantops.positive import positive
@@ -70,8 +71,8 @@ class CategoricalActivation(Settings, torch.nn.Module):
         sigma = positive(self.alpha_start * self.ratio, self.log_sigma).to(acc)
         grad_of, dtype = GRADS.index(self.grad), checks.dtype_of(None, [x])
         if torch.is_grad_enabled() and any(t.requires_grad for t in (x, alpha, sigma)):
-            return ops.categorical_activation(x, alpha, sigma, self.bits, grad_of, dtype)[0]
-        return ops.categorical([x], [alpha], [sigma], self.bits, None, None, HARD, grad_of, False, dtype)[0]
+            return call(ops.categorical_activation, x, alpha, sigma, self.bits, grad_of, dtype)[0]
+        return call(ops.categorical, [x], [alpha], [sigma], self.bits, None, None, HARD, grad_of, False, dtype)[0]
 
     @torch.no_grad()
     def _start(self, x):

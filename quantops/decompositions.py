@@ -1,12 +1,14 @@
 """Ops as chains of aten ops, for graphs that run without quantops: their default kernels, which compute the reference.
 
-For exported programs, see :func:`quantops.export.to_aten`. Results are equal bit for bit, but for means, which may
-differ in their last place. torch's own table of decompositions has none of these: Inductor would refuse our ops.
+For exported programs, see :func:`quantops.export.to_aten`, and for torch.onnx.export. Results are equal bit for bit,
+but for means, which may differ in their last place. torch's own table of decompositions has none of these: Inductor
+would refuse our ops.
 """
 
 import torch
 
 from quantops import default, reference
+from quantops.autograd.common import chains
 from quantops.library import OPS, ops
 from quantops.reference.activation import FRONTS, KEEPS
 from quantops.reference.categorical import MODES
@@ -85,3 +87,6 @@ def _nearest(x, alpha, sigma, bits, signed):
     j = torch.minimum(torch.maximum((x.to(acc) * inverse).round(), low), high)
     valid = (alpha > 0) & (inverse > 0) & (inverse < torch.inf) & (sigma > 0) & (sigma < torch.inf)
     return torch.where(valid, alpha * j, torch.full_like(j, torch.nan))
+
+
+chains.update({op.overloadpacket: chain for op, chain in table().items()})

@@ -32,7 +32,9 @@ def _reduce(mean, w, per_row, grad):
     checks.choice("grad", grad, (True, False))
 
     def op(w, per_row):
-        return ops.own_scale(w, per_row, mean) if grad else (ops.absmean if mean else ops.absmax)(w, per_row)
+        if grad:
+            return call(ops.own_scale, w, per_row, mean)
+        return call(ops.absmean if mean else ops.absmax, w, per_row)
 
     if not per_row:
         return list(op(w, False).unbind())
@@ -55,7 +57,7 @@ def absmean(w, *, per_row=False, grad=False):
 def _scales(w, scale):
     """(scales, covered): covered where they are max|w|, so that every weight is inside."""
     if scale is None:
-        return list(ops.absmax(w, False).unbind()), True
+        return list(call(ops.absmax, w, False).unbind()), True
     return checks.scales(scale, w), False
 
 
@@ -99,7 +101,7 @@ def lsb(w, scale, bits, k=1, *, grid=None):
     """LSB residuals, see :func:`quantops.lsb`."""
     w, grid = checks.listed("w", w), checks.grid_index(grid)
     n, k = checks.bits_and_k(bits, k, w, grid)
-    return ops.lsb(w, _scales(w, scale)[0], n, k, grid)
+    return call(ops.lsb, w, _scales(w, scale)[0], n, k, grid)
 
 
 def lsb_stats(w, scale, bits, k=1, *, grid=None):
@@ -152,7 +154,7 @@ def encode(w, scale, bits, *, rule="round_clamp", grid=None, signed=True):
     w, rule_index = checks.listed("w", w), checks.rule_index(rule)
     grid = checks.grid_index(grid, signed, rule)
     n = checks.bits(bits, w, grid)
-    return ops.encode(w, _scales(w, scale)[0], n, rule_index, grid, signed)
+    return call(ops.encode, w, _scales(w, scale)[0], n, rule_index, grid, signed)
 
 
 def decode(codes, scale, bits=None, *, grid=None, signed=True, out_dtype=None):
@@ -162,7 +164,7 @@ def decode(codes, scale, bits=None, *, grid=None, signed=True, out_dtype=None):
     codes, grid = checks.codes(codes), checks.grid_index(grid, signed)
     n = checks.bits(bits, codes, grid)
     scale, dtype = checks.decode_scales(scale, codes, out_dtype)
-    return ops.decode(codes, scale, n, grid, signed, dtype)
+    return call(ops.decode, codes, scale, n, grid, signed, dtype)
 
 
 def truncate(

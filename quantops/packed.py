@@ -6,6 +6,7 @@ import math
 import torch
 
 from quantops import checks
+from quantops.autograd.common import call
 from quantops.checks.arguments import entry, kind
 from quantops.library import ops
 from quantops.reference.packing import LAYOUTS
@@ -78,14 +79,14 @@ def pack(codes, bits, *, layout=LAYOUTS[0]):
     """Packed codes of each tensor, see :func:`quantops.pack`. ``bits``: an integer or a list of integers."""
     codes = checks.codes(codes)
     n = checks.stored_bits(bits, len(codes))
-    data = ops.pack(codes, n, LAYOUTS.index(checks.choice("layout", layout, LAYOUTS)))
+    data = call(ops.pack, codes, n, LAYOUTS.index(checks.choice("layout", layout, LAYOUTS)))
     return [Packed(d, c.shape, m, layout) for d, c, m in zip(data, codes, n)]
 
 
 def unpack(packed, bits=None):
     """Codes of each packed tensor, see :func:`quantops.unpack`."""
     shared, layout = _arguments(packed)
-    return ops.unpack(*shared, checks.bits_of_stored(bits, shared[-1], shared[0]), layout)
+    return call(ops.unpack, *shared, checks.bits_of_stored(bits, shared[-1], shared[0]), layout)
 
 
 def decode(packed, scale, bits=None, *, grid=None, signed=True, out_dtype=None):
@@ -94,4 +95,4 @@ def decode(packed, scale, bits=None, *, grid=None, signed=True, out_dtype=None):
     grid = checks.grid_index(grid, signed)
     m = checks.bits_of_stored(bits, shared[-1], shared[0], grid)
     scale, dtype = checks.decode_scales(scale, packed, out_dtype)
-    return ops.decode_packed(*shared, scale, m, layout, grid, signed, dtype)
+    return call(ops.decode_packed, *shared, scale, m, layout, grid, signed, dtype)

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from quantops.autograd.common import call
 from quantops.library import ops
 from quantops.sharded import any_sharded, maxima, means, shards
 
@@ -36,8 +37,8 @@ def measured(w, per_row, mean, grad=False):
         values = means(values, w, per_row) if mean else maxima(values, w, per_row)
         return torch.cat([v.reshape(-1) for v in values])
     if grad:
-        return ops.own_scale(w, per_row, mean)
-    return ops.absmean(w, per_row) if mean else ops.absmax(w, per_row)
+        return call(ops.own_scale, w, per_row, mean)
+    return call(ops.absmean if mean else ops.absmax, w, per_row)
 
 
 def split_scales(values, w, per_row):

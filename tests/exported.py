@@ -46,3 +46,13 @@ def made(config, dtype=torch.float32):
     Q.quantize_(model, config, weighted)
     model(x)  # activations start from a batch
     return model.eval(), x
+
+
+def run(proto, x):
+    """What onnxruntime makes of x, a tensor for each output."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    session = ort.InferenceSession(proto.SerializeToString(), options)
+    return [torch.from_numpy(v) for v in session.run(None, {session.get_inputs()[0].name: x.numpy()})]

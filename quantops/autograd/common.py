@@ -4,11 +4,15 @@ import torch
 from torch.autograd import forward_ad
 
 functions: dict = {}  # {op: its (keyset, op, args) of this folder}, filled by quantops/library.py
+chains: dict = {}  # {op: the same in aten ops}, filled by quantops/decompositions.py
 
 
 def call(op, *args):
     """``op(*args)``, in eager mode without the autograd kernel of the op, of which each list costs two more conversions
-    between Python and C++ each way, and 8 us."""
+    between Python and C++ each way, and 8 us. In torch.onnx.export, which knows no quantops, it is a chain of aten
+    ops."""
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return chains[op](*args)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return op(*args)
     if torch.jit.is_tracing():

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from quantops.export.activations import use_integers
 from quantops.export.aten import to_aten
 from quantops.export.trained import need, trained
 from quantops.files import write_whole
@@ -14,7 +15,17 @@ FLOATS = {torch.float32: "FLOAT", torch.float16: "FLOAT16", torch.bfloat16: "BFL
 
 
 def onnx(
-    model, args, path, *, kwargs=None, bits=None, opset=21, dynamic_shapes=None, input_names=None, output_names=None
+    model,
+    args,
+    path,
+    *,
+    kwargs=None,
+    bits=None,
+    opset=21,
+    exact=True,
+    dynamic_shapes=None,
+    input_names=None,
+    output_names=None,
 ):
     """Writes the evaluated model as ONNX, its quantized weights as integers: about bits/8 bytes per weight.
 
@@ -27,12 +38,20 @@ def onnx(
         4, 16                                  21
         8, 32                                  13
 
+    Quantized activations become a QuantizeLinear to unsigned or signed integers (8 bits; 4 and 16 from opset 21 on) and
+    a DequantizeLinear with their step, per channel with axis 1; without integers for their levels in that opset they
+    are float ops of the same values.
+
     Args:
         model: quantized by :func:`quantops.quantize_`, in evaluation mode.
         args, kwargs: example inputs, as torch.onnx.export takes them.
         path: the file. It appears whole or not at all.
         bits: of TruncQuant, the width; default the widest.
         opset: 18 or more. A weight whose integer type has a later first opset takes a wider type.
+        exact: True: activations always have the codes of the torch model: float ops give QuantizeLinear the levels.
+            False: QuantizeLinear divides by the step itself, the form that runtimes put into integer kernels; of values
+            next to the middle of two codes, about 1 of 10^5 at 8 bits, some get the neighbour. Floor and nearest codes
+            (TruncQuant) leave as with True.
         dynamic_shapes: as torch.export has it; default: dim 0 of every tensor of ``args`` is dynamic, and its size in
             ``args`` must then be 2 or more.
         input_names, output_names: as torch.onnx.export has them.
@@ -47,7 +66,7 @@ def onnx(
         )
     library, (proto, weights) = (
         need("onnx"),
-        float_graph(model, args, kwargs, bits, opset, dynamic_shapes, input_names, output_names),
+        float_graph(model, args, kwargs, bits, opset, dynamic_shapes, input_names, output_names, exact),
     )
     _put_integers(library, proto, weights, opset)
     library.checker.check_model(proto)
@@ -55,7 +74,7 @@ def onnx(
     return proto
 
 
-def float_graph(model, args, kwargs, bits, opset, dynamic_shapes, input_names, output_names):
+def float_graph(model, args, kwargs, bits, opset, dynamic_shapes, input_names, output_names, exact=None):
     """(onnx.ModelProto of the evaluated model with q as float weights, {initializer: IntWeight})."""
     library = need("onnx")
     need("onnxscript")
@@ -66,6 +85,8 @@ def float_graph(model, args, kwargs, bits, opset, dynamic_shapes, input_names, o
     for name, w in weights.items():
         if w.dtype not in FLOATS:
             raise ValueError(f"{name}: expected a weight of float32, float16 or bfloat16, got {w.dtype}")
+    if exact is not None:
+        use_integers(plain, opset, exact)
     # Not optimized: folding batch norms into weights would change these, and runtimes do it behind the integers.
     program = to_aten(torch.export.export(plain, args, kwargs, dynamic_shapes=dynamic_shapes))  # activations have ops
     proto = torch.onnx.export(

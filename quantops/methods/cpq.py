@@ -226,8 +226,8 @@ class CPQWeight(WeightQuantizer):
         """The bits of the evaluated layer, a 0-dim int32 tensor on its device."""
         if not self.dropbits or (not self.gated or self.dropbits == "fixed") and not self.by_gate:
             return self.bits
-        open_gates = (self.log_a > (OPEN if self.by_gate else SHIFT)).to(torch.int32)
-        stay = (self.min_bits + open_gates.cumprod(0).sum()).to(torch.int32)
+        closed = ~(self.log_a > (OPEN if self.by_gate else SHIFT))
+        stay = (self.min_bits + (closed.cumsum(0) == 0).sum()).to(torch.int32)  # not by cumprod, which ONNX has not
         if self.by_gate:
             return stay
         return torch.where(self.finished, self.bits, stay)  # copies get buffers in place, and not ``gated``

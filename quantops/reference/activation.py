@@ -91,6 +91,12 @@ class _Grid:
         return ((self.level(v) * self.step - v) * self.per_code).clamp(-1, 1)
 
 
+def levels(x, scale, bits, *, offset=None, rule="round_clamp", signed=False):
+    """(m, step): integers in the dtype of the arithmetic, and what they are multiplied by, shaped to broadcast."""
+    p = _Grid(x, scale, bits, offset, rule, signed)
+    return p.level(p.shifted(x)), p.step
+
+
 def activation(
     x, scale, bits, *, offset=None, rule="round_clamp", signed=False, front=None, keep="bits", out_dtype=None
 ):

@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import quantops as Q
-from exported import CONFIGS, Net, made
+from exported import CONFIGS, Net, made, run
 from quantops import decompositions, export
 from quantops.export.onnx import integer_type
 
@@ -17,17 +17,6 @@ onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def session(proto):
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    return ort.InferenceSession(proto.SerializeToString(), options)
-
-
-def run(proto, x):
-    s = session(proto)
-    return [torch.from_numpy(v) for v in s.run(None, {s.get_inputs()[0].name: x.numpy()})]
 
 
 def with_weights(proto, names):
