@@ -4,7 +4,8 @@ from quantops import backends, decompositions, foreach, layout, reference
 from quantops.activation import UniformActivation, activation_scales, calibrate
 from quantops.backends import info
 from quantops.categorical_activation import CategoricalActivation
-from quantops.convert import is_linear_or_conv, quantize_, unquantize_
+from quantops.checkpoint import float_state_dict, prepare
+from quantops.convert import quantize_, unquantize_
 from quantops.functional import (
     MSQ,
     absmax,
@@ -24,6 +25,7 @@ from quantops.functional import (
 from quantops.hessian import hessian_trace
 from quantops.intfile import load_int, save_int
 from quantops.intweight import IntWeight, to_int
+from quantops.layers import has_matrices, is_linear_or_conv
 from quantops.methods.cpq import CPQConfig, finish_dropbits
 from quantops.methods.joint import joint_loss, joint_step
 from quantops.methods.msq import MSQConfig, add_penalty_grad_
@@ -59,7 +61,9 @@ __all__ = [
     "decompositions",
     "encode",
     "finish_dropbits",
+    "float_state_dict",
     "foreach",
+    "has_matrices",
     "hessian_trace",
     "info",
     "is_linear_or_conv",
@@ -74,6 +78,7 @@ __all__ = [
     "pack",
     "penalty",
     "plain_model",
+    "prepare",
     "quantize_",
     "quantize_activation",
     "reference",

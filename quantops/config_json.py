@@ -3,13 +3,16 @@
     {"version": 1, "calls": [{"module": "", "config": {"class": "MSQConfig", "bits": 8}, "chosen": ["conv1", "fc"]}]}
 
 ``module`` is the name, within the model, of what :func:`quantops.quantize_` was called with; ``chosen`` are the names,
-within that, of the layers that its ``filter_fn`` chose, those included that ``first`` and ``last`` then left out.
+within that, of the weights that its ``filter_fn`` chose, those included that ``first`` and ``last`` then left out: of
+the layer for its ``weight``, or ``layer.parameter``.
 """
 
 import dataclasses
+import glob
 import json
 
 from quantops.convert import QuantConfig, quantize_, records
+from quantops.layers import WEIGHT
 from quantops.methods.cpq import CPQConfig
 from quantops.methods.msq import MSQConfig
 from quantops.methods.truncquant import TruncQuantConfig
@@ -76,11 +79,15 @@ def quantize_as(model, text):
     ValueError, with the model untouched, where it has not all of the layers.
     """
     calls = parsed(text)
-    modules = dict(model.named_modules())
+    modules, own = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
     for module, _, chosen in calls:
-        missing = [n for n in (module, *(f"{module}.{c}".strip(".") for c in chosen)) if n not in modules]
+        names = [f"{module}.{name}".strip(".") for name in chosen]
+        missing = [n for n in names if f"{n}.{WEIGHT}".removeprefix(".") not in own and n not in own]
+        missing += [] if module in modules else [module]
         if missing:
             raise ValueError(f"model: {type(model).__name__} has no {', '.join(missing[:4])}, which was quantized")
     for module, config, chosen in calls:
-        quantize_(modules[module], config, lambda name, _, chosen=frozenset(chosen): name in chosen)
+        weights = dict(modules[module].named_parameters(remove_duplicate=False))
+        full = [name if name in weights else f"{name}.{WEIGHT}".removeprefix(".") for name in chosen]
+        quantize_(modules[module], config, [glob.escape(name) for name in full])
     return model

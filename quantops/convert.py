@@ -10,13 +10,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from quantops.checks import FLOATS
+from quantops.classes import fit_class, own_class, plain_again
 from quantops.coverage import warn_of_the_rest
-from quantops.nn import WEIGHT, WeightGroup, check_module, check_only, quantized, trackable
+from quantops.layers import ROWS, WEIGHT, check_rows, has_matrices, matrices, rows_of, to_rows
+from quantops.nn import WeightGroup, WeightQuantizer, check_module, check_only, owners, quantized, trackable
 from quantops.reference.uniform import MAX_BITS
+from quantops.tied import SharedWeight, ends, join_transformers, leave_transformers
+from quantops.version import __version__
 
 FUSE = ("model", "layer")
 POLICIES = ("quantize", "skip")
 RECORD = "_quantize_calls"  # the attribute of a model that says how it was quantized, see config_json.py
+TIED = ("both", "chosen")
 # Parameters that hooks of torch compute a weight from, and what takes them off.
 REPLACED = {"weight_g": "torch.nn.utils.remove_weight_norm", "weight_orig": "torch.nn.utils.remove_spectral_norm"}
 PRUNED = "torch.nn.utils.prune.remove(layer, 'weight')"
@@ -44,21 +49,26 @@ class QuantConfig:
     cache: keep q while no weight and no bits change (gradient accumulation).
     first, last: for the first and the last of the layers chosen, in module order: "quantize" as the others, "skip", or
         a number of bits that stays fixed.
-    overrides: {pattern of layer names (fnmatch): {setting: value}}; later patterns win, and all win over first and last
-        but for "skip".
+    tied: for a Parameter that several layers share (an embedding and the head of a language model): "both", all of them
+        see the same quantized weight, or "chosen", only those that were chosen; the others keep the float one.
+    overrides: {pattern (fnmatch) of layer names, or of ``layer.parameter``: {setting: value}}; later patterns win, and
+        all win over first and last but for "skip". "rows" sets the dims that are rows, see quantops/layers.py.
     """
 
     fuse: str = "model"
     cache: bool = False
     first: str | int = "quantize"
     last: str | int = "quantize"
+    tied: str = TIED[0]
     overrides: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
-    settings: ClassVar[tuple[str, ...]] = ()  # what an override may set
+    settings: ClassVar[tuple[str, ...]] = ()  # what an override may set that a quantizer asks for by itself
+    fields: ClassVar[tuple[str, ...]] = ()  # fields that an override may set
 
     def __post_init__(self):
         check_choice("fuse", self.fuse, FUSE)
         check_choice("cache", self.cache, (True, False))
+        check_choice("tied", self.tied, TIED)
         for end in ("first", "last"):
             policy = getattr(self, end)
             if isinstance(policy, (str, bool)) or not isinstance(policy, int):
@@ -74,24 +84,30 @@ class QuantConfig:
                     f"got {values!r}"
                 )
             for key in values:
-                check_choice(f"overrides[{pattern!r}]", key, self.settings)
+                check_choice(f"overrides[{pattern!r}]", key, (*self.settings, *self.fields, "rows"))
+
+    def of_layer(self, name, settings, **values):
+        """The config with the fields that ``settings`` of a layer say, and with ``values``."""
+        own = {key: value for key, value in settings.items() if key in self.fields}
+        if not own:
+            return self
+        try:
+            return dataclasses.replace(self, overrides={}, **values, **own)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
     def fixed(self, bits):
         """Settings of a layer whose bits stay at ``bits``."""
         raise NotImplementedError
 
     def quantizer(self, name, weight, settings):
-        """The WeightQuantizer of layer ``name``. Raises ValueError naming what is wrong."""
+        """The WeightQuantizer of layer ``name``, whose weight has its rows in dim 0. Raises ValueError naming what is
+        wrong."""
         raise NotImplementedError
 
     def prepare(self, model, layers):
         """Changes what the method needs besides weights; ``layers``: {name: (module, settings)} of those whose weights
         are quantized. ValueError, with the model untouched, where it cannot."""
-
-
-def is_linear_or_conv(name, module):
-    """The default filter of :func:`quantize_`: Linear and Conv1d, 2d, 3d."""
-    return isinstance(module, (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d))
 
 
 def quantize_(model, config, filter_fn=None):
@@ -101,19 +117,27 @@ def quantize_(model, config, filter_fn=None):
     float weight: the same Parameter object as before, so that optimizers made earlier stay valid. Precision lives in
     integer buffers of the state dict; changing it recompiles nothing. Call before torch.compile or DDP.
 
+    A quantized weight has the name of its layer, where it is the layer's ``weight``, or ``layer.parameter``, as in
+    ``lstm.weight_ih_l0``: in overrides, reports and errors.
+
     Args:
         config: MSQConfig, TruncQuantConfig or CPQConfig.
-        filter_fn: (name, module) -> bool chooses the layers; default :func:`is_linear_or_conv`. Any module with a
-            floating-point parameter ``weight`` may be chosen.
+        filter_fn: (name, module) -> True, for the weight matrices of a layer by the table of quantops/layers.py, False,
+            or a tuple of names of parameters; or a list of patterns (fnmatch) of ``layer.parameter``, for any
+            floating-point parameters. Default :func:`quantops.has_matrices`: linear and convolutional layers,
+            attention, recurrent layers, experts.
 
     With config.fuse = "model" the forward of ``model`` itself, not of a part of it, does the work for all layers. See
-    quantops/nn.py for memory, checkpointing, autocast, compiling and distributed training.
+    quantops/nn.py for memory, checkpointing, autocast, compiling and distributed training. fuse = "layer" quantizes all
+    experts of a layer, and all weights of an LSTM, whenever one is read.
+
+    A Parameter that several layers share is quantized once, see ``tied`` of the config.
 
     Warns where less than 90 % of the weights in matrices are quantized; :func:`quantops.bit_report` says what is left.
 
     Raises ValueError, with the model untouched, for a filter or an override that matches nothing, a chosen module
-    without a floating-point weight, a weight that already has a parametrization, one Parameter in two chosen layers
-    (choose one), a weight on the meta device, and settings out of range. TypeError for what is not a config.
+    without a floating-point weight, a weight that already has a parametrization, a weight on the meta device, and
+    settings out of range. TypeError for what is not a config.
     """
     if not isinstance(config, QuantConfig):
         raise TypeError(
@@ -121,30 +145,29 @@ def quantize_(model, config, filter_fn=None):
             f"{type(config).__name__}"
         )
     check_module(model)
-    if filter_fn is not None and not callable(filter_fn):
-        raise TypeError(f"filter_fn: expected a function of (name, module), got {type(filter_fn).__name__}")
     if hasattr(model, "_orig_mod"):
         raise ValueError("model: expected a model that is not compiled yet: quantize_ first, then torch.compile")
-    filter_fn = filter_fn or is_linear_or_conv
-    modules = {name: m for name, m in model.named_modules() if filter_fn(name, m)}
-    if not modules:
-        raise ValueError(f"filter_fn: matches none of the modules of {type(model).__name__}")
-    _check_weights(modules)
-    settings = _settings(list(modules), config)
-    made = [
-        (name or "model", modules[name], config.quantizer(name or "model", modules[name].weight, values))
-        for name, values in settings.items()
-    ]
-    config.prepare(model, {name: (modules[name], values) for name, values in settings.items()})
+    places = _chosen(model, has_matrices if filter_fn is None else filter_fn)
+    chosen = tuple(places)
+    shared = ends(model, places, config.tied == "both", _check_weight)
+    settings = _settings(list(places), config)
+    made = {}
+    for name, values in settings.items():
+        module, parameter = places[name]
+        label, w = name or "model", module._parameters[parameter]
+        rows = check_rows(label, values.get("rows", rows_of(module, parameter)), w)
+        by_row = values.get("per_row", config.per_row) or getattr(config, "gate_rows", None)
+        rows = rows if by_row else ROWS
+        made[name] = config.quantizer(label, to_rows(w, rows), values)
+        made[name].row_dims, made[name].parameter, made[name].layer = rows, parameter, label
+        made[name].recipe, made[name].shape = _recipe(config, values), w.shape
+    config.prepare(model, {name: (places[name][0], settings[name]) for name in made if places[name][1] == WEIGHT})
 
     layers = []
-    for name, module, quantizer in made:
-        quantizer.place, quantizer.layer = list(module._parameters).index(WEIGHT), name
-        parametrize.register_parametrization(module, WEIGHT, quantizer, unsafe=True)
-        module.register_load_state_dict_pre_hook(_take_float_weight)
-        if quantizer.place == 0:
-            type(module).named_modules = _weight_first  # a class that register_parametrization made for this module
-        layers.append((module.parametrizations[WEIGHT], quantizer))
+    for name, quantizer in made.items():
+        layers.append((_register(*places[name], quantizer), quantizer))
+        for module, parameter in shared.get(name, ()):
+            _register(module, parameter, SharedWeight(quantizer))
     if config.fuse == "model":
         # Lightning calls training_step, which may call the layers without the forward of the model.
         group = WeightGroup(layers, True, config.cache, lazy=hasattr(model, "training_step"))
@@ -155,41 +178,60 @@ def quantize_(model, config, filter_fn=None):
     else:
         for layer in layers:
             layer[1].group = WeightGroup([layer], False, config.cache)
-    model.__dict__.setdefault(RECORD, []).append((config, tuple(modules)))
+    model.__dict__.setdefault(RECORD, []).append((config, chosen))
+    join_transformers(model)
     warn_of_the_rest(model)
     return model
 
 
 def records(model):
-    """[(name of the module that quantize_ was called with, its config, the layers that its filter chose)]"""
+    """[(name of the module that quantize_ was called with, its config, names of the weights that its filter chose)]"""
     return [(name, *record) for name, m in model.named_modules() for record in m.__dict__.get(RECORD, ())]
 
 
-def _take_float_weight(layer, state_dict, prefix, *_):
-    """A state dict of the float network sets the float weight; what is not in it, such as bits, stays as it is."""
-    inside = f"{prefix}parametrizations.{WEIGHT}."
-    if (
-        parametrize.is_parametrized(layer, WEIGHT)
-        and prefix + WEIGHT in state_dict
-        and (f"{inside}original" not in state_dict)
-    ):
-        w = state_dict[f"{inside}original"] = state_dict.pop(prefix + WEIGHT)
-        quantizer = layer.parametrizations[WEIGHT][0]
-        if w.shape == layer.parametrizations[WEIGHT].original.shape:  # else torch says that it is not
-            for key, value in quantizer.state_for(w).items():
-                state_dict.setdefault(f"{inside}0.{key}", value)
+def _register(module, parameter, quantizer):
+    """Puts a quantizer, or one that is shared, on a parameter; returns its ParametrizationList."""
+    quantizer.place = list(module._parameters).index(parameter)
+    for place in sorted(owner[0].place for owner in _own(module)):  # those have left their places
+        quantizer.place += place <= quantizer.place
+    if not any(_is_load_hook(hook) for hook in module._load_state_dict_pre_hooks.values()):
+        module.register_load_state_dict_pre_hook(_take_float_weights)
+    parametrize.register_parametrization(module, parameter, quantizer, unsafe=True)
+    fit_class(module)
+    return module.parametrizations[parameter]
 
 
-def _weight_first(self, memo=None, prefix="", remove_duplicate=True):
-    """named_modules of a layer whose weight was the first of its parameters: what holds the weight comes first, so that
-    parameters keep their order, by which optimizers know their states."""
-    memo, owner = set() if memo is None else memo, self.parametrizations[WEIGHT]
-    if self in memo:
-        return
-    yield f"{prefix}.parametrizations.{WEIGHT}".removeprefix("."), owner
-    for name, module in torch.nn.Module.named_modules(self, memo, prefix, remove_duplicate):
-        if module is not owner:
-            yield name, module
+def _own(layer):
+    """The ParametrizationLists of a layer that quantize_ made."""
+    return [owner for owner in getattr(layer, "parametrizations", {}).values() if hasattr(owner[0], "source")]
+
+
+def _is_load_hook(hook):
+    return getattr(hook, "hook", hook) is _take_float_weights
+
+
+def _take_float_weights(layer, state_dict, prefix, *_):
+    """A state dict of the float network sets the float weights; what is not in it, such as bits, stays as it is."""
+    for parameter, owner in getattr(layer, "parametrizations", {}).items():
+        inside = f"{prefix}parametrizations.{parameter}."
+        if hasattr(owner[0], "source") and prefix + parameter in state_dict and f"{inside}original" not in state_dict:
+            w = state_dict[f"{inside}original"] = state_dict.pop(prefix + parameter)
+            quantizer = owner[0]
+            # A weight of another shape: torch says that it is one. A state beside it is that of this very weight.
+            known = f"{inside}0._extra_state" in state_dict
+            if isinstance(quantizer, WeightQuantizer) and w.shape == owner.original.shape and not known:
+                for key, value in quantizer.state_for(quantizer.rows(w)).items():
+                    state_dict.setdefault(f"{inside}0.{key}", value)
+
+
+HOW = ("fuse", "cache")  # fields that say how and not what is computed
+
+
+def _recipe(config, settings):
+    """What makes the same quantizer again, fit for JSON."""
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in HOW}
+    fields.update(first="quantize", last="quantize", overrides={})
+    return {"quantops": __version__, "config": {"class": type(config).__name__, **fields}, "settings": dict(settings)}
 
 
 def unquantize_(model):
@@ -225,28 +267,39 @@ def unquantize_(model):
 
 def remove_quantizers(model, leave_quantized):
     """Makes weights plain Parameters, with the values of q or the float ones, in their old places among the others."""
-    for name, _, quantizer in quantized(model):
-        layer = model.get_submodule(name)
-        _own_class(layer)
-        for key, hook in list(layer._load_state_dict_pre_hooks.items()):
-            if getattr(hook, "hook", hook) is _take_float_weight:
-                del layer._load_state_dict_pre_hooks[key]
-        if leave_quantized:  # in a Parameter of its own: others may share that of the layer, and are not quantized
-            owner = layer.parametrizations[WEIGHT]
-            owner.original = torch.nn.Parameter(owner.original.clone(), owner.original.requires_grad)
-        parametrize.remove_parametrizations(layer, WEIGHT, leave_parametrized=leave_quantized)
-        weight, parameters = layer._parameters.pop(WEIGHT), list(layer._parameters.items())
-        parameters.insert(quantizer.place, (WEIGHT, weight))
+    layers = sorted(owners(model), key=lambda entry: entry[2][0].place)
+    if leave_quantized:  # in Parameters of their own: others may share those of the layers, and are not quantized
+        made = {}
+        for _, _, owner in layers:
+            w = owner.original
+            q = torch.empty_like(w).copy_(owner().detach())
+            made.setdefault(owner[0].source, torch.nn.Parameter(q, w.requires_grad))
+        for _, _, owner in layers:
+            owner.original = made[owner[0].source]
+    for path, parameter, owner in layers:
+        layer = model.get_submodule(path)
+        own_class(layer)
+        parametrize.remove_parametrizations(layer, parameter, leave_parametrized=False)
+        weight, parameters = layer._parameters.pop(parameter), list(layer._parameters.items())
+        parameters.insert(owner[0].place, (parameter, weight))
         layer._parameters.clear()
         layer._parameters.update(parameters)
-        quantizer.slot.clear()
-        quantizer.group.clear()
-        quantizer.group = None
+        if not parametrize.is_parametrized(layer):
+            for key in [key for key, hook in layer._load_state_dict_pre_hooks.items() if _is_load_hook(hook)]:
+                del layer._load_state_dict_pre_hooks[key]
+        plain_again(layer)
+    for _, _, owner in layers:
+        quantizer = owner[0].source
+        if quantizer.group is not None:
+            quantizer.slot.clear()
+            quantizer.group.clear()
+            quantizer.group = None
     for module, hooks, key, _ in _group_hooks(model):
         del hooks[key]
         module._forward_hooks_always_called.pop(key, None)
     for module in model.modules():
         module.__dict__.pop(RECORD, None)
+    leave_transformers(model)
 
 
 def _group_hooks(model):
@@ -260,44 +313,64 @@ def _group_hooks(model):
     ]
 
 
-def _own_class(layer):
-    """A copied layer shares the class that torch made for its parametrizations, which removing them would change."""
-    made = type(layer)
-    members = {k: v for k, v in vars(made).items() if k not in ("__dict__", "__weakref__")}
-    layer.__class__ = type(made.__name__, made.__bases__, members)
+def _chosen(model, filter_fn):
+    """{name: (module, parameter)} of the weights that a filter chooses, in the order of the model."""
+    if isinstance(filter_fn, (list, tuple)):
+        named = [
+            (name, module, parameter)
+            for name, module in model.named_modules()
+            for parameter, p in module._parameters.items()
+            if p is not None and any(fnmatch.fnmatchcase(_full(name, parameter), pattern) for pattern in filter_fn)
+        ]
+    elif callable(filter_fn):
+        named = []
+        for name, module in model.named_modules():
+            found = filter_fn(name, module)
+            if isinstance(found, (list, tuple)):
+                named += [(name, module, parameter) for parameter in found]
+            elif found:
+                named += [(name, module, parameter) for parameter in matrices(module)]
+    else:
+        raise TypeError(
+            f"filter_fn: expected a function of (name, module), or a list of patterns of names of parameters, got "
+            f"{type(filter_fn).__name__}"
+        )
+    if not named:
+        raise ValueError(f"filter_fn: matches none of the modules of {type(model).__name__}")
+    return {name if p == WEIGHT else _full(name, p): (module, p) for name, module, p in named}
 
 
-def _check_weights(modules):
-    owners = {}
-    for name, module in modules.items():
-        label = name or "model"
-        if parametrize.is_parametrized(module, WEIGHT):
-            kinds = ", ".join(type(p).__name__ for p in module.parametrizations[WEIGHT])
-            raise ValueError(
-                f"{label}: the weight already has a parametrization ({kinds}); expected a plain one: take "
-                "it off by torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
-            )
-        for parameter, remove in REPLACED.items():
-            if parameter in module._parameters and WEIGHT not in module._parameters:
+def _full(name, parameter):
+    return f"{name}.{parameter}".removeprefix(".")
+
+
+def _check_weight(label, module, parameter):
+    """ValueError for a parameter that cannot be quantized."""
+    if parametrize.is_parametrized(module, parameter):
+        kinds = ", ".join(type(p).__name__ for p in module.parametrizations[parameter])
+        raise ValueError(
+            f"{label}: the weight already has a parametrization ({kinds}); expected a plain one: take "
+            f"it off by torch.nn.utils.parametrize.remove_parametrizations(layer, {parameter!r})"
+        )
+    if parameter == WEIGHT:
+        for replaced, remove in REPLACED.items():
+            if replaced in module._parameters and WEIGHT not in module._parameters:
                 raise ValueError(
-                    f"{label}: its weight is computed from {parameter} before each forward; expected a "
+                    f"{label}: its weight is computed from {replaced} before each forward; expected a "
                     f"plain one: take that off by {remove}(layer), or {PRUNED} where it is pruned"
                 )
-        w = module._parameters.get(WEIGHT)
-        if w is None:
-            raise ValueError(
-                f"{label}: expected a module with a parameter 'weight', got {type(module).__name__} without one"
-            )
-        if isinstance(w, torch.nn.parameter.UninitializedParameter) or w.device.type == "meta":
-            raise ValueError(f"{label}: expected a weight with values, got one that is not initialized")
-        if w.dtype not in FLOATS or w.dim() == 0:
-            raise ValueError(
-                f"{label}: expected a floating-point weight with at least one dimension, got {w.dtype} of "
-                f"shape {tuple(w.shape)}"
-            )
-        if id(w) in owners:
-            raise ValueError(f"{label}: shares its weight with {owners[id(w)]}: let filter_fn choose one of them")
-        owners[id(w)] = label
+    w = module._parameters.get(parameter)
+    if w is None:
+        raise ValueError(
+            f"{label}: expected a module with a parameter {parameter!r}, got {type(module).__name__} without one"
+        )
+    if isinstance(w, torch.nn.parameter.UninitializedParameter) or w.device.type == "meta":
+        raise ValueError(f"{label}: expected a weight with values, got one that is not initialized")
+    if w.dtype not in FLOATS or w.dim() == 0:
+        raise ValueError(
+            f"{label}: expected a floating-point weight with at least one dimension, got {w.dtype} of "
+            f"shape {tuple(w.shape)}"
+        )
 
 
 def _settings(names, config):
@@ -311,7 +384,11 @@ def _settings(names, config):
         if isinstance(policy, int) and name in settings:
             settings[name] = dict(config.fixed(policy))
     for pattern, values in config.overrides.items():
-        matched = [name for name in settings if fnmatch.fnmatchcase(name or "model", pattern)]
+        matched = [
+            name
+            for name in settings
+            if fnmatch.fnmatchcase(name or "model", pattern) or fnmatch.fnmatchcase(_full(name, WEIGHT), pattern)
+        ]
         if not matched:
             raise ValueError(
                 f"overrides[{pattern!r}]: matches none of the layers {', '.join(name or 'model' for name in settings)}"

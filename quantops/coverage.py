@@ -34,13 +34,7 @@ def left_in_float(model):
                 seen.add(id(p))
                 matrix = p.dim() > 1 and not isinstance(module, Settings)
                 kind = type(module).__name__
-                why = (
-                    f"no matrix, of {kind}"
-                    if not matrix
-                    else f"{kind} was not chosen"
-                    if name == "weight"
-                    else f"{kind} has it under another name than weight"
-                )
+                why = f"{kind} was not chosen" if matrix else f"no matrix, of {kind}"
                 found.append(LeftFloat(f"{path}.{name}".removeprefix("."), tuple(p.shape), p.numel(), why, matrix))
     return found
 
@@ -54,6 +48,6 @@ def warn_of_the_rest(model):
         more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
         warnings.warn(
             f"quantize_: {taken / (taken + rest):.1%} of the weights in matrices are quantized, in float "
-            f"stay {names}{more}; filter_fn chooses layers, quantops.bit_report(model) tells all",
+            f"stay {names}{more}; filter_fn chooses layers and parameters, quantops.bit_report(model) tells all",
             stacklevel=3,
         )

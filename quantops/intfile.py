@@ -10,7 +10,8 @@ import torch
 
 from quantops import checks
 from quantops.files import write_whole
-from quantops.intweight import MOST, IntWeight, check, to_int
+from quantops.intweight import MOST, IntWeight, check, rows_shape, to_int
+from quantops.layers import ROWS
 from quantops.nn import quantized
 from quantops.packed import Packed
 from quantops.reference.packing import plane_bytes
@@ -20,6 +21,7 @@ FORMAT, VERSION = "quantops-int", 2
 _DTYPES = {str(d).removeprefix("torch."): d for d in checks.FLOATS}
 _SCALES = {"F32": torch.float32, "F64": torch.float64}
 _ENTRY = {"bits", "grid", "signed", "shape", "fixed", "dtype", "crc32"}
+_MORE = {"rows", "shared"}  # where they are not the usual ones
 
 
 def _safetensors():
@@ -129,6 +131,10 @@ def parts_of(weights):
             "fixed": v.fixed,
             "dtype": str(v.dtype).removeprefix("torch."),
         }
+        if v.rows != ROWS:
+            entry["rows"] = list(v.rows)
+        if v.shared:
+            entry["shared"] = list(v.shared)
         about[name] = {**entry, "crc32": [crc32(scale, entry), *(crc32(t) for t in planes)]}
     return tensors, about
 
@@ -200,7 +206,11 @@ def _weight(f, name, entry, bits):
         "signed": entry["signed"],
         "dtype": _DTYPES[entry["dtype"]],
         "fixed": entry["fixed"],
+        "shared": tuple(entry.get("shared", ())),
     }
+    rows_in_front = tuple(entry.get("rows", ROWS))
+    if rows_in_front != ROWS:
+        settings.update(rows=rows_in_front, whole=shape)
     planes, used, rows = slice_of(f, f"{name}.planes"), _file_bytes(shape), code_bits(stored, settings["grid"])
     if planes.get_shape() != [rows, used] or planes.get_dtype() != "U8" or len(sums) != 1 + rows:
         raise ValueError(
@@ -214,7 +224,8 @@ def _weight(f, name, entry, bits):
     m = code_bits(m, settings["grid"])
     data, scale = torch.zeros(m, plane_bytes(math.prod(shape)), dtype=torch.uint8), f.get_tensor(f"{name}.scale")
     data[:, :used] = planes[:m]
-    weight = IntWeight(Packed(data, shape, m), scale.clone(), **settings)
+    laid = torch.Size(rows_shape(shape, rows_in_front))
+    weight = IntWeight(Packed(data, laid, m), scale.clone(), **settings)
     check(name, weight)
     told = {key: value for key, value in entry.items() if key != "crc32"}
     found = crc32(scale, told), *(crc32(t) for t in data[:, :used])
@@ -229,7 +240,7 @@ def _sizes(name, entry):
     """(bits, shape, checksums) of what the metadata say of a weight; ValueError where they say anything else."""
     if (
         not isinstance(entry, dict)
-        or entry.keys() != _ENTRY
+        or entry.keys() - _MORE != _ENTRY
         or not isinstance(entry["grid"], str)
         or not isinstance(entry["dtype"], str)
         or entry["dtype"] not in _DTYPES
@@ -242,6 +253,12 @@ def _sizes(name, entry):
         raise ValueError(f"{name}: expected bits 0..{MAX_BITS}, got {shown(bits)}")
     if len(shape) > 64 or not all(0 <= n <= MOST for n in (*shape, math.prod(shape))):
         raise ValueError(f"{name}: expected a shape of at most 64 dims and 2^40 elements, got {shown(shape)}")
+    rows, shared = entry.get("rows", [0]), entry.get("shared", [])
+    dims = _integers(rows) and rows and all(0 <= d < max(len(shape), 1) for d in rows)
+    if not dims or len(set(rows)) < len(rows):
+        raise ValueError(f"{name}: expected rows, distinct dims of {len(shape)}, got {shown(rows)}")
+    if not isinstance(shared, list) or not all(isinstance(other, str) for other in shared):
+        raise ValueError(f"{name}: expected shared, names of parameters, got {shown(shared)}")
     return bits, torch.Size(shape), entry["crc32"]
 
 
@@ -284,7 +301,7 @@ def targets_of(model, weights):
         if name not in params:
             raise ValueError(f"{name}: the model has no parameter of this name")
         p = params[name]
-        tied = [n for n, other in params.items() if other is p and n not in weights]
+        tied = [n for n, other in params.items() if other is p and n not in (*weights, *v.shared)]
         if tied:
             raise ValueError(
                 f"{name}: the model has one parameter for it and {', '.join(tied)}, which the file does "
@@ -295,15 +312,18 @@ def targets_of(model, weights):
                 f"{name}: expected a parameter with memory, got one that is not initialized or on the "
                 "meta device: model.to_empty(device=...) gives it some"
             )
-        if p.shape != v.shape:
-            raise ValueError(f"{name}: the file has shape {tuple(v.shape)}, the model {tuple(p.shape)}")
-        if not p.is_floating_point():
-            raise ValueError(f"{name}: expected a floating-point parameter, got {p.dtype}")
-    return {name: params[name] for name in weights}
+        for other in (name, *v.shared):
+            p = params.get(other, p)  # a model may lack those that shared the weight, or have one for all of them
+            if p.shape != v.shape:
+                raise ValueError(f"{other}: the file has shape {tuple(v.shape)}, the model {tuple(p.shape)}")
+            if not p.is_floating_point():
+                raise ValueError(f"{other}: expected a floating-point parameter, got {p.dtype}")
+    return {name: [params[n] for n in (name, *v.shared) if n in params] for name, v in weights.items()}
 
 
 @torch.no_grad()
 def fill(targets, values):
-    """Copies values into the tensors of their names."""
+    """Copies each value into the tensors of its name."""
     for name, value in values.items():
-        targets[name].copy_(value)
+        for target in targets[name]:
+            target.copy_(value)

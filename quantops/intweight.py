@@ -6,10 +6,12 @@ import math
 import torch
 
 from quantops import checks, foreach
-from quantops.nn import check_only, quantized
+from quantops.layers import ROWS, from_rows
+from quantops.nn import check_only, parameter_name, quantized
 from quantops.packed import Packed
 from quantops.reference.uniform import GRIDS, code_bits
 from quantops.sharded import gathered, whole
+from quantops.tied import shared_names
 
 MOST = 2**40  # elements of a weight, and of each of its dims: a file of no bits at all may claim any number
 
@@ -20,7 +22,10 @@ class IntWeight:
 
     packed: the codes, a :class:`quantops.Packed` of planes. scale: 0-dim or (rows,), what the step is made of; the
     equations are in :mod:`quantops.functional`. dtype: of the trained weight and of :meth:`dequantize`. fixed: a layer
-    that keeps its bits where the others of its network have fewer, as :func:`load_int` knows.
+    that keeps its bits where the others of its network have fewer, as :func:`load_int` knows. rows: the dims of the
+    weight that have a scale per element, see quantops/layers.py; where they are not (0,), the packed codes lie with
+    these in front, as one dim, and ``whole`` is the shape of the weight. shared: names of other parameters of the model
+    that have this very weight.
 
     At m < n bits the codes are c >> (n-m) and the step is that of m bits. On the full grid and with floor codes
     (TruncQuant, arXiv 2506.11431) that is the weight that was trained at m bits, ``quantops.truncate``, bit for bit. On
@@ -36,6 +41,9 @@ class IntWeight:
     signed: bool = True
     dtype: torch.dtype = torch.float32
     fixed: bool = False
+    rows: tuple = ROWS
+    whole: torch.Size | None = None
+    shared: tuple = ()
 
     def __post_init__(self):
         if self.packed.layout != "planes":
@@ -59,12 +67,15 @@ class IntWeight:
     @property
     def shape(self):
         """The weight's shape."""
-        return torch.Size(self.packed.shape)
+        return torch.Size(self.packed.shape if self.whole is None else self.whole)
+
+    def _laid_out(self, t):
+        return from_rows(t, self.rows, self.shape)
 
     @property
     def codes(self):
         """The codes: uint8 up to 8 bits (with a sign), int32 above, in the weight's shape."""
-        codes = foreach.unpack([self.packed])[0]
+        codes = self._laid_out(foreach.unpack([self.packed])[0])
         return codes.to(torch.uint8) if self.packed.bits <= 8 else codes
 
     @property
@@ -78,9 +89,8 @@ class IntWeight:
     def levels(self):
         """m, the integers of which q = m * step: int32, in the weight's shape; all 0 for 0 bits."""
         unit = torch.full_like(self.scale, self.unit)
-        return foreach.decode([self.packed], [unit], grid=self.grid, signed=self.signed, out_dtype=unit.dtype)[0].to(
-            torch.int32
-        )
+        levels = foreach.decode([self.packed], [unit], grid=self.grid, signed=self.signed, out_dtype=unit.dtype)[0]
+        return self._laid_out(levels.to(torch.int32))
 
     @property
     def level_range(self):
@@ -97,15 +107,25 @@ class IntWeight:
         """What the levels are multiplied by: in the scale's shape and dtype; 0 for 0 bits."""
         return self.scale / self.unit if self.bits else torch.zeros_like(self.scale)
 
+    @property
+    def step_of_each(self):
+        """The step in a shape that the levels can be multiplied by: 1 but for the dims that are rows."""
+        if self.step.numel() == 1:
+            return self.step.reshape(())
+        shape = [n if d in self.rows else 1 for d, n in enumerate(self.shape)]
+        order = sorted(self.rows)
+        return (
+            self.step.reshape([self.shape[d] for d in self.rows]).permute(*map(self.rows.index, order)).reshape(shape)
+        )
+
     def at(self, bits):
         """The same weight at ``bits`` <= n bits, from the same memory."""
         return dataclasses.replace(self, packed=self.packed.truncate(code_bits(bits, self.grid)))
 
     def dequantize(self, bits=None):
         """The weights, at n bits as the training forward had them, bit for bit. ``bits``: fewer of them, see above."""
-        return foreach.decode(
-            [self.packed], [self.scale], bits, grid=self.grid, signed=self.signed, out_dtype=self.dtype
-        )[0]
+        q = foreach.decode([self.packed], [self.scale], bits, grid=self.grid, signed=self.signed, out_dtype=self.dtype)
+        return self._laid_out(q[0])
 
 
 @torch.no_grad()
@@ -120,10 +140,11 @@ def to_int(model):
     Raises ValueError for a model without quantized weights, for weights with NaN or inf and for those that have other
     parametrizations too, naming the layer.
     """
-    layers = quantized(getattr(model, "_orig_mod", model))
+    model = getattr(model, "_orig_mod", model)
+    layers = quantized(model)
     if not layers:
         raise ValueError(f"model: expected weights quantized by quantops.quantize_, {type(model).__name__} has none")
-    weights = {}
+    weights, shared = {}, shared_names(model)
     for name, owner, quantizer in layers:
         check_only(name, owner)
         if owner.original.is_meta:
@@ -132,18 +153,32 @@ def to_int(model):
         if not bool(torch.isfinite(w).all()):
             raise ValueError(f"{name or 'model'}: the weight has NaN or inf values, which no code stands for")
         with gathered(quantizer):
-            weights[f"{name}.weight".removeprefix(".")] = quantizer.to_int(w)
+            v = quantizer.to_int(quantizer.rows(w))
+        if quantizer.row_dims != ROWS:
+            v = dataclasses.replace(v, rows=quantizer.row_dims, whole=owner.original.shape)
+        weights[parameter_name(name, quantizer)] = dataclasses.replace(v, shared=tuple(shared.get(quantizer, ())))
     return weights
+
+
+def rows_shape(shape, rows):
+    """The shape of a weight of ``shape`` with the dims ``rows`` in front, as one."""
+    if tuple(rows) == ROWS:
+        return tuple(shape)
+    return (math.prod(shape[d] for d in rows), *(n for d, n in enumerate(shape) if d not in rows))
 
 
 def check(name, v):
     """Raises ValueError where an IntWeight contradicts itself."""
-    rows = v.shape[0] if v.shape else 1
+    rows = v.packed.shape[0] if v.packed.shape else 1
     acc = torch.float64 if v.dtype == torch.float64 else torch.float32
     for wrong, text in (
         (
             len(v.shape) > 64 or max((math.prod(v.shape), *v.shape)) > MOST,
             f"expected a shape of at most 64 dims and 2^40 elements, got {tuple(v.shape)}",
+        ),
+        (
+            tuple(v.packed.shape) != rows_shape(v.shape, v.rows),
+            f"expected codes of shape {rows_shape(v.shape, v.rows)}, got {tuple(v.packed.shape)}",
         ),
         (v.packed.device.type == "meta", "expected codes with values, got some on the meta device"),
         (v.grid not in GRIDS, f"expected a grid of {GRIDS}, got {v.grid!r}"),

@@ -2,6 +2,8 @@
 
 import torch
 
+from quantops.computed import PLAIN
+
 
 def dense_rows(t):
     """True where ``t`` fills its memory without gaps or overlaps and dim 0 is outermost (contiguous, channels_last).
@@ -36,7 +38,7 @@ def empty_like(t, dtype):
 
 def laid_out(results, like):
     """``results`` in the layout that the compiled kernels and the fakes give those of ``like``."""
-    if type(like[0]) not in (torch.Tensor, torch.nn.Parameter):  # traced: a graph of values, which may not write
+    if type(like[0]) not in PLAIN:  # traced: a graph of values, which may not write
         return [r.clone() for r in results]
     return [empty_like(t, r.dtype).copy_(r) for r, t in zip(results, like)]
 

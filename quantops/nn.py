@@ -42,19 +42,20 @@ parametrizations, not pickled whole.
 """
 
 import re
-import threading
 import weakref
 from contextlib import nullcontext
+from itertools import cycle
 
 import torch
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from quantops import checks
+from quantops.computed import PLAIN, Computed, computed
+from quantops.layers import ROWS, WEIGHT, from_rows, to_rows
+from quantops.per_thread import Mine, PerThread, Slot, in_backward
 from quantops.sharded import any_sharded
 from quantops.state import Settings, version
-
-WEIGHT = "weight"
 
 _steps = [0]  # optimizer steps taken in this process; also the mark that the hook below is registered
 
@@ -66,59 +67,6 @@ def _count_step(optimizer, args, kwargs):
 def _watch_optimizers():
     if len(_steps) == 1:
         _steps.append(register_optimizer_step_post_hook(_count_step))
-
-
-class Slot(threading.local):
-    """What the last pass of this thread left for one layer. Never copied or pickled with its layer: results belong to
-    a pass, and a pass to its thread."""
-
-    def __init__(self):
-        self.clear()
-
-    def clear(self):
-        self.result = None  # (the Pass, which may hold q and what else the call gave, this layer's place in it)
-        self.traced = None  # q inside the graph that torch.compile is tracing now
-
-    def __reduce__(self):
-        return type(self), ()
-
-
-class PerThread:
-    """A value that a thread sets for itself. In its backward passes, which on a GPU run in threads of torch's own, it
-    is there too, but where several threads have set one: RuntimeError. Never copied or pickled, as :class:`Slot`."""
-
-    def __init__(self):
-        self._own, self._all = _Own(), {}
-
-    def __reduce__(self):
-        return PerThread, ()
-
-    def set(self, value):
-        """None: there is no value any more."""
-        self._own.value = value
-        if torch.compiler.is_compiling():
-            return
-        if value is None:
-            self._all.pop(threading.get_ident(), None)
-        else:
-            self._all[threading.get_ident()] = value
-
-    def get(self):
-        value = self._own.value
-        if value is not None or not self._all or torch.compiler.is_compiling() or not in_backward():
-            return value
-        values = list(self._all.values())
-        if len(values) > 1:
-            raise RuntimeError(
-                "a checkpointed part is computed again while several threads are in joint steps of one "
-                "model, and its width is not known; expected one thread, or no checkpointing"
-            )
-        return values[0] if values else None
-
-
-class _Own(threading.local):
-    def __init__(self):
-        self.value = None
 
 
 class WeightQuantizer(Settings, torch.nn.Module):
@@ -141,7 +89,12 @@ class WeightQuantizer(Settings, torch.nn.Module):
         self.moves = 0  # counts to(), half(), ...: they write through param.data, which no version counter sees
         self.group = None  # before quantize_ is done, and once the weight is plain again
         self.place = 0  # of the weight among the parameters of its layer
-        self.layer = "model"  # the name of its layer, for messages
+        self.parameter = WEIGHT  # the name that it has there
+        self.layer = "model"  # the name of the weight, for messages
+        self.row_dims = ROWS  # the dims that have a scale per element, see quantops/layers.py
+        self.recipe, self.shape = None, None  # what quantize_ made it from, fit for JSON; and of which shape
+
+    # These take weights with their rows in dim 0.
 
     @staticmethod
     def launch(quantizers, w):
@@ -166,12 +119,21 @@ class WeightQuantizer(Settings, torch.nn.Module):
         """The IntWeight whose dequantize() is the training forward, bit for bit (the evaluated one where it draws)."""
         raise NotImplementedError
 
-    def versions(self):
-        return tuple(map(version, self._buffers.values()))
-
     def state_for(self, w):
         """The own state, as of state_dict(), that goes with a float weight loaded from elsewhere."""
         return self.state_dict()
+
+    def versions(self):
+        return tuple(map(version, self._buffers.values()))
+
+    @property
+    def source(self):
+        """Itself: the quantizer of a weight, which those that share it know too."""
+        return self
+
+    def rows(self, w):
+        """The weight with its rows in dim 0."""
+        return to_rows(w, self.row_dims)
 
     @staticmethod
     def check_removable(model):
@@ -187,17 +149,33 @@ class WeightQuantizer(Settings, torch.nn.Module):
             return given
         if torch.compiler.is_compiling():
             traced = self.slot.traced
-            return self.launch([self], [original]).q[0] if traced is None else traced
+            return launch([self], [original]).q[0] if traced is None else traced
         group = self.group
         if group.whole:
             found = self.slot.result
             if found is not None and found[0].serves(found[1], self, original):
-                return found[0].value.q[found[1]]
-        return group.compute_one(self, original)
+                q = found[0].value.q[found[1]]
+                return q if found[0].running else self._guarded(q, original)
+        return self._guarded(group.compute_one(self, original), original)
+
+    def _guarded(self, q, original):
+        """q, whose writes go to the float weight."""
+        if in_backward() or torch._C._are_functorch_transforms_active():
+            return q
+        return computed(q, lambda: original, self.layer)
 
     def right_inverse(self, value):
-        """``layer.weight = value`` sets the float weight."""
+        """``layer.weight = value`` sets the float weight. ValueError for another shape."""
+        value = value.float_weight() if isinstance(value, Computed) else value
+        if self.shape is not None and value.shape != self.shape:
+            raise ValueError(
+                f"{self.layer}: expected a weight of shape {tuple(self.shape)}, got {tuple(value.shape)}; to resize a "
+                "layer take quantops.unquantize_(model), resize, and quantize_ again"
+            )
         return value
+
+    def about(self):
+        return {} if self.recipe is None else {"recipe": self.recipe}
 
     def _apply(self, fn, recurse=True):
         self.moves += 1
@@ -208,11 +186,7 @@ class WeightQuantizer(Settings, torch.nn.Module):
 
 def trackable(w):
     """True for plain tensors with a version counter."""
-    return (
-        type(w) in (torch.nn.Parameter, torch.Tensor)
-        and not w.is_inference()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(w)
-    )
+    return type(w) in PLAIN and not w.is_inference() and not torch._C._functorch.is_functorch_wrapped_tensor(w)
 
 
 def _mark(quantizer, w):
@@ -333,16 +307,6 @@ class _Unseen(torch.autograd.graph.saved_tensors_hooks):
                 "this backward pass needs it from"
             )
         return t
-
-
-class Mine(threading.local):
-    """The passes of a thread that may still hold q."""
-
-    def __init__(self):
-        self.passes, self.tracing = [], False
-
-    def __reduce__(self):
-        return Mine, ()
 
 
 class WeightGroup:
@@ -480,7 +444,7 @@ class WeightGroup:
             kept = done.copy()
         if not torch.is_grad_enabled() or not any(p.wants_grad(t) for p, t in zip(quantizers, w)):
             return kept
-        return Pass(quantizers, w, quantizers[0].revive(quantizers, w, kept.value))
+        return Pass(quantizers, w, revive(quantizers, w, kept.value))
 
     def _leave(self, done, turn):
         self.mine.passes.append(done)
@@ -497,11 +461,6 @@ class WeightGroup:
                 done.turn, self.drawn[weakref.ref(node)] = turn, turn
 
 
-def in_backward():
-    """Whether this thread is within a backward pass, where a forward is one of a checkpointed part, computed again."""
-    return torch._C._current_graph_task_id() != -1
-
-
 def _saved_tensors_hooks():
     """Those that what is saved now goes through, as in checkpointed parts; None where there are none."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -515,13 +474,32 @@ def launch(quantizers, w):
             "which MSQ and TruncQuant take; FSDP2 makes them whole"
         )
     try:
-        return quantizers[0].launch(quantizers, w)
+        return as_weights(quantizers, w, quantizers[0].launch(quantizers, rows_of(quantizers, w)))
     except ValueError as error:
         found = re.match(r"(\w+)(?:\[\d+\])*?(?:\[(\d+)\])?: ", str(error))
         if not found or (found[2] is None and len(quantizers) > 1):
             raise
         layer = quantizers[int(found[2] or 0)].layer
         raise ValueError(f"{layer}: {found[1]}: {str(error)[found.end() :]}") from error
+
+
+def revive(quantizers, w, result):
+    """A result without a graph, as that of a new forward that has one."""
+    result = result._replace(q=rows_of(quantizers, result.q))
+    return as_weights(quantizers, w, quantizers[0].revive(quantizers, rows_of(quantizers, w), result))
+
+
+def rows_of(quantizers, w):
+    """The weights with their rows in dim 0."""
+    return [p.rows(t) for p, t in zip(quantizers, w)]
+
+
+def as_weights(quantizers, w, result):
+    """A result whose q, of one width or of several in turn, have rows in dim 0, with q in the shapes of ``w``."""
+    if all(p.row_dims == ROWS for p in quantizers):
+        return result
+    q = [from_rows(t, p.row_dims, v.shape) for t, p, v in zip(result.q, cycle(quantizers), cycle(w))]
+    return result._replace(q=q)
 
 
 def batches(pairs):
@@ -554,11 +532,27 @@ def check_module(model):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
-def quantized(model):
-    """[(layer name, ParametrizationList, WeightQuantizer)] of a model, in module order."""
+def owners(model):
+    """[(layer path, parameter, ParametrizationList)] of all quantized weights, those that are shared at each place."""
     check_module(model)
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, ParametrizationList) and isinstance(module[0], WeightQuantizer):
-            found.append((name.removesuffix("parametrizations." + WEIGHT).removesuffix("."), module, module[0]))
+        if isinstance(module, ParametrizationList) and hasattr(module[0], "source"):
+            path, _, parameter = f".{name}".rpartition(".parametrizations.")
+            found.append((path.removeprefix("."), parameter, module))
     return found
+
+
+def quantized(model):
+    """[(name, ParametrizationList, WeightQuantizer)] of a model, in module order, each weight once. Its name is that of
+    its layer, where it is the layer's ``weight``, and ``layer.parameter`` otherwise."""
+    return [
+        (path if parameter == WEIGHT else f"{path}.{parameter}".removeprefix("."), owner, owner[0])
+        for path, parameter, owner in owners(model)
+        if isinstance(owner[0], WeightQuantizer)
+    ]
+
+
+def parameter_name(name, quantizer):
+    """``layer.parameter`` of a weight that :func:`quantized` calls ``name``."""
+    return f"{name}.{WEIGHT}".removeprefix(".") if quantizer.parameter == WEIGHT else name

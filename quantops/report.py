@@ -7,7 +7,7 @@ import torch
 
 from quantops.activation import activations
 from quantops.coverage import left_in_float
-from quantops.nn import batches, quantized
+from quantops.nn import batches, quantized, rows_of
 from quantops.sharded import any_sharded, gathered, whole
 
 
@@ -123,6 +123,7 @@ def bit_report(model):
 
 
 def _rows(quantizers, w):
+    w = rows_of(quantizers, w)
     own = [v for p in quantizers for v in p._parameters.values() if v is not None]
     if quantizers[0].by_shards or not any_sharded([*w, *own]):
         return quantizers[0].measure(quantizers, w)

@@ -36,6 +36,10 @@ class Settings:
         """{name: value}, fit for JSON, of what the numbers in the state dict mean."""
         raise NotImplementedError
 
+    def about(self):
+        """{name: value}, fit for JSON, that goes into the state dict and is not compared."""
+        return {}
+
     def register_constants(self, device, **constants):
         """Registers int32 buffers of values that never change; they are made again after every move and every load."""
         self.constants = constants
@@ -111,7 +115,7 @@ class Settings:
         return self
 
     def get_extra_state(self):
-        text = json.dumps({"version": VERSION, **self.settings()})
+        text = json.dumps({"version": VERSION, **self.settings(), **self.about()})
         return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state):
@@ -150,11 +154,12 @@ class Settings:
             self.write(**{name: self._buffers[name].item() for name in self.counts})
 
     def _differs(self, state):
-        try:
-            found = json.loads(bytes(state.cpu().tolist()))
-            version = found.pop("version")
-        except (AttributeError, KeyError, TypeError, ValueError) as e:
-            return f"expected the settings of a module of quantops in {KEY}, got {state!r} ({e})"
+        found = settings_in(state)
+        if not isinstance(found, dict) or "version" not in found:
+            return f"expected the settings of a module of quantops in {KEY}, got {state!r}"
+        version = found.pop("version")
+        for name in self.about():
+            found.pop(name, None)
         if version != VERSION:
             return f"expected version {VERSION} of the state of a module of quantops, got {version!r}"
         own = json.loads(json.dumps(self.settings()))
@@ -163,3 +168,11 @@ class Settings:
         names = [k for k in {**own, **found} if own.get(k) != found.get(k)]
         told = [", ".join(f"{k}={side.get(k)!r}" for k in names) for side in (own, found)]
         return f"expected a state of the settings that the model has, {told[0]}, got one of {told[1]}"
+
+
+def settings_in(state):
+    """What get_extra_state put into a tensor; None for another."""
+    try:
+        return json.loads(bytes(state.cpu().tolist()))
+    except (AttributeError, TypeError, ValueError):
+        return None

@@ -3,6 +3,7 @@ before any work is done. On other devices they are not read back and give NaN.""
 
 import torch
 
+from quantops.computed import PLAIN
 from quantops.reference.activation import LEAST_SCALE, MOST_SCALE
 from quantops.reference.categorical import GRADS, MAX_SOFT_BITS, MODES
 from quantops.reference.uniform import GRIDS, MAX_BITS, most_bits
@@ -10,7 +11,7 @@ from quantops.reference.uniform import GRIDS, MAX_BITS, most_bits
 
 def _readable(t):
     """Whether reading costs nothing: a tensor with values, on the CPU, and not one that is being traced."""
-    return t.device.type == "cpu" and type(t) in (torch.Tensor, torch.nn.Parameter)
+    return t.device.type == "cpu" and type(t) in PLAIN
 
 
 def check_values(scale, bits, k=None, grid=0):

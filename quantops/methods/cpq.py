@@ -52,7 +52,7 @@ class CPQConfig(ActivationConfig):
         was chosen by hand on the digits of the demo, which shows how far they gather.
     offset: True shifts the grid by a learned beta, 0 at first, as Relaxed Quantization does: q = alpha j + beta. Such
         a grid has no exact zero in general, and :func:`quantops.to_int` refuses it.
-    per_row: alpha and sigma per row (dim 0: output channels of Linear and Conv, input channels of ConvTranspose).
+    per_row: alpha and sigma per row, which are the outputs of a layer; quantops/layers.py has the table of their dims.
     dropbits: None; "fixed": every bit above min_bits has a hard concrete gate, drawn anew in every training forward,
         that is not 0 with probability ``nonzero``; "learned": the same at the start, and then ``log_a`` of each gate is
         learned with ``quantops.penalty(model)`` in the loss (:func:`penalty`), until
@@ -74,8 +74,9 @@ class CPQConfig(ActivationConfig):
         bits.
     act, act_scale, act_signed, act_outputs: see :class:`quantops.activation.ActivationConfig`. What act="input" and
         act_outputs quantize may be signed: there :class:`quantops.UniformActivation` stands, whose grid is the same.
-    fuse, cache, first, last, overrides: see QuantConfig. Forwards that draw are not cached. Overrides may set "bits"
-        and "dropbits"; layers with fixed bits have no gates.
+    fuse, cache, tied, first, last, overrides: see QuantConfig. Forwards that draw are not cached. Overrides may set
+        "bits", "dropbits", "rows", and of these fields "mode", "grad", "sigma", "per_row", "nonzero", "min_bits" and
+        "start". Layers with fixed bits have no gates.
 
     Raises ValueError naming the field for anything else.
     """
@@ -95,6 +96,7 @@ class CPQConfig(ActivationConfig):
     temperature: float | None = None
 
     settings: ClassVar[tuple[str, ...]] = ("bits", "dropbits", "act_bits")
+    fields: ClassVar[tuple[str, ...]] = ("mode", "grad", "sigma", "per_row", "nonzero", "min_bits", "start")
 
     def __post_init__(self):
         super().__post_init__()
@@ -143,11 +145,13 @@ class CPQConfig(ActivationConfig):
         return {"bits": bits, "dropbits": None}
 
     def quantizer(self, name, weight, settings):
-        bits = check_int(f"{name}: bits", settings.get("bits", self.bits), 1, self.most_bits)
-        dropbits = check_choice(f"{name}: dropbits", settings.get("dropbits", self.dropbits), DROPBITS)
+        bits, dropbits = settings.get("bits", self.bits), settings.get("dropbits", self.dropbits)
+        check_choice(f"{name}: dropbits", dropbits, DROPBITS)
+        config = self.of_layer(name, settings, bits=bits, dropbits=None)
+        check_int(f"{name}: bits", bits, 1, config.most_bits)
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{name}: expected finite weights, got NaN or infinity")
-        return CPQWeight(self, weight, bits, dropbits if bits > self.min_bits else None)
+        return CPQWeight(config, weight, bits, dropbits if bits > config.min_bits else None)
 
     def check_act_bits(self, name, bits):
         if bits is not None:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from quantops import processes
 from quantops.convert import check_choice
 from quantops.methods.truncquant import network_of
-from quantops.nn import batches, check_module, trackable
+from quantops.nn import as_weights, batches, check_module, rows_of, trackable
 
 
 class Joint(NamedTuple):
@@ -220,7 +220,8 @@ class _Scope:
             for owner, p in self.network.layers
             if torch.compiler.is_compiling() or trackable(owner.original)
         ):
-            q = given = quantizers[0].launch_all(quantizers, w).q
+            result = quantizers[0].launch_all(quantizers, rows_of(quantizers, w))
+            q = given = as_weights(quantizers, w, result).q
             if detached:
                 given = [t.detach().requires_grad_(t.requires_grad) for t in q]
                 self.roots += [(t, leaf) for t, leaf in zip(q, given) if t.requires_grad]

@@ -11,8 +11,9 @@ from quantops.activation import ActivationConfig
 from quantops.autograd.common import call, materialize, of_used
 from quantops.convert import check_choice, check_int
 from quantops.intweight import IntWeight
+from quantops.layers import ROWS, from_rows
 from quantops.library import ops
-from quantops.nn import WeightQuantizer, batches, quantized, shown, used_up
+from quantops.nn import WeightQuantizer, batches, launch, quantized, rows_of, shown, used_up
 from quantops.reference.uniform import GRIDS, MAX_BITS, code_bits, most_bits
 from quantops.scales import ABSMAX, check_scale, largest, measured, weight_scales
 from quantops.sharded import any_sharded, as_shards, shards, totals
@@ -37,7 +38,7 @@ class MSQConfig(ActivationConfig):
     scale_grad: True takes the scale as the function of the weights that it is: its gradient reaches the weight that is
         the maximum, or all of them. The backward pass is then no identity: it sums up the gradient of the scale, a
         pass over the weights makes each one's part of it (the bench's own_scale), and autograd adds that.
-    per_row: a scale per row (dim 0: output channels of Linear and Conv, input channels of ConvTranspose).
+    per_row: a scale per row, which are the outputs of a layer; quantops/layers.py has the table of their dims.
     penalty: "loss", for ``loss + strength * quantops.penalty(model)``, or "decoupled", for
         ``quantops.add_penalty_grad_(model, strength)`` after backward, where the backward pass is the identity (with
         scale="absmax"; otherwise it masks the weights that clamp).
@@ -49,8 +50,9 @@ class MSQConfig(ActivationConfig):
         does not say which is meant. Not with per_row, where a layer has many steps.
     act_bits, act, act_scale, act_signed, act_outputs: of activations, see
         :class:`quantops.activation.ActivationConfig`; by the round-clamp rule.
-    fuse, cache, first, last, overrides: see QuantConfig. Overrides may set "bits", "k" and "prune"; "prune": False
-        means that MSQControllers leave the bits alone, and k is then 0 unless set.
+    fuse, cache, tied, first, last, overrides: see QuantConfig. Overrides may set "bits", "k", "prune", "rows", and of
+        these fields "grid", "scale", "scale_grad", "per_row" and "penalty_unit". "prune": False means that
+        MSQControllers leave the bits alone, and k is then 0 unless set.
 
     Raises ValueError naming the field for anything else.
     """
@@ -65,6 +67,7 @@ class MSQConfig(ActivationConfig):
     penalty_unit: str = UNITS[0]
 
     settings: ClassVar[tuple[str, ...]] = ("bits", "k", "prune", "act_bits")
+    fields: ClassVar[tuple[str, ...]] = ("grid", "scale", "scale_grad", "per_row", "penalty_unit")
 
     def __post_init__(self):
         super().__post_init__()
@@ -111,8 +114,9 @@ class MSQConfig(ActivationConfig):
     def quantizer(self, name, weight, settings):
         prune = check_choice(f"{name}: prune", settings.get("prune", True), (True, False))
         bits, k = settings.get("bits", self.bits), settings.get("k", self.k if prune else 0)
-        _check_precision(name, bits, k, self.grid)
-        return MSQWeight(self, weight.device, bits, k, prune)
+        config = self.of_layer(name, settings, bits=bits, k=k)
+        _check_precision(name, bits, k, config.grid)
+        return MSQWeight(config, weight.device, bits, k, prune)
 
 
 def _check_precision(name, bits, k, grid):
@@ -333,7 +337,7 @@ def _traced_penalties(layers):
                 if quantizers[0].decoupled:
                     of_each = _stats(quantizers, w)[0]
                 else:
-                    done = quantizers[0].launch(quantizers, w)
+                    done = launch(quantizers, w)
                     of_each = _in_units(done.penalty, quantizers[0], done.scale, done.bits)
                 parts.append(of_each.sum() if len(count) == len(w) else torch.stack([of_each[i] for i in count]).sum())
     return parts
@@ -341,6 +345,7 @@ def _traced_penalties(layers):
 
 def _stats(quantizers, w):
     """(penalty, nonzero, sq_error), an entry per weight."""
+    w = rows_of(quantizers, w)
     scale, bits, k = _arguments(quantizers, w)
     sums = call(ops.lsb_stats, shards(w), scale, bits, k, quantizers[0].grid, quantizers[0].covered)
     penalty, *sums = (totals(v, w) for v in sums)
@@ -372,10 +377,15 @@ def add_penalty_grad_(model, strength):
         for t in w:
             if t.grad is None:
                 t.grad = torch.zeros_like(t)
+        grads, w = [t.grad for t in w], rows_of(quantizers, w)
         (scale, bits, k), p = _arguments(quantizers, w), quantizers[0]
         each = strength
         if p.unit == "code":
             each = _in_units(torch.as_tensor(strength, dtype=scale[0].dtype, device=w[0].device), p, scale, bits)
         elif p.unit == "gradient":
-            each = strength * measured([t.grad for t in w], False, True)
-        foreach.add_lsb_grad_(shards([t.grad for t in w]), shards(w), scale, bits, k, each, grid=GRIDS[p.grid])
+            each = strength * measured(grads, False, True)
+        in_rows = rows_of(quantizers, grads)
+        foreach.add_lsb_grad_(shards(in_rows), shards(w), scale, bits, k, each, grid=GRIDS[p.grid])
+        for q, grad, t in zip(quantizers, grads, in_rows):
+            if q.row_dims != ROWS and t.data_ptr() != grad.data_ptr():  # a copy: no view has such rows in front
+                grad.copy_(from_rows(t, q.row_dims, grad.shape))

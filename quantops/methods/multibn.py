@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from quantops.nn import PerThread, in_backward
+from quantops.per_thread import PerThread, in_backward
 from quantops.state import Settings
 
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # whose forward is F.batch_norm and nothing else

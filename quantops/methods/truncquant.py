@@ -15,7 +15,8 @@ from quantops.convert import check_choice, check_int, remove_quantizers
 from quantops.intweight import IntWeight
 from quantops.library import ops
 from quantops.methods.multibn import MultiBatchNorm, check_norms, is_batch_norm, refuse_recomputing, replace
-from quantops.nn import PerThread, WeightQuantizer, quantized, shown
+from quantops.nn import WeightQuantizer, quantized, shown
+from quantops.per_thread import PerThread
 from quantops.reference.truncate import COMPANDINGS, SLOPES
 from quantops.reference.uniform import MAX_BITS, RULES
 from quantops.scales import ABSMAX, check_scale, largest, measured, split_scales, weight_scales
@@ -35,7 +36,7 @@ class TruncQuantConfig(ActivationConfig):
     out_scale: None (the scale) or "absmean", mean|w|.
     slope: "ste", 1, which a quantizer has on its own scale, or "exact", see :func:`quantops.truncate`.
     scale_grad: True takes the scales as the functions of the weights that they are, see MSQConfig.
-    per_row: scales per row (dim 0: output channels of Linear and Conv, input channels of ConvTranspose).
+    per_row: scales per row: the outputs of a layer; quantops/layers.py has the table of their dims.
     batch_norm: BatchNorm1d, 2d, 3d, SyncBatchNorm and subclasses become :class:`quantops.MultiBatchNorm`, one for
         each width. False: they are shared by all widths.
     act_bits, act, act_scale, act_signed, act_outputs: of activations, see
@@ -43,8 +44,9 @@ class TruncQuantConfig(ActivationConfig):
         act_bits="weights": those of the width that is selected, as in the paper; each width of a joint step has
         activations of its own, so that no pass could serve several. act_shared: one scale for all widths (act_scale
         other than "step"), else one for each.
-    fuse, cache, first, last, overrides: see QuantConfig. Joint steps read each weight once whatever ``fuse`` is, and
-    do not use the cache. Overrides may set "bits": the layer then has this one width always.
+    fuse, cache, tied, first, last, overrides: see QuantConfig. Joint steps read each weight once whatever ``fuse`` is,
+        and do not use the cache. Overrides may set "bits" (the layer then has this one width always), "rows", and of
+        these fields "rule", "companding", "scale", "out_scale", "slope", "scale_grad" and "per_row".
 
     Raises ValueError naming the field for anything else.
     """
@@ -63,6 +65,7 @@ class TruncQuantConfig(ActivationConfig):
     act_shared: bool = False
 
     settings: ClassVar[tuple[str, ...]] = ("bits", "act_bits")
+    fields: ClassVar[tuple[str, ...]] = ("rule", "companding", "scale", "out_scale", "slope", "scale_grad", "per_row")
     act_rule: ClassVar[str] = "floor"
 
     def __post_init__(self):
@@ -125,10 +128,11 @@ class TruncQuantConfig(ActivationConfig):
         return {"bits": bits}
 
     def quantizer(self, name, weight, settings):
+        config = self.of_layer(name, settings)
         if "bits" in settings:
             bits = check_int(f"{name}: bits", settings["bits"], 1, MAX_BITS)
-            return TruncQuantWeight(self, weight.device, (bits,), bits)
-        return TruncQuantWeight(self, weight.device, self.bits, self.base_bits)
+            return TruncQuantWeight(config, weight.device, (bits,), bits)
+        return TruncQuantWeight(config, weight.device, self.bits, self.base_bits)
 
     def check_act_bits(self, name, bits):
         if bits != "weights":

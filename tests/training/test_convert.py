@@ -10,8 +10,9 @@ from torch.nn.utils import parametrize, prune
 
 import quantops
 from networks import layered
-from quantops.convert import is_linear_or_conv, quantize_, unquantize_
+from quantops.convert import quantize_, unquantize_
 from quantops.intweight import to_int
+from quantops.layers import is_linear_or_conv
 from quantops.methods.cpq import CPQConfig
 from quantops.methods.msq import MSQConfig
 from quantops.methods.truncquant import TruncQuantConfig
@@ -67,12 +68,6 @@ def test_first_last_and_overrides():
     assert precision(model) == {"0": (3, 0, False), "3": (8, 1, True), "5": (3, 0, False), "6": (8, 1, True)}
 
 
-def _shared():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[1].weight = model[0].weight
-    return model
-
-
 def _parametrized():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     nn.utils.parametrizations.weight_norm(model[1])
@@ -99,7 +94,6 @@ def _complex():
         (layered, {"overrides": {"5": {"bits": 1}}}, None, "5: expected k < bits = 1"),
         (layered, {}, lambda name, m: True, "model: expected a module with a parameter 'weight', got Sequential"),
         (layered, {}, lambda name, m: name in ("0", "2"), "2: expected a module with a parameter 'weight', got ReLU"),
-        (_shared, {}, None, "1: shares its weight with 0"),
         (_parametrized, {}, None, "1: the weight already has a parametrization"),
         (_complex, {}, None, "1: expected a floating-point weight .*complex64"),
         (lambda: nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3)), {}, None, "1: .*not initialized"),
@@ -270,13 +264,21 @@ def test_assigning_a_weight_sets_the_float_weight():
     assert torch.equal(model[6].weight, to_int(model)["6.weight"].dequantize())
 
 
-def test_pickling_is_refused_by_torch_but_the_group_pickles():
-    model = quantize_(layered(), MSQConfig(cache=True))
-    model(torch.randn(2, 1, 8, 8))
-    with pytest.raises(RuntimeError, match="state_dict"):
-        pickle.dumps(model)
-    group = pickle.loads(pickle.dumps(quantized(model)[0][2].group))
+def test_a_pickled_model_goes_on_as_one_of_its_own():
+    model = quantize_(layered(), MSQConfig(bits=3, cache=True))
+    x = torch.randn(2, 1, 8, 8)
+    model.eval()(x)
+    other = pickle.loads(pickle.dumps(model))
+    group = quantized(other)[0][2].group
     assert [p.slot.result for _, p in group.layers] == [None] * 4 and group.layers[0][1].group is group
+    assert torch.equal(other(x), model(x)) and [name for name, _ in other.named_parameters()] == [
+        name for name, _ in model.named_parameters()
+    ]
+    before = model(x)
+    other(x).sum().backward()
+    torch.optim.SGD(other.parameters(), 0.1).step()
+    assert torch.equal(model(x), before) and not torch.equal(other(x), before)
+    assert not quantized(unquantize_(other)) and len(quantized(model)) == 4
 
 
 @pytest.mark.parametrize("fuse", ["model", "layer"])

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from quantops import CPQConfig, MSQConfig, TruncQuantConfig, bit_report, penalty, quantize_
-from quantops.convert import is_linear_or_conv
+from quantops.layers import is_linear_or_conv
 
 
 class Text(nn.Module):
-    """An embedding, attention, whose in_proj_weight is no module's weight, and a head."""
+    """An embedding, attention, whose in_proj_weight is a Parameter of its own, and a head."""
 
     def __init__(self):
         super().__init__()
@@ -21,13 +21,12 @@ class Text(nn.Module):
 
 def test_quantize_warns_of_what_it_leaves():
     with pytest.warns(UserWarning) as found:
-        model = quantize_(Text(), MSQConfig(bits=4))
+        model = quantize_(Text(), MSQConfig(bits=4), is_linear_or_conv)
     assert len(found) == 1 and found[0].filename == __file__
     text = str(found[0].message)
     assert text.startswith(
         "quantize_: 43.9% of the weights in matrices are quantized, in float stay embedding.weight "
-        "(Embedding was not chosen), attention.in_proj_weight (MultiheadAttention has it under "
-        "another name than weight);"
+        "(Embedding was not chosen), attention.in_proj_weight (MultiheadAttention was not chosen);"
     ), text
     report = bit_report(model)
     assert [(v.name, v.matrix) for v in report.left] == [
