@@ -94,7 +94,7 @@ def _instruction_set():
     return tell().decode()
 
 
-def info():
+def info() -> Info:
     """Which implementation serves which device, and why another is off. Print it, or read it as a dict."""
     compiled = _serving["cpu"][0] == "cpp"
     notes = {

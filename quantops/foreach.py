@@ -6,7 +6,8 @@ place of tensors: ``w`` is a list of weights of one dtype and device, ``scale`` 
 sums of a list (penalty, nonzero, sq_error) come back as one tensor with an entry per weight.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,12 +17,13 @@ from quantops.layout import dense_rows, empty_like
 from quantops.library import ops
 from quantops.packed import Packed, pack, unpack  # noqa: F401  the list ops of packed codes
 from quantops.reference.truncate import SLOPES
+from quantops.types import Bits, ListBits, Scale, Scales
 
 
 class MSQ(NamedTuple):
     """Result of :func:`msq`: q and its sums; for lists, a list of q and one tensor per sum."""
 
-    q: torch.Tensor
+    q: Any  # a tensor; of lists, a list of them
     penalty: torch.Tensor  # R = sum |B_k| * (value of one code step); differentiable in w
     nonzero: torch.Tensor  # int64: number of weights with B_k != 0; beta = nonzero / w.numel()
     sq_error: torch.Tensor  # E = sum (q - w)^2, q before its cast to out_dtype
@@ -44,12 +46,12 @@ def _reduce(mean, w, per_row, grad):
     return list(op(w, True).split([t.shape[0] for t in w]))
 
 
-def absmax(w, *, per_row=False, grad=False):
+def absmax(w: Sequence[torch.Tensor], *, per_row: bool = False, grad: bool = False) -> list[torch.Tensor]:
     """max|w| of each weight: a list of 0-dim tensors, or of one entry per row, see :func:`quantops.absmax`."""
     return _reduce(False, w, per_row, grad)
 
 
-def absmean(w, *, per_row=False, grad=False):
+def absmean(w: Sequence[torch.Tensor], *, per_row: bool = False, grad: bool = False) -> list[torch.Tensor]:
     """mean|w| of each weight: a list of 0-dim tensors, or of one entry per row, see :func:`quantops.absmean`."""
     return _reduce(True, w, per_row, grad)
 
@@ -67,7 +69,16 @@ def _written(tensors):
         torch.autograd.graph.increment_version(tensors)
 
 
-def round_clamp(w, scale, bits, *, signed=True, grid=None, out_dtype=None, out=None):
+def round_clamp(
+    w: Sequence[torch.Tensor],
+    scale: Scales | None,
+    bits: ListBits,
+    *,
+    signed: bool = True,
+    grid: str | None = None,
+    out_dtype: torch.dtype | None = None,
+    out: list[torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
     """Quantized weights, see :func:`quantops.round_clamp`."""
     w = checks.listed("w", w)
     grid = checks.grid_index(grid, signed)
@@ -82,29 +93,42 @@ def round_clamp(w, scale, bits, *, signed=True, grid=None, out_dtype=None, out=N
     return call(ops.round_clamp, w, scale, n, grid, signed, covered, checks.dtype_of(out_dtype, w))
 
 
-def msq(w, scale, bits, k=1, *, grid=None, out_dtype=None, out=None):
+def msq(
+    w: Sequence[torch.Tensor],
+    scale: Scales | None,
+    bits: ListBits,
+    k: ListBits = 1,
+    *,
+    grid: str | None = None,
+    out_dtype: torch.dtype | None = None,
+    out: list[torch.Tensor] | None = None,
+) -> MSQ:
     """Quantized weights and their LSB sums, see :func:`quantops.msq`."""
     w = checks.listed("w", w)
     grid = checks.grid_index(grid)
     n, k = checks.bits_and_k(bits, k, w, grid)
-    scale, covered = _scales(w, scale)
+    s, covered = _scales(w, scale)
     if out is not None:
-        out = checks.outputs(out, w, [*scale, n, k], out_dtype)
-        sums = [torch.empty(len(w), dtype=t, device=w[0].device) for t in (scale[0].dtype, torch.int64, scale[0].dtype)]
-        ops.msq_out(w, scale, n, k, grid, out, *sums)
+        out = checks.outputs(out, w, [*s, n, k], out_dtype)
+        sums = [torch.empty(len(w), dtype=t, device=w[0].device) for t in (s[0].dtype, torch.int64, s[0].dtype)]
+        ops.msq_out(w, s, n, k, grid, out, *sums)
         _written(out)
         return MSQ(out, *sums)
-    return MSQ(*call(ops.msq, w, scale, n, k, grid, covered, checks.dtype_of(out_dtype, w)))
+    return MSQ(*call(ops.msq, w, s, n, k, grid, covered, checks.dtype_of(out_dtype, w)))
 
 
-def lsb(w, scale, bits, k=1, *, grid=None):
+def lsb(
+    w: Sequence[torch.Tensor], scale: Scales | None, bits: ListBits, k: ListBits = 1, *, grid: str | None = None
+) -> list[torch.Tensor]:
     """LSB residuals, see :func:`quantops.lsb`."""
     w, grid = checks.listed("w", w), checks.grid_index(grid)
     n, k = checks.bits_and_k(bits, k, w, grid)
     return call(ops.lsb, w, _scales(w, scale)[0], n, k, grid)
 
 
-def lsb_stats(w, scale, bits, k=1, *, grid=None):
+def lsb_stats(
+    w: Sequence[torch.Tensor], scale: Scales | None, bits: ListBits, k: ListBits = 1, *, grid: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(penalty, nonzero, sq_error) of :func:`msq` without writing q: one read of the weights."""
     w, grid = checks.listed("w", w), checks.grid_index(grid)
     n, k = checks.bits_and_k(bits, k, w, grid)
@@ -112,12 +136,23 @@ def lsb_stats(w, scale, bits, k=1, *, grid=None):
     return call(ops.lsb_stats, w, scale, n, k, grid, covered)
 
 
-def lsb_penalty(w, scale, bits, k=1, *, grid=None):
+def lsb_penalty(
+    w: Sequence[torch.Tensor], scale: Scales | None, bits: ListBits, k: ListBits = 1, *, grid: str | None = None
+) -> torch.Tensor:
     """LSB penalties R, one tensor with an entry per weight, see :func:`quantops.lsb_penalty`."""
     return lsb_stats(w, scale, bits, k, grid=grid)[0]
 
 
-def add_lsb_grad_(grad, w, scale, bits, k, strength, *, grid=None):
+def add_lsb_grad_(
+    grad: Sequence[torch.Tensor],
+    w: Sequence[torch.Tensor],
+    scale: Scales | None,
+    bits: ListBits,
+    k: ListBits,
+    strength: Scale,
+    *,
+    grid: str | None = None,
+) -> Sequence[torch.Tensor]:
     """grad += strength * sign(B_k) * inside, in place: the gradient of strength * R, without a graph.
 
     ``grad``: list of tensors in the shapes and dtype of ``w``, each in memory of its own. ``strength``: a number, or a
@@ -126,22 +161,22 @@ def add_lsb_grad_(grad, w, scale, bits, k, strength, *, grid=None):
     w, grid = checks.listed("w", w), checks.grid_index(grid)
     n, k = checks.bits_and_k(bits, k, w, grid)
     checks.gradients(grad, w)
-    scale, _ = _scales(w, scale)
+    s, _ = _scales(w, scale)
     if not isinstance(strength, torch.Tensor):
         checks.strength(strength)
-        strength = torch.full((), strength, dtype=scale[0].dtype, device=w[0].device)
+        strength = torch.full((), strength, dtype=s[0].dtype, device=w[0].device)
     if strength.numel() not in (1, len(w)) or strength.device != w[0].device:
         raise ValueError(
             f"strength: expected one element or one per weight ({len(w)}) on {w[0].device}, got shape "
             f"{tuple(strength.shape)} on {strength.device}"
         )
-    strength = strength.reshape(-1).expand(len(w)).to(scale[0].dtype).contiguous()
-    checks.own_memory({"grad": grad}, [*w, *scale, n, k, strength])
+    strength = strength.reshape(-1).expand(len(w)).to(s[0].dtype).contiguous()
+    checks.own_memory({"grad": grad}, [*w, *s, n, k, strength])
     # Autograd may have laid a gradient out in another way than its weight; the kernel walks both alike.
     same = [
         g if g.stride() == t.stride() and dense_rows(t) else empty_like(t, g.dtype).copy_(g) for g, t in zip(grad, w)
     ]
-    ops.add_lsb_grad_(same, w, scale, n, k, grid, strength)
+    ops.add_lsb_grad_(same, w, s, n, k, grid, strength)
     for g, s in zip(grad, same):
         if g is not s:
             g.copy_(s)
@@ -149,7 +184,15 @@ def add_lsb_grad_(grad, w, scale, bits, k, strength, *, grid=None):
     return grad
 
 
-def encode(w, scale, bits, *, rule="round_clamp", grid=None, signed=True):
+def encode(
+    w: Sequence[torch.Tensor],
+    scale: Scales | None,
+    bits: ListBits,
+    *,
+    rule: str = "round_clamp",
+    grid: str | None = None,
+    signed: bool = True,
+) -> list[torch.Tensor]:
     """Integer codes, see :func:`quantops.encode`."""
     w, rule_index = checks.listed("w", w), checks.rule_index(rule)
     grid = checks.grid_index(grid, signed, rule)
@@ -157,7 +200,15 @@ def encode(w, scale, bits, *, rule="round_clamp", grid=None, signed=True):
     return call(ops.encode, w, _scales(w, scale)[0], n, rule_index, grid, signed)
 
 
-def decode(codes, scale, bits=None, *, grid=None, signed=True, out_dtype=None):
+def decode(
+    codes: Sequence[torch.Tensor | Packed],
+    scale: Scales,
+    bits: ListBits | None = None,
+    *,
+    grid: str | None = None,
+    signed: bool = True,
+    out_dtype: torch.dtype | None = None,
+) -> list[torch.Tensor]:
     """Weights of codes or of packed codes, see :func:`quantops.decode`."""
     if isinstance(codes, (list, tuple)) and codes and isinstance(codes[0], Packed):
         return packed.decode(codes, scale, bits, grid=grid, signed=signed, out_dtype=out_dtype)
@@ -168,8 +219,17 @@ def decode(codes, scale, bits=None, *, grid=None, signed=True, out_dtype=None):
 
 
 def truncate(
-    w, scale, bits, *, base_bits=8, rule="floor", companding=None, out_scale=None, slope="ste", out_dtype=None
-):
+    w: Sequence[torch.Tensor],
+    scale: Scales | None,
+    bits: Any,
+    *,
+    base_bits: ListBits = 8,
+    rule: str = "floor",
+    companding: str | None = None,
+    out_scale: Scales | None = None,
+    slope: str = "ste",
+    out_dtype: torch.dtype | None = None,
+) -> Any:
     """Weights truncated to one or several widths from one read, see :func:`quantops.truncate`.
 
     Unlike elsewhere a list of ``bits`` is a list of widths, not of weights: an int, or an integer tensor with an entry
@@ -187,8 +247,18 @@ def truncate(
 
 
 def categorical(
-    x, alpha, sigma, bits, *, gates=None, signed=True, mode="hard", grad="winner", seed=None, out_dtype=None
-):
+    x: Sequence[torch.Tensor],
+    alpha: Scales,
+    sigma: Scales,
+    bits: ListBits,
+    *,
+    gates: Sequence[torch.Tensor] | None = None,
+    signed: bool = True,
+    mode: str = "hard",
+    grad: str = "winner",
+    seed: Bits | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> list[torch.Tensor]:
     """Categorically quantized tensors, see :func:`quantops.categorical`.
 
     ``gates``: None, or a list with a tensor per entry of ``x``. One seed serves the list: its elements are counted

@@ -24,10 +24,16 @@ devices they are not read back and give NaN (integers: -2^31). Strided weights a
 (contiguous, channels_last). Gradients: straight-through, ``inside`` meaning |w| <= s (unsigned 0 <= w <= s).
 """
 
+from collections.abc import Sequence
+
+import torch
+
 from quantops import checks, foreach
 from quantops.autograd.common import call
 from quantops.foreach import MSQ
 from quantops.library import ops
+from quantops.packed import Packed
+from quantops.types import Bits, Scale
 
 
 def _one(scale):
@@ -38,7 +44,7 @@ def _outs(out):
     return None if out is None else [out]
 
 
-def absmax(w, *, per_row=False, grad=False):
+def absmax(w: torch.Tensor, *, per_row: bool = False, grad: bool = False) -> torch.Tensor:
     """max|w|: 0-dim, or (rows,) with ``per_row``. float32 (float64 for float64).
 
     0 for an empty weight; NaN if w has one. A constant for autograd; with ``grad`` the function of w that it is,
@@ -47,7 +53,7 @@ def absmax(w, *, per_row=False, grad=False):
     return foreach.absmax([w], per_row=per_row, grad=grad)[0]
 
 
-def absmean(w, *, per_row=False, grad=False):
+def absmean(w: torch.Tensor, *, per_row: bool = False, grad: bool = False) -> torch.Tensor:
     """mean|w|: 0-dim, or (rows,) with ``per_row``. float32 (float64 for float64).
 
     0 for an empty weight; NaN if w has one. A constant for autograd; with ``grad`` the function of w that it is,
@@ -56,7 +62,16 @@ def absmean(w, *, per_row=False, grad=False):
     return foreach.absmean([w], per_row=per_row, grad=grad)[0]
 
 
-def round_clamp(w, scale, bits, *, signed=True, grid=None, out_dtype=None, out=None):
+def round_clamp(
+    w: torch.Tensor,
+    scale: Scale | None,
+    bits: Bits,
+    *,
+    signed: bool = True,
+    grid: str | None = None,
+    out_dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The round-clamp quantizer of MSQ (arXiv 2507.22349): q = m * step, see the module's equations.
 
     Scaling by 2^n, not 2^n - 1, nests the bins: those of n - k bits are unions of those of n bits.
@@ -73,7 +88,7 @@ def round_clamp(w, scale, bits, *, signed=True, grid=None, out_dtype=None, out=N
     return foreach.round_clamp([w], _one(scale), bits, signed=signed, grid=grid, out_dtype=out_dtype, out=_outs(out))[0]
 
 
-def lsb(w, scale, bits, k=1, *, grid=None):
+def lsb(w: torch.Tensor, scale: Scale | None, bits: Bits, k: Bits = 1, *, grid: str | None = None) -> torch.Tensor:
     """The LSB residual B_k = c_n - 2^k c_(n-k) (int32, w's shape), 1 <= k < n; arXiv 2507.22349.
 
     ``grid`` matters where it is "sign". 0 means: representable with n - k bits. sign(B) points away from the
@@ -82,7 +97,9 @@ def lsb(w, scale, bits, k=1, *, grid=None):
     return foreach.lsb([w], _one(scale), bits, k, grid=grid)[0]
 
 
-def lsb_penalty(w, scale, bits, k=1, *, grid=None):
+def lsb_penalty(
+    w: torch.Tensor, scale: Scale | None, bits: Bits, k: Bits = 1, *, grid: str | None = None
+) -> torch.Tensor:
     """R = sum |B_k| * (value of one code step) (0-dim), the L1 penalty on the k LSBs; arXiv 2507.22349.
 
     A code step is s 2^(1-n) on the dyadic grid, 2s / (2^n - 1) on the full one and s 2^-n on the sign grid. dR/dw =
@@ -91,7 +108,16 @@ def lsb_penalty(w, scale, bits, k=1, *, grid=None):
     return foreach.lsb_penalty([w], _one(scale), bits, k, grid=grid)[0]
 
 
-def msq(w, scale, bits, k=1, *, grid=None, out_dtype=None, out=None):
+def msq(
+    w: torch.Tensor,
+    scale: Scale | None,
+    bits: Bits,
+    k: Bits = 1,
+    *,
+    grid: str | None = None,
+    out_dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
+) -> MSQ:
     """:func:`round_clamp` and the sums that MSQ trains and prunes by, from one pass over w; arXiv 2507.22349.
 
     Returns MSQ(q, penalty, nonzero, sq_error), the sums 0-dim. ``k`` as in :func:`lsb`. dL/dw = g * inside +
@@ -101,7 +127,15 @@ def msq(w, scale, bits, k=1, *, grid=None, out_dtype=None, out=None):
     return MSQ(q[0], *(v[0] for v in sums))
 
 
-def encode(w, scale, bits, *, rule="round_clamp", grid=None, signed=True):
+def encode(
+    w: torch.Tensor,
+    scale: Scale | None,
+    bits: Bits,
+    *,
+    rule: str = "round_clamp",
+    grid: str | None = None,
+    signed: bool = True,
+) -> torch.Tensor:
     """Integer codes c in 0..2^n - 1 (int32, w's shape).
 
     ``rule``: "round_clamp" min(rint(2^n u), 2^n - 1), "floor" min(floor(2^n u), 2^n - 1) of TruncQuant
@@ -111,7 +145,15 @@ def encode(w, scale, bits, *, rule="round_clamp", grid=None, signed=True):
     return foreach.encode([w], _one(scale), bits, rule=rule, grid=grid, signed=signed)[0]
 
 
-def decode(codes, scale, bits=None, *, grid=None, signed=True, out_dtype=None):
+def decode(
+    codes: torch.Tensor | Packed,
+    scale: Scale,
+    bits: Bits | None = None,
+    *,
+    grid: str | None = None,
+    signed: bool = True,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
     """q = m * step of integer codes: what the quantizer gave in training, bit for bit.
 
     ``codes``: any integer dtype; others than int32 are converted first. Or a :class:`quantops.Packed`: then ``bits`` m,
@@ -125,8 +167,17 @@ def decode(codes, scale, bits=None, *, grid=None, signed=True, out_dtype=None):
 
 
 def truncate(
-    w, scale, bits, *, base_bits=8, rule="floor", companding=None, out_scale=None, slope="ste", out_dtype=None
-):
+    w: torch.Tensor,
+    scale: Scale | None,
+    bits: Bits | Sequence[Bits],
+    *,
+    base_bits: Bits = 8,
+    rule: str = "floor",
+    companding: str | None = None,
+    out_scale: Scale | None = None,
+    slope: str = "ste",
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Weights whose low bits are cut off by a shift: TruncQuant (arXiv 2506.11431).
 
         c_N = the code of width N = base_bits by ``rule``         see :func:`encode`; signed
@@ -161,10 +212,10 @@ def truncate(
     A bit-width, base width or scale out of range raises ValueError on CPU; on other devices values in tensors are not
     read back and give NaN for that output.
     """
-    dims = getattr(bits, "ndim", 0)
-    several = dims > 0 or isinstance(bits, (list, tuple))
-    if dims == 1:
-        bits = bits.unsqueeze(1)
+    several = isinstance(bits, (list, tuple))
+    if isinstance(bits, torch.Tensor):
+        several = bits.ndim > 0
+        bits = bits.unsqueeze(1) if bits.ndim == 1 else bits
     q = foreach.truncate(
         [w],
         _one(scale),
@@ -179,7 +230,7 @@ def truncate(
     return tuple(v for (v,) in q) if several else q[0]
 
 
-def pack(codes, bits, *, layout="planes"):
+def pack(codes: torch.Tensor, bits: int, *, layout: str = "planes") -> Packed:
     """Codes in ``bits`` bits each: a :class:`quantops.Packed`, which :func:`unpack` and :func:`decode` read.
 
     ``codes``: integers 0..2^bits - 1 of any shape, dtype and strides. ``bits``: 0..16, an integer, not a tensor as in
@@ -192,7 +243,7 @@ def pack(codes, bits, *, layout="planes"):
     return foreach.pack([codes], bits, layout=layout)[0]
 
 
-def unpack(packed, bits=None):
+def unpack(packed: Packed, bits: Bits | None = None) -> torch.Tensor:
     """The codes (int32) of a :class:`quantops.Packed`; with ``bits`` m, the m most significant of n: c >> (n-m).
 
     ``bits``: 0..n (default n), an integer or an integer tensor. With planes, m/8 bytes per weight are read. More bits
@@ -202,8 +253,18 @@ def unpack(packed, bits=None):
 
 
 def categorical(
-    x, alpha, sigma, bits, *, gates=None, signed=True, mode="hard", grad="winner", seed=None, out_dtype=None
-):
+    x: torch.Tensor,
+    alpha: Scale,
+    sigma: Scale,
+    bits: Bits,
+    *,
+    gates: torch.Tensor | None = None,
+    signed: bool = True,
+    mode: str = "hard",
+    grad: str = "winner",
+    seed: Bits | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
     """The categorical quantizer of CPQ with DropBits (arXiv 2109.02100), without a tensor of the 2^b classes.
 
     Grid g_i = alpha i, i = lo..hi (signed -2^(b-1)..2^(b-1) - 1, unsigned 0..2^b - 1). With S the logistic sigmoid,
@@ -260,8 +321,18 @@ def categorical(
 
 
 def quantize_activation(
-    x, scale, bits, *, offset=None, rule="round_clamp", signed=False, front=None, keep=None, learn=None, out_dtype=None
-):
+    x: torch.Tensor,
+    scale: Scale,
+    bits: Bits,
+    *,
+    offset: Scale | None = None,
+    rule: str = "round_clamp",
+    signed: bool = False,
+    front: str | None = None,
+    keep: str | None = None,
+    learn: str | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
     """Activations by the uniform code rules, with as little kept for the backward pass as it needs.
 
         v = x - offset,  c = the code of v by ``rule``,  q = m * step + offset        the equations above
@@ -302,9 +373,9 @@ def quantize_activation(
     (x,) = checks.tensors("x", [x])
     keep = ("residual" if learn == "step" else "bits") if keep is None else keep
     options = checks.activation.choices(rule, signed, front, keep, learn, offset)
-    scale = checks.activation.channel_values("scale", scale, x)
+    s, o = checks.activation.channel_values("scale", scale, x), None
     if offset is not None:
-        offset = checks.activation.channel_values("offset", offset, x)
-        scale, offset = (v.expand(max(scale.numel(), offset.numel())).contiguous() for v in (scale, offset))
-    bits = checks.bits(bits, [x]).reshape(1)
-    return call(ops.activation, x, scale, offset, bits, *options, checks.dtype_of(out_dtype, [x]))[0]
+        o = checks.activation.channel_values("offset", offset, x)
+        s, o = (v.expand(max(s.numel(), o.numel())).contiguous() for v in (s, o))
+    n = checks.bits(bits, [x]).reshape(1)
+    return call(ops.activation, x, s, o, n, *options, checks.dtype_of(out_dtype, [x]))[0]

@@ -1,13 +1,21 @@
 """Hutchinson's estimate of Hessian traces."""
 
+from collections.abc import Iterable
 from contextlib import contextmanager
 
 import torch
 
-from quantops.sharded import any_sharded, is_sharded, shards, slice_of, totals
+from quantops.sharded import any_sharded, is_sharded, laid_out_as, shards, slice_of, totals
 
 
-def hessian_trace(loss, params, samples=8, *, seed=0, generator=None):
+def hessian_trace(
+    loss: torch.Tensor,
+    params: Iterable[torch.Tensor],
+    samples: int = 8,
+    *,
+    seed: int = 0,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
     """tr(H_ii) of each parameter's own block of the Hessian of ``loss``: a tensor with one entry per parameter.
 
         tr(H_ii) = E[v_i . (H v)_i],  v uniform in {-1, +1}
@@ -70,7 +78,7 @@ def hessian_trace(loss, params, samples=8, *, seed=0, generator=None):
             )
         for t, h, s, p in zip(total, products, v, params):
             if h is not None:
-                h, s = shards([h.detach().redistribute(placements=p.placements) if is_sharded(p) else h.detach(), s])
+                h, s = shards([laid_out_as(h.detach(), p), s])
                 t += (h * s).sum(dtype=dtype)
     return totals(torch.stack([t.to(params[0].device) for t in total]), params) / samples
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -10,6 +11,7 @@ from quantops.autograd.common import call
 from quantops.checks.arguments import entry, kind
 from quantops.library import ops
 from quantops.reference.packing import LAYOUTS
+from quantops.types import ListBits, Scales
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,19 +32,19 @@ class Packed:
     layout: str = LAYOUTS[0]
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         """Where the data are."""
         return self.data.device
 
-    def numel(self):
+    def numel(self) -> int:
         """The number of codes."""
         return math.prod(self.shape)
 
-    def to(self, device):
+    def to(self, device: torch.device | str) -> "Packed":
         """The same on another device."""
         return dataclasses.replace(self, data=self.data.to(device))
 
-    def truncate(self, bits):
+    def truncate(self, bits: int) -> "Packed":
         """The codes c >> (n - bits), packed: with planes a view of the first ``bits`` of them, no copy."""
         checks.bits_of_stored(checks.stored_bits(bits, 1), [self.bits], [self.data])
         if self.layout == "dense":
@@ -75,7 +77,7 @@ def _arguments(packed):
     return shared, LAYOUTS.index(packed[0].layout)
 
 
-def pack(codes, bits, *, layout=LAYOUTS[0]):
+def pack(codes: Sequence[torch.Tensor], bits: int | Sequence[int], *, layout: str = LAYOUTS[0]) -> list[Packed]:
     """Packed codes of each tensor, see :func:`quantops.pack`. ``bits``: an integer or a list of integers."""
     codes = checks.codes(codes)
     n = checks.stored_bits(bits, len(codes))
@@ -83,13 +85,21 @@ def pack(codes, bits, *, layout=LAYOUTS[0]):
     return [Packed(d, c.shape, m, layout) for d, c, m in zip(data, codes, n)]
 
 
-def unpack(packed, bits=None):
+def unpack(packed: Sequence[Packed], bits: ListBits | None = None) -> list[torch.Tensor]:
     """Codes of each packed tensor, see :func:`quantops.unpack`."""
     shared, layout = _arguments(packed)
     return call(ops.unpack, *shared, checks.bits_of_stored(bits, shared[-1], shared[0]), layout)
 
 
-def decode(packed, scale, bits=None, *, grid=None, signed=True, out_dtype=None):
+def decode(
+    packed: Sequence[Packed],
+    scale: Scales,
+    bits: ListBits | None = None,
+    *,
+    grid: str | None = None,
+    signed: bool = True,
+    out_dtype: torch.dtype | None = None,
+) -> list[torch.Tensor]:
     """Weights of each packed tensor, see :func:`quantops.decode`."""
     shared, layout = _arguments(packed)
     grid = checks.grid_index(grid, signed)

@@ -7,7 +7,7 @@ from quantops.nn import quantized
 from quantops.reference.uniform import acc_dtype
 
 
-def penalty(model):
+def penalty(model: torch.nn.Module) -> torch.Tensor:
     """What the methods of a model's weights add to the loss, summed: 0-dim, differentiable.
 
         (task_loss + strength * quantops.penalty(model)).backward()

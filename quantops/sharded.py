@@ -120,6 +120,11 @@ def gathered(module):
         module._parameters.update(own)
 
 
+def laid_out_as(t, like):
+    """A DTensor with the placements of another; a plain tensor as it is."""
+    return t.redistribute(placements=like.placements) if is_sharded(like) else t
+
+
 def slice_of(t, like):
     """The part of a whole tensor that ``like`` has here, as a DTensor."""
     from torch.distributed.tensor import distribute_tensor

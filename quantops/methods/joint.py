@@ -1,7 +1,7 @@
 """Joint steps of TruncQuant (arXiv 2506.11431): all widths of one set of weights are trained in one step."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -20,21 +20,21 @@ class Joint(NamedTuple):
     """What a joint step gives: the loss, and the losses it is the weighted sum of, {width: detached}."""
 
     loss: torch.Tensor
-    losses: dict
+    losses: dict[int, torch.Tensor]
 
 
 def joint_loss(
-    model,
-    loss_fn,
-    *inputs,
-    kwargs=None,
-    weights=None,
-    distill=0.0,
-    temperature=1.0,
-    distill_from="widest",
-    teacher=None,
-    distill_fn=None,
-):
+    model: torch.nn.Module,
+    loss_fn: Callable[[Any], torch.Tensor] | None,
+    *inputs: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    weights: Sequence[float] | None = None,
+    distill: float = 0.0,
+    temperature: float = 1.0,
+    distill_from: str = "widest",
+    teacher: Any = None,
+    distill_fn: Callable[[Any, Any], torch.Tensor] | None = None,
+) -> Joint:
     """The sum over widths m of weights[m] * loss_m, for one backward pass: :class:`Joint`.
 
         widest    loss = loss_fn(model(*inputs, **kwargs))
@@ -65,7 +65,8 @@ def joint_loss(
     """
     network, weights = _checked(model, loss_fn, kwargs, weights)
     distillation = _distillation(distill, temperature, distill_from, teacher, distill_fn)
-    loss, losses = 0.0, {}
+    loss: Any = 0.0
+    losses = {}
     scope = _Scope(network)
     try:
         scope.open(detached=False)
@@ -80,18 +81,18 @@ def joint_loss(
 
 
 def joint_step(
-    model,
-    loss_fn,
-    *inputs,
-    kwargs=None,
-    weights=None,
-    distill=0.0,
-    temperature=1.0,
-    distill_from="widest",
-    teacher=None,
-    distill_fn=None,
-    backward=torch.Tensor.backward,
-):
+    model: torch.nn.Module,
+    loss_fn: Callable[[Any], torch.Tensor] | None,
+    *inputs: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    weights: Sequence[float] | None = None,
+    distill: float = 0.0,
+    temperature: float = 1.0,
+    distill_from: str = "widest",
+    teacher: Any = None,
+    distill_fn: Callable[[Any, Any], torch.Tensor] | None = None,
+    backward: Callable[[torch.Tensor], Any] = torch.Tensor.backward,
+) -> Joint:
     """As :func:`joint_loss`, with the backward passes: adds to ``.grad`` and returns :class:`Joint`, detached.
 
     Each width's backward pass follows its forward pass, so that the activations of one width are alive at a time, and
@@ -104,13 +105,14 @@ def joint_step(
     """
     network, weights = _checked(model, loss_fn, kwargs, weights)
     distillation = _distillation(distill, temperature, distill_from, teacher, distill_fn)
-    loss, losses = 0.0, {}
+    loss: Any = 0.0
+    losses = {}
     scope = _Scope(network)
-    ddp = isinstance(model, DistributedDataParallel) and model.require_backward_grad_sync
+    ddp = model if isinstance(model, DistributedDataParallel) and model.require_backward_grad_sync else None
     try:
         network.note_joint_graph(False)
         scope.open(detached=True)
-        with model.no_sync() if ddp else nullcontext():
+        with ddp.no_sync() if ddp else nullcontext():
             for place, part in _each_width(scope, model, loss_fn, inputs, kwargs or {}, distillation):
                 weighted = weights[place] * part
                 backward(weighted)
@@ -121,7 +123,7 @@ def joint_step(
     finally:
         scope.close()
     if ddp:
-        processes.average_gradients(model.parameters(), model.process_group)
+        processes.average_gradients(ddp.parameters(), ddp.process_group)
     return Joint(loss, losses)
 
 

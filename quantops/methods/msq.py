@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -17,6 +17,7 @@ from quantops.nn import WeightQuantizer, batches, launch, quantized, rows_of, sh
 from quantops.reference.uniform import GRIDS, MAX_BITS, code_bits, most_bits
 from quantops.scales import ABSMAX, check_scale, largest, measured, weight_scales
 from quantops.sharded import any_sharded, as_shards, shards, totals
+from quantops.types import Scale
 
 PENALTIES = ("loss", "decoupled")
 UNITS = ("step", "code", "gradient")
@@ -87,7 +88,7 @@ class MSQConfig(ActivationConfig):
             raise ValueError("penalty_unit: expected 'step' with per_row, where a layer has many steps, got 'code'")
 
     @classmethod
-    def paper(cls, **settings):
+    def paper(cls, **settings: Any) -> "MSQConfig":
         """The recipe of arXiv 2507.22349 by its text: the full grid (codes over 2^n - 1), 8 bits at the start, k = 1, a
         scale of max|w| taken as a constant, and the LSBs' sum in the loss. ``settings`` replace any of these.
 
@@ -263,7 +264,7 @@ def msq_layers(model):
     return layers
 
 
-def penalty(model):
+def penalty(model: torch.nn.Module) -> torch.Tensor:
     """Sum of the LSB penalties R = sum |B_k| * (value of one code step) over the layers: 0-dim, differentiable.
 
         (task_loss + strength * quantops.penalty(model)).backward()      dR/dw = sign(B_k)
@@ -353,7 +354,7 @@ def _stats(quantizers, w):
 
 
 @torch.no_grad()
-def add_penalty_grad_(model, strength):
+def add_penalty_grad_(model: torch.nn.Module, strength: Scale) -> None:
     """Adds strength * dR/dw to the ``.grad`` of every weight: the gradient of ``strength * penalty(model)``.
 
     Call it between ``loss.backward()`` and ``optimizer.step()``, once per optimizer step, with MSQConfig(penalty=

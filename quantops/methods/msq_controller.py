@@ -3,8 +3,11 @@
 import copy
 import logging
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quantops import processes
@@ -14,6 +17,7 @@ from quantops.methods.msq import LEAST_BITS, msq_layers
 from quantops.nn import quantized
 from quantops.reference.uniform import GRIDS, MAX_BITS
 from quantops.report import compression, measure
+from quantops.types import Path
 
 STRENGTH = 1.0  # in units of the gradient
 
@@ -77,19 +81,19 @@ class MSQController:
 
     def __init__(
         self,
-        model,
-        target,
+        model: torch.nn.Module,
+        target: float,
         *,
-        interval=1,
-        threshold,
-        strength=None,
-        hessian=True,
-        samples=8,
-        min_bits=None,
-        seed=0,
-        process_group=None,
-        patience=10,
-    ):
+        interval: int = 1,
+        threshold: float,
+        strength: float | None = None,
+        hessian: bool = True,
+        samples: int = 8,
+        min_bits: int | None = None,
+        seed: int = 0,
+        process_group: dist.ProcessGroup | None = None,
+        patience: int = 10,
+    ) -> None:
         self._model, self.process_group = model, process_group
         self._all = msq_layers(model)
         self._layers = [entry for entry in self._all if entry[2].prune]
@@ -126,7 +130,8 @@ class MSQController:
                 f"target: {self.target} is out of reach, min_bits = {self.min_bits} and the layers with "
                 f"fixed bits allow {compression(self._sizes(), least):.4g}"
             )
-        self.log, self._steps, self._decisions = [], 0, 0
+        self.log: list[dict[str, Any]] = []
+        self._steps, self._decisions = 0, 0
         self._since, self._idle = 0, 0  # steps since the last decision that this object saw; decisions without a drop
         self._done = self.compression >= self.target
 
@@ -137,21 +142,21 @@ class MSQController:
         return [int(p.bits) for _, _, p in self._all]
 
     @property
-    def compression(self):
+    def compression(self) -> float:
         """32 * sum(numel) / sum(numel * bits) of the MSQ weights now."""
         return compression(self._sizes(), self._bits())
 
     @property
-    def done(self):
+    def done(self) -> bool:
         """True once the target is reached: finetune from here."""
         return self._done
 
     @property
-    def strength(self):
+    def strength(self) -> float:
         """lambda while bits are being dropped, 0.0 once done."""
         return 0.0 if self._done else self._strength
 
-    def step(self, loss_fn=None):
+    def step(self, loss_fn: Callable[[], torch.Tensor] | None = None) -> dict[str, Any] | None:
         """Counts a training step; at every ``interval``-th decides and returns the log entry, otherwise None.
 
         ``loss_fn``: called without arguments at a decision, gives the scalar task loss on some batch (leave the penalty
@@ -293,7 +298,7 @@ class MSQController:
                 raise ValueError(f"loss_fn: the Hessian trace of {name or 'model'} is {v}; is the loss finite?")
         return values
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """Steps, decisions, log and seed: plain Python values. Bits and k are in the model's own state dict."""
         return {
             "version": 2,
@@ -305,11 +310,11 @@ class MSQController:
             "log": copy.deepcopy(self.log),
         }
 
-    def belongs_to(self, model):
+    def belongs_to(self, model: torch.nn.Module) -> bool:
         """Whether ``model`` has the layers that the controller was made for."""
         return {p for _, _, p in self._all} <= {p for _, _, p in quantized(model)}
 
-    def plot(self, path):
+    def plot(self, path: Path) -> None:
         """Bits and beta of each layer, and the compression, over the training steps of :attr:`log`, as a picture.
 
         ``path``: a file, whose ending is its format (.png, .pdf, .svg). Needs matplotlib, of quantops[demo]. Raises
@@ -325,7 +330,7 @@ class MSQController:
             "sizes": [owner.original.numel() for _, owner, _ in self._layers],
         }
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up :meth:`state_dict`; load the model's state dict too.
 
         Raises TypeError for what is not a dict, and ValueError where a value is none that state_dict() gives or the

@@ -1,6 +1,7 @@
 """A batch norm for each width of a network: one width's activations are distributed unlike another's."""
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +41,9 @@ class MultiBatchNorm(Settings, _BatchNorm):
     """
 
     is_layer = True
+    index: torch.Tensor
 
-    def __init__(self, norm, widths):
+    def __init__(self, norm: _BatchNorm, widths: tuple[int, ...]) -> None:
         nn.Module.__init__(self)
         self.kind, self.widths, self.features = type(norm), widths, norm.num_features
         self.eps, self.momentum, self.training = norm.eps, norm.momentum, norm.training
@@ -56,7 +58,7 @@ class MultiBatchNorm(Settings, _BatchNorm):
             buffer = getattr(norm, name)
             self.register_buffer(name, None if buffer is None else self._rows(buffer))
         device = next((t.device for t in (*norm.parameters(), *norm.buffers())), None)
-        self.norm = None if self.kind in PLAIN else _emptied(norm)
+        self.norm: _BatchNorm | None = None if self.kind in PLAIN else _emptied(norm)
         self.joint_graph = False  # as in TruncQuantWeight
         self.given = PerThread()  # the index, while a thread goes through the widths
         self.register_buffer("index", torch.zeros((), dtype=torch.int64, device=device))
@@ -65,24 +67,24 @@ class MultiBatchNorm(Settings, _BatchNorm):
         self.select(0)
 
     @property
-    def num_features(self):
+    def num_features(self) -> int:  # type: ignore[override]
         """Not there, since the rows are no batch norm that others may replace, as convert_sync_batchnorm would."""
         raise RuntimeError(
             "a MultiBatchNorm has a row of values for each width and cannot be converted; convert the batch norms "
             "(torch.nn.SyncBatchNorm.convert_sync_batchnorm) before quantops.quantize_"
         )
 
-    def select(self, place):
+    def select(self, place: int) -> None:
         """Selects the width at ``place`` of the network's widths, in place: nothing recompiles."""
         self.write(index=place)
 
-    def settings(self):
+    def settings(self) -> dict[str, Any]:
         return {"method": "truncquant", "widths": list(self.widths)}
 
     def _rows(self, t):
         return t.detach().expand(len(self.widths), *t.shape).clone()
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """BatchNorm of the width that is selected."""
         refuse_recomputing(self)
         given = self.given.get()
@@ -90,7 +92,7 @@ class MultiBatchNorm(Settings, _BatchNorm):
             self.check_written()
         # A copy: autograd keeps it, and the width may change before the backward pass.
         at = (self.index.clone() if given is None else given).reshape(1)
-        row = {name: None if t is None else t.index_select(0, at).squeeze(0) for name, t in self._own()}
+        row: dict[str, Any] = {name: None if t is None else t.index_select(0, at).squeeze(0) for name, t in self._own()}
         y = self._plain(x, row) if self.norm is None else self._of_kind(x, row)
         if self.training and self.track_running_stats:
             with torch.no_grad():
@@ -123,14 +125,14 @@ class MultiBatchNorm(Settings, _BatchNorm):
         row.update({name: norm._buffers[name] for name in STATISTICS})
         return y
 
-    def reset_running_stats(self):
+    def reset_running_stats(self) -> None:
         """As BatchNorm's, of the width that is selected."""
         if self.track_running_stats:
             at = self.index.reshape(1)
-            for t, value in zip((self.running_mean, self.running_var, self.num_batches_tracked), (0, 1, 0)):
-                t.index_fill_(0, at, value)
+            for name, value in zip(STATISTICS, (0, 1, 0)):
+                getattr(self, name).index_fill_(0, at, value)
 
-    def plain(self, place):
+    def plain(self, place: int) -> torch.nn.Module:
         """The batch norm of one width, a copy."""
         if self.norm is None:
             norm = self.kind(self.features, self.eps, self.momentum, self.affine, self.track_running_stats)
@@ -148,7 +150,7 @@ class MultiBatchNorm(Settings, _BatchNorm):
                 setattr(norm, name, buffer[place].clone())
         return norm
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{self.kind.__name__}, {self.features}, widths={self.widths}, eps={self.eps}, momentum={self.momentum}"
 
 
