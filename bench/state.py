@@ -62,8 +62,23 @@ def read(path):
 
 
 def write(path, data):
-    """Writes JSON: who is killed leaves the old file or the new one. Without quantops, which a bad build breaks."""
+    """Writes JSON, a dict: what is at ``path`` is whole at any time. Without quantops, which a bad build breaks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(data, indent=1) + "\n")
-    part.replace(path)
+    try:
+        part.write_text(text(data))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def text(data):
+    """A dict as compact JSON, with a line for each key, and for each row of a list of dicts."""
+
+    def value(v):
+        if v and isinstance(v, list) and all(isinstance(row, dict) for row in v):
+            return "[\n" + ",\n".join(compact(row) for row in v) + "\n]"
+        return compact(v)
+
+    compact = json.JSONEncoder(separators=(",", ":")).encode
+    return "{\n" + ",\n".join(f"{compact(str(k))}:{value(v)}" for k, v in data.items()) + "\n}\n"

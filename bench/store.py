@@ -8,7 +8,6 @@ import torch
 
 from bench import machine, state
 from bench.state import UNFINISHED
-from quantops.files import write_whole
 
 
 class Result:
@@ -42,14 +41,7 @@ class Result:
 
     def write(self):
         """Writes the file."""
-        write_json(self.path, self.data)
-
-
-def write_json(path, data):
-    """What is at ``path`` is whole at any time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(data, indent=1) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
+        state.write(self.path, self.data)
 
 
 def read_json(path):
@@ -61,6 +53,27 @@ def read_json(path):
     if not isinstance(found, dict):
         raise SystemExit(f"bench: {path} holds no result but a {type(found).__name__}: remove it")
     return found
+
+
+def read_runs(folder):
+    """{name: result} of the finished trainings in a folder, and of those that were gathered beside it, by name."""
+    gathered = folder.with_suffix(".json")
+    found = {run_name(r): r for r in (read_json(gathered)["runs"] if gathered.exists() else ())}
+    found.update((path.stem, read_json(path)) for path in folder.glob("*.json"))
+    return dict(sorted(found.items()))
+
+
+def run_name(result):
+    """The name of a training's file."""
+    return f"{result['label']}-seed{result['configuration']['seed']}"
+
+
+def gather(folder):
+    """Moves the finished trainings of a folder into one file beside it, a line each."""
+    if runs := read_runs(folder):
+        state.write(folder.with_suffix(".json"), {"runs": list(runs.values())})
+        for path in folder.glob("*.json"):
+            path.unlink()
 
 
 def read_states(name, path):

@@ -17,7 +17,6 @@ import torch
 from bench import machine, measure, state
 from bench.machine_code import sass
 from bench.ops.registry import cases
-from bench.store import write_json
 from quantops.library import OPS
 
 ARCH = 90
@@ -337,7 +336,7 @@ def static(args):
         raise SystemExit("bench: cuobjdump was not found: install the CUDA toolkit's, or triton, which has one")
     result = {"machine": {"device": f"NVIDIA H100, sm_{ARCH}, counted", "nvcc": release, **versions}, "rows": rows()}
     path = args.out or PATH
-    write_json(path, result)
+    state.write(path, result)
     path.with_suffix(".md").write_text(page(result))
     print(f"{page(result)}\nwrote {path}")
     return 0

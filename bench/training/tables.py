@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bench.ops.report import IMPLEMENTATIONS, insert, markdown
 from bench.state import RESULTS
-from bench.store import read_json
+from bench.store import gather, read_json, read_runs
 from bench.training.costs import BASE, state_bytes
 from bench.training.recipes import EVERYWHERE, RECIPES, SEPARATE, WIDTHS
 
@@ -22,9 +22,9 @@ class Folder:
             (name, read_json(file)) for name in IMPLEMENTATIONS if (file := path / f"costs-{name}.json").exists()
         ]
         self.runs = {}
-        found = [read_json(file) for file in sorted((path / "train").glob("*.json"))]
+        found = read_runs(path / "train")
         for name in RECIPES:
-            for result in found:
+            for result in found.values():
                 if result["configuration"]["method"] == name:
                     self.runs.setdefault(result["label"], []).append(result)
 
@@ -242,6 +242,9 @@ def summary(folder):
 
 def tables(args):
     """Prints the tables of ``bench costs`` and ``bench train``, and writes them --into a page."""
+    if args.gather:
+        for path in args.folders or RESULTS.iterdir():
+            gather(path / "train")
     found = folders(args.folders)
     if not found:
         raise SystemExit(
@@ -259,6 +262,7 @@ def tables(args):
 
 def add_arguments(parser):
     """Options of ``python -m bench tables``."""
+    parser.add_argument("--gather", action="store_true", help="first move finished runs, train/*.json, into train.json")
     parser.add_argument("folders", type=Path, nargs="*", help="default: all of bench/results that have results")
     parser.add_argument("--into", type=Path, help=f"a Markdown file with the markers {BEGIN} and {END}")
     parser.set_defaults(call=tables)

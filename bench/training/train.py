@@ -13,7 +13,7 @@ import torch
 
 import quantops
 from bench import machine, state
-from bench.store import UNFINISHED, read_json, read_states, write_json
+from bench.store import UNFINISHED, read_runs, read_states
 from bench.training import data
 from bench.training.recipes import COMMON, EVERYWHERE, GROUPS, NETWORKS, RECIPES
 from quantops.files import write_whole
@@ -250,7 +250,7 @@ class Run:
             "epochs": self.epochs,
             "log": self.method.log,
         }
-        write_json(self.path(), result)
+        state.write(self.path(), result)
         return result
 
     def save(self):
@@ -294,10 +294,9 @@ class Run:
 
     def finished(self):
         """The result on disk, if it is of this very run."""
-        if not self.path().exists():
-            return None
-        found = read_json(self.path())
-        return found if found.get("configuration") == json.loads(json.dumps(self.configuration())) else None
+        found = read_runs(self.path().parent).get(self.path().stem)
+        same = found and found.get("configuration") == json.loads(json.dumps(self.configuration()))
+        return found if same else None
 
     def go(self, end, bar):
         """Trains to the end or until ``end`` on the monotonic clock; the result, or None where the time was up."""

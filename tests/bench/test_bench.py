@@ -175,10 +175,10 @@ def test_a_damaged_result_is_named_and_a_result_is_whole_at_any_time(tmp_path, m
         path.write_text(damaged, "latin-1")
         with pytest.raises(SystemExit, match=r"bench: .*r.json (is damaged|holds no result)"):
             store.read_json(path)
-    store.write_json(path, {"rows": [1]})
+    state.write(path, {"rows": [1]})
     monkeypatch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        store.write_json(path, {"rows": [1, 2]})
+        state.write(path, {"rows": [1, 2]})
     assert store.read_json(path) == {"rows": [1]} and list(tmp_path.iterdir()) == [path]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import quantops
-from bench import models
+from bench import models, store
 from bench.__main__ import main
 from bench.training import costs, methods, recipes, tables, train
 
@@ -152,6 +152,20 @@ def test_resume_skips_what_is_done_and_stops_in_time(file, tmp_path, capsys):
     assert len(written) == 2
     assert run(file, tmp_path, *options, "--seconds", "0") == 0
     assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("*.json")} == written
+
+
+def test_gathered_results_are_the_same_and_done(file, tmp_path):
+    folder, options = tmp_path / "train", ["--method", "float", "--epochs", "1", "--resume"]
+    assert run(file, folder, *options, "--seed", "0,1") == 0
+    before = store.read_runs(folder)
+    assert list(before) == ["float-seed0", "float-seed1"]
+    assert main(["tables", str(tmp_path), "--gather"]) == 0
+    assert store.read_runs(folder) == before and not list(folder.glob("*.json"))
+    assert run(file, folder, *options, "--seed", "0,1", "--seconds", "0") == 0  # nothing is left to do
+    assert run(file, folder, *options, "--seed", "2") == 0
+    assert main(["tables", str(tmp_path), "--gather"]) == 0
+    assert {k: v for k, v in store.read_runs(folder).items() if k in before} == before
+    assert len((tmp_path / "train.json").read_text().splitlines()) == 3 + 4  # a run is a line
 
 
 def test_a_checkpoint_of_other_options_is_refused(file, tmp_path, monkeypatch):
