@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iomanip>
 #include <initializer_list>
 #include <sstream>
 #include <stdexcept>
@@ -143,8 +144,11 @@ inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_
   int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle result;
   if (aoti_torch_empty_strided(dim, sizes, strides, code, d.type, d.index, &result) != TORCH_SUCCESS) {
+    double bytes = aoti_torch_dtype_element_size(code);  // may be more than an integer holds
+    for (int64_t d = 0; d < dim; ++d) bytes *= sizes[d];
     std::ostringstream text;
-    text << "out of memory: could not allocate a result of dtype " << dtype_name(dtype) << " and shape "
+    text << "out of memory: could not allocate " << std::fixed << std::setprecision(0) << bytes
+         << " bytes for a result of dtype " << dtype_name(dtype) << " and shape "
          << numbers({sizes, static_cast<size_t>(dim)}) << " on " << device_name(device_like);
     throw std::runtime_error(text.str());
   }

@@ -51,6 +51,7 @@ QUANTIZE, LSB, ENCODE, DECODE, BACKWARD, ADD_LSB_GRAD = (tl.constexpr(i) for i i
 ABSMAX, ABSMEAN, SCALE_GRAD, CARRIERS = (tl.constexpr(i) for i in range(6, 10))
 
 SUB = tl.constexpr(1024)  # elements at a time off the main path, where registers are dear
+SHRINK = tl.constexpr(2.0**-64)  # of sums of |w| that may be past the largest number
 TILE_ROWS, COLUMNS = tl.constexpr(16), tl.constexpr(64)  # of short rows that share a program
 
 
@@ -233,17 +234,24 @@ def _total(v, axis: tl.constexpr, OP: tl.constexpr):
 
 
 @triton.jit
-def _partial(total, A: tl.constexpr, OP: tl.constexpr):
-    return total.to(A, bitcast=True) if OP == ABSMAX else total
-
-
-@triton.jit
-def _number(total, inner, A: tl.constexpr, OP: tl.constexpr):
-    """The number of a row from its total."""
+def _partial(total, shrunk, A: tl.constexpr, OP: tl.constexpr):
+    """What a piece leaves. Of |w|, whose sums are not negative, -shrunk where the total is past the largest number."""
     if OP == ABSMAX:
         return total.to(A, bitcast=True)
     elif OP == ABSMEAN:
-        return (total.to(tl.float64) / inner.to(tl.float64)).to(A)
+        return tl.where(total == float("inf"), -shrunk, total)
+    else:
+        return total
+
+
+@triton.jit
+def _number(total, shrunk, inner, A: tl.constexpr, OP: tl.constexpr):
+    """The number of a row from its total, and for a mean from SHRINK of it, where that is past the largest number."""
+    if OP == ABSMAX:
+        return total.to(A, bitcast=True)
+    elif OP == ABSMEAN:
+        n = inner.to(tl.float64)
+        return tl.where(total == float("inf"), shrunk.to(tl.float64) / n / SHRINK, total.to(tl.float64) / n).to(A)
     else:
         return total.to(A)
 
@@ -317,13 +325,16 @@ def by_row(table, chunks, bits, k, r, partials, A: tl.constexpr, W_T: tl.constex
         x_all = memory.pointer(x_at, 0, X_T)
         out_all = memory.pointer(out_at, 0, OUT_T)
         q = _row_quantizer(s_ptr, lines[:, None], here, n, kk, GRID, SIGNED, OP)
-        tile = _zeros([TILE_ROWS, COLUMNS], A, OP)
+        tile, shrunk = _zeros([TILE_ROWS, COLUMNS], A, OP), tl.zeros([TILE_ROWS, COLUMNS], A)
         for j in range(0, inner.to(tl.int32), COLUMNS):
             column = j + tl.arange(0, COLUMNS)[None, :]
             v = _row_block(w_all, x_all, out_all, lines[:, None] * inner + column, here & (column < inner), rr, q, A,
                            OUT_T, OP, SIGNED, HAS_X, HAS_R)
             tile = _add(tile, v, OP)
-        tl.store(result + lines, _number(_total(tile, 1, OP), inner, A, OP), mask=lines < rows)
+            if OP == ABSMEAN:
+                shrunk += v * SHRINK
+        number = _number(_total(tile, 1, OP), tl.sum(shrunk, 1), inner, A, OP)
+        tl.store(result + lines, number, mask=lines < rows)
     else:
         row = local // pieces
         start = (local - row * pieces) * BLOCK
@@ -334,20 +345,24 @@ def by_row(table, chunks, bits, k, r, partials, A: tl.constexpr, W_T: tl.constex
             x_vec = tl.multiple_of(x_at.to(tl.pointer_type(X_T)) + at, 16 * X_T.primitive_bitwidth // WIDEST)
             out_vec = tl.multiple_of(out_at.to(tl.pointer_type(OUT_T)) + at, 16 * OUT_T.primitive_bitwidth // WIDEST)
             v = _row_block(w_vec, x_vec, out_vec, tl.arange(0, BLOCK), None, rr, p, A, OUT_T, OP, SIGNED, HAS_X, HAS_R)
-            total = _total(v, 0, OP)
+            total, small = _total(v, 0, OP), tl.zeros([], A)
+            if OP == ABSMEAN:
+                small = tl.sum(v * SHRINK, 0)
         else:
-            sums = _zeros([SUB], A, OP)
+            sums, shrunk = _zeros([SUB], A, OP), tl.zeros([SUB], A)
             w_ptr, x_ptr = memory.pointer(w_at, at, W_T), memory.pointer(x_at, at, X_T)
             out_ptr = memory.pointer(out_at, at, OUT_T)
             for j in range(0, tl.minimum(inner - start, BLOCK).to(tl.int32), SUB):
                 i = j + tl.arange(0, SUB)
                 v = _row_block(w_ptr, x_ptr, out_ptr, i, i < inner - start, rr, p, A, OUT_T, OP, SIGNED, HAS_X, HAS_R)
                 sums = _add(sums, v, OP)
-            total = _total(sums, 0, OP)
+                if OP == ABSMEAN:
+                    shrunk += v * SHRINK
+            total, small = _total(sums, 0, OP), tl.sum(shrunk, 0)
         if pieces == 1:
-            tl.store(result + row, _number(total, inner, A, OP))
+            tl.store(result + row, _number(total, small, inner, A, OP))
         else:
-            tl.store(partials + tl.load(entry + PARTIAL) + local, _partial(total, A, OP))
+            tl.store(partials + tl.load(entry + PARTIAL) + local, _partial(total, small, A, OP))
 
 
 @triton.jit
@@ -364,14 +379,19 @@ def finish_rows(table, chunks, partials, A: tl.constexpr, OP: tl.constexpr, BLOC
         sums = _zeros([BLOCK], A, OP)
     else:
         sums = tl.zeros([BLOCK], tl.float64)
+    shrunk = tl.zeros([BLOCK], tl.float64)
     for j in range(0, pieces, BLOCK):
         v = tl.load(first + j + lanes, mask=j + lanes < pieces, other=0.0)
         if OP == ABSMAX:
             sums = tl.maximum(sums, _bits_of(v, A))
+        elif OP == ABSMEAN:
+            v = v.to(tl.float64)
+            sums += tl.where(v < 0, float("inf"), v)
+            shrunk += tl.where(v < 0, -v, v * SHRINK)
         else:
             sums += v.to(tl.float64)
     result = tl.load(entry + RESULT).to(tl.pointer_type(A))
-    tl.store(result + row, _number(_total(sums, 0, OP), tl.load(entry + INNER), A, OP))
+    tl.store(result + row, _number(_total(sums, 0, OP), tl.sum(shrunk, 0), tl.load(entry + INNER), A, OP))
 
 
 # Host side.

@@ -254,8 +254,19 @@ struct AbsMax : SumOp<MagnitudeBits<W>, Max, true> {
   }
 };
 
+// Adds sums of |w| that may be past the largest double: those are kept as -2^-64 of themselves, exactly.
+struct AddMagnitudes {
+  static __device__ __forceinline__ double shrunk(double v) { return v < 0 ? -v : v * 0x1p-64; }
+  __device__ __forceinline__ double operator()(double a, double b) const {
+    const double sum = a + b;
+    const bool large = a < 0 || b < 0 || sum > std::numeric_limits<double>::max();
+    return large ? -(shrunk(a) + shrunk(b)) : sum;
+  }
+};
+
 template <class W>
-struct AbsMean : SumOp<double, Add, true> {
+struct AbsMean
+    : SumOp<double, std::conditional_t<std::is_same_v<W, double>, AddMagnitudes, Add>, true> {  // floats fit in doubles
   using X = W;
   using G = None;
   using O = None;
@@ -277,14 +288,15 @@ struct AbsMean : SumOp<double, Add, true> {
       A part = A(0);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) part = fused(fabs(widen(values[i])), A(1) / A(kCount), part);
-      sum = static_cast<double>(part) * kCount;
+      sum = std::is_same_v<W, double> ? part * (-kCount * 0x1p-64) : static_cast<double>(part) * kCount;
     }
-    s.sum += sum;
+    s.sum = typename AbsMean::Combine()(s.sum, sum);
     s.vector_sum = A(0);
   }
   __device__ __forceinline__ double total(const State& s) const { return s.sum; }
   __device__ __forceinline__ void write(const Entry& e, int64_t row, int, double sum) const {
-    static_cast<A*>(e.result)[row] = static_cast<A>(sum / static_cast<double>(e.inner > 0 ? e.inner : 1));
+    const double mean = sum / static_cast<double>(e.inner > 0 ? e.inner : 1);
+    static_cast<A*>(e.result)[row] = static_cast<A>(std::is_same_v<W, double> && sum < 0 ? mean * -0x1p64 : mean);
   }
 };
 

@@ -33,6 +33,16 @@ def test_reductions():
             for i, (g, t) in enumerate(zip(got, w)):
                 want = getattr(reference, name)(t, per_row=per_row).reshape(-1)
                 same(g, want, f"{name} {dtype} per_row={per_row} w[{i}]")
+    for dtype, size in itertools.product(DTYPES, (7, 20000)):  # sums past the largest number
+        top = torch.finfo(getattr(torch, dtype)).max
+        w = torch.full((4, size), top, dtype=getattr(torch, dtype))
+        w[1] /= 2
+        w[2, 1::2], w[3, -1] = 1, torch.inf
+        for got, want in (
+            (torch.ops.quantops.absmean([w], True), reference.absmean(w, per_row=True)),
+            (torch.ops.quantops.absmean([w[:3]], False), reference.absmean(w[:3]).reshape(1)),
+        ):
+            close(got, want, f"absmean near the top {dtype} {size}")
 
 
 @program.check
