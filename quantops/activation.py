@@ -13,7 +13,8 @@ from quantops.categorical_activation import CategoricalActivation
 from quantops.convert import QuantConfig, check_choice, check_int
 from quantops.library import ops
 from quantops.methods.multibn import refuse_recomputing, replace
-from quantops.nn import PerThread, check_module
+from quantops.nn import check_module
+from quantops.per_thread import PerThread
 from quantops.positive import positive
 from quantops.reference.activation import KEEPS, LEARNS
 from quantops.reference.uniform import MAX_BITS, RULES, acc_dtype
@@ -137,6 +138,9 @@ class UniformActivation(Settings, torch.nn.Module):
             "offset": self.offset is not None,
             "widths": list(self.widths) if len(self.widths) > 1 else None,
         }
+
+    def training_settings(self):
+        return {"keep": self.keep, "percentile": self.percentile, "momentum": self.momentum}
 
     # The width, and what is known of values.
 

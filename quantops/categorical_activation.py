@@ -90,6 +90,9 @@ class CategoricalActivation(Settings, torch.nn.Module):
     def settings(self):
         return {"method": "cpq activation", "bits": self.highest.bit_length()}
 
+    def training_settings(self):
+        return {"grad": self.grad, "sigma": self.ratio}
+
     def report(self):
         """(bits, signed, end of the grid, part below 0), see :class:`quantops.report.ActivationBits`."""
         end = float(positive(self.alpha_start, self.log_alpha)) * self.highest if self.started else float("nan")

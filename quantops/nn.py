@@ -43,7 +43,7 @@ parametrizations, not pickled whole.
 
 import re
 import weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import cycle
 
 import torch
@@ -51,6 +51,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from quantops import checks
+from quantops.autograd.common import refuse_tracing
 from quantops.computed import PLAIN, Computed, computed
 from quantops.layers import ROWS, WEIGHT, from_rows, to_rows
 from quantops.per_thread import Mine, PerThread, Slot, in_backward
@@ -431,7 +432,10 @@ class WeightGroup:
 
     def _compute(self, quantizers, w):
         keeps = self.cache and not quantizers[0].draws and all(map(trackable, w))
-        if not keeps or torch._C._are_functorch_transforms_active():
+        if self.cache and torch._C._are_functorch_transforms_active():
+            with _naming("cache=True, which is not used within torch.func"):
+                return Pass(quantizers, w, launch(quantizers, w))
+        if not keeps:
             return Pass(quantizers, w, launch(quantizers, w))
         key = tuple(id(p) for p in quantizers)
         kept = self.kept.get(key)
@@ -461,6 +465,15 @@ class WeightGroup:
                 done.turn, self.drawn[weakref.ref(node)] = turn, turn
 
 
+@contextmanager
+def _naming(setting):
+    """Errors of what is not implemented name a setting that does not change it."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{error} ({setting})") from error
+
+
 def _saved_tensors_hooks():
     """Those that what is saved now goes through, as in checkpointed parts; None where there are none."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -473,6 +486,7 @@ def launch(quantizers, w):
             f"{quantizers[0].layer}: expected whole weights in the forward pass, got sharded ones (tensor parallel), "
             "which MSQ and TruncQuant take; FSDP2 makes them whole"
         )
+    refuse_tracing("a quantized weight")
     try:
         return as_weights(quantizers, w, quantizers[0].launch(quantizers, rows_of(quantizers, w)))
     except ValueError as error:

@@ -40,6 +40,11 @@ class Settings:
         """{name: value}, fit for JSON, that goes into the state dict and is not compared."""
         return {}
 
+    def training_settings(self):
+        """{name: value}, fit for JSON, of what changes gradients alone: a state of others means the same values, and
+        loads with a warning."""
+        return {}
+
     def register_constants(self, device, **constants):
         """Registers int32 buffers of values that never change; they are made again after every move and every load."""
         self.constants = constants
@@ -115,7 +120,8 @@ class Settings:
         return self
 
     def get_extra_state(self):
-        text = json.dumps({"version": VERSION, **self.settings(), **self.about()})
+        about = {**self.about(), "training": self.training_settings()}
+        text = json.dumps({"version": VERSION, **self.settings(), **about})
         return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state):
@@ -146,6 +152,7 @@ class Settings:
                     stacklevel=1,
                 )
             state_dict[prefix + KEY] = self.get_extra_state()
+        self._warn_of_training(state_dict[prefix + KEY])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         self._restore_constants()
         if "seal" in self._buffers and not any(self._buffers[name].is_meta for name in self.counts):
@@ -158,16 +165,31 @@ class Settings:
         if not isinstance(found, dict) or "version" not in found:
             return f"expected the settings of a module of quantops in {KEY}, got {state!r}"
         version = found.pop("version")
-        for name in self.about():
+        for name in (*self.about(), "training"):
             found.pop(name, None)
         if version != VERSION:
             return f"expected version {VERSION} of the state of a module of quantops, got {version!r}"
         own = json.loads(json.dumps(self.settings()))
         if own == found:
             return None
-        names = [k for k in {**own, **found} if own.get(k) != found.get(k)]
-        told = [", ".join(f"{k}={side.get(k)!r}" for k in names) for side in (own, found)]
-        return f"expected a state of the settings that the model has, {told[0]}, got one of {told[1]}"
+        own, found = _others(own, found)
+        return f"expected a state of the settings that the model has, {own}, got one of {found}"
+
+    def _warn_of_training(self, state):
+        found, own = settings_in(state).get("training"), self.training_settings()
+        if found is not None and found != json.loads(json.dumps(own)):
+            own, found = _others(own, found)
+            warnings.warn(
+                f"the state dict was trained with {found}, the model has {own}: its values are the same, and will "
+                "train in another way",
+                stacklevel=1,
+            )
+
+
+def _others(*sides):
+    """Each of two dicts as text, where they differ."""
+    names = [k for k in {**sides[0], **sides[1]} if sides[0].get(k) != sides[1].get(k)]
+    return [", ".join(f"{k}={side.get(k)!r}" for k in names) for side in sides]
 
 
 def settings_in(state):

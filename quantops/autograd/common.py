@@ -15,12 +15,17 @@ def call(op, *args):
         return chains[op](*args)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return op(*args)
-    if torch.jit.is_tracing():
-        raise NotImplementedError(f"{op}: torch.jit.trace cannot record it: use torch.export or torch.compile")
+    refuse_tracing(op)
     if torch.is_grad_enabled() and op in functions and torch._C._any_requires_grad(*args):
         return functions[op](None, op, args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+def refuse_tracing(what):
+    """NotImplementedError within torch.jit.trace."""
+    if torch.jit.is_tracing():
+        raise NotImplementedError(f"{what}: torch.jit.trace cannot record it: use torch.export or torch.compile")
 
 
 def refuse_unsupported(op, args):

@@ -8,7 +8,7 @@ within them. The functions of ``foreach`` have checked more than this by then; t
 """
 
 from quantops.checks import activation, categorical, categorical_activation, own_scale, packing, truncate, uniform
-from quantops.checks.arguments import FLOATS, all_or_none_on_meta, choice, dtype_of, listed, tensors
+from quantops.checks.arguments import FLOATS, all_or_none_on_meta, choice, dtype_of, listed, not_symbolic, tensors
 from quantops.checks.categorical import alpha_and_sigma, categorical_bits, categorical_mode, gates, seed
 from quantops.checks.integral import bits, codes
 from quantops.checks.packing import bits_of_stored, packed_data, stored_bits
@@ -37,6 +37,7 @@ __all__ = [
     "gradients",
     "grid_index",
     "listed",
+    "not_symbolic",
     "out_scales",
     "outputs",
     "own_memory",

@@ -29,11 +29,7 @@ def tensors(name, value, dtypes=FLOATS):
     first = value[0]
     for i, t in enumerate(value):
         if not isinstance(t, torch.Tensor):
-            if isinstance(t, torch.fx.Proxy):
-                raise NotImplementedError(
-                    f"{name}: torch.fx.symbolic_trace cannot record the ops of quantops, which "
-                    "check their arguments: use torch.export or torch.compile"
-                )
+            not_symbolic(name, t)
             raise TypeError(f"{entry(name, i, value)}: expected a tensor, got {kind(t)}")
         if t.layout != torch.strided:
             raise TypeError(f"{entry(name, i, value)}: expected a dense tensor, got layout {t.layout}")
@@ -44,6 +40,15 @@ def tensors(name, value, dtypes=FLOATS):
         if t.device != first.device:
             raise ValueError(f"{name}: expected one device, got {first.device} in entry 0 and {t.device} in entry {i}")
     return list(value)
+
+
+def not_symbolic(name, t):
+    """NotImplementedError for what torch.fx.symbolic_trace puts in the place of a tensor."""
+    if isinstance(t, torch.fx.Proxy):
+        raise NotImplementedError(
+            f"{name}: torch.fx.symbolic_trace cannot record the ops of quantops, which "
+            "check their arguments: use torch.export or torch.compile"
+        )
 
 
 def listed(name, value, dtypes=FLOATS):

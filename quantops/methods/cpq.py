@@ -252,6 +252,9 @@ class CPQWeight(WeightQuantizer):
         found = {"method": "cpq", "per_row": self.per_row, "dropbits": self.dropbits, "min_bits": self.min_bits}
         return {**found, "evaluate": self.evaluate} if self.dropbits and self.by_gate else found
 
+    def training_settings(self):
+        return {"mode": self.mode, "grad": self.grad, "temperature": self.temperature, "gate_rows": self.gate_rows}
+
     @torch.no_grad()
     def state_for(self, w):
         """alpha and sigma start again from that weight."""

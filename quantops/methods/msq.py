@@ -158,6 +158,10 @@ class MSQWeight(WeightQuantizer):
     def settings(self):
         return {"method": "msq", "grid": GRIDS[self.grid], "scale": self.scale, "per_row": self.per_row}
 
+    def training_settings(self):
+        penalty = "decoupled" if self.decoupled else "loss"
+        return {"penalty": penalty, "penalty_unit": self.unit, "scale_grad": self.scale_grad}
+
     def set_precision(self, bits, k):
         """Sets both in place: nothing recompiles. Raises ValueError out of range."""
         _check_precision("set_precision", bits, k, GRIDS[self.grid])

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from quantops import checks
 from quantops.per_thread import PerThread, in_backward
 from quantops.state import Settings
 
@@ -66,13 +67,13 @@ class MultiBatchNorm(Settings, _BatchNorm):
         self.counts = {"index": range(len(widths))}
         self.select(0)
 
-    @property
-    def num_features(self) -> int:  # type: ignore[override]
-        """Not there, since the rows are no batch norm that others may replace, as convert_sync_batchnorm would."""
-        raise RuntimeError(
-            "a MultiBatchNorm has a row of values for each width and cannot be converted; convert the batch norms "
-            "(torch.nn.SyncBatchNorm.convert_sync_batchnorm) before quantops.quantize_"
-        )
+    def __getattr__(self, name):
+        if name == "num_features":  # the rows are no batch norm that others may replace
+            raise AttributeError(
+                "a MultiBatchNorm has a row of values for each width and cannot be converted; convert the batch norms "
+                "(torch.nn.SyncBatchNorm.convert_sync_batchnorm) before quantops.quantize_"
+            )
+        return super().__getattr__(name)
 
     def select(self, place: int) -> None:
         """Selects the width at ``place`` of the network's widths, in place: nothing recompiles."""
@@ -86,6 +87,7 @@ class MultiBatchNorm(Settings, _BatchNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """BatchNorm of the width that is selected."""
+        checks.not_symbolic("x", x)
         refuse_recomputing(self)
         given = self.given.get()
         if given is None and not torch.compiler.is_compiling() and self.versions() != self.noted:

@@ -202,6 +202,9 @@ class TruncQuantWeight(WeightQuantizer):
             "per_row": self.per_row,
         }
 
+    def training_settings(self):
+        return {"slope": SLOPES[self.exact], "scale_grad": self.scale_grad}
+
     @property
     def batch_key(self):
         return (

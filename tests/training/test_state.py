@@ -110,6 +110,27 @@ def test_other_settings_are_refused_by_both_names(model, state, text):
 
 
 @pytest.mark.parametrize(
+    "config, other, text",
+    [
+        (TruncQuantConfig(), {"slope": "exact"}, "trained with slope='exact', the model has slope='ste'"),
+        (MSQConfig(), {"scale_grad": True}, "trained with scale_grad=True, the model has scale_grad=False"),
+        (MSQConfig(), {"penalty": "decoupled"}, "trained with penalty='decoupled', the model has penalty='loss'"),
+        (CPQConfig(), {"grad": "winner"}, "trained with grad='winner'"),
+    ],
+    ids=str,
+)
+def test_settings_of_training_alone_are_told(config, other, text):
+    """The values are the same."""
+    trained, model = started(dataclasses.replace(config, **other)), make(config).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(config).load_state_dict(started(config).state_dict())
+    with pytest.warns(UserWarning, match=text):
+        model.load_state_dict(trained.state_dict())
+    assert torch.equal(model(batch()), trained(batch()))
+
+
+@pytest.mark.parametrize(
     "config, key, value, text",
     [
         (CONFIGS[0], "0.parametrizations.weight.0.bits", 3.7, "0: bits: expected one of 0, 1, .*, 16, got 3.7"),
