@@ -177,7 +177,7 @@ class Settings:
 
     def _warn_of_training(self, state):
         found, own = settings_in(state).get("training"), self.training_settings()
-        if found is not None and found != json.loads(json.dumps(own)):
+        if isinstance(found, dict) and found != json.loads(json.dumps(own)):
             own, found = _others(own, found)
             warnings.warn(
                 f"the state dict was trained with {found}, the model has {own}: its values are the same, and will "
