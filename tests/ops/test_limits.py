@@ -232,3 +232,32 @@ def test_more_elements_than_int32_counts():
         )
         assert (q.view(-1)[last:].cpu() == want).float().mean() >= share, mode
         q = None
+
+
+FAILED_ALLOCATIONS = """
+import re, resource, torch
+import quantops as Q
+w = torch.zeros(1).expand(2**36)  # no memory, which each op would have to give its result
+packed = Q.pack(torch.zeros(2**24, dtype=torch.int32), 1)
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**25, -1))
+calls = {
+    "absmax": lambda: Q.absmax(w), "round_clamp": lambda: Q.round_clamp(w, 1.0, 4), "msq": lambda: Q.msq(w, 1.0, 4),
+    "truncate": lambda: Q.truncate(w, 1.0, (8, 4)), "encode": lambda: Q.encode(w, 1.0, 4),
+    "categorical": lambda: Q.categorical(w, 1.0, 0.1, 4), "unpack": lambda: Q.unpack(packed),
+}
+for name, call in calls.items():
+    try:
+        call()
+    except RuntimeError as error:
+        assert re.search(f"memory: .*allocate {2**26 if name == 'unpack' else 2**38} bytes", str(error)), (name, error)
+    else:
+        raise AssertionError(name)
+"""
+
+
+@pytest.mark.skipif(Q.info()["devices"]["cpu"]["implementation"] != "cpp", reason="torch says what it allocates")
+def test_failed_allocations_say_how_many_bytes_they_asked_for():
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", FAILED_ALLOCATIONS], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
