@@ -99,6 +99,7 @@ class MSQ(Float):
         penalty_unit,
         act_bits=None,
         act_outputs=(),
+        fall_back=True,
     ):
         super().__init__(model, steps)
         self.nearest, self.found = nearest, None  # the bits of each layer, once they are final
@@ -132,6 +133,7 @@ class MSQ(Float):
                 hessian=hessian,
                 samples=samples,
                 min_bits=min_bits,
+                fall_back=fall_back,
             )
             self.log = self.controller.log
 

@@ -73,6 +73,7 @@ _PAPER = {  # as its text has it: codes over 2^n - 1, and a plain sum of |B|
     "min_bits": 1,
     "threshold": 0.3,
     "strength": 5e-5,
+    "fall_back": False,
 }
 
 # 2 bits fixed, in details that public code and this library have decided differently.

@@ -38,7 +38,7 @@ class MSQController:
         E_l = sum (q - w)^2,  Omega_l = tr(H_l) * E_l                     tr(H_l) by :func:`quantops.hessian_trace`
         k_l = 2 where Omega_l < mean(Omega) else 1,  with n_l - k_l >= min_bits, 0 where no bit can go
         beta_l = fraction of weights with B_(k_l) != 0
-        n_l -= k_l where beta_l < threshold, in order of increasing Omega, until
+        n_l -= k_l where beta_l < threshold (k_l = 1 for 2, see fall_back), in order of increasing Omega, until
         compression = 32 * sum(numel) / sum(numel * n_l) >= target
 
     so that no layer loses a bit after the target is reached. Omega, and its mean, are over the layers with "prune" on.
@@ -57,6 +57,11 @@ class MSQController:
         samples: Hutchinson vectors per decision.
         min_bits: bits that a layer keeps; default and least: 2 on the dyadic grid, where 1 bit has the values -s and 0
             and no positive one, 1 on the others.
+        fall_back: True: a layer with k = 2 whose beta is not below the threshold is measured at k = 1 too, and loses
+            one bit where that beta is. False: the rule of the paper alone, by which layers that the Hessian calls
+            insensitive may keep their bits longest: of weights that lie anywhere 1/2 have B_1 != 0 and 3/4 B_2 != 0.
+            With ResNet-20 on CIFAR-10, 15 steps a decision and a threshold of 0.5, layers with k = 1 lost bits in 91 %
+            of the first ten decisions, those with k = 2 in 13 %, and training ended short of the target.
         seed: with the number of decisions taken, the seed of the vectors.
         process_group: with torch.distributed, the processes that decide together; None: the default group. All of them
             call :meth:`step`, each with a loss of its own batch, and take one decision, from the means over them.
@@ -90,6 +95,7 @@ class MSQController:
         hessian: bool = True,
         samples: int = 8,
         min_bits: int | None = None,
+        fall_back: bool = True,
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
         patience: int = 10,
@@ -117,6 +123,7 @@ class MSQController:
         self.seed = check_int("seed", seed, 0, 2**32)
         self.patience = check_int("patience", patience, 1, 2**31)
         self.hessian = check_choice("hessian", hessian, (True, False))
+        self.fall_back = check_choice("fall_back", fall_back, (True, False))
         self.target = _number("target", target, 1, math.inf)
         self.threshold = _number("threshold", threshold, 0, 1)
         if strength is None:
@@ -245,6 +252,8 @@ class MSQController:
             for (p, _), n, k in zip(pairs, bits, wanted):
                 p.set_precision(n, self._limit(k, n))
             measured = self._measure(pairs)
+            if self.fall_back:
+                measured |= self._one_instead(pairs, measured)
             rows = [
                 {
                     "name": name or "model",
@@ -260,7 +269,7 @@ class MSQController:
                 for (name, _, p), n, t, v in zip(self._layers, bits, traces or omegas, omegas)
             ]
             before = self.compression
-            self._prune(rows, [p for p, _ in pairs])
+            self._prune(rows, [p for p, _ in pairs], wanted)
         self._decisions += 1
         self._done = self.compression >= self.target
         return {
@@ -271,10 +280,23 @@ class MSQController:
             "layers": rows,
         }
 
+    def _one_instead(self, pairs, measured):
+        """What :meth:`_measure` gives at k = 1 of the layers that may lose one bit and not two; their k stays."""
+        again = [(p, w) for p, w in pairs if measured[p][0] == 2 and not measured[p][1] < self.threshold]
+        if not again:
+            return {}
+        bits = [int(p.bits) for p, _ in again]
+        for (p, _), n in zip(again, bits):
+            p.set_precision(n, 1)
+        found = self._measure(again)
+        for (p, _), n in zip(again, bits):
+            p.set_precision(n, 2)
+        return {p: v for p, v in found.items() if v[1] < self.threshold}
+
     def _limit(self, k, bits):
         return max(0, min(k, bits - self.min_bits))
 
-    def _prune(self, rows, quantizers):
+    def _prune(self, rows, quantizers, wanted):
         order = sorted(range(len(rows)), key=lambda i: rows[i]["beta" if rows[i]["omega"] is None else "omega"])
         left = {p: n for (_, _, p), n in zip(self._all, self._bits())}  # read once: on a GPU each read waits
         for i in order:
@@ -283,7 +305,7 @@ class MSQController:
                 break
             if row["k"] and row["beta"] < self.threshold:
                 row.update(pruned=row["k"], bits_after=row["bits"] - row["k"])
-                quantizers[i].set_precision(row["bits_after"], self._limit(row["k"], row["bits_after"]))
+                quantizers[i].set_precision(row["bits_after"], self._limit(wanted[i], row["bits_after"]))
                 left[quantizers[i]] = row["bits_after"]
 
     def _traces(self, loss_fn):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from networks import Net, data, loss_of, make_msq, originals, same, separable
+from networks import Net, data, loss_of, make_msq, originals, quantizers, same, separable
 from quantops import (
     MSQConfig,
     MSQController,
@@ -23,9 +23,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FUSES = pytest.mark.parametrize("fuse", ["model", "layer"])
 
 
-def test_decision_follows_the_equations():
+@pytest.mark.parametrize("fall_back", [False, True])
+def test_decision_follows_the_equations(fall_back):
     model = make_msq(bits=6, first=7)
-    control = MSQController(model, 8.0, threshold=0.55, strength=0.01, samples=3)
+    control = MSQController(model, 8.0, threshold=0.55, strength=0.01, samples=3, fall_back=fall_back)
     names = ("mid.0", "mid.2", "head")
     traces = hessian_trace(loss_of(model), [originals(model)[n] for n in names], 3, seed=0).tolist()
     before = {name: w.detach().clone() for name, w in originals(model).items()}
@@ -33,19 +34,25 @@ def test_decision_follows_the_equations():
     rows = {row["name"]: row for row in entry["layers"]}
     assert tuple(rows) == names  # conv has fixed bits
     omegas = {n: r["omega"] for n, r in rows.items()}
-    mean = sum(omegas.values()) / 3
+    mean, fell_back = sum(omegas.values()) / 3, None
     for name, row in rows.items():
         w = before[name]
         k = 2 if omegas[name] < mean else 1
+        wanted = k  # and so in the penalty that follows
+        if fall_back and k == 2 and int(reference.msq(w, reference.absmax(w), 6, 2)[2]) / w.numel() >= 0.55:
+            one = int(reference.msq(w, reference.absmax(w), 6, 1)[2]) / w.numel()
+            k, fell_back = (1, name) if one < 0.55 else (2, fell_back)
         _, _, nonzero, sq_error = reference.msq(w, reference.absmax(w), 6, k)
         assert row["k"] == k and row["bits"] == 6
+        assert int(quantizers(model)[name].k) == wanted
         assert row["beta"] == int(nonzero) / w.numel()
         assert row["sq_error"] == pytest.approx(float(sq_error), rel=1e-5)
         assert row["omega"] == pytest.approx(row["trace"] * row["sq_error"], rel=1e-6)
         assert row["trace"] == traces[names.index(name)]
         pruned = k if row["beta"] < 0.55 else 0
         assert (row["pruned"], row["bits_after"]) == (pruned, 6 - pruned)
-    assert {r["k"] for r in rows.values()} == {1, 2} and 0 < sum(r["pruned"] > 0 for r in rows.values())
+    assert {r["k"] for r in rows.values()} == ({1} if fall_back else {1, 2}) and any(r["pruned"] for r in rows.values())
+    assert (fell_back is not None) == fall_back
     assert {n: int(p.bits) for n, _, p in quantized(model)} == {
         "conv": 7,
         **{n: r["bits_after"] for n, r in rows.items()},
@@ -138,6 +145,7 @@ def test_layers_above_the_threshold_keep_their_bits():
         ({"samples": 0}, "samples: "),
         ({"min_bits": 0}, "min_bits: "),
         ({"hessian": 1}, "hessian: "),
+        ({"fall_back": 1}, "fall_back: "),
         ({"seed": -1}, "seed: "),
     ],
 )
