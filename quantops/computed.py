@@ -42,6 +42,8 @@ class Computed(torch.Tensor):
     @data.setter
     def data(self, value):
         w = self.float_weight()
+        if isinstance(value, Computed) and value.float_weight().data_ptr() == w.data_ptr():
+            return  # the end of ``layer.weight.data += delta``, which has written already
         if not isinstance(value, torch.Tensor) or value.shape != w.shape:
             raise RuntimeError(
                 f"{self.layer}: data: expected a tensor of shape {tuple(w.shape)}, got "

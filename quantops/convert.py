@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from quantops.checks import FLOATS
 from quantops.classes import fit_class, own_class, plain_again
 from quantops.coverage import warn_of_the_rest
-from quantops.layers import ROWS, WEIGHT, check_rows, has_matrices, matrices, rows_of, to_rows
+from quantops.layers import ROWS, WEIGHT, adapters, check_rows, has_matrices, matrices, rows_of, to_rows
 from quantops.nn import WeightGroup, WeightQuantizer, check_module, check_only, owners, quantized, trackable
 from quantops.reference.uniform import MAX_BITS
 from quantops.tied import SharedWeight, ends, join_transformers, leave_transformers
@@ -125,7 +125,7 @@ def quantize_(model, config, filter_fn=None):
         filter_fn: (name, module) -> True, for the weight matrices of a layer by the table of quantops/layers.py, False,
             or a tuple of names of parameters; or a list of patterns (fnmatch) of ``layer.parameter``, for any
             floating-point parameters. Default :func:`quantops.has_matrices`: linear and convolutional layers,
-            attention, recurrent layers, experts.
+            attention, recurrent layers, experts, but none of adapters (LoRA).
 
     With config.fuse = "model" the forward of ``model`` itself, not of a part of it, does the work for all layers. See
     quantops/nn.py for memory, checkpointing, autocast, compiling and distributed training. fuse = "layer" quantizes all
@@ -147,7 +147,11 @@ def quantize_(model, config, filter_fn=None):
     check_module(model)
     if hasattr(model, "_orig_mod"):
         raise ValueError("model: expected a model that is not compiled yet: quantize_ first, then torch.compile")
-    places = _chosen(model, has_matrices if filter_fn is None else filter_fn)
+    if filter_fn is None:
+        skipped = adapters(model)
+        places = _chosen(model, lambda name, module: module not in skipped and has_matrices(name, module))
+    else:
+        places = _chosen(model, filter_fn)
     chosen = tuple(places)
     shared = ends(model, places, config.tied == "both", _check_weight)
     settings = _settings(list(places), config)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch.nn.parameter import is_lazy
 
+from quantops.layers import adapters
 from quantops.nn import quantized
 from quantops.state import Settings
 
@@ -26,15 +27,17 @@ def left_in_float(model):
     """[LeftFloat] of a quantized model. Parameters of quantizers, such as steps that learn, are not in it."""
     owners = {id(owner): owner for _, owner, _ in quantized(model)}
     found, seen = [], {id(owner.original) for owner in owners.values()}
+    of_adapters = adapters(model)
     for path, module in model.named_modules():
         if id(module) in owners or (isinstance(module, Settings) and not module.is_layer):
             continue
         for name, p in module.named_parameters(recurse=False):
             if id(p) not in seen and not is_lazy(p):
                 seen.add(id(p))
-                matrix = p.dim() > 1 and not isinstance(module, Settings)
+                matrix = p.dim() > 1 and not isinstance(module, Settings) and module not in of_adapters
                 kind = type(module).__name__
                 why = f"{kind} was not chosen" if matrix else f"no matrix, of {kind}"
+                why = "of an adapter" if module in of_adapters else why
                 found.append(LeftFloat(f"{path}.{name}".removeprefix("."), tuple(p.shape), p.numel(), why, matrix))
     return found
 

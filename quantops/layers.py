@@ -120,6 +120,16 @@ def has_matrices(name, module):
     return kind is not None and kind.default and bool(matrices(module))
 
 
+def adapters(model):
+    """The modules of adapters (LoRA and others of peft): what a layer has beside the ``base_layer`` that it wraps."""
+    found = set()
+    for module in model.modules():
+        if isinstance(module._modules.get("base_layer"), torch.nn.Module):
+            own = (m for name, child in module.named_children() if name != "base_layer" for m in child.modules())
+            found.update(own)
+    return found
+
+
 # A weight with its rows in front, as all kernels take it.
 
 
