@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 import quantops
 from quantops.demo.digits import BATCH, Digits, Net, train
+from quantops.demo.onnx_check import export_and_check
 from quantops.positive import grid_step, positive
 
 WIDTHS = (2, 3, 4)
@@ -178,6 +179,8 @@ def run(args):
                     before = state(model)["error"]
                     accuracy = run_one(model, data, epochs, seed, bar)
                     table[f"{bits} {method}"].append({"accuracy": accuracy, "before": before, **state(model)})
+                    if method == SOFT:
+                        exported = model
             learned.append(learned_bits(untouched, data, epochs, seed, bar))
             if seed == 0:
                 taken = pictured(untouched, data, epochs, seed, bar)
@@ -216,6 +219,7 @@ def run(args):
         json.dumps({"float": floats, "table": table, "learned": learned, "spread": spreads})
     )
     print(f"\nFigure: {args.out / 'cpq.png'}")
+    same = export_and_check(exported, data, args.out / "cpq.onnx")
     worst = min(means[SOFT, bits]["accuracy"] - statistics.mean(floats) for bits in WIDTHS)
     ratio = max(means[SOFT, bits]["error"] / means[STEP, bits]["error"] for bits in WIDTHS)
     if worst < -1 or ratio >= 1:
@@ -224,4 +228,4 @@ def run(args):
             f"step, got {worst:+.2f} points and {ratio:.2f} times the error"
         )
         return 1
-    return 0
+    return 0 if same else 1

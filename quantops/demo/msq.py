@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import quantops
 from quantops.demo.digits import BATCH, Digits, Net, kept_for_backward, step_costs, train
+from quantops.demo.onnx_check import export_and_check
 from quantops.reference import paper
 
 EPOCHS = 60
@@ -197,6 +198,7 @@ def run(args):
         )
     (args.out / "demo.json").write_text(json.dumps({"results": results, "log": controller.log, "costs": measured}))
     print(f"\nFigure: {args.out / 'demo.png'}")
+    same = export_and_check(model, data, args.out / "msq.onnx")
     missed = [r for r in results if not r["done"] or r["compression"] < 10]
     if missed or mean["msq"] < mean["float"] - 1:
         print(
@@ -204,4 +206,4 @@ def run(args):
             f"{mean['msq'] - mean['float']:+.2f} points"
         )
         return 1
-    return 0
+    return 0 if same else 1

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import quantops
 from quantops.demo.digits import BATCH, Digits, Net, step_costs, train
+from quantops.demo.onnx_check import export_and_check
 
 WIDTHS = (8, 4, 2, 1)
 EPOCHS = 12
@@ -177,8 +178,9 @@ def run(args):
         )
     (args.out / "truncquant.json").write_text(json.dumps({"accuracy": table, "costs": measured}))
     print(f"\nFigure: {args.out / 'truncquant.png'}")
+    same = export_and_check(model, data, args.out / "truncquant.onnx")
     worst = min(means[JOINT][m] - means[SEPARATE][m] for m in WIDTHS)
     if worst < -2:
         print(f"Expected TruncQuant within 2 points of a network per width, got {worst:+.2f} points")
         return 1
-    return 0
+    return 0 if same else 1

@@ -110,7 +110,7 @@ def test_torch_onnx_export_of_an_aten_graph():
     assert (run(proto, x)[0] - want).abs().max() <= 1e-5 * want.abs().max()
 
 
-@pytest.mark.parametrize("strict, train", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("strict, train", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("name", ["msq 8", "truncquant tanh only", "cpq per row"])
 def test_exported_programs_and_their_aten_form(name, strict, train):
     model, x = made(CONFIGS[name])
@@ -122,6 +122,26 @@ def test_exported_programs_and_their_aten_form(name, strict, train):
     plain = export.to_aten(program)
     assert not any("quantops" in str(n.target) for n in plain.graph.nodes)
     assert torch.equal(plain.module()(x), want)
+
+
+@pytest.mark.parametrize("strict, train", [(False, True), (True, False)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        Q.MSQConfig(bits=4, act_bits=4, act="input", act_scale="tracked"),
+        Q.TruncQuantConfig(bits=(8, 4), act_bits="weights"),
+        Q.CPQConfig(bits=4, act_bits=4, dropbits="learned"),
+    ],
+    ids=["msq", "truncquant", "cpq"],
+)
+def test_exported_programs_of_quantized_activations(config, strict, train):
+    model, x = made(config)
+    model.train(train)
+    program = torch.export.export(model, (x,), strict=strict)
+    torch.manual_seed(0)
+    want = copy.deepcopy(model)(x)
+    torch.manual_seed(0)  # what is drawn
+    assert torch.equal(program.module()(x), want)
 
 
 def test_a_mean_may_differ_in_its_last_place():
