@@ -23,7 +23,7 @@ from quantops.functional import (
     unpack,
 )
 from quantops.hessian import hessian_trace
-from quantops.intfile import load_int, save_int
+from quantops.intfile import load_activation_scales, load_int, save_int
 from quantops.intweight import IntWeight, to_int
 from quantops.layers import has_matrices, is_linear_or_conv
 from quantops.methods.cpq import CPQConfig, finish_dropbits
@@ -70,6 +70,7 @@ __all__ = [
     "joint_loss",
     "joint_step",
     "layout",
+    "load_activation_scales",
     "load_int",
     "load_model",
     "lsb",

@@ -9,17 +9,20 @@ import zlib
 import torch
 
 from quantops import checks
+from quantops.activation import activation_scales
 from quantops.files import write_whole
 from quantops.intweight import MOST, IntWeight, check, rows_shape, to_int
 from quantops.layers import ROWS
 from quantops.nn import quantized
 from quantops.packed import Packed
 from quantops.reference.packing import plane_bytes
-from quantops.reference.uniform import MAX_BITS, code_bits
+from quantops.reference.uniform import MAX_BITS, RULES, code_bits
 
 FORMAT, VERSION = "quantops-int", 2
 _DTYPES = {str(d).removeprefix("torch."): d for d in checks.FLOATS}
 _SCALES = {"F32": torch.float32, "F64": torch.float64}
+_ACT_TENSORS = ("scale", "offset")
+_ACT_ENTRY = {"bits", "rule", "signed", "crc32"}
 _ENTRY = {"bits", "grid", "signed", "shape", "fixed", "dtype", "crc32"}
 _MORE = {"rows", "shared"}  # where they are not the usual ones
 
@@ -37,7 +40,9 @@ def save_int(weights, path):
 
     Tensors: ``<name>.planes``, uint8 of shape (n, ceil(numel / 8)), the bit planes of :class:`quantops.Packed` without
     their padding, most significant first, on the sign grid behind that of the signs; and ``<name>.scale``. The rest is
-    metadata, with a checksum of each plane.
+    metadata, with a checksum of each plane. Of a model, what :func:`quantops.activation_scales` says of its quantized
+    activations (at the width that is selected) goes with them: ``<name>.act_scale`` and ``<name>.act_offset``, which
+    :func:`quantops.load_activation_scales` reads.
 
     ``weights``: what :func:`to_int` returns, or a model for it. The file appears whole or not at all, flushed to the
     disk, with the mode of a file that it replaces, or that of the umask; a symbolic link's target is what is replaced.
@@ -46,12 +51,16 @@ def save_int(weights, path):
     Raises TypeError or ValueError for anything else, naming it, and OSError where the file cannot be written.
     """
     _safetensors()
+    scales = {}
     if isinstance(weights, torch.nn.Module):
-        weights = to_int(weights)
+        weights, scales = to_int(weights), activation_scales(getattr(weights, "_orig_mod", weights))
     if not isinstance(weights, dict) or not weights:
         raise TypeError(f"weights: expected a model or a non-empty dict of IntWeight, got {type(weights).__name__}")
     tensors, about = parts_of(weights)
-    write(path, tensors, {"format": FORMAT, "version": str(VERSION), "weights": json.dumps(about)})
+    metadata = {"format": FORMAT, "version": str(VERSION), "weights": json.dumps(about)}
+    if scales:
+        metadata["activations"] = json.dumps({name: _keep_scales(tensors, name, v) for name, v in scales.items()})
+    write(path, tensors, metadata)
 
 
 def load_int(path, model=None, bits=None):
@@ -68,8 +77,11 @@ def load_int(path, model=None, bits=None):
     """
     check_bits(bits)
     with opened(path) as f:
-        weights = weights_of(f, metadata_of(f, FORMAT, VERSION), bits)
-        keys = {f"{name}.{part}" for name in weights for part in ("planes", "scale")} ^ set(f.keys())
+        metadata = metadata_of(f, FORMAT, VERSION)
+        weights, scales = weights_of(f, metadata, bits), _scales_of(f, metadata)
+        keys = {f"{name}.{part}" for name in weights for part in ("planes", "scale")}
+        keys |= {f"{name}.act_{part}" for name, v in scales.items() for part in _ACT_TENSORS if v[part] is not None}
+        keys ^= set(f.keys())
         if keys:
             raise ValueError(f"tensors and metadata differ in {sorted(keys)[:4]}")
         if model is not None:
@@ -79,6 +91,45 @@ def load_int(path, model=None, bits=None):
     if model is not None:
         fill(targets, {name: v.dequantize() for name, v in weights.items()})
     return weights
+
+
+def load_activation_scales(path):
+    """What :func:`quantops.activation_scales` said of the model that :func:`save_int` wrote: {name: dict}, on the CPU;
+    {} where its activations are float. Errors as of :func:`load_int`."""
+    with opened(path) as f:
+        return _scales_of(f, metadata_of(f, FORMAT, VERSION))
+
+
+def _keep_scales(tensors, name, about):
+    """Puts the scale and the offset of an activation into ``tensors``; what the metadata say of it."""
+    entry = {"bits": about["bits"], "rule": about["rule"], "signed": about["signed"]}
+    sums = []
+    for part in _ACT_TENSORS:
+        if about[part] is not None:
+            t = tensors[f"{name}.act_{part}"] = about[part].detach().cpu().contiguous().clone()
+            sums.append(crc32(t, entry))
+    return {**entry, "crc32": sums}
+
+
+def _scales_of(f, metadata):
+    """{name: what activation_scales says} of an open file; ValueError where it is not whole and sane."""
+    found = {}
+    for name, entry in (parsed(metadata, "activations") if "activations" in metadata else {}).items():
+        if not isinstance(entry, dict) or entry.keys() != _ACT_ENTRY or not _integers(entry["crc32"]):
+            raise ValueError(f"{name}: bad metadata {shown(entry)}")
+        about = {key: value for key, value in entry.items() if key != "crc32"}
+        if (
+            type(about["bits"]) is not int
+            or not 0 <= about["bits"] <= MAX_BITS
+            or about["rule"] not in RULES
+            or type(about["signed"]) is not bool
+        ):
+            raise ValueError(f"{name}: expected bits, rule and sign of an activation, got {shown(about)}")
+        parts = {p: f.get_tensor(f"{name}.act_{p}") for p in _ACT_TENSORS if f"{name}.act_{p}" in f.keys()}  # noqa: SIM118
+        if "scale" not in parts or [crc32(t, about) for t in parts.values()] != entry["crc32"]:
+            raise ValueError(f"{name}: the checksum of its scale does not match, the file is damaged")
+        found[name] = {**about, **{p: parts[p].clone() if p in parts else None for p in _ACT_TENSORS}}
+    return found
 
 
 def show(path, others=None):
@@ -105,10 +156,14 @@ def show(path, others=None):
                     f"{held:,} bytes",
                 )
             )
+        scales = {} if told else _scales_of(f, f.metadata())
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]
     average = 8 * total / numel if numel else 0.0
     held = f"{len(rows)} weights, {numel:,} elements, {total:,} bytes: {average:.2f} bits each with the scales"
+    for name, v in scales.items():
+        sign, count = "signed" if v["signed"] else "unsigned", v["scale"].numel()
+        lines.append(f"{name}  activation  {v['bits']} bits  {v['rule']} {sign}  {count} scale{'s' * (count != 1)}")
     return "\n".join([*lines, *([held, *told] if told else [f"{held}; format {FORMAT} {VERSION}"])])
 
 

@@ -33,7 +33,7 @@ def export_and_check(model, data, path):
     part = float((torch.from_numpy(got) - want).abs().max() / want.abs().max())
     differ = int((torch.from_numpy(got).argmax(1) != want.argmax(1)).sum())
     print(
-        f"ONNX: {path}, {path.stat().st_size:,} bytes; on {len(want)} images onnxruntime's logits are within {part:.0e} "
-        f"of the largest, {differ} classes differ"
+        f"ONNX: {path}, {path.stat().st_size:,} bytes; on {len(want)} images onnxruntime's logits "
+        f"are within {part:.0e} of the largest, {differ} classes differ"
     )
     return part <= 1e-5

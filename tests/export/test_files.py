@@ -1,5 +1,6 @@
 """Files: whole or not at all, with the rights and the place of those they replace; bad ones are a ValueError."""
 
+import copy
 import json
 import os
 import stat
@@ -233,3 +234,54 @@ def test_show_tells_what_a_file_holds(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["quantops", "show", str(tmp_path / "absent")])
     with pytest.raises(SystemExit, match="quantops: .*absent: no such file"):
         main()
+
+
+def test_scales_of_activations_go_with_the_weights(tmp_path, capsys, monkeypatch):
+    path, x = tmp_path / "x.safetensors", torch.randn(8, 6).relu()
+    made = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    for config in (
+        quantops.MSQConfig(bits=4, act_bits=4),
+        quantops.CPQConfig(bits=3, act_bits=4),
+        quantops.TruncQuantConfig(bits=(8, 4), act_bits="weights", act="input", batch_norm=False),
+    ):
+        model = quantops.quantize_(copy.deepcopy(made), config)
+        model(x)
+        save_int(model.eval(), path)
+        assert list(load_int(path, copy.deepcopy(made))) == ["0.weight", "2.weight"]
+        found = quantops.load_activation_scales(path)
+        assert len(found) == (2 if config.act == "input" else 1)
+        for name, v in found.items():
+            y = torch.rand(50, 6) - 0.2
+            codes = quantops.encode(y, v["scale"].reshape(()), v["bits"], rule=v["rule"], signed=v["signed"])
+            grid = "dyadic" if v["rule"] == "round_clamp" else "full"
+            q = quantops.decode(codes, v["scale"].reshape(()), v["bits"], grid=grid, signed=v["signed"])
+            assert torch.equal(q, model.get_submodule(name)(y).detach()), name
+    monkeypatch.setattr(sys, "argv", ["quantops", "show", str(path)])
+    assert main() == 0
+    assert "0.input_quantizer  activation  8 bits  floor unsigned  1 scale" in capsys.readouterr().out
+    save_int(WEIGHTS, path)
+    assert quantops.load_activation_scales(path) == {}
+
+
+@pytest.mark.parametrize("kind", ["scale", "bits", "rule", "nothing"])
+def test_damaged_scales_of_activations(tmp_path, kind):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    path = tmp_path / "x.safetensors"
+    model = quantops.quantize_(nn.Sequential(nn.Linear(6, 5), nn.ReLU()), quantops.MSQConfig(bits=4, act_bits=4))
+    model(torch.randn(8, 6))
+    save_int(model, path)
+    with safe_open(path, framework="pt") as f:
+        tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata())  # noqa: SIM118
+    if kind == "scale":
+        tensors["1.act_scale"] *= 2
+    elif kind == "nothing":
+        del tensors["1.act_scale"]
+    else:
+        change = {"bits": ('"bits": 4', '"bits": 5'), "rule": ('"round_clamp"', '["floor"]')}[kind]
+        metadata["activations"] = metadata["activations"].replace(*change)
+    save_file(tensors, path, metadata)
+    for call in (load_int, quantops.load_activation_scales):
+        with pytest.raises(ValueError, match="x.safetensors: 1: "):
+            call(path)
