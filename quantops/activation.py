@@ -487,6 +487,8 @@ class ActivationConfig(QuantConfig):
         stands in front of every layer that is quantized, which is the way for GELU, SiLU, LayerNorm and attention.
     act_scale: "step" (LSQ), "clip" (PACT), "tracked" or a number, see :class:`UniformActivation`.
     act_signed: with act="input" and act_outputs, whether codes are signed; None: if the first batch has values below 0.
+    act_keep: None, or what a quantizer keeps for the backward pass, see :func:`quantops.quantize_activation`: "input",
+        which costs nothing where x is kept anyhow, as between a ReLU that stays and a layer.
     act_outputs: patterns of the names of modules whose output is quantized too: those whose results are multiplied with
         each other, as the projections of queries, keys and values are in attention.
 
@@ -498,6 +500,7 @@ class ActivationConfig(QuantConfig):
     act: str = "relu"
     act_scale: str | float = "step"
     act_signed: bool | None = None
+    act_keep: str | None = None
     act_outputs: tuple[str, ...] = ()
 
     act_rule: ClassVar[str] = "round_clamp"
@@ -512,6 +515,8 @@ class ActivationConfig(QuantConfig):
             raise ValueError(
                 f"act_scale: expected one of {', '.join(map(repr, SCALES))} or a number > 0, got {self.act_scale!r}"
             )
+        keeps = {"step": ("residual", "input"), "clip": ("bits", "input")}.get(self.act_scale, KEEPS)
+        check_choice(f"act_keep, with act_scale={self.act_scale!r}", self.act_keep, (None, *keeps))
         patterns = self.act_outputs
         if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
             raise ValueError(f"act_outputs: expected a tuple of patterns of module names, got {patterns!r}")
@@ -530,6 +535,7 @@ class ActivationConfig(QuantConfig):
             rule=self.act_rule,
             scale=self.act_scale,
             relu=relu,
+            keep=self.act_keep,
             signed=None if relu else self.act_signed,
             device=like.device,
             dtype=like.dtype,

@@ -72,8 +72,9 @@ class CPQConfig(ActivationConfig):
         as Relaxed Quantization (arXiv 1810.01875) starts, on whose code the paper builds.
     act_bits: None, or 1..8: with act="relu" every ReLU becomes a :class:`quantops.CategoricalActivation` of so many
         bits.
-    act, act_scale, act_signed, act_outputs: see :class:`quantops.activation.ActivationConfig`. What act="input" and
-        act_outputs quantize may be signed: there :class:`quantops.UniformActivation` stands, whose grid is the same.
+    act, act_scale, act_signed, act_keep, act_outputs: see :class:`quantops.activation.ActivationConfig`. What
+        act="input" and act_outputs quantize may be signed: there :class:`quantops.UniformActivation` stands, whose grid
+        is the same.
     fuse, cache, tied, first, last, overrides: see QuantConfig. Forwards that draw are not cached. Overrides may set
         "bits", "dropbits", "rows", and of these fields "mode", "grad", "sigma", "per_row", "nonzero", "min_bits" and
         "start". Layers with fixed bits have no gates.
@@ -100,6 +101,11 @@ class CPQConfig(ActivationConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.act == "relu" and self.act_keep is not None:
+            raise ValueError(
+                "act_keep: expected None with act='relu', whose categorical quantizer keeps two bits, got "
+                f"{self.act_keep!r}"
+            )
         check_choice("mode", self.mode, MODES)
         check_choice("grad", self.grad, GRADS)
         check_choice("per_row", self.per_row, (True, False))

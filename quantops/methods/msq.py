@@ -49,7 +49,7 @@ class MSQConfig(ActivationConfig):
         bit that is dropped. The paper's strength of 5e-5 stands for 5e-5 under the one, and under the other at 8 bits,
         where 2^n / (2 s) was found to be 87 to 515 in ResNet-20's layers, for 0.004 to 0.026 under "step". Its text
         does not say which is meant. Not with per_row, where a layer has many steps.
-    act_bits, act, act_scale, act_signed, act_outputs: of activations, see
+    act_bits, act, act_scale, act_signed, act_keep, act_outputs: of activations, see
         :class:`quantops.activation.ActivationConfig`; by the round-clamp rule.
     fuse, cache, tied, first, last, overrides: see QuantConfig. Overrides may set "bits", "k", "prune", "rows", and of
         these fields "grid", "scale", "scale_grad", "per_row" and "penalty_unit". "prune": False means that

@@ -39,7 +39,7 @@ class TruncQuantConfig(ActivationConfig):
     per_row: scales per row: the outputs of a layer; quantops/layers.py has the table of their dims.
     batch_norm: BatchNorm1d, 2d, 3d, SyncBatchNorm and subclasses become :class:`quantops.MultiBatchNorm`, one for
         each width. False: they are shared by all widths.
-    act_bits, act, act_scale, act_signed, act_outputs: of activations, see
+    act_bits, act, act_scale, act_signed, act_keep, act_outputs: of activations, see
         :class:`quantops.activation.ActivationConfig`; floor codes, so that m bits are n bits shifted.
         act_bits="weights": those of the width that is selected, as in the paper; each width of a joint step has
         activations of its own, so that no pass could serve several. act_shared: one scale for all widths (act_scale
@@ -146,6 +146,7 @@ class TruncQuantConfig(ActivationConfig):
             scale=self.act_scale,
             relu=relu,
             widths=self.bits,
+            keep=self.act_keep,
             signed=None if relu else self.act_signed,
             shared=self.act_shared,
             device=like.device,

@@ -240,6 +240,22 @@ def test_only_bits_are_kept_beyond_what_the_next_layer_keeps():
 
 
 @pytest.mark.parametrize(
+    "config",
+    [
+        Q.MSQConfig(act_bits=4, act="input", act_keep="input"),
+        Q.TruncQuantConfig(act_bits="weights", act="input", act_keep="input", batch_norm=False),
+        Q.CPQConfig(act_bits=4, act="input", act_keep="input"),
+    ],
+)
+def test_configs_say_what_is_kept(config):
+    model = Q.quantize_(net(), config)
+    acts = [m for m in model.modules() if isinstance(m, UniformActivation)]
+    assert acts and {m.keep for m in acts} == {"input"}
+    model(data()[0]).sum().backward()
+    assert all(p.grad is not None for m in acts for p in m.parameters())
+
+
+@pytest.mark.parametrize(
     "make, text",
     [
         (lambda: UniformActivation(17), r"bits: expected an integer 0\.\.16, got 17"),
@@ -259,6 +275,12 @@ def test_only_bits_are_kept_beyond_what_the_next_layer_keeps():
         (lambda: Q.MSQConfig(act_bits=4, act_scale="max"), "act_scale: "),
         (lambda: Q.CPQConfig(act_bits=9), "act_bits: .*1..8"),
         (lambda: Q.MSQConfig(act_bits=4, act_signed=1), "act_signed: "),
+        (
+            lambda: Q.MSQConfig(act_bits=4, act_keep="bits"),
+            "act_keep, with act_scale='step': expected one of .*got 'bits'",
+        ),
+        (lambda: Q.MSQConfig(act_bits=4, act_keep="all"), "act_keep"),
+        (lambda: Q.CPQConfig(act_bits=4, act_keep="input"), "act_keep: expected None with act='relu'"),
         (lambda: Q.MSQConfig(act_outputs=("a",)), "act_outputs: expected act_bits"),
         (lambda: Q.MSQConfig(act_bits=4, act_outputs="qkv"), "act_outputs: expected a tuple"),
         (lambda: Q.TruncQuantConfig(act_bits="all"), "act_bits: "),
