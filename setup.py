@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -89,6 +90,10 @@ def run_compiler(command, **settings):
 
 
 class BuildKernels(build_ext):
+    def get_ext_filename(self, fullname):
+        """The same name on every Python: torch loads the libraries, which use nothing of Python's."""
+        return fullname.replace(".", os.sep) + ".abi3.so"
+
     def build_extension(self, ext):
         cuda = ext.name.endswith("_cuda")
         self.compiler.spawn = self.compiler.call = run_compiler  # by older and by newer setuptools
@@ -224,5 +229,6 @@ setup(
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildKernels},
     setup_requires=[] if torch_folder() else ["torch>=2.10"],
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    # Free-threaded Pythons have no stable ABI to promise.
+    options={} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"bdist_wheel": {"py_limited_api": "cp310"}},
 )

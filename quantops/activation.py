@@ -121,7 +121,7 @@ class UniformActivation(Settings, torch.nn.Module):
         else:
             self.register_buffer("clip", values)
         self.offset = torch.nn.Parameter(torch.zeros(rows, count, **made)) if offset else None
-        self.seen = None
+        self.seen = PerThread()  # statistics of what comes in, while a thread calibrates
         if number:
             self.clip.fill_(float(scale))
             self.start.fill_(float(scale))
@@ -212,8 +212,9 @@ class UniformActivation(Settings, torch.nn.Module):
             self.check_written()
         if len(self.widths) > 1:
             refuse_recomputing(self)
-        if self.seen is not None:
-            self.seen.append(self._statistics(x))
+        seen = self.seen.get()
+        if seen is not None:
+            seen.append(self._statistics(x))
             return x.relu() if self.relu else x
         if not all(self.started) and not self.started[self._place()]:
             if not self.training:
@@ -423,7 +424,7 @@ def calibrate(model, batches, *, steps=None, progress=False):
     model.eval()
     try:
         for _, m in found:
-            m.seen = []
+            m.seen.set([])
         for batch in batches:
             if steps is not None and count >= steps:
                 break
@@ -432,10 +433,10 @@ def calibrate(model, batches, *, steps=None, progress=False):
             else:
                 model(batch[0] if isinstance(batch, (list, tuple)) else batch)
             count += 1
-        statistics = [m.seen for _, m in found]
+        statistics = [m.seen.get() for _, m in found]
     finally:
         for _, m in found:
-            m.seen = None
+            m.seen.set(None)
         for m, mode in training.items():
             m.training = mode
     if not count:

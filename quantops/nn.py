@@ -56,7 +56,7 @@ from quantops.computed import PLAIN, Computed, computed
 from quantops.layers import ROWS, WEIGHT, from_rows, to_rows
 from quantops.per_thread import Mine, PerThread, Slot, in_backward
 from quantops.sharded import any_sharded
-from quantops.state import Settings, version
+from quantops.state import Settings, versions_of
 
 _steps = [0]  # optimizer steps taken in this process; also the mark that the hook below is registered
 
@@ -125,7 +125,7 @@ class WeightQuantizer(Settings, torch.nn.Module):
         return self.state_dict()
 
     def versions(self):
-        return tuple(map(version, self._buffers.values()))
+        return versions_of(self._buffers.values())
 
     @property
     def source(self):
@@ -193,7 +193,7 @@ def trackable(w):
 def _mark(quantizer, w):
     """What changes whenever q would: storage and version of the weight, identity and version of the rest."""
     buffers, state = quantizer._buffers.values(), quantizer._parameters.values()
-    versions = (*map(version, buffers),)
+    versions = versions_of(buffers)
     if versions != quantizer.noted:
         quantizer.check_written()
     return (
@@ -204,7 +204,7 @@ def _mark(quantizer, w):
         versions,
         *map(id, buffers),
         *map(id, state),
-        *map(version, state),
+        *versions_of(state),
     )
 
 

@@ -14,6 +14,17 @@ KEY = "_extra_state"
 version = operator.attrgetter("_version")
 
 
+def versions_of(tensors):
+    """The version counters of tensors. RuntimeError where they have none."""
+    try:
+        return tuple(map(version, tensors))
+    except RuntimeError as error:
+        raise RuntimeError(
+            "a quantizer was made, moved or copied within torch.inference_mode, whose tensors have no version; expected "
+            "that before it, or within torch.no_grad"
+        ) from error
+
+
 class Settings:
     """Base of modules, before torch.nn.Module, whose state dict carries ``settings()`` and a version.
 
@@ -72,7 +83,7 @@ class Settings:
 
     def versions(self):
         """Those of all buffers that are sealed."""
-        return tuple(map(version, self._tensors()))
+        return versions_of(self._tensors())
 
     def check_written(self):
         """ValueError where others than quantops wrote counts or constants since they were looked at last. Another

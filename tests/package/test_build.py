@@ -111,3 +111,24 @@ def test_a_build_that_succeeds_leaves_no_reason(tree):
 def test_info_says_which_loops_run():
     note = backends.info()["devices"]["cpu"]["note"]
     assert "loops, float16 by " in note and f"(torch: {torch.backends.cpu.get_cpu_capability()})" in note
+
+
+@pytest.mark.parametrize("free_threaded", [False, True])
+def test_a_library_has_one_name_and_free_threaded_wheels_promise_no_stable_abi(free_threaded):
+    """torch loads the library, by that name, and nothing of Python is in it; setuptools refuses abi3 wheels there."""
+    code = (
+        "import sysconfig, setuptools, runpy\n"
+        f"sysconfig.get_config_vars()['Py_GIL_DISABLED'] = {int(free_threaded)}\n"
+        "setuptools.setup = lambda **k: print(k['options'], k['cmdclass']['build_ext'](setuptools.Distribution())"
+        ".get_ext_filename('quantops._cpu'))\n"
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    options = {} if free_threaded else {"bdist_wheel": {"py_limited_api": "cp310"}}
+    assert run.stdout.split() == f"{options} {compiled.library_path('cpu').relative_to(ROOT)}".split(), run.stderr
+
+
+@pytest.mark.skipif(not compiled.library_path("cpu").exists() or not shutil.which("nm"), reason="no library, or no nm")
+def test_the_library_uses_nothing_of_python():
+    symbols = subprocess.run(["nm", "-D", compiled.library_path("cpu")], capture_output=True, text=True, check=True).stdout
+    assert "quantops" in symbols and not [line for line in symbols.splitlines() if line.split()[-1].startswith("Py")]

@@ -291,3 +291,15 @@ def test_states_of_activations_whose_numbers_had_a_dimension_load():
     assert torch.equal(other(batch()), model(batch()))
     with pytest.raises(RuntimeError, match="2: bits: expected one of 8, 2, got 4"):
         other.load_state_dict({**state, "2.bits": torch.tensor(4)})
+
+
+@pytest.mark.parametrize("config", [MSQConfig(), TruncQuantConfig(), CPQConfig(act_bits=4)], ids=str)
+def test_inference_mode_evaluates_models_and_makes_none(config):
+    model = started(config)
+    with torch.inference_mode():
+        assert torch.equal(model(batch()), model(batch()))
+        with pytest.raises(RuntimeError, match="within torch.inference_mode"):
+            make(config)(batch())
+        copied = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match="within torch.inference_mode"):
+        copied(batch())

@@ -157,3 +157,22 @@ def test_replicas_of_data_parallel_use_weights_of_their_own():
     twin(x).sum().backward()
     grad, half = (m[0].parametrizations.weight.original.grad for m in (model, twin))
     assert torch.equal(grad, 2 * half)
+
+
+def test_a_thread_evaluates_while_another_calibrates():
+    """Once it got float activations, and its inputs were counted."""
+    torch.manual_seed(0)
+    model = quantize_(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), MSQConfig(act_bits=2)).eval()
+    x, seen = torch.randn(4, 5, 8), []
+    scales = calibrate(model, x)
+    expected = model(x[0])
+
+    def batches():
+        yield x[0]
+        thread = threading.Thread(target=lambda: seen.extend([model(x[0]), model(100 * x[1])]))
+        thread.start()
+        thread.join()
+        yield from x[1:]
+
+    assert all(torch.equal(s, scales[name]) for name, s in calibrate(model, batches()).items())
+    assert torch.equal(seen[0], expected)
