@@ -128,7 +128,7 @@ def test_a_library_has_one_name_and_free_threaded_wheels_promise_no_stable_abi(f
     assert run.stdout.split() == f"{options} {compiled.library_path('cpu').relative_to(ROOT)}".split(), run.stderr
 
 
-@pytest.mark.skipif(not compiled.library_path("cpu").exists() or not shutil.which("nm"), reason="no library, or no nm")
+@pytest.mark.skipif(not (compiled.library_path("cpu").exists() and shutil.which("nm")), reason="no library, or no nm")
 def test_the_library_uses_nothing_of_python():
-    symbols = subprocess.run(["nm", "-D", compiled.library_path("cpu")], capture_output=True, text=True, check=True).stdout
-    assert "quantops" in symbols and not [line for line in symbols.splitlines() if line.split()[-1].startswith("Py")]
+    symbols = subprocess.check_output(["nm", "-D", compiled.library_path("cpu")], text=True).splitlines()
+    assert symbols and not [line for line in symbols if line.split()[-1].startswith("Py")]

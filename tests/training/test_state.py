@@ -301,5 +301,5 @@ def test_inference_mode_evaluates_models_and_makes_none(config):
         with pytest.raises(RuntimeError, match="within torch.inference_mode"):
             make(config)(batch())
         copied = copy.deepcopy(model)
-    with pytest.raises(RuntimeError, match="within torch.inference_mode"):
+    with pytest.raises(RuntimeError, match="inference mode|torch.inference_mode"):  # torch's own, of weights
         copied(batch())
