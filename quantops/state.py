@@ -20,8 +20,8 @@ def versions_of(tensors):
         return tuple(map(version, tensors))
     except RuntimeError as error:
         raise RuntimeError(
-            "a quantizer was made, moved or copied within torch.inference_mode, whose tensors have no version; expected "
-            "that before it, or within torch.no_grad"
+            "a quantizer was made, moved or copied within torch.inference_mode, whose tensors have no version; "
+            "expected that before it, or within torch.no_grad"
         ) from error
 
 
