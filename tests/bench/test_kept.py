@@ -1,7 +1,11 @@
 """What ``python -m bench kept`` counts."""
 
+import json
+
+import pytest
 import torch
 
+from bench.__main__ import main
 from bench.training import kept
 
 
@@ -20,6 +24,19 @@ def test_relus_that_are_replaced_keep_a_bit_or_a_byte_more_than_floats():
     ):
         assert abs(found[way] - found["float"] - size) < 0.01 * size, way
     assert found["eager LSQ"] > 2 * found["float"]
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(kept, "WAYS", {"float": kept.WAYS["float"]})
+    page, out = tmp_path / "page.md", tmp_path / "kept.json"
+    page.write_text(f"before\n{kept.BEGIN}\nold\n{kept.END}\nafter\n")
+    command = ["kept", "--device", "cpu", "--networks", "resnet20", "--out", str(out), "--into", str(page)]
+    assert main(command) == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["way"] == "float" and row["kept"] > 1e7
+    assert "| resnet20, 32 | float |" in page.read_text() and "old" not in page.read_text()
+    with pytest.raises(SystemExit, match="networks: expected some of"):
+        main([*command[:4], "vgg", *command[5:]])
 
 
 def test_the_table_is_beside_float():
