@@ -4,42 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
-def _conv(below, width, kernel, stride=1):
-    return nn.Conv2d(below, width, kernel, stride, kernel // 2, bias=False)
-
-
-class _Basic(nn.Module):
-    """Two 3x3 convolutions and a shortcut."""
-
-    def __init__(self, below, width, stride):
-        super().__init__()
-        self.conv1, self.bn1 = _conv(below, width, 3, stride), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = _conv(width, width, 3), nn.BatchNorm2d(width)
-        project = nn.Sequential(_conv(below, width, 1, stride), nn.BatchNorm2d(width)) if stride > 1 else nn.Identity()
-        self.down, self.relu1, self.relu2 = project, nn.ReLU(), nn.ReLU()
-
-    def forward(self, x):
-        y = self.relu1(self.bn1(self.conv1(x)))
-        return self.relu2(self.bn2(self.conv2(y)) + self.down(x))
-
-
-class ResNet20(nn.Module):
-    """ResNet-20 for 32 x 32 images (He et al. 2015), projection shortcuts."""
-
-    def __init__(self, classes=10):
-        super().__init__()
-        self.conv, self.bn, self.relu = _conv(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()
-        blocks, below = [], 16
-        for width in (16, 32, 64):
-            for i in range(3):
-                blocks.append(_Basic(below, width, 2 if i == 0 and width > 16 else 1))
-                below = width
-        self.blocks, self.fc = nn.Sequential(*blocks), nn.Linear(64, classes)
-
-    def forward(self, x):
-        x = self.blocks(self.relu(self.bn(self.conv(x))))
-        return self.fc(x.mean((2, 3)))
+from quantops.demo.resnet20 import conv
 
 
 class _Bottleneck(nn.Module):
@@ -47,10 +12,10 @@ class _Bottleneck(nn.Module):
 
     def __init__(self, below, width, stride, project):
         super().__init__()
-        self.conv1, self.bn1 = _conv(below, width, 1), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = _conv(width, width, 3, stride), nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = _conv(width, 4 * width, 1), nn.BatchNorm2d(4 * width)
-        self.down = nn.Sequential(_conv(below, 4 * width, 1, stride), nn.BatchNorm2d(4 * width)) if project else None
+        self.conv1, self.bn1 = conv(below, width, 1), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = conv(width, width, 3, stride), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = conv(width, 4 * width, 1), nn.BatchNorm2d(4 * width)
+        self.down = nn.Sequential(conv(below, 4 * width, 1, stride), nn.BatchNorm2d(4 * width)) if project else None
         self.relu1, self.relu2, self.relu3 = nn.ReLU(), nn.ReLU(), nn.ReLU()
 
     def forward(self, x):
@@ -64,7 +29,7 @@ class ResNet50(nn.Module):
 
     def __init__(self, classes=1000):
         super().__init__()
-        self.conv, self.bn, self.relu = _conv(3, 64, 7, 2), nn.BatchNorm2d(64), nn.ReLU()
+        self.conv, self.bn, self.relu = conv(3, 64, 7, 2), nn.BatchNorm2d(64), nn.ReLU()
         blocks, below = [], 64
         for width, count in ((64, 3), (128, 4), (256, 6), (512, 3)):
             for i in range(count):

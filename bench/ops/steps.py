@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 import quantops
 from bench import measure, models, store
 from bench.state import Wrong
+from quantops.demo.resnet20 import ResNet20
 from quantops.reference import paper
 
 BITS, K, STRENGTH = 8, 1, 1e-4
@@ -37,7 +38,7 @@ class Network:
 
 
 NETWORKS = {
-    "resnet20": Network(models.ResNet20, (256, 3, 32, 32), (32, 3, 32, 32)),
+    "resnet20": Network(ResNet20, (256, 3, 32, 32), (32, 3, 32, 32)),
     "resnet50": Network(models.ResNet50, (128, 3, 224, 224), (2, 3, 160, 160)),
     "deit_small": Network(models.DeiTSmall, (128, 3, 224, 224), (2, 3, 224, 224)),
     "transformer_1b": Network(models.Blocks, (4, 1024, 2048), (1, 128, 2048), images=False),

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 import quantops
-from bench import measure, models, store
+from bench import measure, store
 from bench.ops import steps
 from bench.training.recipes import RECIPES
 from bench.training.train import Forward, training_bytes
+from quantops.demo.resnet20 import ResNet20
 
 BASE, BATCH = "float", 128
 FOREVER = 10**9  # steps of a run that is never at its end: neither precisions nor temperatures change while it is timed
@@ -57,7 +58,7 @@ class Training:
 
     def __init__(self, make, device, batch, amp):
         torch.manual_seed(0)
-        model = models.ResNet20()
+        model = ResNet20()
         self.x, self.y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
         self.x = self.x.to(device, memory_format=torch.channels_last)
         self.y = self.y.to(device)

@@ -6,9 +6,10 @@ from typing import Any
 
 from bench import models
 from bench.training import methods
+from quantops.demo.resnet20 import ResNet20
 
 COMMON = {"batch": 128, "lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4}  # SGD, cosine schedule to 0
-NETWORKS = {"resnet20": models.ResNet20, "vit": models.small_vit}
+NETWORKS = {"resnet20": ResNet20, "vit": models.small_vit}
 EVERYWHERE = (
     "JPEG images in the place of the original ones; finetuned from --init, for --epochs; activations stay "
     "float unless named; all layers, first and last too, are quantized; SGD, cosine schedule, lr 0.02 unless named"

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import quantops
-from bench import models, store
+from bench import store
 from bench.__main__ import main
 from bench.training import costs, methods, recipes, tables, train
+from quantops.demo.resnet20 import ResNet20
 
 pytest.importorskip("tqdm", reason="needs tqdm")
 if quantops.info()["devices"]["cpu"]["implementation"] != "cpp":
@@ -111,7 +112,7 @@ def test_resumed_equals_uninterrupted(file, tmp_path, monkeypatch, method, more)
 
 
 def test_gates_learn_at_their_rate_until_the_search_ends():
-    model = models.ResNet20(10)
+    model = ResNet20(10)
     settings = recipes.RECIPES["dropbits"].settings
     method = recipes.RECIPES["dropbits"].method(model, 10, **settings | {"search": 0.2})
     gates = [p for name, p in model.named_parameters() if name.endswith("log_a")]
@@ -122,11 +123,11 @@ def test_gates_learn_at_their_rate_until_the_search_ends():
     assert method.log[0]["step"] == 2 and not any(p.requires_grad for p in gates)
     for search in (0, 1.5):
         with pytest.raises(ValueError, match=r"search: expected a part of the steps, in \(0, 1\]"):
-            recipes.RECIPES["dropbits"].method(models.ResNet20(10), 10, **settings | {"search": search})
+            recipes.RECIPES["dropbits"].method(ResNet20(10), 10, **settings | {"search": search})
 
 
 def test_msq_goes_on_with_the_nearest_rule_at_its_bits():
-    model = models.ResNet20(10)
+    model = ResNet20(10)
     settings = recipes.RECIPES["msq-nearest"].settings | {"bits": 4, "threshold": 1.0}
     method = recipes.RECIPES["msq-nearest"].method(model, 20, **settings)
     parameters, x, y = list(model.parameters()), torch.randn(8, 3, 32, 32), torch.arange(8)
@@ -140,7 +141,7 @@ def test_msq_goes_on_with_the_nearest_rule_at_its_bits():
     torch.testing.assert_close(model.conv.weight.unique(), step * torch.tensor([-3.0, -1, 1, 3]))
     for options, words in (({"nearest": "big"}, "scale: "), ({"target": None}, "nearest: expected None")):
         with pytest.raises(ValueError, match=words):
-            recipes.RECIPES["msq-nearest"].method(models.ResNet20(10), 20, **settings | options)
+            recipes.RECIPES["msq-nearest"].method(ResNet20(10), 20, **settings | options)
 
 
 def test_resume_skips_what_is_done_and_stops_in_time(file, tmp_path, capsys):
@@ -218,7 +219,7 @@ def test_bad_options(file, tmp_path, more, words):
 
 
 def test_init_takes_the_names_of_torchvision(tmp_path):
-    model = models.ResNet20()
+    model = ResNet20()
     back = {"conv.": "conv1.", "bn.": "bn1."}
 
     def name(key):
@@ -247,11 +248,11 @@ def test_bit_level_training_holds_16_times_the_weights():
     for way in ways.values():
         way.step()
     held = {name: train.training_bytes(way.model, way.optimizer) for name, way in ways.items()}
-    plain = sum(p.nbytes for p in models.ResNet20().parameters())
+    plain = sum(p.nbytes for p in ResNet20().parameters())
     assert costs.state_bytes(held[tables.OURS]) == costs.state_bytes(held[costs.BASE]) == 3 * plain
     assert costs.state_bytes(held["BSQ"]) >= 12 * costs.state_bytes(held[tables.OURS])
-    weights = sum(m.weight.numel() for n, m in models.ResNet20().named_modules() if quantops.is_linear_or_conv(n, m))
-    others = sum(p.numel() for p in models.ResNet20().parameters()) - weights
+    weights = sum(m.weight.numel() for n, m in ResNet20().named_modules() if quantops.is_linear_or_conv(n, m))
+    others = sum(p.numel() for p in ResNet20().parameters()) - weights
     assert held["BSQ"]["trainable_parameters"] == 16 * weights + others + 22  # a scale for each layer
     assert held["CSQ"]["trainable_parameters"] == 16 * weights + others + 22 * 9  # and 8 gates
 
