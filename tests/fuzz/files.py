@@ -1,4 +1,5 @@
-"""Damaged files of weights: load_int gives what was saved, bit for bit, or a ValueError that names the file."""
+"""Damaged files of weights and of models: load_int and load_model give what was saved, bit for bit, or a ValueError
+that names the file."""
 
 import base64
 import json
@@ -9,12 +10,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from quantops import load_int, save_int
+from quantops import CPQConfig, MSQConfig, TruncQuantConfig, load_int, load_model, quantize_, save_int, save_model
 from quantops.intweight import IntWeight
 
 torch.set_num_threads(1)
 FOLDER = tempfile.TemporaryDirectory()
 PATH = Path(FOLDER.name) / "x.safetensors"
+CONFIGS = [
+    MSQConfig(bits=3, act_bits=4),
+    MSQConfig(scale=2.8, per_row=True),
+    TruncQuantConfig(bits=(8, 2)),
+    CPQConfig(bits=3, act_bits=3, dropbits="learned"),
+]
 ODD = [
     None,
     True,
@@ -52,7 +59,8 @@ def make(rng):
     ]
     kinds = ["bytes", "cut", "grow", "header", "header", "length", "metadata", "metadata", "swap"]
     damage = [[rng.choice(kinds), rng.randrange(2**31)] for _ in range(rng.randrange(1, 3))]
-    return {"weights": weights, "damage": damage}
+    model = {"config": rng.randrange(len(CONFIGS)), "floats": rng.random() < 0.5} if rng.random() < 0.3 else None
+    return {"weights": weights, "damage": damage, "model": model}
 
 
 def _weights(case):
@@ -85,14 +93,15 @@ def _damaged(data, kind, rng):
         return other.to_bytes(8, "little") + data[8:]
     try:
         header = json.loads(data[8 : 8 + length])
-        inner = json.loads(header["__metadata__"]["weights"]) if kind == "metadata" else None
+        part = rng.choice([k for k in ("weights", "state", "config") if k in header["__metadata__"]])
+        inner = json.loads(header["__metadata__"][part]) if kind == "metadata" else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return data  # damaged too much already
     target = header if inner is None else inner
     for _ in range(rng.randrange(1, 3)):
         target = _changed(target, rng)
     if inner is not None:
-        header["__metadata__"]["weights"] = json.dumps(target) if rng.random() < 0.9 else "[" * rng.randrange(1, 20000)
+        header["__metadata__"][part] = json.dumps(target) if rng.random() < 0.9 else "[" * rng.randrange(1, 20000)
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
@@ -112,14 +121,45 @@ def _changed(node, rng):
     return rng.choice(ODD)
 
 
-def check(case):
-    """The file after its damage is what it was, or refused; a model that it was for is then as before."""
-    weights = _weights(case)
-    save_int(weights, PATH)
+def _model(config, seed):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    model = quantize_(net, CONFIGS[config])
+    model(torch.randn(5, 8))
+    return model.eval()
+
+
+def _damage(case):
     data = PATH.read_bytes()
     for kind, seed in case["damage"]:
         data = _damaged(data, kind, random.Random(seed)) or b"\0"
     PATH.write_bytes(data)
+    return data
+
+
+def _check_model(case):
+    saved, model = (_model(case["model"]["config"], seed) for seed in (1, 2))
+    save_model(saved, PATH, floats=case["model"]["floats"])
+    data, before = _damage(case), {k: v.clone() for k, v in model.state_dict().items()}
+    try:
+        load_model(PATH, model)
+    except ValueError as error:
+        assert str(PATH) in str(error), f"the error does not name the file: {error}"
+        same = all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        assert same, f"a refused file has changed the model; file {base64.b64encode(data)[:4000]!r}"
+        return 1
+    x = torch.randn(4, 8)
+    assert torch.equal(model(x), saved(x)), f"another model was loaded; file {base64.b64encode(data)[:4000]!r}"
+    return 1
+
+
+def check(case):
+    """The file after its damage is what it was, or refused; a model that it was for is then as before."""
+    if case.get("model"):
+        return _check_model(case)
+    weights = _weights(case)
+    save_int(weights, PATH)
+    data = _damage(case)
     model = nn.Module()
     for name, v in weights.items():
         layer = nn.Module()

@@ -25,6 +25,8 @@ def make(rng):
         "threads": rng.choice([2, 4, 8]),
         "train": rng.random() < 0.5,
         "penalty": rng.random() < 0.3,
+        "activations": rng.random() < 0.4,
+        "joint": rng.random() < 0.3,
         "interval": rng.choice([1e-6, 1e-5, 1e-3]),
         "rounds": rng.randrange(3, 20),
         "seed": rng.randrange(2**31),
@@ -36,7 +38,10 @@ def _once(model, x, case):
     if not case["train"]:
         with torch.no_grad():
             return [model(x)]
-    loss = model(x).square().sum()
+    if case["joint"] and case["method"] == "truncquant":
+        loss = Q.joint_loss(model, lambda out: out.square().sum(), x).loss
+    else:
+        loss = model(x).square().sum()
     if case["penalty"] and case["method"] == "msq":
         loss = loss + 1e-3 * Q.penalty(model)
     return [loss.detach(), *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])]
@@ -46,7 +51,16 @@ def check(case):
     """Runs the threads. A process that dies is noticed by the runner."""
     torch.manual_seed(case["seed"])
     model = nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 5))
-    Q.quantize_(model, METHODS[case["method"]](fuse=case["fuse"], cache=case["cache"])).eval()
+    options = {"fuse": case["fuse"], "cache": case["cache"]}
+    if case["activations"]:
+        options["act_bits"] = "weights" if case["method"] == "truncquant" else 4
+    Q.quantize_(model, METHODS[case["method"]](**options))
+    if case["activations"]:  # they start with the first batch of each width
+        for bits in (4, 8) if case["method"] == "truncquant" else (None,):
+            if bits:
+                Q.set_bits(model, bits)
+            model(torch.randn(8, 24))
+    model.eval()
     inputs = [torch.randn(8, 24) for _ in range(case["threads"])]
     want = [_once(model, x, case) for x in inputs]
     wrong, interval = [], sys.getswitchinterval()
