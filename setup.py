@@ -222,6 +222,7 @@ setup(
     packages=list(PACKAGES),
     package_dir=PACKAGES,
     package_data={
+        "quantops": ["py.typed"],
         "quantops.csrc": ["*.h"],
         "quantops.csrc.cpu": ["*.cpp", "*.h"],
         "quantops.csrc.cuda": ["*.cu", "*.cuh"],

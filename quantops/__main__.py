@@ -3,10 +3,13 @@ what a file of integer weights, or of a whole model, holds."""
 
 import argparse
 
+from quantops.version import __version__
+
 
 def main():
     """Command line entry."""
     parser = argparse.ArgumentParser(prog="python -m quantops", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"quantops {__version__}")
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("info", help="which implementation serves which device (the default)")
     from quantops import demo

@@ -2,8 +2,8 @@
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable
-from typing import ClassVar
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
 
@@ -55,33 +55,38 @@ class UniformActivation(Settings, torch.nn.Module):
     x: any shape, float32, bfloat16, float16 or float64; q has its dtype, under autocast the autocast dtype.
     """
 
+    bits: torch.Tensor
+    start: torch.Tensor
+    clip: torch.Tensor
+    negative: torch.Tensor
+
     def __init__(
         self,
-        bits=4,
+        bits: int | None = 4,
         *,
-        rule="round_clamp",
-        scale="step",
-        signed=None,
-        relu=False,
-        offset=False,
-        channels=None,
-        keep=None,
-        percentile=100.0,
-        momentum=0.1,
-        widths=None,
-        shared=True,
-        device=None,
-        dtype=torch.float32,
-    ):
+        rule: str = "round_clamp",
+        scale: float | str = "step",
+        signed: bool | None = None,
+        relu: bool = False,
+        offset: bool = False,
+        channels: int | None = None,
+        keep: str | None = None,
+        percentile: float = 100.0,
+        momentum: float = 0.1,
+        widths: Sequence[int] | None = None,
+        shared: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = torch.float32,
+    ) -> None:
         super().__init__()
         check_choice("rule", rule, RULES)
         check_choice("signed", signed, (None, True, False))
-        for name, value in (("relu", relu), ("offset", offset), ("shared", shared)):
-            check_choice(name, value, (True, False))
+        for name, flag in (("relu", relu), ("offset", offset), ("shared", shared)):
+            check_choice(name, flag, (True, False))
         if widths and shared and scale == "step":
             raise ValueError("shared: expected False, or another scale, where widths have a step each, got True")
-        number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-        if scale not in SCALES and not (number and 2.0**-100 <= scale <= 2.0**100):
+        number = scale if isinstance(scale, (int, float)) and not isinstance(scale, bool) else 0.0
+        if scale not in SCALES and not 2.0**-100 <= number <= 2.0**100:
             raise ValueError(f"scale: expected one of {', '.join(map(repr, SCALES))} or a number > 0, got {scale!r}")
         if (relu or offset) and (signed or (relu and offset)):
             raise ValueError(
@@ -129,7 +134,7 @@ class UniformActivation(Settings, torch.nn.Module):
         self.signed, self.place, self.started = known, 0, [number and known is not None] * rows
         self.write(bits=self.widths[0], index=0, is_signed=-1 if known is None else int(known))
 
-    def settings(self):
+    def settings(self) -> dict[str, Any]:
         return {
             "method": "uniform activation",
             "rule": self.rule,
@@ -139,7 +144,7 @@ class UniformActivation(Settings, torch.nn.Module):
             "widths": list(self.widths) if len(self.widths) > 1 else None,
         }
 
-    def training_settings(self):
+    def training_settings(self) -> dict[str, Any]:
         return {"keep": self.keep, "percentile": self.percentile, "momentum": self.momentum}
 
     # The width, and what is known of values.
@@ -152,11 +157,11 @@ class UniformActivation(Settings, torch.nn.Module):
         self.signed = None if sign < 0 else bool(sign)
         self.started = [bool((row > 0).all()) and sign >= 0 for row in self.start]
 
-    def select(self, place):
+    def select(self, place: int) -> None:
         """Selects the width at ``place`` of ``widths``, in place: nothing recompiles."""
         self._change(bits=self.widths[place], index=place if self.per_width else 0)
 
-    def set_bits(self, bits):
+    def set_bits(self, bits: int | None) -> None:
         """Sets the bits of a module that has one width, in place: nothing recompiles. The scale stays as it is."""
         if len(self.widths) > 1:
             raise ValueError(f"bits: expected a module of one width, which this is not; it has {self.widths}")
@@ -189,7 +194,7 @@ class UniformActivation(Settings, torch.nn.Module):
             return torch.exp2(bits - int(bool(self.signed))).to(self.start.dtype)
         return (torch.exp2(bits) - 1).to(self.start.dtype)
 
-    def values(self):
+    def values(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(scale, offset) that are used now, one element or one per channel; offset may be None."""
         return self._values(*self._width())
 
@@ -205,7 +210,7 @@ class UniformActivation(Settings, torch.nn.Module):
             scale = scale * self._steps_of_a_scale(bits)
         return scale, None if self.offset is None else row(self.offset)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """q of x."""
         checks.tensors("x", [x])
         if not torch.compiler.is_compiling() and self.versions() != self.noted:
@@ -303,12 +308,12 @@ class UniformActivation(Settings, torch.nn.Module):
             self.clip.index_copy_(0, place, old.lerp(end, self.momentum))
 
     @torch.no_grad()
-    def report(self):
+    def report(self) -> tuple[Any, ...]:
         """(bits, signed, end of the grid, part below 0), see :class:`quantops.report.ActivationBits`."""
         end = float(self.values()[0].max()) if self.started[self.place] else float("nan")
         return int(self.bits), bool(self.signed), end, float(self.negative)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         bits = "?" if self.bits.is_meta else int(self.bits)
         return (
             f"bits={bits}{f' of {self.widths}' if len(self.widths) > 1 else ''}, rule={self.rule!r}, "
@@ -394,7 +399,9 @@ def activations(model):
 
 
 @torch.no_grad()
-def calibrate(model, batches, *, steps=None, progress=False):
+def calibrate(
+    model: torch.nn.Module, batches: Iterable[Any], *, steps: int | None = None, progress: bool = False
+) -> Any:
     """Takes the scales of a model's :class:`UniformActivation` modules from a few batches, and returns {name: scale}.
 
     The model runs in evaluation mode, without gradients, its activations float: each module sees what comes in, and
@@ -437,14 +444,14 @@ def calibrate(model, batches, *, steps=None, progress=False):
     finally:
         for _, m in found:
             m.seen.set(None)
-        for m, mode in training.items():
-            m.training = mode
+        for module, mode in training.items():
+            module.training = mode
     if not count:
         raise ValueError("batches: expected at least one batch, got none")
     for (name, _), seen in zip(found, statistics):
         if not _finite(seen):
             raise ValueError(f"batches: expected finite values to take a scale from, got NaN or infinity at {name}")
-    scales = {}
+    scales: dict[str, Any] = {}
     for (name, m), seen in zip(found, statistics):
         if not seen:
             continue
@@ -461,7 +468,7 @@ def calibrate(model, batches, *, steps=None, progress=False):
     return scales
 
 
-def activation_scales(model):
+def activation_scales(model: torch.nn.Module) -> dict[str, Any]:
     """{name: dict} of what integer arithmetic needs of each quantizer of activations that has started: scale, offset,
     bits, rule, signed. With these, ``encode`` gives the codes of x (less the offset) and ``decode`` what the module
     gives; those of :class:`quantops.CategoricalActivation` are the unsigned codes of round_clamp."""
@@ -524,12 +531,12 @@ class ActivationConfig(QuantConfig):
         if patterns and self.act_bits is None:
             raise ValueError("act_outputs: expected act_bits with it, got None")
 
-    def check_act_bits(self, name, bits):
+    def check_act_bits(self, name: str, bits: Any) -> None:
         """ValueError for what cannot be the bits of activations."""
         if bits is not None:
             check_int(name, bits, 1, MAX_BITS)
 
-    def activation(self, like, bits, relu):
+    def activation(self, like: torch.Tensor, bits: Any, relu: bool) -> Any:
         """The quantizer of ``bits`` for a model of parameters like ``like``."""
         return UniformActivation(
             bits,
@@ -542,7 +549,7 @@ class ActivationConfig(QuantConfig):
             dtype=like.dtype,
         )
 
-    def prepare(self, model, layers):
+    def prepare(self, model: torch.nn.Module, layers: dict[str, Any]) -> None:
         super().prepare(model, layers)
         bits = {name: settings.get("act_bits", self.act_bits) for name, (_, settings) in layers.items()}
         for name, (_, settings) in layers.items():

@@ -1,5 +1,7 @@
 """Categorical quantization of activations, which keeps two bits per element for the backward pass."""
 
+from typing import Any
+
 import torch
 
 from quantops import checks
@@ -44,7 +46,18 @@ class CategoricalActivation(Settings, torch.nn.Module):
     the argument. In-place changes of q before the backward pass raise, as autograd has it.
     """
 
-    def __init__(self, bits=4, *, grad="soft", sigma=0.5, device=None, dtype=torch.float32):
+    alpha_start: torch.Tensor
+    bits: torch.Tensor
+
+    def __init__(
+        self,
+        bits: int = 4,
+        *,
+        grad: str = "soft",
+        sigma: float = 0.5,
+        device: Any = None,
+        dtype: torch.dtype | None = torch.float32,
+    ) -> None:
         super().__init__()
         check_int("bits", bits, 1, MAX_SOFT_BITS)
         check_choice("grad", grad, GRADS)
@@ -59,7 +72,7 @@ class CategoricalActivation(Settings, torch.nn.Module):
         self.log_sigma = torch.nn.Parameter(torch.zeros(1, **made))
         self.highest, self.started = 2**bits - 1, False
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """q of x."""
         checks.tensors("x", [x])
         if not torch.compiler.is_compiling() and self.versions() != self.noted:
@@ -87,16 +100,16 @@ class CategoricalActivation(Settings, torch.nn.Module):
         super()._load_from_state_dict(*args)
         self.started = not self.alpha_start.is_meta and bool(self.alpha_start > 0)
 
-    def settings(self):
+    def settings(self) -> dict[str, Any]:
         return {"method": "cpq activation", "bits": self.highest.bit_length()}
 
-    def training_settings(self):
+    def training_settings(self) -> dict[str, Any]:
         return {"grad": self.grad, "sigma": self.ratio}
 
-    def report(self):
+    def report(self) -> tuple[Any, ...]:
         """(bits, signed, end of the grid, part below 0), see :class:`quantops.report.ActivationBits`."""
         end = float(positive(self.alpha_start, self.log_alpha)) * self.highest if self.started else float("nan")
         return self.highest.bit_length(), False, end, 0.0
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"bits={self.highest.bit_length()}, grad={self.grad!r}"

@@ -8,6 +8,7 @@ import glob
 import json
 import os
 import re
+from typing import Any
 
 import torch
 
@@ -16,13 +17,14 @@ from quantops.convert import FUSE, quantize_
 from quantops.methods.multibn import MultiBatchNorm
 from quantops.nn import check_module, owners, quantized
 from quantops.state import KEY, Settings, settings_in
+from quantops.types import ModelT
 
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _QUANTIZER = re.compile(r"(?:(.*)\.)?parametrizations\.([^.]+)\.0\." + KEY)
 _FLOAT = re.compile(r"((?:.*\.)?)parametrizations\.([^.]+)\.original")
 
 
-def prepare(model, checkpoint, *, fuse=FUSE[0], cache=False):
+def prepare(model: ModelT, checkpoint: Any, *, fuse: str = FUSE[0], cache: bool = False) -> ModelT:
     """Makes a float model the quantized one that a checkpoint is of, in place, and returns it.
 
         model = AutoModelForCausalLM.from_pretrained(folder)      # or any way to make the float model
@@ -54,7 +56,7 @@ def prepare(model, checkpoint, *, fuse=FUSE[0], cache=False):
     return model
 
 
-def float_state_dict(model):
+def float_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The state dict of the float network: ``layer.weight`` is the float weight, and of quantizers there is nothing. A
     plain model loads it. The other way, ``load_state_dict`` of a quantized model takes it with ``strict=False``, and
     keeps its bits.

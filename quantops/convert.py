@@ -3,6 +3,7 @@ config says."""
 
 import dataclasses
 import fnmatch
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from quantops.layers import ROWS, WEIGHT, adapters, check_rows, has_matrices, ma
 from quantops.nn import WeightGroup, WeightQuantizer, check_module, check_only, owners, quantized, trackable
 from quantops.reference.uniform import MAX_BITS
 from quantops.tied import SharedWeight, ends, join_transformers, leave_transformers
+from quantops.types import ModelT
 from quantops.version import __version__
 
 FUSE = ("model", "layer")
@@ -86,7 +88,7 @@ class QuantConfig:
             for key in values:
                 check_choice(f"overrides[{pattern!r}]", key, (*self.settings, *self.fields, "rows"))
 
-    def of_layer(self, name, settings, **values):
+    def of_layer(self, name: str, settings: dict[str, Any], **values: Any) -> Any:
         """The config with the fields that ``settings`` of a layer say, and with ``values``."""
         own = {key: value for key, value in settings.items() if key in self.fields}
         if not own:
@@ -96,21 +98,23 @@ class QuantConfig:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
-    def fixed(self, bits):
+    def fixed(self, bits: int) -> dict[str, Any]:
         """Settings of a layer whose bits stay at ``bits``."""
         raise NotImplementedError
 
-    def quantizer(self, name, weight, settings):
+    def quantizer(self, name: str, weight: torch.Tensor, settings: dict[str, Any]) -> Any:
         """The WeightQuantizer of layer ``name``, whose weight has its rows in dim 0. Raises ValueError naming what is
         wrong."""
         raise NotImplementedError
 
-    def prepare(self, model, layers):
+    def prepare(self, model: torch.nn.Module, layers: dict[str, Any]) -> None:
         """Changes what the method needs besides weights; ``layers``: {name: (module, settings)} of those whose weights
         are quantized. ValueError, with the model untouched, where it cannot."""
 
 
-def quantize_(model, config, filter_fn=None):
+def quantize_(
+    model: ModelT, config: "QuantConfig", filter_fn: Callable[[str, torch.nn.Module], Any] | Sequence[str] | None = None
+) -> ModelT:
     """Makes a model train on quantized weights, in place, and returns it.
 
     From then on ``layer.weight`` is q for each layer chosen, and ``layer.parametrizations.weight.original`` is the
@@ -160,7 +164,7 @@ def quantize_(model, config, filter_fn=None):
         module, parameter = places[name]
         label, w = name or "model", module._parameters[parameter]
         rows = check_rows(label, values.get("rows", rows_of(module, parameter)), w)
-        by_row = values.get("per_row", config.per_row) or getattr(config, "gate_rows", None)
+        by_row = values.get("per_row", getattr(config, "per_row", False)) or getattr(config, "gate_rows", None)
         rows = rows if by_row else ROWS
         made[name] = config.quantizer(label, to_rows(w, rows), values)
         made[name].row_dims, made[name].parameter, made[name].layer = rows, parameter, label
@@ -169,7 +173,8 @@ def quantize_(model, config, filter_fn=None):
 
     layers = []
     for name, quantizer in made.items():
-        layers.append((_register(*places[name], quantizer), quantizer))
+        module, parameter = places[name]
+        layers.append((_register(module, parameter, quantizer), quantizer))
         for module, parameter in shared.get(name, ()):
             _register(module, parameter, SharedWeight(quantizer))
     if config.fuse == "model":
@@ -238,7 +243,7 @@ def _recipe(config, settings):
     return {"quantops": __version__, "config": {"class": type(config).__name__, **fields}, "settings": dict(settings)}
 
 
-def unquantize_(model):
+def unquantize_(model: ModelT) -> ModelT:
     """Takes the quantizers off again, in place, and returns the model, whose ``layer.weight`` is the float weight then.
 
     It is the same Parameter as before, so optimizers stay valid, and another method can go on at the bits that one has

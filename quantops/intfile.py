@@ -5,6 +5,8 @@ import json
 import math
 import os
 import zlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -17,6 +19,7 @@ from quantops.nn import quantized
 from quantops.packed import Packed
 from quantops.reference.packing import plane_bytes
 from quantops.reference.uniform import MAX_BITS, RULES, code_bits
+from quantops.types import Path
 
 FORMAT, VERSION = "quantops-int", 2
 _DTYPES = {str(d).removeprefix("torch."): d for d in checks.FLOATS}
@@ -35,7 +38,7 @@ def _safetensors():
     return safetensors
 
 
-def save_int(weights, path):
+def save_int(weights: torch.nn.Module | Mapping[str, IntWeight], path: Path) -> None:
     """Writes integer weights to a safetensors file: n/8 bytes per weight of n bits, the scales and a header.
 
     Tensors: ``<name>.planes``, uint8 of shape (n, ceil(numel / 8)), the bit planes of :class:`quantops.Packed` without
@@ -53,7 +56,8 @@ def save_int(weights, path):
     _safetensors()
     scales = {}
     if isinstance(weights, torch.nn.Module):
-        weights, scales = to_int(weights), activation_scales(getattr(weights, "_orig_mod", weights))
+        model: Any = getattr(weights, "_orig_mod", weights)
+        weights, scales = to_int(model), activation_scales(model)
     if not isinstance(weights, dict) or not weights:
         raise TypeError(f"weights: expected a model or a non-empty dict of IntWeight, got {type(weights).__name__}")
     tensors, about = parts_of(weights)
@@ -63,7 +67,7 @@ def save_int(weights, path):
     write(path, tensors, metadata)
 
 
-def load_int(path, model=None, bits=None):
+def load_int(path: Path, model: torch.nn.Module | None = None, bits: int | None = None) -> dict[str, IntWeight]:
     """Reads a file of :func:`save_int`: {parameter name: IntWeight}, on the CPU.
 
     ``bits``: an integer m; weights stored with more are opened at m bits, but for those that are ``fixed``, and of
@@ -93,7 +97,7 @@ def load_int(path, model=None, bits=None):
     return weights
 
 
-def load_activation_scales(path):
+def load_activation_scales(path: Path) -> dict[str, dict[str, Any]]:
     """What :func:`quantops.activation_scales` said of the model that :func:`save_int` wrote: {name: dict}, on the CPU;
     {} where its activations are float. Errors as of :func:`load_int`."""
     with opened(path) as f:

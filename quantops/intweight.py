@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 
@@ -50,7 +51,7 @@ class IntWeight:
             raise ValueError(f"packed: expected the layout 'planes', got {self.packed.layout!r}")
 
     @classmethod
-    def from_codes(cls, codes, scale, bits, **settings):
+    def from_codes(cls, codes: torch.Tensor, scale: torch.Tensor, bits: int, **settings: Any) -> "IntWeight":
         """The weight of integer codes of ``bits`` bits. ValueError for codes out of range, on every device."""
         stored = code_bits(bits, settings.get("grid", GRIDS[0]))
         if codes.device.type != "cpu" and codes.numel():
@@ -60,12 +61,12 @@ class IntWeight:
         return cls(foreach.pack([codes], stored)[0], scale, **settings)
 
     @property
-    def bits(self):
+    def bits(self) -> int:
         """n, the bits of each code, a sign aside."""
         return self.packed.bits - 1 if self.grid == "sign" and self.packed.bits else self.packed.bits
 
     @property
-    def shape(self):
+    def shape(self) -> torch.Size:
         """The weight's shape."""
         return torch.Size(self.packed.shape if self.whole is None else self.whole)
 
@@ -73,27 +74,27 @@ class IntWeight:
         return from_rows(t, self.rows, self.shape)
 
     @property
-    def codes(self):
+    def codes(self) -> torch.Tensor:
         """The codes: uint8 up to 8 bits (with a sign), int32 above, in the weight's shape."""
         codes = self._laid_out(foreach.unpack([self.packed])[0])
         return codes.to(torch.uint8) if self.packed.bits <= 8 else codes
 
     @property
-    def unit(self):
+    def unit(self) -> int:
         """The scale whose step is 1."""
         if self.grid == "dyadic":
             return 2 ** max(self.bits - self.signed, 0)
         return 2**self.bits if self.grid == "sign" else 2**self.bits - 1
 
     @property
-    def levels(self):
+    def levels(self) -> torch.Tensor:
         """m, the integers of which q = m * step: int32, in the weight's shape; all 0 for 0 bits."""
         unit = torch.full_like(self.scale, self.unit)
         levels = foreach.decode([self.packed], [unit], grid=self.grid, signed=self.signed, out_dtype=unit.dtype)[0]
         return self._laid_out(levels.to(torch.int32))
 
     @property
-    def level_range(self):
+    def level_range(self) -> tuple[int, int]:
         """(lowest, highest) level that the grid has."""
         top = 2**self.bits - 1
         if not self.bits:
@@ -103,12 +104,12 @@ class IntWeight:
         return (-top if self.signed else 0), top
 
     @property
-    def step(self):
+    def step(self) -> torch.Tensor:
         """What the levels are multiplied by: in the scale's shape and dtype; 0 for 0 bits."""
         return self.scale / self.unit if self.bits else torch.zeros_like(self.scale)
 
     @property
-    def step_of_each(self):
+    def step_of_each(self) -> torch.Tensor:
         """The step in a shape that the levels can be multiplied by: 1 but for the dims that are rows."""
         if self.step.numel() == 1:
             return self.step.reshape(())
@@ -118,18 +119,18 @@ class IntWeight:
             self.step.reshape([self.shape[d] for d in self.rows]).permute(*map(self.rows.index, order)).reshape(shape)
         )
 
-    def at(self, bits):
+    def at(self, bits: int) -> "IntWeight":
         """The same weight at ``bits`` <= n bits, from the same memory."""
         return dataclasses.replace(self, packed=self.packed.truncate(code_bits(bits, self.grid)))
 
-    def dequantize(self, bits=None):
+    def dequantize(self, bits: int | None = None) -> torch.Tensor:
         """The weights, at n bits as the training forward had them, bit for bit. ``bits``: fewer of them, see above."""
         q = foreach.decode([self.packed], [self.scale], bits, grid=self.grid, signed=self.signed, out_dtype=self.dtype)
         return self._laid_out(q[0])
 
 
 @torch.no_grad()
-def to_int(model):
+def to_int(model: torch.nn.Module) -> dict[str, IntWeight]:
     """Integer weights of a model that :func:`quantops.quantize_` changed: {parameter name: IntWeight}.
 
     Names are those of the plain model's state dict ("conv1.weight"), tensors stay on their devices, and each

@@ -107,12 +107,12 @@ def check_rows(name, rows, weight):
     return tuple(dims)
 
 
-def is_linear_or_conv(name, module):
+def is_linear_or_conv(name: str, module: torch.nn.Module) -> bool:
     """A filter for :func:`quantops.quantize_`: Linear and Conv1d, 2d, 3d."""
     return isinstance(module, (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d))
 
 
-def has_matrices(name, module):
+def has_matrices(name: str, module: torch.nn.Module) -> bool:
     """The default filter of :func:`quantops.quantize_`: every layer of the table in quantops/layers.py but embeddings
     (an embedding that shares its weight with a layer that is chosen has the same quantized weight, see
     :class:`quantops.convert.QuantConfig`)."""

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from typing import Any
 
 import torch
 
@@ -26,6 +27,7 @@ from quantops.methods.multibn import MultiBatchNorm, replace
 from quantops.methods.truncquant import TruncQuantWeight, network_of, set_bits
 from quantops.nn import WEIGHT, check_module, quantized
 from quantops.state import Settings
+from quantops.types import Path
 from quantops.version import __version__
 
 FORMAT, VERSION = "quantops-model", 1
@@ -33,7 +35,7 @@ STATE = "state/"  # before the name, in the state dict, of what is no integer we
 _ORIGINAL = f"parametrizations.{WEIGHT}.original"
 
 
-def save_model(model, path, *, floats=False):
+def save_model(model: torch.nn.Module, path: Path, *, floats: bool = False) -> None:
     """Writes a model that :func:`quantops.quantize_` changed to one safetensors file, from which it comes back whole.
 
     Tensors: those of :func:`quantops.save_int` for the quantized weights, and, named ``state/<name in the state
@@ -71,7 +73,7 @@ def save_model(model, path, *, floats=False):
     write(path, tensors, metadata)
 
 
-def load_model(path, model, bits=None):
+def load_model(path: Path, model: torch.nn.Module, bits: int | None = None) -> Any:
     """Fills a model, in place, from a file of :func:`save_model`, and returns it.
 
     model: either the plain network, not quantized: it becomes what :func:`quantops.plain_model` gives, with the values

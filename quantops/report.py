@@ -46,7 +46,7 @@ class BitReport(NamedTuple):
     left: tuple = ()  # quantops.coverage.LeftFloat of each parameter that stays in float
     whole_compression: float = math.nan  # of all parameters, 32 bits for each of those
 
-    def __str__(self):
+    def __str__(self) -> str:
         head = ("layer", "shape", "weights", "bits", "k", "beta", "sq_error", "scale")
         table = [head] + [
             (
@@ -90,7 +90,7 @@ def compression(sizes, bits):
 
 
 @torch.no_grad()
-def bit_report(model):
+def bit_report(model: torch.nn.Module) -> BitReport:
     """Bits, k, beta, E and scale of each layer from its weights now, the average bits and the compression.
 
     In these only weights quantized by quantops count, those with fixed bits among them; with TruncQuant their bits are
@@ -104,7 +104,7 @@ def bit_report(model):
         raise ValueError(f"model: expected weights quantized by quantops.quantize_, {type(model).__name__} has none")
     measured = measure([(p, owner.original) for _, owner, p in layers])
     rows = [
-        LayerBits(
+        LayerBits(  # type: ignore[call-arg]
             name or "model",
             tuple(owner.original.shape),
             owner.original.numel(),

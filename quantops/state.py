@@ -4,7 +4,7 @@ import json
 import operator
 import warnings
 import zlib
-from collections.abc import Container
+from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -37,32 +37,37 @@ class Settings:
     number than theirs, and :meth:`check_written` raises. Copies of buffers copy it too.
     """
 
-    counts: dict[str, Container] = {}
+    counts: dict[str, Any] = {}  # {name: a container of integers}
     constants: dict[str, torch.Tensor] = {}
-    sealed = noted = None
+    sealed: Any = None
+    noted: Any = None
+    # Of torch.nn.Module, and of write().
+    register_buffer: Any
+    _buffers: Any
+    seal: Any
     layer = "a module of quantops"  # or its name, for messages
     is_layer = False  # True where its parameters are the network's own, and not those of a quantizer
 
-    def settings(self):
+    def settings(self) -> dict[str, Any]:
         """{name: value}, fit for JSON, of what the numbers in the state dict mean."""
         raise NotImplementedError
 
-    def about(self):
+    def about(self) -> dict[str, Any]:
         """{name: value}, fit for JSON, that goes into the state dict and is not compared."""
         return {}
 
-    def training_settings(self):
+    def training_settings(self) -> dict[str, Any]:
         """{name: value}, fit for JSON, of what changes gradients alone: a state of others means the same values, and
         loads with a warning."""
         return {}
 
-    def register_constants(self, device, **constants):
+    def register_constants(self, device: Any, **constants: Any) -> None:
         """Registers int32 buffers of values that never change; they are made again after every move and every load."""
         self.constants = constants
         for name, value in constants.items():
             self.register_buffer(name, torch.tensor(value, dtype=torch.int32, device=device), persistent=False)
 
-    def write(self, **counts):
+    def write(self, **counts: Any) -> None:
         """Sets all of ``counts``, in place: nothing recompiles."""
         for name, value in counts.items():
             self._buffers[name].fill_(value)
@@ -81,11 +86,11 @@ class Settings:
     def _hash(self, counts):
         return zlib.crc32(json.dumps([[int(v) for v in counts], list(self.constants.values())]).encode()) >> 1
 
-    def versions(self):
+    def versions(self) -> tuple[int, ...]:
         """Those of all buffers that are sealed."""
         return versions_of(self._tensors())
 
-    def check_written(self):
+    def check_written(self) -> None:
         """ValueError where others than quantops wrote counts or constants since they were looked at last. Another
         tensor in the place of one was put there on purpose. On other devices than the CPU they are not looked at within
         DDP, which writes them, from one process to all, before every forward."""
@@ -130,15 +135,15 @@ class Settings:
             self.sealed, self.noted = self._tensors(), None  # they have moved; whether they are good is looked at next
         return self
 
-    def get_extra_state(self):
+    def get_extra_state(self) -> torch.Tensor:
         about = {**self.about(), "training": self.training_settings()}
         text = json.dumps({"version": VERSION, **self.settings(), **about})
         return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
-    def set_extra_state(self, state):
+    def set_extra_state(self, state: Any) -> None:
         """Nothing: what it says was compared before any value was loaded."""
 
-    def refusal(self, state_dict, prefix):
+    def refusal(self, state_dict: dict[str, Any], prefix: str) -> str | None:
         """Why a state dict cannot be loaded, or None: its settings are others, or its counts out of range."""
         found = state_dict.get(prefix + KEY)
         wrong = self._differs(found) if found is not None else None

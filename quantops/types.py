@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 
@@ -11,3 +11,4 @@ Scale: TypeAlias = float | torch.Tensor  # a number, or a tensor with one elemen
 ListBits: TypeAlias = int | Sequence[int] | torch.Tensor  # of a list of weights: one for all, or an entry for each
 Scales: TypeAlias = Sequence[Scale]
 Path: TypeAlias = str | os.PathLike[str]
+ModelT = TypeVar("ModelT", bound=torch.nn.Module)

@@ -1,9 +1,11 @@
 """Graphs without ops of this library."""
 
+import torch
+
 from quantops import decompositions
 
 
-def to_aten(program):
+def to_aten(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """A torch.export.ExportedProgram whose graph has aten ops alone in the place of quantops' ops.
 
     Such a graph runs where this library is not installed. It is equal bit for bit, but for scales that are means

@@ -2,14 +2,16 @@
 
 import json
 import os
+from typing import Any
 
 import torch
 
 from quantops.export.trained import check_fits, need, signed_bits, trained
 from quantops.files import write_whole
+from quantops.types import Path
 
 
-def compressed_tensors(model, folder, bits=None):
+def compressed_tensors(model: torch.nn.Module, folder: Path, bits: int | None = None) -> Any:
     """Writes ``folder``/model.safetensors and config.json in the format "pack-quantized".
 
     Weights of linear layers are levels of as many bits as they need, packed into int32, with the step as scale (per
@@ -31,7 +33,8 @@ def compressed_tensors(model, folder, bits=None):
     layers = {name: weights[f"{name}.weight"] for name in linear if f"{name}.weight" in weights}
     if not layers:
         raise ValueError("model: expected quantized nn.Linear layers, which alone this format packs")
-    state, groups = dict(plain.state_dict()), {}
+    state = dict(plain.state_dict())
+    groups: dict[Any, Any] = {}
     for name, w in layers.items():
         check_fits("compressed-tensors", f"{name}.weight", w, 8)
         if w.dtype != torch.float32:

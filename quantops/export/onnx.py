@@ -1,6 +1,8 @@
 """ONNX: weights as integers of their bits, each behind a DequantizeLinear."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -8,6 +10,7 @@ from quantops.export.activations import use_integers
 from quantops.export.aten import to_aten
 from quantops.export.trained import need, trained
 from quantops.files import write_whole
+from quantops.types import Path
 
 # (bits of a signed integer, the name of its ONNX type, the first opset whose DequantizeLinear takes it)
 _INTEGERS = ((2, "INT2", 25), (4, "INT4", 21), (8, "INT8", 13), (16, "INT16", 21), (32, "INT32", 13))
@@ -15,18 +18,18 @@ FLOATS = {torch.float32: "FLOAT", torch.float16: "FLOAT16", torch.bfloat16: "BFL
 
 
 def onnx(
-    model,
-    args,
-    path,
+    model: torch.nn.Module,
+    args: Any,
+    path: Path,
     *,
-    kwargs=None,
-    bits=None,
-    opset=21,
-    exact=True,
-    dynamic_shapes=None,
-    input_names=None,
-    output_names=None,
-):
+    kwargs: dict[str, Any] | None = None,
+    bits: int | None = None,
+    opset: Any = 21,
+    exact: bool = True,
+    dynamic_shapes: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> Any:
     """Writes the evaluated model as ONNX, its quantized weights as integers: about bits/8 bytes per weight.
 
     A weight becomes an initializer of its integer levels, of the least signed type that holds them, and a

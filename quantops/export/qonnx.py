@@ -1,13 +1,29 @@
 """QONNX (arXiv 2206.07527): float weights behind Quant and BipolarQuant nodes of any bits, for FINN and hls4ml."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
 from quantops.export.onnx import float_graph, put_first
 from quantops.export.trained import need, signed_bits
 from quantops.files import write_whole
+from quantops.types import Path
 
 DOMAIN, OPSET = "qonnx.custom_op.general", 18
 
 
-def qonnx(model, args, path, *, kwargs=None, bits=None, dynamic_shapes=None, input_names=None, output_names=None):
+def qonnx(
+    model: torch.nn.Module,
+    args: Any,
+    path: Path,
+    *,
+    kwargs: dict[str, Any] | None = None,
+    bits: int | None = None,
+    dynamic_shapes: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> Any:
     """Writes the evaluated model as QONNX: each quantized weight is q behind a node that gives q again, bit for bit.
 
         grid                   node

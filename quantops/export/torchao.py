@@ -5,7 +5,7 @@ import torch
 from quantops.export.trained import check_fits, need, signed_bits, trained
 
 
-def torchao(model, bits=None):
+def torchao(model: torch.nn.Module, bits: int | None = None) -> torch.nn.Module:
     """A plain copy of the evaluated model whose linear weights are torchao's IntxUnpackedToInt8Tensor.
 
     Levels are int8 with a target of as many bits as they need, the step is the scale (per tensor or per row), the zero

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -20,7 +20,7 @@ from quantops.nn import WeightQuantizer, quantized, shown
 from quantops.positive import grid_step, positives, range_step
 from quantops.reference.categorical import GRADS, MAX_BITS, MAX_SOFT_BITS, MODES
 from quantops.reference.uniform import acc_dtype
-from quantops.report import bit_report
+from quantops.report import BitReport, bit_report
 from quantops.sharded import whole
 
 DROPBITS = (None, "fixed", "learned")
@@ -129,7 +129,7 @@ class CPQConfig(ActivationConfig):
                 raise ValueError(f"temperature: expected None, or mode='sample' with it, got mode={self.mode!r}")
 
     @classmethod
-    def paper(cls, **settings):
+    def paper(cls, **settings: Any) -> "CPQConfig":
         """The recipe of arXiv 2109.02100 by its text: the most probable grid point in the forward pass, the multi-class
         straight-through estimator (grad="winner"), alpha from the range of the weights and sigma = alpha/3, as Relaxed
         Quantization starts. ``settings`` replace any of these, e.g. dropbits="fixed" or "learned".
@@ -143,14 +143,14 @@ class CPQConfig(ActivationConfig):
         return cls(**{"mode": "hard", "grad": "winner", "sigma": 1 / 3, "start": "range", **settings})
 
     @property
-    def most_bits(self):
+    def most_bits(self) -> int:
         """8 where soft sums are taken or samples relaxed, 16 elsewhere."""
         return MAX_SOFT_BITS if "soft" in (self.mode, self.grad) or self.temperature else MAX_BITS
 
-    def fixed(self, bits):
+    def fixed(self, bits: int) -> dict[str, Any]:
         return {"bits": bits, "dropbits": None}
 
-    def quantizer(self, name, weight, settings):
+    def quantizer(self, name: str, weight: torch.Tensor, settings: dict[str, Any]) -> Any:
         bits, dropbits = settings.get("bits", self.bits), settings.get("dropbits", self.dropbits)
         check_choice(f"{name}: dropbits", dropbits, DROPBITS)
         config = self.of_layer(name, settings, bits=bits, dropbits=None)
@@ -159,11 +159,11 @@ class CPQConfig(ActivationConfig):
             raise ValueError(f"{name}: expected finite weights, got NaN or infinity")
         return CPQWeight(config, weight, bits, dropbits if bits > config.min_bits else None)
 
-    def check_act_bits(self, name, bits):
+    def check_act_bits(self, name: str, bits: Any) -> None:
         if bits is not None:
             check_int(name, bits, 1, MAX_SOFT_BITS)
 
-    def activation(self, like, bits, relu):
+    def activation(self, like: torch.Tensor, bits: Any, relu: bool) -> Any:
         if not relu:
             return super().activation(like, bits, relu)
         return CategoricalActivation(bits, grad=self.grad, device=like.device, dtype=like.dtype)
@@ -473,7 +473,7 @@ def penalty(model):
 
 
 @torch.no_grad()
-def finish_dropbits(model):
+def finish_dropbits(model: torch.nn.Module) -> BitReport:
     """Ends DropBits: the bits that stay are the bits of each layer from now on; no more gates are drawn or learned.
 
     In place; returns ``quantops.bit_report(model)``. What is evaluated does not change. The state dict keeps it: a

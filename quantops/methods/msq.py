@@ -109,10 +109,10 @@ class MSQConfig(ActivationConfig):
             }
         )
 
-    def fixed(self, bits):
+    def fixed(self, bits: int) -> dict[str, Any]:
         return {"bits": bits, "prune": False}
 
-    def quantizer(self, name, weight, settings):
+    def quantizer(self, name: str, weight: torch.Tensor, settings: dict[str, Any]) -> Any:
         prune = check_choice(f"{name}: prune", settings.get("prune", True), (True, False))
         bits, k = settings.get("bits", self.bits), settings.get("k", self.k if prune else 0)
         config = self.of_layer(name, settings, bits=bits, k=k)

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import math
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -21,6 +21,7 @@ from quantops.reference.truncate import COMPANDINGS, SLOPES
 from quantops.reference.uniform import MAX_BITS, RULES
 from quantops.scales import ABSMAX, check_scale, largest, measured, split_scales, weight_scales
 from quantops.sharded import as_shards, shards, totals
+from quantops.types import ModelT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,7 @@ class TruncQuantConfig(ActivationConfig):
         check_choice("scale_grad", self.scale_grad, (True, False))
 
     @classmethod
-    def paper(cls, **settings):
+    def paper(cls, **settings: Any) -> "TruncQuantConfig":
         """The recipe that arXiv 2506.11431 builds on, as the public code of Any-Precision networks (arXiv 1911.07346)
         has it: tanh companding, floor codes of tanh(w)/tanh(max|w|), values on the scale of mean|w|, the slope that
         these give and gradients through the maximum and the mean, a batch norm for each width, the first and the last
@@ -124,21 +125,21 @@ class TruncQuantConfig(ActivationConfig):
             }
         )
 
-    def fixed(self, bits):
+    def fixed(self, bits: int) -> dict[str, Any]:
         return {"bits": bits}
 
-    def quantizer(self, name, weight, settings):
+    def quantizer(self, name: str, weight: torch.Tensor, settings: dict[str, Any]) -> Any:
         config = self.of_layer(name, settings)
         if "bits" in settings:
             bits = check_int(f"{name}: bits", settings["bits"], 1, MAX_BITS)
             return TruncQuantWeight(config, weight.device, (bits,), bits)
         return TruncQuantWeight(config, weight.device, self.bits, self.base_bits)
 
-    def check_act_bits(self, name, bits):
+    def check_act_bits(self, name: str, bits: Any) -> None:
         if bits != "weights":
             super().check_act_bits(name, bits)
 
-    def activation(self, like, bits, relu):
+    def activation(self, like: torch.Tensor, bits: Any, relu: bool) -> Any:
         if bits != "weights":
             return super().activation(like, bits, relu)
         return UniformActivation(
@@ -153,7 +154,7 @@ class TruncQuantConfig(ActivationConfig):
             dtype=like.dtype,
         )
 
-    def prepare(self, model, layers):
+    def prepare(self, model: torch.nn.Module, layers: dict[str, Any]) -> None:
         if self.batch_norm:
             check_norms(model)
         super().prepare(model, layers)
@@ -427,7 +428,7 @@ def network_of(model):
     return Network(found.pop(), layers, norms, acts)
 
 
-def set_bits(model, bits=None):
+def set_bits(model: torch.nn.Module, bits: int | None = None) -> None:
     """Selects the width that the model computes with, its batch norms included; ``None``: the widest.
 
     In place, in integer buffers on the model's device: nothing is recompiled or read back, and the float weights and
@@ -441,7 +442,7 @@ def set_bits(model, bits=None):
     network.note_joint_graph(False)
 
 
-def plain_model(model, bits=None):
+def plain_model(model: ModelT, bits: int | None = None) -> ModelT:
     """A copy of a model quantized by any method, at one width, that needs no quantops but for its activations.
 
     Its layers have plain Parameters with the values that ``model`` computes with when evaluated, and no hooks:
