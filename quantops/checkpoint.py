@@ -44,8 +44,15 @@ def prepare(model: ModelT, checkpoint: Any, *, fuse: str = FUSE[0], cache: bool 
     if quantized(model):
         raise ValueError("model: expected a float model, got one that quantops.quantize_ changed")
     state = {_FLOAT.sub(r"\1\2", key): value for key, value in _state_of(checkpoint).items()}
-    for config, names in _recipes(state, fuse=fuse, cache=cache):
-        quantize_(model, config, names)
+    found, names = _recipes(state, fuse=fuse, cache=cache)
+    kept = tuple(names)
+    quantizers = {key: value for key, value in state.items() if key.startswith(kept)}
+    state = _float_state(model, {key: value for key, value in state.items() if key not in quantizers})
+    for key, value in quantizers.items():
+        old = next(prefix for prefix in kept if key.startswith(prefix))
+        state[names[old] + key.removeprefix(old)] = value
+    for config, patterns in found:
+        quantize_(model, config, patterns)
     own = {_FLOAT.sub(r"\1\2", key): value for key, value in model.state_dict(keep_vars=True).items()}
     held = {_memory(own[key]): key for key in own if key in state and isinstance(own[key], torch.Tensor)}
     for key in own.keys() - state.keys():  # of tied parameters a checkpoint may have one alone
@@ -54,6 +61,23 @@ def prepare(model: ModelT, checkpoint: Any, *, fuse: str = FUSE[0], cache: bool 
             state[key] = state[twin]
     model.load_state_dict(state)
     return model
+
+
+def _float_state(model, state):
+    """What ``state`` has of the float model; in the names, and with the experts put together, that models of
+    transformers have in memory."""
+    if not hasattr(model, "tie_weights") or not hasattr(model, "from_pretrained"):
+        return state
+    if state.keys() <= model.state_dict().keys():
+        return state
+    dtype = next(model.parameters()).dtype
+    loaded, info = type(model).from_pretrained(
+        None, config=model.config, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    wrong = [*info["missing_keys"], *info["unexpected_keys"]]
+    if wrong:
+        raise RuntimeError(f"checkpoint: missing or unexpected keys for {type(model).__name__}: {sorted(wrong)[:8]}")
+    return loaded.state_dict()
 
 
 def float_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -110,8 +134,9 @@ def _read(path):
 
 
 def _recipes(state, **how):
-    """[(config, patterns of names)] of the quantizers of a state dict."""
-    found = {}
+    """([(config, patterns of names)] of the quantizers of a state dict, {prefix of their keys there: the one that they
+    have in the model}). transformers renames layers when it saves: what a quantizer says of itself then counts."""
+    found, prefixes = {}, {}
     for key, value in state.items():
         match = _QUANTIZER.fullmatch(key)
         if match:
@@ -123,8 +148,14 @@ def _recipes(state, **how):
                 )
             recipe = settings["recipe"]
             name = ".".join(part for part in match.groups() if part)
+            if not f".{name}".endswith(f".{recipe['name']}"):
+                name = recipe["name"]
+            path, _, parameter = name.rpartition(".")
+            prefixes[key.removesuffix(KEY)] = f"{path}.parametrizations.{parameter}.0.".removeprefix(".")
             kind = json.dumps(recipe["config"], sort_keys=True)
-            found.setdefault(kind, (recipe["config"], {}))[1][name] = recipe["settings"]
+            layers = found.setdefault(kind, (recipe["config"], {}))[1]
+            layers[name] = recipe["settings"]
+            layers.update({name.removesuffix(recipe["name"]) + other: {} for other in recipe.get("shared", ())})
     if not found:
         raise ValueError("checkpoint: expected a state of a model that quantops.quantize_ changed, found no quantizer")
     made = []
@@ -132,4 +163,4 @@ def _recipes(state, **how):
         names = [glob.escape(name) for name in layers]
         overrides = {glob.escape(name): settings for name, settings in layers.items() if settings}
         made.append((config_from_dict({**fields, "overrides": overrides, **how}), names))
-    return made
+    return made, prefixes

@@ -5,15 +5,49 @@ Each such layer has a class of its own, made by torch.nn.utils.parametrize.
 """
 
 import torch
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.parametrize import ParametrizationList
+
+QUANTIZERS = "_quantizers"  # the attribute of a layer with {parameter: its quantizer}
 
 
-def fit_class(layer):
-    """Makes the class of a layer that has been parametrized fit, once."""
-    made = type(layer)
+def fit_class(layer, parameter, quantizer):
+    """Makes a layer fit, of which a parameter has been parametrized by a quantizer."""
+    if QUANTIZERS not in layer.__dict__:
+        layer.__dict__[QUANTIZERS] = {}
+        layer.register_load_state_dict_pre_hook(take_float_weights)
+    layer.__dict__[QUANTIZERS][parameter] = quantizer
+    layer.parametrizations[parameter].__class__ = QuantizedList
+    _fit(type(layer))
+
+
+class QuantizedList(ParametrizationList):
+    """Of a weight that has a quantizer. Others may follow, such as a mask, but not those of torch that set the size or
+    the directions of a weight, which what is on a grid does not keep."""
+
+    def append(self, module):
+        if type(module).__module__ == parametrizations.__name__:
+            raise ValueError(_refusal(self[0].source.layer, type(module).__name__.strip("_")))
+        return super().append(module)
+
+
+def _refusal(layer, what):
+    return (
+        f"{layer}: the weight is quantized; expected {what} on a plain one: take quantops.unquantize_(model), apply it "
+        "and make the weight plain (parametrize.remove_parametrizations, prune.remove) before quantize_; a mask can "
+        "follow a quantizer: parametrize.register_parametrization(layer, 'weight', a module that multiplies by it)"
+    )
+
+
+def own_lists(layer):
+    """The ParametrizationLists of a layer that quantize_ made."""
+    return [owner for owner in getattr(layer, "parametrizations", {}).values() if hasattr(owner[0], "source")]
+
+
+def _fit(made):
     if "named_modules" not in vars(made):
-        made.named_modules, made.__reduce_ex__ = _named_modules, _reduce
-        if isinstance(layer, torch.nn.RNNBase):
+        made.named_modules, made.__reduce_ex__, made.register_parameter = _named_modules, _reduce, _register_parameter
+        if issubclass(made, torch.nn.RNNBase):
             made._flat_weights = property(_flat_weights, _ignore)
             made._init_flat_weights = made._update_flat_weights = made.flatten_parameters = _nothing
 
@@ -30,6 +64,47 @@ def plain_again(layer):
     """What is left to do for a layer whose weights are plain again: a recurrent one lists them."""
     if isinstance(layer, torch.nn.RNNBase) and not parametrize.is_parametrized(layer):
         layer._init_flat_weights()
+
+
+def take_float_weights(layer, state_dict, prefix, *_):
+    """Load hook: a state dict of the float network sets the float weights; what is not in it, such as bits, stays."""
+    for parameter, owner in layer.parametrizations.items():
+        inside, quantizer = f"{prefix}parametrizations.{parameter}.", owner[0]
+        if hasattr(quantizer, "source") and prefix + parameter in state_dict and f"{inside}original" not in state_dict:
+            w = state_dict[f"{inside}original"] = state_dict.pop(prefix + parameter)
+            # A weight of another shape: torch says that it is one. A state beside it is that of this very weight.
+            known = f"{inside}0._extra_state" in state_dict
+            if quantizer.source is quantizer and w.shape == owner.original.shape and not known:
+                for key, value in quantizer.state_for(quantizer.rows(w)).items():
+                    state_dict.setdefault(f"{inside}0.{key}", value)
+
+
+class _Gone:
+    """In the place of a quantizer where there is none."""
+
+    @staticmethod
+    def gone():
+        pass
+
+
+def _register_parameter(self, name, param):
+    """``layer.weight = Parameter`` sets the float weight, which stays the Parameter that it is."""
+    base, _, end = name.rpartition("_")
+    if end in ("orig", "g") and base in self.__dict__.get(QUANTIZERS, {}):
+        raise ValueError(
+            _refusal(self.__dict__[QUANTIZERS][base].source.layer, "pruning" if end == "orig" else "norms")
+        )
+    owner = self.parametrizations[name] if name in self.__dict__["_modules"].get("parametrizations", {}) else None
+    if owner is None or param is None:
+        torch.nn.Module.register_parameter(self, name, param)
+        self.__dict__.get(QUANTIZERS, {}).pop(name, _Gone).gone()  # as torch's remove_parametrizations does it
+        if not self.__dict__.get(QUANTIZERS, True):
+            del self.__dict__[QUANTIZERS]
+            hooks = self._load_state_dict_pre_hooks
+            for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is take_float_weights]:
+                del hooks[key]
+    elif param is not owner.original:
+        owner.right_inverse(param.detach().clone())
 
 
 def _named_modules(self, memo=None, prefix="", remove_duplicate=True):
@@ -89,5 +164,5 @@ def _made_again(base, names):
     parametrize._inject_new_class(layer)
     for name in names:
         parametrize._inject_property(layer, name)
-    fit_class(layer)
+    _fit(type(layer))
     return layer

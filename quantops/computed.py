@@ -37,7 +37,7 @@ class Computed(torch.Tensor):
     def data(self):
         """The values without a graph; writes go to the float weight."""
         original = self.float_weight
-        return computed(torch.Tensor.data.__get__(self), lambda: original().data, self.layer)
+        return computed(torch.Tensor.data.__get__(self), lambda: original().detach(), self.layer)
 
     @data.setter
     def data(self, value):
@@ -50,7 +50,8 @@ class Computed(torch.Tensor):
                 f"{tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__}; to resize a layer "
                 "(resize_token_embeddings), take quantops.unquantize_(model), resize, and quantize_ again"
             )
-        w.data = value
+        with torch.no_grad():  # seen by version counters, unlike data
+            w.copy_(value)
 
     def view_as(self, other):
         """A view, whose writes go to the float weight."""

@@ -11,10 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from quantops.checks import FLOATS
-from quantops.classes import fit_class, own_class, plain_again
+from quantops.classes import fit_class, own_class, own_lists, plain_again
 from quantops.coverage import warn_of_the_rest
 from quantops.layers import ROWS, WEIGHT, adapters, check_rows, has_matrices, matrices, rows_of, to_rows
-from quantops.nn import WeightGroup, WeightQuantizer, check_module, check_only, owners, quantized, trackable
+from quantops.nn import WeightGroup, check_module, check_only, owners, quantized, trackable
 from quantops.reference.uniform import MAX_BITS
 from quantops.tied import SharedWeight, ends, join_transformers, leave_transformers
 from quantops.types import ModelT
@@ -168,7 +168,10 @@ def quantize_(
         rows = rows if by_row else ROWS
         made[name] = config.quantizer(label, to_rows(w, rows), values)
         made[name].row_dims, made[name].parameter, made[name].layer = rows, parameter, label
-        made[name].recipe, made[name].shape = _recipe(config, values), w.shape
+        made[name].recipe, made[name].shape = _recipe(config, values, _full_name(name, parameter)), w.shape
+        if config.tied == "chosen":
+            paths = {m: path for path, m in model.named_modules()}
+            made[name].recipe["shared"] = [_full(paths[m], p) for m, p in shared.get(name, ())]
     config.prepare(model, {name: (places[name][0], settings[name]) for name in made if places[name][1] == WEIGHT})
 
     layers = []
@@ -182,6 +185,7 @@ def quantize_(
         group = WeightGroup(layers, True, config.cache, lazy=hasattr(model, "training_step"))
         for _, quantizer in layers:
             quantizer.group = group
+        group.root = model
         model.register_forward_pre_hook(group)
         model.register_forward_hook(group.end, always_call=True)
     else:
@@ -201,46 +205,26 @@ def records(model):
 def _register(module, parameter, quantizer):
     """Puts a quantizer, or one that is shared, on a parameter; returns its ParametrizationList."""
     quantizer.place = list(module._parameters).index(parameter)
-    for place in sorted(owner[0].place for owner in _own(module)):  # those have left their places
+    for place in sorted(owner[0].place for owner in own_lists(module)):  # those have left their places
         quantizer.place += place <= quantizer.place
-    if not any(_is_load_hook(hook) for hook in module._load_state_dict_pre_hooks.values()):
-        module.register_load_state_dict_pre_hook(_take_float_weights)
     parametrize.register_parametrization(module, parameter, quantizer, unsafe=True)
-    fit_class(module)
+    fit_class(module, parameter, quantizer)
     return module.parametrizations[parameter]
-
-
-def _own(layer):
-    """The ParametrizationLists of a layer that quantize_ made."""
-    return [owner for owner in getattr(layer, "parametrizations", {}).values() if hasattr(owner[0], "source")]
-
-
-def _is_load_hook(hook):
-    return getattr(hook, "hook", hook) is _take_float_weights
-
-
-def _take_float_weights(layer, state_dict, prefix, *_):
-    """A state dict of the float network sets the float weights; what is not in it, such as bits, stays as it is."""
-    for parameter, owner in getattr(layer, "parametrizations", {}).items():
-        inside = f"{prefix}parametrizations.{parameter}."
-        if hasattr(owner[0], "source") and prefix + parameter in state_dict and f"{inside}original" not in state_dict:
-            w = state_dict[f"{inside}original"] = state_dict.pop(prefix + parameter)
-            quantizer = owner[0]
-            # A weight of another shape: torch says that it is one. A state beside it is that of this very weight.
-            known = f"{inside}0._extra_state" in state_dict
-            if isinstance(quantizer, WeightQuantizer) and w.shape == owner.original.shape and not known:
-                for key, value in quantizer.state_for(quantizer.rows(w)).items():
-                    state_dict.setdefault(f"{inside}0.{key}", value)
 
 
 HOW = ("fuse", "cache")  # fields that say how and not what is computed
 
 
-def _recipe(config, settings):
-    """What makes the same quantizer again, fit for JSON."""
+def _recipe(config, settings, name):
+    """What makes the same quantizer again, fit for JSON: of the weight of a full name."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in HOW}
     fields.update(first="quantize", last="quantize", overrides={})
-    return {"quantops": __version__, "config": {"class": type(config).__name__, **fields}, "settings": dict(settings)}
+    return {
+        "quantops": __version__,
+        "config": {"class": type(config).__name__, **fields},
+        "settings": dict(settings),
+        "name": name,
+    }
 
 
 def unquantize_(model: ModelT) -> ModelT:
@@ -293,19 +277,7 @@ def remove_quantizers(model, leave_quantized):
         parameters.insert(owner[0].place, (parameter, weight))
         layer._parameters.clear()
         layer._parameters.update(parameters)
-        if not parametrize.is_parametrized(layer):
-            for key in [key for key, hook in layer._load_state_dict_pre_hooks.items() if _is_load_hook(hook)]:
-                del layer._load_state_dict_pre_hooks[key]
         plain_again(layer)
-    for _, _, owner in layers:
-        quantizer = owner[0].source
-        if quantizer.group is not None:
-            quantizer.slot.clear()
-            quantizer.group.clear()
-            quantizer.group = None
-    for module, hooks, key, _ in _group_hooks(model):
-        del hooks[key]
-        module._forward_hooks_always_called.pop(key, None)
     for module in model.modules():
         module.__dict__.pop(RECORD, None)
     leave_transformers(model)
@@ -347,6 +319,10 @@ def _chosen(model, filter_fn):
     if not named:
         raise ValueError(f"filter_fn: matches none of the modules of {type(model).__name__}")
     return {name if p == WEIGHT else _full(name, p): (module, p) for name, module, p in named}
+
+
+def _full_name(name, parameter):
+    return _full(name, WEIGHT) if parameter == WEIGHT else name
 
 
 def _full(name, parameter):

@@ -37,8 +37,9 @@ torch.compile traces both modes with fullgraph=True, without stash, cache or ver
 or a function that calls it: torch traces the hooks of a compiled module apart from its forward (two graphs), those of a
 module that a compiled function calls with it (one graph).
 
-The state dict holds ``original`` and the buffers. The model can be deep-copied but, like any model with
-parametrizations, not pickled whole.
+The state dict holds ``original``, the buffers, and what :func:`quantops.prepare` makes the quantized model from. The
+model can be deep-copied and pickled whole. torch.nn.utils.parametrize.remove_parametrizations takes a layer out of its
+group, and the hooks with the last one.
 """
 
 import re
@@ -131,6 +132,11 @@ class WeightQuantizer(Settings, torch.nn.Module):
     def source(self):
         """Itself: the quantizer of a weight, which those that share it know too."""
         return self
+
+    def gone(self):
+        """The weight is plain again."""
+        if self.group is not None:
+            self.group.drop(self)
 
     def rows(self, w):
         """The weight with its rows in dim 0."""
@@ -285,8 +291,11 @@ class Pass:
 
 
 def used_up(node):
-    """Whether a backward pass has gone through a node of a graph, so that no other can."""
+    """Whether a backward pass has gone through a node of a graph, so that no other can. Behind views, such as those of
+    rows, it is the node of the op that counts."""
     try:
+        while node is not None and not hasattr(node, "_raw_saved_tensors") and node.next_functions:
+            node = node.next_functions[0][0]
         return node is not None and node._raw_saved_tensors is None  # raises where it has
     except RuntimeError:
         return True
@@ -317,9 +326,22 @@ class WeightGroup:
     def __init__(self, layers, whole, cache, lazy=False):
         self.layers, self.lazy = layers, lazy  # [(ParametrizationList, WeightQuantizer)]
         self.whole, self.cache, self.mine = whole, cache, Mine()
+        self.root = None  # the module whose forward it begins
         self.drawn = {}  # {weak reference to the graph's node of q that were drawn: what stands for their forward}
         self.clear()
         _watch_optimizers()
+
+    def drop(self, quantizer):
+        """Takes out a layer whose weight is plain again; with the last one the hooks of the root go."""
+        self.layers = [(owner, p) for owner, p in self.layers if p is not quantizer]
+        self.clear()
+        quantizer.slot.clear()
+        quantizer.group = None
+        if not self.layers and self.root is not None:
+            for hooks in (self.root._forward_pre_hooks, self.root._forward_hooks):
+                for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", hook) is self]:
+                    del hooks[key]
+                    self.root._forward_hooks_always_called.pop(key, None)
 
     def __getstate__(self):
         return {**self.__dict__, "kept": {}, "latest": {}, "drawn": {}}

@@ -27,8 +27,16 @@ class SharedWeight(torch.nn.Module):
         """The quantizer."""
         return self.of[0]
 
+    def gone(self):
+        """The weight is plain again here; the other layer goes on."""
+
     def forward(self, original):
         """What the other layer has."""
+        if self.source.group is None:
+            raise RuntimeError(
+                f"{self.source.layer}, which shares this weight, is not quantized any more; take this parametrization "
+                "off too: torch.nn.utils.parametrize.remove_parametrizations(..., leave_parametrized=False)"
+            )
         return self.source(original)
 
     def right_inverse(self, value):
@@ -87,6 +95,16 @@ class _FloatParameters:
         return torch.nn.Module.get_parameter(self.model, target)
 
 
+class _TiedKeys:
+    """``model.get_expanded_tied_weights_keys``: what is tied, which transformers looks up by names of parameters."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, all_submodels=False):
+        return dict(self.model.all_tied_weights_keys)
+
+
 def _plain_names(module, state, prefix, local_metadata):
     """State dict hook: ``layer.weight`` in the place of ``layer.parametrizations.weight.original``."""
     inside = {
@@ -116,13 +134,15 @@ def join_transformers(model):
     for module in _of_transformers(model):
         if "get_parameter" not in module.__dict__:
             module.get_parameter = _FloatParameters(module)
+            module.get_expanded_tied_weights_keys = _TiedKeys(module)
             module.register_state_dict_post_hook(_plain_names)
 
 
 def leave_transformers(model):
     """Undoes :func:`join_transformers`."""
     for module in _of_transformers(model):
-        module.__dict__.pop("get_parameter", None)
+        for name in ("get_parameter", "get_expanded_tied_weights_keys"):
+            module.__dict__.pop(name, None)
         for key, hook in list(module._state_dict_hooks.items()):
             if getattr(hook, "hook", hook) is _plain_names or hook is _plain_names:
                 del module._state_dict_hooks[key]

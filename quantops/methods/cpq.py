@@ -24,7 +24,7 @@ from quantops.report import BitReport, bit_report
 from quantops.sharded import whole
 
 DROPBITS = (None, "fixed", "learned")
-STARTS = ("error", "range")
+STARTS = {"error": grid_step, "range": range_step}  # of alpha
 EVALUATIONS = ("threshold", "gate")
 
 
@@ -92,7 +92,7 @@ class CPQConfig(ActivationConfig):
     min_bits: int = 2
     evaluate: str = EVALUATIONS[0]
     gate_rows: int | None = None
-    start: str = STARTS[0]
+    start: str = "error"
     offset: bool = False
     temperature: float | None = None
 
@@ -118,7 +118,7 @@ class CPQConfig(ActivationConfig):
             )
         _check_number("sigma", self.sigma, 2.0**-24, 2.0**24)
         _check_number("nonzero", self.nonzero, 0.0, 1.0)
-        check_choice("start", self.start, STARTS)
+        check_choice("start", self.start, tuple(STARTS))
         check_choice("evaluate", self.evaluate, EVALUATIONS)
         check_choice("offset", self.offset, (True, False))
         if self.gate_rows is not None:
@@ -189,7 +189,8 @@ class CPQWeight(WeightQuantizer):
     def __init__(self, config, w, bits, dropbits):
         super().__init__()
         acc, device = acc_dtype(w.dtype), w.device
-        step = (range_step if config.start == "range" else grid_step)(w.detach(), bits, per_row=config.per_row)
+        self.start = config.start
+        step = STARTS[self.start](w.detach(), bits, per_row=config.per_row)
         self.register_buffer("alpha_start", step)
         self.register_buffer("sigma_start", step * config.sigma)
         self.log_alpha = torch.nn.Parameter(torch.zeros_like(step))
@@ -266,7 +267,7 @@ class CPQWeight(WeightQuantizer):
         """alpha and sigma start again from that weight."""
         if w.is_meta or self.bits.is_meta or not bool(torch.isfinite(w).all()):
             return self.state_dict()
-        step = grid_step(w.to(self.alpha_start), int(self.bits), per_row=self.per_row)
+        step = STARTS[self.start](w.to(self.alpha_start), int(self.bits), per_row=self.per_row)
         zero = torch.zeros_like(step)
         return {
             **self.state_dict(),
