@@ -23,16 +23,16 @@ from quantops.intfile import (
     write,
 )
 from quantops.intweight import to_int
+from quantops.layers import from_rows, to_rows
 from quantops.methods.multibn import MultiBatchNorm, replace
 from quantops.methods.truncquant import TruncQuantWeight, network_of, set_bits
-from quantops.nn import WEIGHT, check_module, quantized
+from quantops.nn import check_module, parameter_name, quantized
 from quantops.state import Settings
 from quantops.types import Path
 from quantops.version import __version__
 
 FORMAT, VERSION = "quantops-model", 1
 STATE = "state/"  # before the name, in the state dict, of what is no integer weight
-_ORIGINAL = f"parametrizations.{WEIGHT}.original"
 
 
 def save_model(model: torch.nn.Module, path: Path, *, floats: bool = False) -> None:
@@ -55,8 +55,9 @@ def save_model(model: torch.nn.Module, path: Path, *, floats: bool = False) -> N
     text = config_json.to_json(model)
     tensors, about = parts_of(weights)
     checksums = {}
+    left_out = () if floats else _float_weights(model)
     for name, t in model.state_dict().items():
-        if name.endswith(_ORIGINAL) and not floats:
+        if name in left_out:
             continue
         if not isinstance(t, torch.Tensor) or t.is_meta:
             raise ValueError(f"{name}: expected a tensor with values in the state dict, got {type(t).__name__}")
@@ -132,6 +133,13 @@ def describe(f):
     return [*lines, f"format {FORMAT} {VERSION}, written by quantops {metadata.get('quantops')}"]
 
 
+def _float_weights(model):
+    """{name in the state dict: name of the integer weight} of the float weights of a quantized model."""
+    known = {id(owner.original): parameter_name(name, p) for name, owner, p in quantized(model)}
+    state = model.state_dict(keep_vars=True)  # the very tensors, whatever the model calls them
+    return {key: known[id(t)] for key, t in state.items() if id(t) in known}
+
+
 def _state_of(f, metadata):
     """{name: tensor} of what is no integer weight, whose checksums are right."""
     state = {}
@@ -173,38 +181,33 @@ def _check_state(model, state):
 
 def _with_floats(model, weights, state):
     """``state`` with a float weight for each quantized one."""
-    found = dict(state)
-    names = {f"{name}.{WEIGHT}".removeprefix("."): (name, owner, p) for name, owner, p in quantized(model)}
-    if differ := sorted(names.keys() ^ weights.keys()):
+    missing = {key: name for key, name in _float_weights(model).items() if key not in state}
+    of_each = {parameter_name(name, p): (owner, p) for name, owner, p in quantized(model)}
+    if differ := sorted(of_each.keys() ^ weights.keys()):
         raise ValueError(f"model: the file and the model differ in {', '.join(differ[:4])}")
-    for name, (layer, owner, quantizer) in names.items():
-        v, key = weights[name], f"{layer}.{_ORIGINAL}".removeprefix(".")
-        if owner.original.shape != v.shape:
-            raise ValueError(f"{name}: the file has shape {tuple(v.shape)}, the model {tuple(owner.original.shape)}")
-        if key in state:
-            continue
-        prefix = key.removesuffix("original") + "0."
-        own = {k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)}
-        if wrong := quantizer.refusal(own, ""):
-            raise ValueError(f"{name}: {wrong}")
-        trial = copy.deepcopy(quantizer, {id(quantizer.group): None})
-        trial.load_state_dict(own)
-        found[key] = _floats(trial, v, owner.original.device)
-        if found[key] is None:
-            raise ValueError(
-                f"{name}: no float weights are known of which its quantizer makes these integers; expected a plain "
-                "model, or a file of save_model(floats=True)"
-            )
-    return found
+    made = {name: _float_weight(name, *of_each[name], weights[name], state, model) for name in set(missing.values())}
+    return state | {key: made[name] for key, name in missing.items()}
 
 
-def _floats(quantizer, v, device):
-    """Float weights of which ``quantizer`` makes the integers ``v``, or None."""
+def _float_weight(name, owner, quantizer, v, state, model):
+    """A float weight of which a quantizer, in the state that it has in ``state``, makes the integers ``v``."""
+    if owner.original.shape != v.shape:
+        raise ValueError(f"{name}: the file has shape {tuple(v.shape)}, the model {tuple(owner.original.shape)}")
+    prefix = next(f"{path}." for path, module in model.named_modules() if module is quantizer)
+    own = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
+    if wrong := quantizer.refusal(own, ""):
+        raise ValueError(f"{name}: {wrong}")
+    trial = copy.deepcopy(quantizer, {id(quantizer.group): None})
+    trial.load_state_dict(own)
     for w in _within_cells(v):
-        made = quantizer.to_int(w.to(device))
-        if made.bits == v.bits and torch.equal(made.scale.cpu(), v.scale) and torch.equal(made.codes.cpu(), v.codes):
+        found = trial.to_int(trial.rows(w.to(owner.original.device)))
+        same = found.bits == v.bits and torch.equal(found.scale.cpu(), v.scale)
+        if same and torch.equal(found.codes.cpu(), trial.rows(v.codes)):
             return w
-    return None
+    raise ValueError(
+        f"{name}: no float weights are known of which its quantizer makes these integers; expected a plain model, or a "
+        "file of save_model(floats=True)"
+    )
 
 
 def _within_cells(v):
@@ -212,16 +215,18 @@ def _within_cells(v):
     with tanh in front, +-scale at the ends of the grid, where the weight lay that the scale is the maximum of."""
     yield v.dequantize()
     lowest, highest = v.level_range
-    levels, scale = v.levels.to(v.scale.dtype), v.scale
-    scale = scale.reshape(-1, *[1] * (levels.dim() - 1)) if scale.numel() > 1 else scale
+    levels, scale, step = to_rows(v.levels, v.rows).to(v.scale.dtype), v.scale, v.step
+    if scale.numel() > 1:
+        scale, step = (t.reshape(-1, *[1] * (levels.dim() - 1)) for t in (scale, step))
     codes = (levels - lowest) / (2 if v.grid == "full" else 1)
     for part in (
-        levels * (v.step / v.scale.clamp(min=torch.finfo(scale.dtype).tiny)).reshape(scale.shape),
+        levels * step / scale.clamp(min=torch.finfo(scale.dtype).tiny),
         2 * codes / 2**v.bits - 1,  # round_clamp
         2 * (codes + 0.5) / 2**v.bits - 1,  # floor
     ):
         for w in (part * scale, torch.atanh(part * torch.tanh(scale))):
-            yield torch.where(levels == highest, scale, torch.where(levels == lowest, -scale, w)).to(v.dtype)
+            w = torch.where(levels == highest, scale, torch.where(levels == lowest, -scale, w))
+            yield from_rows(w, v.rows, v.shape).to(v.dtype)
 
 
 def _fill_plain(model, weights, state, text, bits):
@@ -229,8 +234,8 @@ def _fill_plain(model, weights, state, text, bits):
     fill(targets_of(model, weights), {name: v.dequantize() for name, v in weights.items()})
     known = set(model.modules())
     config_json.quantize_as(model, text)
-    own = {key: t for key, t in model.state_dict().items() if key.endswith(_ORIGINAL)}
-    state = {key: t for key, t in state.items() if not key.endswith(_ORIGINAL)} | own
+    full = model.state_dict()
+    state = state | {key: full[key] for key in _float_weights(model)}
     _check_state(model, state)
     model.load_state_dict(state)
     if any(isinstance(p, TruncQuantWeight) for _, _, p in quantized(model)):

@@ -20,6 +20,37 @@ class Net(nn.Module):
         return self.fc(x.flatten(1))
 
 
+class Kinds(nn.Module):
+    """Weights with other names and rows, and one that two layers share."""
+
+    names = ["embed.weight", "head.weight", "attention.in_proj_weight", "attention.out_proj.weight", "up.weight"]
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
+        self.head.weight = self.embed.weight
+        self.attention, self.up = nn.MultiheadAttention(8, 2, batch_first=True), nn.ConvTranspose1d(8, 8, 3, groups=2)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        x = self.attention(x, x, x, need_weights=False)[0]
+        return self.head(self.up(x.transpose(1, 2)).transpose(1, 2))
+
+
+class Experts(nn.Module):
+    """A scale for each expert and row."""
+
+    num_experts = 3
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 5, 8))
+
+    def forward(self, x):
+        return torch.einsum("bi,eoi->beo", x, self.up)
+
+
 def weighted(name, module):
     return hasattr(module, "weight") and not isinstance(module, nn.BatchNorm2d)
 

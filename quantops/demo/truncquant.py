@@ -178,6 +178,7 @@ def run(args):
         )
     (args.out / "truncquant.json").write_text(json.dumps({"accuracy": table, "costs": measured}))
     print(f"\nFigure: {args.out / 'truncquant.png'}")
+    quantops.set_bits(model)
     same = export_and_check(model, data, args.out / "truncquant.onnx")
     worst = min(means[JOINT][m] - means[SEPARATE][m] for m in WIDTHS)
     if worst < -2:

@@ -1,4 +1,4 @@
-"""Quantizers of activations as QuantizeLinear and DequantizeLinear of ONNX."""
+"""Quantizers of activations as QuantizeLinear and DequantizeLinear of ONNX, and as Quant of QONNX."""
 
 import torch
 
@@ -26,6 +26,35 @@ def use_integers(plain, opset, exact):
         if kind is not None and about["bits"] > 0:
             made[plain.get_submodule(name)] = _Integers(about, kind, opset, exact)
     replace(plain, made.get)
+
+
+def use_quant(plain, domain):
+    """Puts QONNX's Quant in the place of a plain model's quantizers of activations, in place, where it has their grid:
+    the dyadic one, without an offset. The others stay."""
+    made = {}
+    for name, about in activation_scales(plain).items():
+        if about["rule"] == "round_clamp" and about["offset"] is None and about["bits"] > 0 + about["signed"]:
+            made[plain.get_submodule(name)] = _Quant(about, domain)
+    replace(plain, made.get)
+
+
+class _Quant(torch.nn.Module):
+    """Quant with the step as scale, of as many bits as the codes: q of all values but some next to the middle of two
+    codes, which get the neighbour."""
+
+    def __init__(self, about, domain):
+        super().__init__()
+        self.name = f"{domain}::Quant"
+        self.settings = {"signed": int(about["signed"]), "narrow": 0, "rounding_mode": "ROUND"}
+        scale = about["scale"]
+        self.register_buffer("step", scale * 2.0 ** (about["signed"] - about["bits"]))
+        self.register_buffer("zero", scale.new_zeros(()))
+        self.register_buffer("bits", scale.new_full((), about["bits"]))
+
+    def forward(self, x):
+        v = x.to(self.step.dtype), per_channel(self.step, x), self.zero, self.bits
+        q = torch.onnx.ops.symbolic(self.name, v, self.settings, dtype=torch.float32, shape=x.shape, version=1)
+        return q.to(x.dtype)
 
 
 def level_range(about):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from quantops.activation import activations
 from quantops.export.trained import check_fits, need, signed_bits, trained
 from quantops.files import write_whole
 from quantops.types import Path
@@ -20,8 +21,8 @@ def compressed_tensors(model: torch.nn.Module, folder: Path, bits: int | None = 
     ``AutoModel.from_pretrained(folder)`` reads it, and vLLM takes this format. ``bits``: of TruncQuant, the width.
 
     Raises ImportError without compressed-tensors (``pip install 'quantops[export]'``), and ValueError for a model
-    without quantized linear layers, for levels of more than 8 bits, and for weights that are not float32: the format's
-    scales have the weight's dtype, and a rounded step gives another weight.
+    without quantized linear layers, one with quantized activations, for levels of more than 8 bits, and for weights
+    that are not float32: the format's scales have the weight's dtype, and a rounded step gives another weight.
     """
     need("compressed_tensors")
     import safetensors.torch
@@ -33,6 +34,12 @@ def compressed_tensors(model: torch.nn.Module, folder: Path, bits: int | None = 
     layers = {name: weights[f"{name}.weight"] for name in linear if f"{name}.weight" in weights}
     if not layers:
         raise ValueError("model: expected quantized nn.Linear layers, which alone this format packs")
+    acts = [name for name, _ in activations(plain)]
+    if acts:
+        raise ValueError(
+            f"{acts[0]}: expected float activations, which alone this format runs, got quantized ones; "
+            "quantops.export.onnx has integers for them"
+        )
     state = dict(plain.state_dict())
     groups: dict[Any, Any] = {}
     for name, w in layers.items():

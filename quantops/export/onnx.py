@@ -67,9 +67,13 @@ def onnx(
             {0: torch.export.Dim.DYNAMIC} if isinstance(a, torch.Tensor) and a.dim() else None
             for a in (args if isinstance(args, tuple) else (args,))
         )
+
+    def integers(plain):
+        use_integers(plain, opset, exact)
+
     library, (proto, weights) = (
         need("onnx"),
-        float_graph(model, args, kwargs, bits, opset, dynamic_shapes, input_names, output_names, exact),
+        float_graph(model, args, kwargs, bits, opset, dynamic_shapes, input_names, output_names, integers),
     )
     _put_integers(library, proto, weights, opset)
     library.checker.check_model(proto)
@@ -77,8 +81,9 @@ def onnx(
     return proto
 
 
-def float_graph(model, args, kwargs, bits, opset, dynamic_shapes, input_names, output_names, exact=None):
-    """(onnx.ModelProto of the evaluated model with q as float weights, {initializer: IntWeight})."""
+def float_graph(model, args, kwargs, bits, opset, dynamic_shapes, input_names, output_names, prepare):
+    """(onnx.ModelProto of the evaluated model with q as float weights, {initializer: IntWeight}). ``prepare`` changes
+    its plain copy."""
     library = need("onnx")
     need("onnxscript")
     if isinstance(opset, bool) or not isinstance(opset, int) or not 18 <= opset <= library.defs.onnx_opset_version():
@@ -88,8 +93,7 @@ def float_graph(model, args, kwargs, bits, opset, dynamic_shapes, input_names, o
     for name, w in weights.items():
         if w.dtype not in FLOATS:
             raise ValueError(f"{name}: expected a weight of float32, float16 or bfloat16, got {w.dtype}")
-    if exact is not None:
-        use_integers(plain, opset, exact)
+    prepare(plain)
     # Not optimized: folding batch norms into weights would change these, and runtimes do it behind the integers.
     program = to_aten(torch.export.export(plain, args, kwargs, dynamic_shapes=dynamic_shapes))  # activations have ops
     proto = torch.onnx.export(
@@ -101,10 +105,11 @@ def float_graph(model, args, kwargs, bits, opset, dynamic_shapes, input_names, o
         input_names=input_names,
         output_names=output_names,
     ).model_proto
-    for name in weights:
-        if all(t.name != name for t in proto.graph.initializer):
+    stored = {t.name for t in proto.graph.initializer}
+    for name, w in weights.items():
+        if not stored.intersection(other for other, v in weights.items() if v is w):
             raise ValueError(f"{name}: the exported graph has no initializer of this name; does the model use it?")
-    return proto, weights
+    return proto, {name: w for name, w in weights.items() if name in stored}
 
 
 def put_first(graph, nodes):
@@ -131,24 +136,20 @@ def _put_integers(library, proto, weights, opset):
         graph.initializer.remove(old[name])
         width, kind = integer_type(w.level_range, opset)
         graph.initializer.append(_tensor(helper, f"{name}.levels", getattr(types, kind), w.levels.cpu(), width))
-        step = w.step.cpu().to(torch.float32)
-        scale = helper.make_tensor(
-            f"{name}.step", types.FLOAT, list(step.shape) if step.numel() > 1 else [], step.reshape(-1).tolist()
-        )
-        graph.initializer.append(scale)
-        axis = {"axis": 0} if step.numel() > 1 else {}
-        cast = w.dtype != torch.float32
-        nodes.append(
-            helper.make_node(
-                "DequantizeLinear",
-                [f"{name}.levels", f"{name}.step"],
-                [f"{name}.wide" if cast else name],
-                name=f"{name}.dequantize",
-                **axis,
-            )
-        )
+        by_axis = w.step.numel() == 1 or len(w.rows) == 1
+        step = (w.step if by_axis else w.step_of_each).cpu().to(torch.float32)
+        shape = list(step.shape) if step.numel() > 1 else []
+        graph.initializer.append(helper.make_tensor(f"{name}.step", types.FLOAT, shape, step.reshape(-1).tolist()))
+        cast, inputs = w.dtype != torch.float32, [f"{name}.levels", f"{name}.step"]
+        wide = f"{name}.wide" if cast else name
+        if by_axis:
+            axis = {"axis": w.rows[0]} if step.numel() > 1 else {}
+            nodes.append(helper.make_node("DequantizeLinear", inputs, [wide], name=f"{name}.dequantize", **axis))
+        else:  # a step for each entry of several dims, which DequantizeLinear has not
+            nodes.append(helper.make_node("Cast", inputs[:1], [f"{name}.float"], to=types.FLOAT))
+            nodes.append(helper.make_node("Mul", [f"{name}.float", inputs[1]], [wide], name=f"{name}.dequantize"))
         if cast:
-            nodes.append(helper.make_node("Cast", [f"{name}.wide"], [name], to=getattr(types, FLOATS[w.dtype])))
+            nodes.append(helper.make_node("Cast", [wide], [name], to=getattr(types, FLOATS[w.dtype])))
     put_first(graph, nodes)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from quantops.export.activations import use_quant
 from quantops.export.onnx import float_graph, put_first
 from quantops.export.trained import need, signed_bits
 from quantops.files import write_whole
@@ -31,20 +32,27 @@ def qonnx(
         full, 1 bit            BipolarQuant, scale = step
         other symmetric grids  Quant, scale = step, n + 1 bits, signed, narrow: the full grid has its odd levels
 
+    Quantized activations of the dyadic grid (MSQ, CPQ) become a Quant with their step, where some values next to the
+    middle of two codes, about 1 of 10^5 at 8 bits, get the neighbour; others leave as float ops of the same values.
+
     Arguments, result and errors are those of :func:`quantops.export.onnx`, but that shapes are those of ``args`` unless
     ``dynamic_shapes`` says otherwise, as tools for hardware want them. Needs the package qonnx, whose
     ``ModelWrapper(path)`` reads the file.
     """
     library = need("onnx")
     need("qonnx.core.modelwrapper")
-    proto, weights = float_graph(model, args, kwargs, bits, OPSET, dynamic_shapes, input_names, output_names)
+
+    def quant(plain):
+        use_quant(plain, DOMAIN)
+
+    proto, weights = float_graph(model, args, kwargs, bits, OPSET, dynamic_shapes, input_names, output_names, quant)
     graph, helper, nodes = proto.graph, library.helper, []
     for t in graph.initializer:
         if t.name in weights:
             w, name = weights[t.name], t.name
             t.name = f"{name}.float"
-            step = w.step.cpu().float().reshape(-1, *[1] * (len(w.shape) - 1)) if w.step.numel() > 1 else w.step.cpu()
-            scale = step.float() if w.bits else step.float() + 1.0  # of a pruned weight any scale gives 0
+            step = w.step_of_each.cpu().float()
+            scale = step if w.bits else step + 1.0  # of a pruned weight any scale gives 0
             inputs = [t.name, f"{name}.scale"]
             constants = {f"{name}.scale": scale}
             if w.grid == "full" and w.bits == 1:
@@ -58,6 +66,7 @@ def qonnx(
             nodes += [helper.make_node(kind, inputs, [name], domain=DOMAIN, name=f"{name}.quant", **settings)]
             graph.initializer.extend(library.numpy_helper.from_array(v.numpy(), key) for key, v in constants.items())
     put_first(graph, nodes)
-    proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+    if all(entry.domain != DOMAIN for entry in proto.opset_import):
+        proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     write_whole(path, lambda file: file.write(proto.SerializeToString()))
     return proto

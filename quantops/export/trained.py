@@ -27,7 +27,10 @@ def trained(model, bits=None):
     if model.training:
         raise ValueError("model: expected a model in evaluation mode, got one in training mode: call model.eval()")
     plain = plain_model(model, bits).requires_grad_(False)
-    weights = {name: w if bits is None or w.fixed else w.at(bits) for name, w in to_int(model).items()}
+    weights = {}
+    for name, w in to_int(model).items():
+        w = w if bits is None or w.fixed else w.at(bits)
+        weights.update(dict.fromkeys((name, *w.shared), w))
     return plain, weights
 
 

@@ -9,7 +9,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import quantops as Q
-from exported import CONFIGS, Net, made, run
+from exported import CONFIGS, Experts, Kinds, Net, made, run
+from torch import nn
 from quantops import decompositions, export
 from quantops.export.onnx import integer_type
 
@@ -55,6 +56,18 @@ def test_onnx_at_a_width(bits, tmp_path):
     Q.set_bits(model, bits)
     want = model(x).detach()
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_weights_of_other_names_rows_and_layers(tmp_path):
+    torch.manual_seed(0)
+    experts, x = nn.Sequential(nn.Linear(6, 8), Experts()), torch.randn(4, 6)
+    for model, args, names in ((Kinds(), torch.arange(12).reshape(2, 6), Kinds.names), (experts, x, None)):
+        Q.quantize_(model, Q.MSQConfig(bits=4, per_row=True), names)
+        proto = export.onnx(model.eval(), args, tmp_path / "model.onnx")
+        want = model(args).detach()
+        assert (run(proto, args)[0] - want).abs().max() <= 1e-5 * want.abs().max()
+        levels = [t for t in proto.graph.initializer if t.name.endswith(".levels")]
+        assert len(levels) == len(Q.to_int(model)) and {t.data_type for t in levels} == {onnx.TensorProto.INT4}
 
 
 def test_integer_types_by_opset():

@@ -2,13 +2,14 @@
 
 import json
 import os
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 import quantops as Q
-from exported import CONFIGS, made
+from exported import CONFIGS, Net, made
 from quantops import export
 from quantops.export.trained import signed_bits
 
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
         ("truncquant", 1),
         ("truncquant", 2),
         ("cpq per row", None),
+        ("cpq, activations", None),
     ],
 )
 def test_qonnx(name, bits, tmp_path):
@@ -44,6 +46,8 @@ def test_qonnx(name, bits, tmp_path):
         assert torch.equal(torch.from_numpy(values[key]), w.dequantize(bits)), key
     kinds = {node.op_type for node in read.graph.node}
     assert ("BipolarQuant" in kinds) == (bits == 1) and ("Quant" in kinds) == (bits != 1)
+    inputs = {node.input[0] for node in read.graph.node if node.op_type == "Quant"}
+    assert any(not key.endswith(".float") for key in inputs) == ("activations" in name)
     got = torch.from_numpy(values[read.graph.output[0].name])
     torch.testing.assert_close(got, model(x).detach(), rtol=1e-4, atol=1e-5)
 
@@ -113,11 +117,16 @@ def test_what_a_target_cannot_hold(tmp_path):
     pytest.importorskip("compressed_tensors")
     wide = made(CONFIGS["truncquant"])[0]
     half = made(CONFIGS["msq 4"], torch.bfloat16)[0]
+    acts = made(Q.MSQConfig(bits=4, act_bits=4))[0]
     convolutions = Q.quantize_(nn.Sequential(nn.Conv2d(1, 1, 1)), Q.MSQConfig()).eval()
     for call, text in (
         (lambda: export.torchao(wide), "fc.weight: torchao has integers of at most 8 bits, .*full grid of 8 bits"),
         (lambda: export.compressed_tensors(wide, tmp_path / "x"), "fc.weight: compressed-tensors has integers"),
         (lambda: export.compressed_tensors(half, tmp_path / "x"), "fc.weight: expected float32, got torch.bfloat16"),
+        (lambda: export.compressed_tensors(acts, tmp_path / "x"), "act: expected float activations, .* got quantized"),
+        (lambda: export.torchao(Net().eval()), "model: expected weights quantized by quantops.quantize_"),
+        (lambda: export.compressed_tensors(Net().eval(), tmp_path / "x"), "model: expected weights quantized"),
+        (lambda: export.compressed_tensors(wide.train(), tmp_path / "x"), "model: expected a model in evaluation"),
         (lambda: export.torchao(convolutions), "model: expected quantized nn.Linear layers"),
         (lambda: export.compressed_tensors(convolutions, tmp_path / "x"), "model: expected quantized nn.Linear layers"),
         (lambda: export.torchao(wide.train()), "model: expected a model in evaluation mode"),
@@ -127,8 +136,20 @@ def test_what_a_target_cannot_hold(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_missing_library_names_the_extra(monkeypatch):
-    from quantops.export import trained
-
-    with pytest.raises(ImportError, match=r"pip install 'quantops\[export\]'"):
-        trained.need("a_module_that_is_not_there")
+def test_a_missing_library_names_the_extra(monkeypatch, tmp_path):
+    model, x = made(CONFIGS["msq 4"])
+    for library, extra, call in (
+        ("onnx", "export", lambda: export.onnx(model, x, tmp_path / "x")),
+        ("onnxscript", "export", lambda: export.onnx(model, x, tmp_path / "x")),
+        ("onnx", "export", lambda: export.qonnx(model, x, tmp_path / "x")),
+        ("qonnx.core.modelwrapper", "export", lambda: export.qonnx(model, x, tmp_path / "x")),
+        ("torchao.quantization", "export", lambda: export.torchao(model)),
+        ("compressed_tensors", "export", lambda: export.compressed_tensors(model, tmp_path / "x")),
+        ("safetensors.torch", "io", lambda: Q.save_model(model, tmp_path / "x")),
+        ("safetensors.torch", "io", lambda: Q.load_model(tmp_path / "x", model)),
+    ):
+        with monkeypatch.context() as missing:
+            missing.setitem(sys.modules, library, None)
+            with pytest.raises(ImportError, match=rf"pip install 'quantops\[{extra}\]'"):
+                call()
+    assert os.listdir(tmp_path) == []

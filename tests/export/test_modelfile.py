@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import quantops as Q
+from exported import Kinds
 from quantops.__main__ import main
 from quantops.modelfile import STATE
 
@@ -250,3 +251,15 @@ def test_show(tmp_path, monkeypatch, capsys):
         assert text in " ".join(said.split()), said
     with pytest.raises(ValueError, match="expected the format 'quantops-int' of quantops, got 'quantops-model'"):
         Q.load_int(tmp_path / "m")
+
+
+@pytest.mark.parametrize("config", [Q.MSQConfig(bits=4, per_row=True), Q.CPQConfig(bits=3)], ids=["msq", "cpq"])
+def test_weights_of_other_names_rows_and_layers(config, tmp_path):
+    model, ids = Kinds(), torch.arange(12).reshape(2, 6)
+    Q.quantize_(model, config, Kinds.names)
+    Q.save_model(model.eval(), tmp_path / "m")
+    want = model(ids)
+    for floats in (False, True):
+        Q.save_model(model, tmp_path / "m", floats=floats)
+        assert torch.equal(Q.load_model(tmp_path / "m", Kinds(1).eval())(ids), want)
+        assert torch.equal(Q.load_model(tmp_path / "m", Q.quantize_(Kinds(1), config, Kinds.names).eval())(ids), want)
