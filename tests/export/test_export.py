@@ -5,12 +5,12 @@ import os
 
 import pytest
 import torch
+from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import quantops as Q
 from exported import CONFIGS, Experts, Kinds, Net, made, run
-from torch import nn
 from quantops import decompositions, export
 from quantops.export.onnx import integer_type
 
