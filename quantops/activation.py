@@ -18,6 +18,7 @@ from quantops.per_thread import PerThread
 from quantops.positive import positive
 from quantops.reference.activation import KEEPS, LEARNS
 from quantops.reference.uniform import MAX_BITS, RULES, acc_dtype
+from quantops.sharded import by_parts, whole
 from quantops.state import Settings
 
 SCALES = ("step", "clip", "tracked")
@@ -242,7 +243,12 @@ class UniformActivation(Settings, torch.nn.Module):
             KEEPS.index(self.keep),
             LEARNS.index(self.learn),
         )
-        return call(ops.activation, x, scale, offset, bits, *options, checks.dtype_of(None, [x]))[0]
+        dtype = checks.dtype_of(None, [x])
+
+        def quantized(x, scale, offset):
+            return call(ops.activation, x, scale, offset, bits, *options, dtype)[0]
+
+        return by_parts(quantized, x, scale, offset, lsq=self.learn == "step")
 
     # Where values come from.
 
@@ -250,7 +256,7 @@ class UniformActivation(Settings, torch.nn.Module):
     def _statistics(self, x):
         """(mean of |x|, end of the range, minimum and maximum, part below 0) of what is quantized, one or one per
         channel."""
-        x = x.detach().to(self.start.dtype)
+        x = whole(x.detach()).to(self.start.dtype)
         x = x.relu() if self.relu else x
         count = self.start.shape[1]
         if count > 1 and (x.dim() < 2 or x.shape[1] != count):

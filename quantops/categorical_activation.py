@@ -11,6 +11,7 @@ from quantops.library import ops
 from quantops.positive import positive
 from quantops.reference.categorical import GRADS, MAX_SOFT_BITS, MODES
 from quantops.reference.uniform import acc_dtype
+from quantops.sharded import by_parts, whole
 from quantops.state import Settings
 
 HARD = MODES.index("hard")
@@ -83,13 +84,17 @@ class CategoricalActivation(Settings, torch.nn.Module):
         alpha = positive(self.alpha_start, self.log_alpha).to(acc)
         sigma = positive(self.alpha_start * self.ratio, self.log_sigma).to(acc)
         grad_of, dtype = GRADS.index(self.grad), checks.dtype_of(None, [x])
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, alpha, sigma)):
-            return call(ops.categorical_activation, x, alpha, sigma, self.bits, grad_of, dtype)[0]
-        return call(ops.categorical, [x], [alpha], [sigma], self.bits, None, None, HARD, grad_of, False, dtype)[0]
+
+        def quantized(x, alpha, sigma):
+            if torch.is_grad_enabled() and any(t.requires_grad for t in (x, alpha, sigma)):
+                return call(ops.categorical_activation, x, alpha, sigma, self.bits, grad_of, dtype)[0]
+            return call(ops.categorical, [x], [alpha], [sigma], self.bits, None, None, HARD, grad_of, False, dtype)[0]
+
+        return by_parts(quantized, x, alpha, sigma)
 
     @torch.no_grad()
     def _start(self, x):
-        mean = x.to(self.alpha_start.dtype).clamp(min=0).mean()
+        mean = whole(x).to(self.alpha_start.dtype).clamp(min=0).mean()
         usable = (mean > 0) & (mean < torch.inf)
         start = torch.where(usable, 2 * mean / self.highest**0.5, 1.0).reshape(1)
         # A copy whose buffers are those of a module that has begun (an average of models) keeps what it was given.

@@ -33,6 +33,7 @@ from quantops.autograd.common import call
 from quantops.foreach import MSQ
 from quantops.library import ops
 from quantops.packed import Packed
+from quantops.sharded import by_parts
 from quantops.types import Bits, Scale
 
 
@@ -377,5 +378,9 @@ def quantize_activation(
     if offset is not None:
         o = checks.activation.channel_values("offset", offset, x)
         s, o = (v.expand(max(s.numel(), o.numel())).contiguous() for v in (s, o))
-    n = checks.bits(bits, [x]).reshape(1)
-    return call(ops.activation, x, s, o, n, *options, checks.dtype_of(out_dtype, [x]))[0]
+    n, dtype = checks.bits(bits, [x]).reshape(1), checks.dtype_of(out_dtype, [x])
+
+    def quantized(x, s, o):
+        return call(ops.activation, x, s, o, n, *options, dtype)[0]
+
+    return by_parts(quantized, x, s, o, lsq=learn == "step")

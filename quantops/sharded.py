@@ -130,3 +130,37 @@ def slice_of(t, like):
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None)
+
+
+# Activations. (Strategies of register_sharding cannot say how the backward ops' lists of sums are laid out.)
+
+
+class _OfAllParts(torch.autograd.Function):
+    """A value that every process uses on its part: its gradient is the sum of theirs, weighted by ``weight``."""
+
+    @staticmethod
+    def forward(ctx, value, like, weight):
+        ctx.like, ctx.weight = like, weight
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, grad):
+        total = (grad.double() * ctx.weight).contiguous()
+        return _reduce([total], [ctx.like], dist.ReduceOp.SUM)[0].to(grad.dtype), None, None
+
+
+def by_parts(fn, x, *values, lsq=False):
+    """``fn(x, *values)`` of elementwise ops; of a DTensor, of the part of each process, with ``values`` (None or plain
+    tensors of one element) for all of them. ``lsq``: gradients of values are divided by sqrt(number of elements)."""
+    if not is_sharded(x):
+        return fn(x, *values)
+    if any(v is not None and v.numel() > 1 for v in values):
+        raise ValueError("scale: expected one element for activations that are sharded, got one per channel")
+    if any(p.is_partial() for p in x.placements):
+        from torch.distributed.tensor import Replicate
+
+        x = x.redistribute(placements=[Replicate() if p.is_partial() else p for p in x.placements])
+    part, like = x.to_local(), x.detach()
+    weight = (part.numel() / max(x.numel(), 1)) ** 0.5 if lsq else 1.0
+    q = fn(part, *(None if v is None else _OfAllParts.apply(v, like, weight) for v in values))
+    return type(x).from_local(q, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())

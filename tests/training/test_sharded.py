@@ -1,6 +1,7 @@
 """Sharded weights (FSDP2, tensor parallel) on two processes: what one process has of the whole, bit for bit."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -9,20 +10,24 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from processes import PROCESSES, run_on_all
 from quantops import (
+    CategoricalActivation,
     CPQConfig,
     MSQConfig,
     MSQController,
     TruncQuantConfig,
+    UniformActivation,
     add_penalty_grad_,
     bit_report,
     joint_loss,
     joint_step,
     penalty,
     quantize_,
+    quantize_activation,
     set_bits,
     to_int,
     unquantize_,
@@ -212,6 +217,39 @@ def _fsdp(rank):
     _fsdp_other_methods(rank)
 
 
-@pytest.mark.parametrize("task", [_fsdp, _tensor_parallel])
+def _activations(rank):
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    torch.manual_seed(0)
+    x = torch.randn(6, 10).relu() + 0.1 * torch.randn(6, 10)
+    makes = (
+        lambda: UniformActivation(4, scale="step"),
+        lambda: UniformActivation(3, scale="clip", signed=True),
+        lambda: UniformActivation(4, scale="tracked"),
+        lambda: UniformActivation(4, scale="clip", offset=True),
+        lambda: CategoricalActivation(3),
+    )
+    for make_act, placement in itertools.product(makes, (Shard(0), Shard(1), Replicate())):
+        acts, inputs = (make_act(), make_act()), (distribute_tensor(x, mesh, [placement]), x.clone())
+        outs = []
+        for act, v in zip(acts, inputs):
+            q = act(v.requires_grad_())
+            (q * q).sum().backward()
+            outs.append(q)
+        assert outs[0].placements == (placement,) and torch.equal(whole(outs[0]), outs[1])
+        assert torch.equal(whole(inputs[0].grad), inputs[1].grad)
+        for (name, p), q in zip(acts[0].named_parameters(), acts[1].parameters()):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}")
+    q = quantize_activation(distribute_tensor(x, mesh, [Shard(0)]), 1.0, 4, front="relu")
+    assert torch.equal(whole(q), quantize_activation(x, 1.0, 4, front="relu"))
+    with pytest.raises(ValueError, match="scale: expected one element for activations that are sharded"):
+        quantize_activation(distribute_tensor(x, mesh, [Shard(0)]), torch.rand(10) + 0.5, 4)
+
+
+def _parallel(rank):
+    _tensor_parallel(rank)
+    _activations(rank)
+
+
+@pytest.mark.parametrize("task", [_fsdp, _parallel])
 def test_two_processes_have_what_one_has(task):
     run_on_all(task)
