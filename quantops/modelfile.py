@@ -2,7 +2,6 @@
 
 import copy
 import json
-from typing import Any
 
 import torch
 
@@ -28,7 +27,7 @@ from quantops.methods.multibn import MultiBatchNorm, replace
 from quantops.methods.truncquant import TruncQuantWeight, network_of, set_bits
 from quantops.nn import check_module, parameter_name, quantized
 from quantops.state import Settings
-from quantops.types import Path
+from quantops.types import ModelT, Path
 from quantops.version import __version__
 
 FORMAT, VERSION = "quantops-model", 1
@@ -74,7 +73,7 @@ def save_model(model: torch.nn.Module, path: Path, *, floats: bool = False) -> N
     write(path, tensors, metadata)
 
 
-def load_model(path: Path, model: torch.nn.Module, bits: int | None = None) -> Any:
+def load_model(path: Path, model: ModelT, bits: int | None = None) -> ModelT:
     """Fills a model, in place, from a file of :func:`save_model`, and returns it.
 
     model: either the plain network, not quantized: it becomes what :func:`quantops.plain_model` gives, with the values

@@ -12,7 +12,7 @@ from quantops.files import write_whole
 from quantops.types import Path
 
 
-def compressed_tensors(model: torch.nn.Module, folder: Path, bits: int | None = None) -> Any:
+def compressed_tensors(model: torch.nn.Module, folder: Path, bits: int | None = None) -> None:
     """Writes ``folder``/model.safetensors and config.json in the format "pack-quantized".
 
     Weights of linear layers are levels of as many bits as they need, packed into int32, with the step as scale (per
