@@ -187,3 +187,18 @@ def test_initialization_reaches_the_float_weights():
     model._init_weights(layer)
     after = layer.parametrizations.weight.original
     assert not torch.equal(after, before) and after.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_the_script_of_all_reports(capsys):
+    from quantops.demo.models import main
+
+    reports = main()
+    assert list(reports) == ["GPT-2", "Mixtral", "Qwen2", "BERT", "ViT", "ConvNeXt", "LSTM"]
+    printed = capsys.readouterr().out
+    assert all(f"\n{name}\n{report}" in printed for name, report in reports.items())
+    part = {
+        name: sum(r.numel for r in v.rows) / sum(p.numel for p in (*v.rows, *(e for e in v.left if e.matrix)))
+        for name, v in reports.items()
+    }
+    assert all(v > 0.85 for v in part.values()), part  # the rest are embeddings of words and of places, and routers
+    assert part["GPT-2"] > 0.95 and part["Mixtral"] > 0.9
