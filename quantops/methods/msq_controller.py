@@ -61,7 +61,8 @@ class MSQController:
             one bit where that beta is. False: the rule of the paper alone, by which layers that the Hessian calls
             insensitive may keep their bits longest: of weights that lie anywhere 1/2 have B_1 != 0 and 3/4 B_2 != 0.
             With ResNet-20 on CIFAR-10, 15 steps a decision and a threshold of 0.5, layers with k = 1 lost bits in 91 %
-            of the first ten decisions, those with k = 2 in 13 %, and training ended short of the target.
+            of the first ten decisions, those with k = 2 in 13 %, and training ended short of the target, at 2.23
+            bits and 79.6 %; with True at 2.00 bits and 81.8 % (300 steps, one seed).
         seed: with the number of decisions taken, the seed of the vectors.
         process_group: with torch.distributed, the processes that decide together; None: the default group. All of them
             call :meth:`step`, each with a loss of its own batch, and take one decision, from the means over them.
