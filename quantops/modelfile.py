@@ -22,7 +22,7 @@ from quantops.intfile import (
     write,
 )
 from quantops.intweight import to_int
-from quantops.layers import from_rows, to_rows
+from quantops.inverse import float_weight
 from quantops.methods.multibn import MultiBatchNorm, replace
 from quantops.methods.truncquant import TruncQuantWeight, network_of, set_bits
 from quantops.nn import check_module, parameter_name, quantized
@@ -84,8 +84,8 @@ def load_model(path: Path, model: ModelT, bits: int | None = None) -> ModelT:
         for; a quantized one, of TruncQuant alone, at one of its widths.
 
     A quantized model takes its float weights from the file where it has them (``floats=True``). Where it has not, they
-    are the values of the integers, and where the scale is max|w|, that at the ends of the grid; should the quantizer
-    make other integers of these, as with scales that are means, a ValueError says so.
+    are some of which its quantizer makes the very integers, see quantops/inverse.py; should none be found, as with an
+    out_scale that is a mean, a ValueError says so.
 
     Raises ValueError naming ``path`` and what is wrong for a file that is truncated, corrupt or of another format, for
     a model that does not fit, and for ``bits`` that it has not; the model is then as it was. FileNotFoundError where
@@ -198,34 +198,13 @@ def _float_weight(name, owner, quantizer, v, state, model):
         raise ValueError(f"{name}: {wrong}")
     trial = copy.deepcopy(quantizer, {id(quantizer.group): None})
     trial.load_state_dict(own)
-    for w in _within_cells(v):
-        found = trial.to_int(trial.rows(w.to(owner.original.device)))
-        same = found.bits == v.bits and torch.equal(found.scale.cpu(), v.scale)
-        if same and torch.equal(found.codes.cpu(), trial.rows(v.codes)):
-            return w
-    raise ValueError(
-        f"{name}: no float weights are known of which its quantizer makes these integers; expected a plain model, or a "
-        "file of save_model(floats=True)"
-    )
-
-
-def _within_cells(v):
-    """Tensors that may have the integers ``v``: its values, then points within the cells of each code rule, without and
-    with tanh in front, +-scale at the ends of the grid, where the weight lay that the scale is the maximum of."""
-    yield v.dequantize()
-    lowest, highest = v.level_range
-    levels, scale, step = to_rows(v.levels, v.rows).to(v.scale.dtype), v.scale, v.step
-    if scale.numel() > 1:
-        scale, step = (t.reshape(-1, *[1] * (levels.dim() - 1)) for t in (scale, step))
-    codes = (levels - lowest) / (2 if v.grid == "full" else 1)
-    for part in (
-        levels * step / scale.clamp(min=torch.finfo(scale.dtype).tiny),
-        2 * codes / 2**v.bits - 1,  # round_clamp
-        2 * (codes + 0.5) / 2**v.bits - 1,  # floor
-    ):
-        for w in (part * scale, torch.atanh(part * torch.tanh(scale))):
-            w = torch.where(levels == highest, scale, torch.where(levels == lowest, -scale, w))
-            yield from_rows(w, v.rows, v.shape).to(v.dtype)
+    w = float_weight(trial, v, owner.original.device)
+    if w is None:
+        raise ValueError(
+            f"{name}: no float weights are known of which its quantizer makes these integers; expected a plain model, "
+            "or a file of save_model(floats=True)"
+        )
+    return w
 
 
 def _fill_plain(model, weights, state, text, bits):

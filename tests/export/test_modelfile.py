@@ -33,6 +33,9 @@ class Net(nn.Module):
 CONFIGS = {
     "msq": Q.MSQConfig(bits=4, act_bits=4),
     "msq input": Q.MSQConfig(bits=3, grid="sign", per_row=True, act_bits=8, act="input", act_scale="tracked", last=8),
+    "msq mean": Q.MSQConfig(bits=2, scale=2.8),
+    "msq mean, rows": Q.MSQConfig(bits=5, scale=3.5, per_row=True, grid="full"),
+    "truncquant mean": Q.TruncQuantConfig(bits=(4, 2), scale=2.5),
     "msq full": Q.MSQConfig(bits=2, grid="full", overrides={"fc": {"bits": 0, "k": 0}}),
     "truncquant": Q.TruncQuantConfig(bits=(8, 4, 1), act_bits="weights", first="skip"),
     "truncquant tanh": Q.TruncQuantConfig(bits=(5, 2), base_bits=8, rule="round_clamp", companding="tanh"),
@@ -40,10 +43,7 @@ CONFIGS = {
     "cpq": Q.CPQConfig(bits=3, per_row=True, act_bits=3),
     "dropbits": Q.CPQConfig(bits=4, dropbits="learned"),
 }
-MEANS = {
-    "msq mean": Q.MSQConfig(bits=2, scale=2.8),
-    "truncquant paper": Q.TruncQuantConfig.paper(bits=(8, 2), first="quantize", last="quantize"),
-}
+MEANS = {"truncquant paper": Q.TruncQuantConfig.paper(bits=(8, 2), first="quantize", last="quantize")}
 X = torch.randn(16, 2, 6, 6, generator=torch.Generator().manual_seed(3))
 
 
@@ -154,7 +154,7 @@ def test_two_calls_of_quantize_and_a_part_of_a_model(tmp_path):
 
 def test_models_that_do_not_fit_stay_as_they_were(tmp_path):
     Q.save_model(trained(CONFIGS["msq"]), tmp_path / "m")
-    Q.save_model(trained(MEANS["msq mean"]), tmp_path / "mean")
+    Q.save_model(trained(MEANS["truncquant paper"]), tmp_path / "mean")
     wide, absent = Net(), Net()
     wide.fc = nn.Linear(96, 9)
     del absent.out
@@ -167,7 +167,7 @@ def test_models_that_do_not_fit_stay_as_they_were(tmp_path):
         ("m", Q.quantize_(Net(), Q.MSQConfig(bits=4)), "differ in act"),
         ("m", Q.quantize_(Net(), Q.MSQConfig(bits=4, act_bits=4, scale=2.8)), "settings .*scale=2.8"),
         ("m", Q.quantize_(Net(), Q.MSQConfig(bits=4, act_bits=4, act_scale="clip")), "differ in .*clip"),
-        ("mean", Q.quantize_(Net(), MEANS["msq mean"]), r"no float weights are known .*floats=True"),
+        ("mean", Q.quantize_(Net(), MEANS["truncquant paper"]), r"no float weights are known .*floats=True"),
     ]
     for file, model, text in cases:
         before = copy.deepcopy(model.state_dict())
