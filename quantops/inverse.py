@@ -1,4 +1,4 @@
-"""Float weights of which a quantizer makes given integers, bit for bit: what training goes on from without the old ones.
+"""Float weights of which a quantizer makes given integers, bit for bit: what training goes on from without the old.
 
 The integers say in which cell of the grid each weight lay, and what the scale was. Points are tried within the cells
 until the quantizer itself, asked by its ``to_int``, gives the integers and the scale.
