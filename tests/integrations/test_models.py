@@ -96,7 +96,7 @@ def test_both_ends_of_a_tied_weight_see_one_quantized_weight(make):
     assert torch.equal(logits(Q.unquantize_(model), make), logits(make(), make))
 
 
-@pytest.mark.parametrize("make", [gpt2, mixtral, qwen2, bert, t5, vit, convnext])
+@pytest.mark.parametrize("make", [gpt2, mixtral, gpt_oss, llama, qwen2, bert, t5, vit, convnext])
 @pytest.mark.parametrize("config", CONFIGS[:2], ids=lambda c: type(c).__name__)
 def test_saved_models_are_float_models_and_quantized_ones(make, config, tmp_path):
     model = Q.quantize_(make(), config)
