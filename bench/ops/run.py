@@ -13,12 +13,12 @@ import torch
 
 import quantops
 from bench import machine, measure, store
+from bench.ops.calls import call_overhead
 from bench.ops.registry import COPY, OURS, Absent, cases, copier
 from bench.ops.room import Room, is_large
 from bench.ops.shapes import CALL, LISTS, SIZES, shapes_of
 from bench.state import Wrong
 from quantops import foreach
-from quantops.library import ops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NETWORKS = ("resnet20", "resnet50", "mobilenet_v3_large", "deit_small", "transformer_1b")
@@ -178,32 +178,6 @@ def _ratio(times, headline, name):
     """A peer's time over ours, in the headline's regime or, where no CUDA graph holds it, of eager calls."""
     regime = headline if name in times[headline] else "cold"
     return measure.ratio(times[regime][name], times[regime][OURS])
-
-
-def call_overhead(device):
-    """Microseconds of an eager call on one weight of 64 elements, on the host: what does not depend on its size."""
-    from bench.ops.uniform import Inputs
-
-    x = Inputs([(8, 8)], torch.float32, device)
-    w, leaf, scale = x.w[0], x.leaves[0], x.scale[0]
-    calls = {
-        "torch.clone": lambda: w.clone(),
-        "ops.absmax": lambda: ops.absmax(x.w, False),
-        "ops.round_clamp_out": lambda: ops.round_clamp_out(x.w, x.scale, x.bits, False, True, x.target),
-        "ops.encode": lambda: ops.encode(x.w, x.scale, x.bits, 0, 0, True),
-        "quantops.round_clamp": lambda: quantops.round_clamp(w, scale, x.bits),
-        "quantops.msq": lambda: quantops.msq(w, scale, x.bits, x.k),
-        "quantops.msq, w requires grad": lambda: quantops.msq(leaf, scale, x.bits, x.k),
-    }
-
-    def many(fn):
-        start = time.perf_counter()
-        for _ in range(20):
-            fn()
-        return (time.perf_counter() - start) / 20
-
-    times = measure.interleave({name: (lambda fn=fn: many(fn)) for name, fn in calls.items()}, 1.5, most=400)
-    return {name: 1e6 * measure.summary(t)["median"] for name, t in times.items()}
 
 
 def gain_of_threads():

@@ -13,7 +13,7 @@ import torch
 
 from bench import headline, machine, measure, state, store
 from bench.__main__ import main
-from bench.ops import registry, report, room, run, shapes
+from bench.ops import calls, registry, report, room, run, shapes
 from bench.ops.registry import OURS, Peer
 from bench.ops.uniform import Inputs
 from bench.training import tables
@@ -425,3 +425,15 @@ def test_of_several_devices_the_latest_is_told_whole(result, tmp_path):
     assert "the late one" in late and "an eager call" in late
     assert "| target |" in early and "an eager call" not in early
     assert "an eager call" in (tmp_path / "early" / "report.md").read_text()
+
+
+def test_list_calls_have_gradients_of_all_weights(monkeypatch):
+    """What bench/ops/calls.py times does the work that its name says."""
+    found, grad = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args: found.append(grad(*args)))
+    names = calls._list_calls(3, "cpu")
+    for call in names.values():
+        call()
+    every, penalty, nothing = found
+    assert len(names) == 3 and all(len(grads) == 3 for grads in found)
+    assert all(torch.equal(a, b + 1) for a, b in zip(every, penalty)) and all((t == 1).all() for t in nothing)
