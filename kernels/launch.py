@@ -4,6 +4,7 @@ import numpy as np
 import torch
 import triton.language as tl
 
+from quantops.kernels.memory import RUN
 from quantops.kernels.table import FIRST_CALL, on_device
 
 TYPES = {
@@ -56,8 +57,11 @@ def all_aligned(*columns):
 
 
 def owners(counts, device):
-    """What :func:`quantops.kernels.memory.owner` reads: the number of tensors, then the first program of each."""
-    return on_device(np.concatenate([[len(counts)], starts(counts)]).astype(np.int32), device)
+    """What :func:`quantops.kernels.memory.owner` reads: the tensor of every RUN-th program, then the first program past
+    each tensor."""
+    ends = np.cumsum(counts)
+    tensors = np.searchsorted(ends, np.arange(0, ends[-1], RUN.value), side="right")  # passes over empty ones
+    return on_device(np.concatenate([tensors, ends]).astype(np.int32), device)
 
 
 def starts(counts):

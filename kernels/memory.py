@@ -5,6 +5,8 @@ import triton.language as tl
 
 from quantops.kernels import math
 
+RUN = tl.constexpr(64)  # programs that share an entry in the table of owners
+
 
 @triton.jit
 def pointer(address, start, T: tl.constexpr):
@@ -12,16 +14,13 @@ def pointer(address, start, T: tl.constexpr):
 
 
 @triton.jit
-def owner(first, pid):
-    """The tensor that program ``pid`` works on, of :func:`quantops.kernels.launch.owners`; none that is empty."""
-    low = 0
-    high = tl.load(first)
-    while high - low > 1:
-        middle = (low + high) // 2
-        here = tl.load(first + 1 + middle) <= pid
-        low = tl.where(here, middle, low)
-        high = tl.where(here, high, middle)
-    return low
+def owner(chunks, pid):
+    """The tensor that program ``pid`` works on, of :func:`quantops.kernels.launch.owners`."""
+    t = tl.load(chunks + pid // RUN)
+    ends = chunks + (tl.num_programs(0) + RUN - 1) // RUN
+    while tl.load(ends + t) <= pid:
+        t += 1
+    return t
 
 
 @triton.jit

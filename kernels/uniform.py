@@ -52,7 +52,7 @@ ABSMAX, ABSMEAN, SCALE_GRAD, CARRIERS = (tl.constexpr(i) for i in range(6, 10))
 
 SUB = tl.constexpr(1024)  # elements at a time off the main path, where registers are dear
 SHRINK = tl.constexpr(2.0**-64)  # of sums of |w| that may be past the largest number
-TILE_ROWS, COLUMNS = tl.constexpr(16), tl.constexpr(64)  # of short rows that share a program
+TILE_ROWS = tl.constexpr(16)  # of short rows that share a program
 
 
 @triton.jit
@@ -318,6 +318,8 @@ def by_row(table, chunks, bits, k, r, partials, A: tl.constexpr, W_T: tl.constex
         if HAS_R:
             rr = tl.load(r + t)
 
+    AT_ONCE: tl.constexpr = SUB // 2 if A == tl.float64 else SUB  # off the main path
+    WIDTH: tl.constexpr = AT_ONCE // TILE_ROWS
     if pieces == 0:
         lines = local * TILE_ROWS + tl.arange(0, TILE_ROWS)
         here = lines[:, None] < rows
@@ -325,9 +327,9 @@ def by_row(table, chunks, bits, k, r, partials, A: tl.constexpr, W_T: tl.constex
         x_all = memory.pointer(x_at, 0, X_T)
         out_all = memory.pointer(out_at, 0, OUT_T)
         q = _row_quantizer(s_ptr, lines[:, None], here, n, kk, GRID, SIGNED, OP)
-        tile, shrunk = _zeros([TILE_ROWS, COLUMNS], A, OP), tl.zeros([TILE_ROWS, COLUMNS], A)
-        for j in range(0, inner.to(tl.int32), COLUMNS):
-            column = j + tl.arange(0, COLUMNS)[None, :]
+        tile, shrunk = _zeros([TILE_ROWS, WIDTH], A, OP), tl.zeros([TILE_ROWS, WIDTH], A)
+        for j in range(0, inner.to(tl.int32), WIDTH):
+            column = j + tl.arange(0, WIDTH)[None, :]
             v = _row_block(w_all, x_all, out_all, lines[:, None] * inner + column, here & (column < inner), rr, q, A,
                            OUT_T, OP, SIGNED, HAS_X, HAS_R)
             tile = _add(tile, v, OP)
@@ -349,11 +351,11 @@ def by_row(table, chunks, bits, k, r, partials, A: tl.constexpr, W_T: tl.constex
             if OP == ABSMEAN:
                 small = tl.sum(v * SHRINK, 0)
         else:
-            sums, shrunk = _zeros([SUB], A, OP), tl.zeros([SUB], A)
+            sums, shrunk = _zeros([AT_ONCE], A, OP), tl.zeros([AT_ONCE], A)
             w_ptr, x_ptr = memory.pointer(w_at, at, W_T), memory.pointer(x_at, at, X_T)
             out_ptr = memory.pointer(out_at, at, OUT_T)
-            for j in range(0, tl.minimum(inner - start, BLOCK).to(tl.int32), SUB):
-                i = j + tl.arange(0, SUB)
+            for j in range(0, tl.minimum(inner - start, BLOCK).to(tl.int32), AT_ONCE):
+                i = j + tl.arange(0, AT_ONCE)
                 v = _row_block(w_ptr, x_ptr, out_ptr, i, i < inner - start, rr, p, A, OUT_T, OP, SIGNED, HAS_X, HAS_R)
                 sums = _add(sums, v, OP)
                 if OP == ABSMEAN:
