@@ -25,13 +25,15 @@ class Quantizer(NamedTuple):
     scale: tl.tensor  # the weights whose codes differ lie in [low, scale]
     low: tl.tensor
     inv: tl.tensor  # 0.5/s signed, 1/s unsigned and on the sign grid; 0 where s = 0 or 1/s overflows
+    slope: tl.tensor  # the same; 1 where that is 0, where no weight has another code than 0
     offset: tl.tensor  # 0.5 signed, 0 unsigned and on the sign grid
     mul: tl.tensor  # 2^n
     top: tl.tensor  # 2^n - 1
-    bottom: tl.tensor  # the lowest code: 0, on the sign grid -top
+    bottom: tl.tensor  # the lowest code of round_clamp: 0, on the sign grid -top; where inv = 0, that of w = 0
+    most: tl.tensor  # the highest: top; where inv = 0, that of w = 0
     mul_lo: tl.tensor  # the same of n - k bits
-    top_lo: tl.tensor
     bottom_lo: tl.tensor
+    most_lo: tl.tensor
     count: tl.tensor  # of the codes that are stored: 2^n, on the sign grid twice that
     pow_k: tl.tensor  # 2^k
     a: tl.tensor  # m = a * c + b
@@ -149,16 +151,24 @@ def make_quantizer(s, n, k, GRID: tl.constexpr, SIGNED: tl.constexpr):
     else:
         inv = divide(1.0, s)
         degenerate = inv == float("inf")
+    slope = tl.where(degenerate, 1.0, inv)
     inv = tl.where(degenerate, 0.0, inv)
     inv_scale = tl.where(degenerate, 0.0, divide(1.0, s))
     mul = pow2(n, T)
     top = mul - 1.0
     mul_lo = pow2(n - k, T)
     top_lo = mul_lo - 1.0
-    if GRID == SIGN:
-        bottom, bottom_lo = 0.0 - top, 0.0 - top_lo
-    else:
+    if CENTRED:
         bottom, bottom_lo = zero, zero
+        middle, middle_lo = tl.where(n > 0, 0.5 * mul, 0.0), tl.where(n > 0, 0.5 * mul_lo, 0.0)
+    else:
+        if GRID == SIGN:
+            bottom, bottom_lo = 0.0 - top, 0.0 - top_lo
+        else:
+            bottom, bottom_lo = zero, zero
+        middle, middle_lo = zero, zero
+    bottom, most = tl.where(degenerate, middle, bottom), tl.where(degenerate, middle, top)
+    bottom_lo, most_lo = tl.where(degenerate, middle_lo, bottom_lo), tl.where(degenerate, middle_lo, top_lo)
     if not CENTRED:
         a, b = zero + 1.0, zero
     elif GRID == FULL:
@@ -184,8 +194,9 @@ def make_quantizer(s, n, k, GRID: tl.constexpr, SIGNED: tl.constexpr):
     outside = tl.where(valid, zero, float("nan"))
     scale = tl.where(valid, s, float("nan"))
     low = 0.0 - scale if SIGNED else outside
-    return Quantizer(scale, low, inv, offset, mul, top, bottom, mul_lo, top_lo, bottom_lo, pow2(code_bits(n, GRID), T),
-                     pow2(k, T), a, b, step, unit_step, code_step, inv_scale, outside, valid)
+    return Quantizer(scale, low, inv, slope, offset, mul, top, bottom, most, mul_lo, bottom_lo, most_lo,
+                     pow2(code_bits(n, GRID), T), pow2(k, T), a, b, step, unit_step, code_step, inv_scale, outside,
+                     valid)
 
 
 @triton.jit
@@ -200,20 +211,20 @@ def unit(w, p):
 
 @triton.jit
 def round_clamp_unit(w, p):
-    """u for the codes of round_clamp; NaN where w is NaN. It clamps w, not u: see csrc/quant_math.h."""
-    v = tl.maximum(w, p.low, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(v, p.scale, propagate_nan=tl.PropagateNan.ALL) * p.inv + p.offset
+    """u for the codes of round_clamp, not clamped, since codes are; NaN where w is NaN."""
+    return w * p.slope + p.offset
 
 
 @triton.jit
-def _clamped(c, bottom, top):
-    c = tl.minimum(c, top, propagate_nan=tl.PropagateNan.ALL)
+def _clamped(c, bottom, most):
+    c = tl.minimum(c, most, propagate_nan=tl.PropagateNan.ALL)
     return tl.maximum(c, bottom, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def round_clamp_code(u, p):
-    return _clamped(rint_product(p.mul, u), p.bottom, p.top)
+    """It may be -0, which ``level`` makes 0."""
+    return _clamped(rint_product(p.mul, u), p.bottom, p.most)
 
 
 @triton.jit
@@ -253,7 +264,7 @@ def level(c, p):
 @triton.jit
 def lsb_residual(u, c, p):
     """B_k of the weight with unit u and code c, as a float; 0 where it is NaN."""
-    low = _clamped(rint_product(p.mul_lo, u), p.bottom_lo, p.top_lo)
+    low = _clamped(rint_product(p.mul_lo, u), p.bottom_lo, p.most_lo)
     b = product_plus(0.0 - p.pow_k, low, c)  # exact: pow_k is a power of two
     return tl.where(b == b, b, 0.0)
 
