@@ -1,7 +1,7 @@
 // Family `categorical` on CUDA: the ops of quantops/library.py over lists of tensors, one launch each; one more where
-// hard classes have gates, one or two where sums are wanted. What happens to an element is in csrc/categorical_*.h,
-// the kernels are in categorical_*.cuh, how a list is walked in table.cuh. Values on the GPU are never read back: those
-// out of range give NaN for that tensor.
+// hard classes have gates, where the sums of scales come from many items, and where gradients of gates are wanted. What
+// happens to an element is in csrc/categorical_*.h, the kernels are in categorical_*.cuh, how a list is walked in
+// table.cuh. Values on the GPU are never read back: those out of range give NaN for that tensor.
 #include <optional>
 #include <tuple>
 
@@ -134,24 +134,17 @@ Tensors categorical(Tensors x, Tensors alpha, Tensors sigma, Tensor bits, std::o
   return q;
 }
 
-// Runs an op and its second stage: sums for alpha and sigma,
-template <class A, class Op>
-void run_with_widths(const Problem& p, Op op) {
-  using P = Partial<false>;
-  using Finish = FinishWidths<A, P>;
-  run(p.x[0], p.entries, sizeof(P), op, Finish{},
-      [](Op& o, Finish& finish, void* scratch) { finish.partial = o.partial = static_cast<P*>(scratch); });
-}
-
-// and for gates, too.
+// Runs an op that also leaves sums for gates, then what adds those up.
 template <class A, class Op>
 void run_with_gates(const Problem& p, Op op) {
-  using P = Partial<true>;
-  using Finish = Finishes<FinishWidths<A, P>, FinishGates<A>>;
-  run(p.x[0], p.entries, sizeof(P), op, Finish{{nullptr}, {p.source, nullptr}},
-      [](Op& o, Finish& finish, void* scratch) {
-        finish.first.partial = finish.second.partial = o.partial = static_cast<P*>(scratch);
-      });
+  OnDevice on(p.x[0]);
+  for_tables(p.entries, [&](const auto& table, int64_t items) {
+    const Tensor scratch = empty_vector(items * kMaxLevels * int64_t(sizeof(double)), ScalarType::Byte, p.x[0]);
+    op.of_gates = static_cast<double*>(scratch.data_ptr());
+    launch_with_sums(on, p.x[0], table, items, op, [&](const Op& o) { launch_items(on, table, items, o); });
+    launch(on, gates_kernel<A, std::decay_t<decltype(table)>>, dim3(static_cast<unsigned>(table.count)), kFinishThreads,
+           table, p.source, static_cast<const double*>(op.of_gates));
+  });
 }
 
 std::tuple<Tensors, Tensors, Tensors, Tensors> categorical_backward(Tensors grad, Tensors x, Tensors alpha,
@@ -187,17 +180,17 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> categorical_backward(Tensors grad
       using G = decltype(grad_element);
       const bool sample = p.mode == kSample;
       if (p.soft && gate_grad)
-        run_with_gates<A>(p, SoftBackward<W, G, true>{{}, p.source, nullptr});
+        run_with_gates<A>(p, SoftBackward<W, G, true>{{}, p.source});
       else if (p.soft)
-        run_with_widths<A>(p, SoftBackward<W, G, false>{{}, p.source, nullptr});
+        run(p.x[0], p.entries, SoftBackward<W, G, false>{{}, p.source});
       else if (gate_grad)
-        run_with_gates<A>(p, WinnerMany<W, G, true>{{}, p.source, sample, nullptr});
+        run_with_gates<A>(p, WinnerMany<W, G, true>{{}, p.source, sample});
       else if (p.has_gates || sample)
-        run_with_widths<A>(p, WinnerMany<W, G, false>{{}, p.source, sample, nullptr});
+        run(p.x[0], p.entries, WinnerMany<W, G, false>{{}, p.source, sample});
       else if (scale_grad)
-        run_with_widths<A>(p, WinnerOne<W, G, true>{{}, p.source, nullptr});
+        run(p.x[0], p.entries, WinnerOne<W, G, true>{{}, p.source});
       else
-        run(p.x[0], p.entries, WinnerOne<W, G, false>{{}, p.source, nullptr});
+        run(p.x[0], p.entries, WinnerOne<W, G, false>{{}, p.source});
     });
   });
   if (!scale_grad) grad_alpha = grad_sigma = {};

@@ -6,14 +6,27 @@
 
 namespace quantops::cuda {
 
-// The sums of an item for the gradients of alpha, sigma and, where there are kGates, gates times their gates.
-template <bool kGates>
-struct Partial {
-  double alpha, sigma, gate[kMaxLevels];
+// What the gradients of alpha and sigma are the sums of.
+struct WidthSums {
+  double alpha = 0, sigma = 0;
 };
-template <>
-struct Partial<false> {
-  double alpha, sigma;
+struct AddWidths {
+  __device__ __forceinline__ WidthSums operator()(const WidthSums& a, const WidthSums& b) const {
+    return {a.alpha + b.alpha, a.sigma + b.sigma};
+  }
+};
+
+// Gradients, and sums for alpha and sigma of every scale. of_gates: of each item for every gate, where those are
+// wanted.
+template <class A>
+struct BackwardBase : SumOp<WidthSums, AddWidths, true> {
+  using E = CategoricalEntry;
+  double* of_gates = nullptr;
+
+  __device__ __forceinline__ void write(const E& e, int64_t row, int, const WidthSums& s) const {
+    static_cast<A*>(e.result)[row] = static_cast<A>(s.alpha);
+    static_cast<A*>(e.sigma_result)[row] = static_cast<A>(s.sigma);
+  }
 };
 
 // A lane's sums for alpha and sigma: of a vector in the dtype of the arithmetic, then in double, of which a GPU for
@@ -32,14 +45,7 @@ struct ScaleSums {
     sigma += static_cast<double>(of_sigma);
     of_alpha = of_sigma = A(0);
   }
-  template <class P>
-  __device__ __forceinline__ void write(P* partial, int64_t item, int lane) const {
-    const double a = warp_reduce<Add>(alpha), s = warp_reduce<Add>(sigma);
-    if (lane == 0) {
-      partial[item].alpha = a;
-      partial[item].sigma = s;
-    }
-  }
+  __device__ __forceinline__ WidthSums total() const { return {alpha, sigma}; }
 };
 
 // A thread's sums for the gates of kCount levels, in shared memory, since the levels are counted at run time.
@@ -53,20 +59,17 @@ struct GateSums {
     for (int t = 0; t < kCount; ++t) sum[t * kThreads] = A(0);
   }
   __device__ __forceinline__ void add(int t, A v) const { sum[t * kThreads] += v; }
-  template <class P>
-  __device__ __forceinline__ void write(P* partial, int64_t item, int lane) const {
+  __device__ __forceinline__ void write(double* of_item, int lane) const {
 #pragma unroll 1
     for (int t = 1; t < kCount; ++t) {
       const double total = warp_reduce<Add>(static_cast<double>(sum[t * kThreads]));
-      if (lane == 0) partial[item].gate[t] = total;
+      if (lane == 0) of_item[t] = total;
     }
   }
 };
 template <class A>
 struct GateSums<A, 0> {
   __device__ __forceinline__ void add(int, A) const {}
-  template <class P>
-  __device__ __forceinline__ void write(P*, int64_t, int) const {}
 };
 
 // What the ends of the grid are for the classes at the nearer one and up to 31 from it: a lane computes one of them.
@@ -92,8 +95,10 @@ struct EndTable {
 
 // Hard classes without gates. kScales: with the gradients of alpha and sigma.
 template <class W, class Grad, bool kScales>
-struct WinnerOne : CategoricalBase {
+struct WinnerOne : BackwardBase<Acc<W>> {
+  static constexpr bool kSums = kScales;
   static constexpr int kBytesInFlight = 32;
+  using E = CategoricalEntry;
   using X = W;
   using G = Grad;
   using O = W;
@@ -106,7 +111,6 @@ struct WinnerOne : CategoricalBase {
     double alpha, sigma;
   };
   Source source;
-  Partial<false>* partial;
 
   __device__ __forceinline__ State begin(const E& e, int64_t row, int which) const {
     const Bins<A> p = source.bins<A>(e, row, source.levels<A>(e, which));
@@ -126,16 +130,13 @@ struct WinnerOne : CategoricalBase {
     s.sigma += static_cast<double>(winner_sigma(s.of_q, s.of_w, s.p.beta, s.k.ratio));
     s.of_u = s.of_q = s.of_c = s.of_w = A(0);
   }
-  __device__ __forceinline__ void end(State& s, int64_t item, int lane) const {
-    if constexpr (!kScales) return;
-    const double alpha = warp_reduce<Add>(s.alpha), sigma = warp_reduce<Add>(s.sigma);
-    if (lane == 0) partial[item] = {alpha, sigma};
-  }
+  __device__ __forceinline__ WidthSums total(const State& s) const { return {s.alpha, s.sigma}; }
 };
 
 // Classes with gates, or drawn.
 template <class W, class Grad, bool kGates>
-struct WinnerMany : CategoricalBase {
+struct WinnerMany : BackwardBase<Acc<W>> {
+  using E = CategoricalEntry;
   static constexpr bool kIndexed = true;
   static constexpr bool kRolled = true;
   static constexpr int kBytesInFlight = 16;
@@ -156,7 +157,6 @@ struct WinnerMany : CategoricalBase {
   };
   Source source;
   bool sample;
-  Partial<kGates>* partial;
 
   __device__ __forceinline__ State begin(const E& e, int64_t row, int which) const {
     const Levels l = source.levels<A>(e, which);
@@ -226,15 +226,17 @@ struct WinnerMany : CategoricalBase {
   __device__ __forceinline__ void flush(State& s, const X (&)[kCount]) const {
     s.sums.flush();
   }
+  __device__ __forceinline__ WidthSums total(const State& s) const { return s.sums.total(); }
   __device__ __forceinline__ void end(State& s, int64_t item, int lane) const {
-    s.sums.write(partial, item, lane);
-    s.gates.write(partial, item, lane);
+    if constexpr (kGates) s.gates.write(this->of_gates + item * kMaxLevels, lane);
   }
 };
 
 // The soft sum.
 template <class W, class Grad, bool kGates>
-struct SoftBackward : CategoricalBase {
+struct SoftBackward : BackwardBase<Acc<W>> {
+  static constexpr bool kLastBlock = std::is_same_v<W, Grad>;  // else vectors of three types fill shared memory
+  using E = CategoricalEntry;
   static constexpr bool kRolled = true;
   static constexpr int kBytesInFlight = 16;
   using X = W;
@@ -250,7 +252,6 @@ struct SoftBackward : CategoricalBase {
     GateSums<A, kGates ? kMaxSoftBits : 0> gates;
   };
   Source source;
-  Partial<kGates>* partial;
 
   __device__ __forceinline__ State begin(const E& e, int64_t row, int which) const {
     const Levels l = source.levels<A>(e, which);
@@ -292,62 +293,37 @@ struct SoftBackward : CategoricalBase {
   __device__ __forceinline__ void flush(State& s, const X (&)[kCount]) const {
     s.sums.flush();
   }
+  __device__ __forceinline__ WidthSums total(const State& s) const { return s.sums.total(); }
   __device__ __forceinline__ void end(State& s, int64_t item, int lane) const {
-    s.sums.write(partial, item, lane);
     if constexpr (kGates) {
 #pragma unroll 1
       for (int t = kMaxSoftBits - 2; t > 0; --t) s.gates.add(t, s.gates.sum[(t + 1) * kThreads]);
-      s.gates.write(partial, item, lane);
+      s.gates.write(this->of_gates + item * kMaxLevels, lane);
     }
   }
 };
 
-// dL/dalpha and dL/dsigma of every scale.
-template <class A, class P>
-struct FinishWidths {
-  using E = CategoricalEntry;
-  static constexpr bool kPerScale = true;
-  const P* partial;
-
-  __device__ void run(const E& e, int64_t row, int64_t first, int64_t items, int) const {
-    double alpha = 0, sigma = 0;
-#pragma unroll 4
-    for (int64_t i = threadIdx.x; i < items; i += blockDim.x) {
-      alpha += partial[first + i].alpha;
-      sigma += partial[first + i].sigma;
-    }
-    alpha = block_reduce<Add>(alpha);
-    sigma = block_reduce<Add>(sigma);
-    if (threadIdx.x != 0) return;
-    static_cast<A*>(e.result)[row] = static_cast<A>(alpha);
-    static_cast<A*>(e.sigma_result)[row] = static_cast<A>(sigma);
-  }
-};
-
-// dL/dgates of every tensor.
-template <class A>
-struct FinishGates {
-  using E = CategoricalEntry;
-  static constexpr bool kPerScale = false;
-  Source source;
-  const Partial<true>* partial;
-
-  __device__ void run(const E& e, int64_t, int64_t first, int64_t items, int which) const {
-    const Levels levels = source.levels<A>(e, which);
-    A* result = static_cast<A*>(e.gates_result);
+// dL/dgates of every tensor from what its items have left, by a block.
+template <class A, class T>
+__global__ void __launch_bounds__(kFinishThreads)
+    gates_kernel(const __grid_constant__ T table, const Source source, const double* of_gates) {
+  const int which = blockIdx.x;
+  const CategoricalEntry& e = table.entry[which];
+  const int64_t first = table.first_item[which], last = table.first_item[which + 1];
+  const Levels levels = source.levels<A>(e, table.base + which);
+  A* result = static_cast<A*>(e.gates_result);
 #pragma unroll 1
-    for (int t = 0; t < e.gate_count; ++t) {
-      double sum = 0;
-      if (t > 0 && t < kMaxLevels)
-        for (int64_t i = threadIdx.x; i < items; i += blockDim.x) sum += partial[first + i].gate[t];
-      sum = block_reduce<Add>(sum);
-      if (threadIdx.x != 0) continue;
-      const bool in = t > 0 && t < levels.count;
-      result[t] = !levels.valid ? quiet_nan<A>()
-                  : in          ? static_cast<A>(sum / static_cast<double>(static_cast<const A*>(e.gates)[t]))
-                                : A(0);
-    }
+  for (int t = 0; t < e.gate_count; ++t) {
+    double sum = 0;
+    if (t > 0 && t < kMaxLevels)
+      for (int64_t i = first + threadIdx.x; i < last; i += kFinishThreads) sum += of_gates[i * kMaxLevels + t];
+    sum = block_reduce<Add>(sum);
+    if (threadIdx.x != 0) continue;
+    const bool in = t > 0 && t < levels.count;
+    result[t] = !levels.valid ? quiet_nan<A>()
+                : in          ? static_cast<A>(sum / static_cast<double>(static_cast<const A*>(e.gates)[t]))
+                              : A(0);
   }
-};
+}
 
 }  // namespace quantops::cuda

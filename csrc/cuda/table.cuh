@@ -84,6 +84,7 @@ struct OpBase {
 template <class P, class C, bool kScales>
 struct SumOp : OpBase {
   static constexpr bool kSums = true, kPerScale = kScales;
+  static constexpr bool kLastBlock = true;  // whether the last block may add up, for which it takes shared memory
   using Partial = P;
   using Combine = C;
   P* partial = nullptr;  // of each item that does not have a group for itself
@@ -347,22 +348,9 @@ __global__ void __launch_bounds__(kThreads, Op::kBlocks)
     items_kernel(const __grid_constant__ Table<N, typename Op::E> table, const __grid_constant__ Op op) {
   const int64_t item = int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
   if (item < table.first_item[table.count]) run_item(table, op, item);  // whole warps
-  if constexpr (Op::kSums) {
+  if constexpr (Op::kSums && Op::kLastBlock) {
     if (op.counter >= 0 && is_last_block(op.counter)) finish_all(table, op);
   }
-}
-
-// Combines what items have left as Finish says: for each scale (Finish::kPerScale) or for each tensor, by one block.
-template <class Finish, class T>
-__global__ void __launch_bounds__(kFinishThreads)
-    finish_kernel(const __grid_constant__ T table, const __grid_constant__ Finish finish) {
-  int which = 0;
-  int64_t group = blockIdx.x;
-  for (int64_t rows; group >= (rows = Finish::kPerScale ? table.entry[which].rows : 1); ++which) group -= rows;
-  const auto& entry = table.entry[which];
-  const int64_t all = table.first_item[which + 1] - table.first_item[which];
-  const int64_t items = Finish::kPerScale ? segments_of(entry.inner, table.segment) : all;
-  finish.run(entry, group, table.first_item[which] + group * items, items, table.base + which);
 }
 
 // ------------------------------------------------------------------------------------------------------------ host
@@ -372,30 +360,6 @@ inline int64_t segment_rule(int64_t elements) {
   int64_t segment = kLeastSegment;
   while (segment < kLargestSegment && segment * kWantedItems < elements) segment *= 2;
   return segment;
-}
-
-// Two second stages over the same partial values.
-template <class First, class Second>
-struct Finishes {
-  First first;
-  Second second;
-};
-
-template <int N, class E, class Finish>
-void launch_finish(const OnDevice& on, const Table<N, E>& table, const Finish& finish) {
-  int64_t groups = 0;
-  for (int i = 0; i < table.count; ++i) groups += Finish::kPerScale ? table.entry[i].rows : 1;
-  QUANTOPS_CHECK(groups <= INT32_MAX, "scale: expected at most 2^31 - 1 of a list, got ", groups);
-  const bool long_groups = groups == table.count;  // else most are a partial value or a few
-  if (groups > 0)
-    launch(on, finish_kernel<Finish, Table<N, E>>, dim3(static_cast<unsigned>(groups)),
-           long_groups ? kFinishThreads : kWarp, table, finish);
-}
-
-template <int N, class E, class First, class Second>
-void launch_finish(const OnDevice& on, const Table<N, E>& table, const Finishes<First, Second>& both) {
-  launch_finish(on, table, both.first);
-  launch_finish(on, table, both.second);
 }
 
 // f(table, its items) for the tables of a list.
@@ -436,20 +400,6 @@ void launch_items(const OnDevice& on, const Table<N, E>& table, int64_t items, c
   if (items > 0) launch(on, items_kernel<Op, N>, dim3(static_cast<unsigned>(blocks)), kThreads, table, op);
 }
 
-// Runs Op over the entries, then Finish over its partial values. `with_scratch(op, finish, scratch)` points both to
-// scratch memory of `partial_bytes` per item.
-template <class E, class Op, class Finish, class WithScratch>
-void run(const Tensor& like, const std::vector<E>& entries, int64_t partial_bytes, Op op, Finish finish,
-         WithScratch with_scratch) {
-  OnDevice on(like);
-  for_tables(entries, [&](const auto& table, int64_t items) {
-    const Tensor scratch = empty_vector(items * partial_bytes, ScalarType::Byte, like);
-    with_scratch(op, finish, scratch.data_ptr());
-    launch_items(on, table, items, op);
-    launch_finish(on, table, finish);
-  });
-}
-
 // Has items(op) launch what leaves the sums of a table, and all of them added up.
 template <class T, class Op, class Items>
 void launch_with_sums(const OnDevice& on, const Tensor& like, const T& table, int64_t items, Op op,
@@ -461,7 +411,8 @@ void launch_with_sums(const OnDevice& on, const Tensor& like, const T& table, in
     scratch = empty_vector(items * int64_t(sizeof(typename Op::Partial)), ScalarType::Byte, like);
     op.partial = static_cast<typename Op::Partial*>(scratch.data_ptr());
   }
-  const bool in_last_block = groups > 0 && groups <= kLastBlockGroups && items > 0 && items <= kLastBlockItems;
+  const bool in_last_block =
+      Op::kLastBlock && groups > 0 && groups <= kLastBlockGroups && items > 0 && items <= kLastBlockItems;
   op.counter = in_last_block ? take_counter(on.stream) : -1;
   launch_op(op);
   if (groups == 0 || op.counter >= 0) return;
