@@ -1,7 +1,8 @@
 """What nvcc makes of the CUDA kernels, read from the machine code, on machines without a GPU too.
 
 No registers spilled, no local memory, 128-bit loads and stores on the main path, several loads in flight where memory
-is what takes time, and no multiplication fused with an addition but where that is written, for sm_80 and sm_90.
+is what takes time, and no multiplication fused with an addition but where that is written: all files for sm_80 and
+sm_90, and one file each for what consumer GPUs have, sm_86, sm_89 and sm_120.
 """
 
 import re
@@ -12,6 +13,7 @@ from bench.machine_code import sass
 from bench.machine_code.sass import count
 
 ARCHS = ("80", "90")
+OTHER_ARCHS = {"86": "packing", "89": "truncate", "120": "uniform"}
 
 # The kernels whose main path must be wide: (name in the demangled symbol, does it write).
 WIDE = [
@@ -40,6 +42,8 @@ WIDE = [
     )
 ]
 WIDE = sorted(set(WIDE))
+CATEGORICAL = ("Nearest", "Bounded", "WinnerOne")
+WIDE = [(arch, *w) for arch in ARCHS for w in WIDE] + [("120", *w) for w in WIDE if not w[0].startswith(CATEGORICAL)]
 # Those that do more with an element than read and write it, in a loop over the elements of a vector.
 ROLLED = (
     "Sample<{0}, {0}>",
@@ -53,12 +57,26 @@ ROLLED = (
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
-    """{(arch, demangled name): Kernel} of all .cu files."""
+    """{(arch, demangled name): Kernel} of all .cu files, and of one each for the other archs that nvcc has."""
     if sass.nvcc() is None:
         pytest.skip("nvcc was not found: put the CUDA toolkit's on PATH, or set CUDA_HOME")
     if sass.tool("cuobjdump") is None:
         pytest.skip("cuobjdump was not found: install the CUDA toolkit's binary utilities, or triton, which has one")
-    return sass.cuda_kernels(ARCHS, tmp_path_factory.mktemp("cubin"))
+    folder, known = tmp_path_factory.mktemp("cubin"), sass.run(sass.nvcc(), "--list-gpu-arch").split()
+    found = sass.cuda_kernels(ARCHS, folder)
+    for arch, family in OTHER_ARCHS.items():
+        if f"compute_{arch}" in known:
+            found |= sass.cuda_kernels([arch], folder, [s for s in sass.SOURCES if s.stem == family])
+    return found
+
+
+def _named(kernels, arch, start):
+    """The two kernels, one for each size of the table, whose names begin so."""
+    if not any(a == arch for a, _ in kernels):
+        pytest.skip(f"this nvcc does not know sm_{arch}: CUDA 12.8 and newer do")
+    found = [k for (a, n), k in kernels.items() if a == arch and n.startswith(start)]
+    assert len(found) == 2, "one for each size of the table"
+    return found
 
 
 def test_every_op_has_kernels(kernels):
@@ -74,13 +92,10 @@ def test_no_spills_and_no_local_memory(kernels):
     assert not bad, f"kernels that use local memory: {bad}"
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("name, writes", WIDE, ids=[w[0] for w in WIDE])
+@pytest.mark.parametrize("arch, name, writes", WIDE, ids=["-".join(w[:2]) for w in WIDE])
 def test_main_path_moves_128_bits(kernels, arch, name, writes):
     """The main loop reads and writes memory in 16-byte words alone, with two or more loads under way at once."""
-    found = [k for (a, n), k in kernels.items() if a == arch and n.startswith(f"items_kernel<{name},")]
-    assert len(found) == 2, "one for each size of the table"
-    for kernel in found:
+    for kernel in _named(kernels, arch, f"items_kernel<{name},"):
         main = max(kernel.loops(), key=lambda loop: count(loop, r"LDG\.E\.128"))
         assert count(main, r"LDG\.E\.128") == count(main, "LDG") >= 2
         assert count(main, r"STG\.E\.128") == count(main, "STG")
@@ -92,10 +107,7 @@ def test_main_path_moves_128_bits(kernels, arch, name, writes):
 def test_long_code_stands_once_and_moves_128_bits(kernels, arch, name):
     """The loop over vectors, around that over elements: 16-byte words alone, and what fits the instruction cache."""
     for dtype in ("float", "__nv_bfloat16"):
-        start = f"items_kernel<{name.format(dtype)},"
-        found = [k for (a, n), k in kernels.items() if a == arch and n.startswith(start)]
-        assert len(found) == 2, "one for each size of the table"
-        for kernel in found:
+        for kernel in _named(kernels, arch, f"items_kernel<{name.format(dtype)},"):
             loops = [[text for at, text in kernel.code if low <= at <= high] for low, high in kernel.spans(nested=True)]
             main = min((loop for loop in loops if count(loop, r"LDG\.E\.128")), key=len)
             assert count(main, r"LDG\.E\.128") == count(main, "LDG") == 2 - name.startswith(("Sample", "SoftValue"))
@@ -103,7 +115,7 @@ def test_long_code_stands_once_and_moves_128_bits(kernels, arch, name):
             assert len(main) < 1500 and len(kernel.code) < 6000
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", [*ARCHS, "89"])
 @pytest.mark.parametrize("dtype", ["float", "__nv_bfloat16"])
 def test_truncate_moves_128_bits(kernels, arch, dtype):
     """The loop over the widths stores q, or loads gradients, in 16-byte words alone, two or more at once."""
@@ -111,9 +123,7 @@ def test_truncate_moves_128_bits(kernels, arch, dtype):
         (f"truncate_kernel<{dtype}, {dtype},", "STG", "LDG"),
         *((f"truncate_backward_kernel<{dtype}, {dtype}, {kind},", "LDG", "STG") for kind in range(3)),
     ):
-        found = [k for (a, n), k in kernels.items() if a == arch and n.startswith(name)]
-        assert len(found) == 2, "one for each size of the table"
-        for kernel in found:
+        for kernel in _named(kernels, arch, name):
             main = max(kernel.loops(), key=lambda loop: count(loop, rf"{op}\.E\.128"))
             assert count(main, rf"{op}\.E\.128") == count(main, op) >= 2, name
             assert count((text for _, text in kernel.code), rf"{other}\.E\.128") >= 2
@@ -160,7 +170,7 @@ def test_uniform_activations_move_128_bits(kernels, arch, name, dtype):
     print(f"{len(main)} instructions for 16 elements")
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", [*ARCHS, "86"])
 @pytest.mark.parametrize(
     "name, loads, stores",
     [
@@ -174,9 +184,7 @@ def test_uniform_activations_move_128_bits(kernels, arch, name, dtype):
 def test_packing_moves_128_bits(kernels, arch, name, loads, stores):
     """Whole tiles: all loads of one before the first is needed; beside them, single elements of the last tile alone."""
     for layout in ("false", "true"):
-        found = [k for (a, n), k in kernels.items() if a == arch and n.startswith(name.format(layout) + ",")]
-        assert len(found) == 2, "one for each size of the table"
-        for kernel in found:
+        for kernel in _named(kernels, arch, name.format(layout) + ","):
             code = [text for _, text in kernel.code]
             assert count(code, r"LDG\.E\.128") == loads and count(code, r"STG\.E\.128") >= stores
             first, last = (
