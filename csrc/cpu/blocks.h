@@ -126,6 +126,7 @@ struct Results<From, BFloat16, true> {
 
 #if defined(__x86_64__)
 inline const bool kHasAvx2 = __builtin_cpu_supports("avx2");
+inline const bool kHasAvx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
 
 // Past the caches; `to` and `bytes`: multiples of 16. Half a line at a time where that can be: with quarters, ops ran
 // at a half to a third of their speed wherever memory happened to lie badly. As text, since clones for older processors

@@ -28,15 +28,6 @@ namespace detail {
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-inline bool has_avx512() {
-  static const bool yes = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
-  return yes;
-}
-inline bool has_avx2() {
-  static const bool yes = __builtin_cpu_supports("avx2");
-  return yes;
-}
-
 // The low bytes of 64 codes, in order.
 __attribute__((target("avx512f,avx512bw"), always_inline)) inline __m512i low_bytes(const __m512i (&code)[4]) {
   __m512i bytes = _mm512_castsi128_si512(_mm512_cvtepi32_epi8(code[0]));
@@ -273,9 +264,9 @@ inline uint32_t pack_planes_loop(const int32_t* codes, int64_t count, int n, uin
   uint32_t seen = 0, octet[kOctet];
   int64_t i = 0;
 #if defined(__x86_64__)
-  if (detail::has_avx512())
+  if (kHasAvx512)
     i = detail::pack_planes_avx512(codes, count, n, data, stride, seen);
-  else if (detail::has_avx2())
+  else if (kHasAvx2)
     i = detail::pack_planes_avx2(codes, count, n, data, stride, seen);
 #endif
   for (; i < count; i += kOctet) {
@@ -292,9 +283,9 @@ inline void unpack_planes_loop(const uint8_t* data, int64_t stride, int64_t coun
                                bool streaming) {
   int64_t i = 0;
 #if defined(__x86_64__)
-  if (detail::has_avx512())
+  if (kHasAvx512)
     i = detail::unpack_planes_avx512(data, stride, count, m, codes, streaming);
-  else if (detail::has_avx2())
+  else if (kHasAvx2)
     i = detail::unpack_planes_avx2(data, stride, count, m, codes, streaming);
 #endif
   for (; i < count; i += kOctet) {
@@ -311,7 +302,7 @@ constexpr int kTableBits = 4;
 
 inline bool reads_bytes(int m) {
 #if defined(__x86_64__)
-  return m <= kTableBits && detail::has_avx512();
+  return m <= kTableBits && kHasAvx512;
 #else
   return false;
 #endif
@@ -403,7 +394,7 @@ inline void unpack_dense_loop(const uint8_t* data, int64_t bytes, int64_t count,
                               bool streaming) {
   int64_t i = 0;
 #if defined(__x86_64__)
-  if (detail::has_avx2()) i = detail::unpack_dense_avx2(data, bytes, count, n, m, codes, streaming);
+  if (kHasAvx2) i = detail::unpack_dense_avx2(data, bytes, count, n, m, codes, streaming);
 #endif
   for (; i < count; i += kOctet) {
     const int64_t at = i / kOctet * n;

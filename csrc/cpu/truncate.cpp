@@ -70,6 +70,8 @@ void truncate_into(const Widths& widths, const Targets& q) {
     const Chunk& c = list.chunks[chunk];
     const int64_t t = c.tensor;
     A codes[kBlock];
+    [[maybe_unused]] bool narrow = false;  // whether a width fits a table
+    for (int64_t j = 0; j < widths.count; j++) narrow |= widths.bits[widths.at(j, t)] <= kTableWidth;
     for_rows(c, list.rows[t], [&](int64_t row, int64_t begin, int64_t end) {
       const Row<A> r(widths, t, row);
       for (int64_t i = begin; i < end; i += kBlock) {
@@ -80,9 +82,23 @@ void truncate_into(const Widths& widths, const Targets& q) {
             code_loop<kAllPairs<In>>(w, codes, n, r.p, widths.rule, widths.tanh);
           else
             code_loop<false>(w, codes, n, r.p, widths.rule, widths.tanh);
+          [[maybe_unused]] uint16_t numbers[kBlock];
+          [[maybe_unused]] int64_t whole = 0;  // of them, 0: none are looked up
+#if defined(__x86_64__)
+          if constexpr (std::is_same_v<In, BFloat16>)
+            if (q.type == Storage::bf16 && narrow && looks_up(w, n)) whole = numbers_avx512(codes, numbers, n);
+#endif
           for (int64_t j = 0; j < widths.count; j++)
-            with_target<A>(q.data[widths.at(j, t)], q.type, i, n, q.streaming,
-                           [&](auto* y, bool streaming) { cut_loop<In>(codes, y, streaming, n, r.width[j]); });
+            with_target<A>(q.data[widths.at(j, t)], q.type, i, n, q.streaming, [&](auto* y, bool streaming) {
+#if defined(__x86_64__)
+              if constexpr (std::is_same_v<In, BFloat16> && std::is_same_v<decltype(y), BFloat16*>) {
+                const int m = widths.bits[widths.at(j, t)];
+                if (whole > 0 && m <= kTableWidth && (!streaming || reinterpret_cast<intptr_t>(y) % 64 == 0))
+                  return cut_by_table(codes, numbers, whole, y, streaming, n, int(list.bits[t]) - m, r.width[j]);
+              }
+#endif
+              cut_loop<In>(codes, y, streaming, n, r.width[j]);
+            });
         });
       }
     });

@@ -47,6 +47,71 @@ QUANTOPS_SIMD void cut_loop(const A* __restrict c, Out* __restrict q, bool strea
   map_lanes<In, kAllPairs<In, Out>>(q, streaming, n, [&](A x) QUANTOPS_LANES { return odd_level(x, v) * v.step; }, c);
 }
 
+// Widths of up to this many bits are looked up in a register, where their results are bfloat16 as the weights are: with
+// AVX-512. A value then takes three instructions for 32 elements, where arithmetic takes two dozen.
+constexpr int kTableWidth = 5;
+
+QUANTOPS_SIMD inline bool nan_loop(const BFloat16* __restrict w, int64_t n) {
+  uint16_t most = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const uint16_t magnitude = w[i].bits & 0x7fff;
+    most = magnitude > most ? magnitude : most;
+  }
+  return most > 0x7f80;  // infinity
+}
+
+// Whether they are in a block: a code that is looked up is no NaN, and a table takes as long as a few values.
+inline bool looks_up(const BFloat16* w, int64_t n) {
+#if defined(__x86_64__)
+  return kHasAvx512 && n >= 8 * kLanes && !nan_loop(w, n);
+#else
+  return false;
+#endif
+}
+
+#if defined(__x86_64__)
+// Codes in the order of kAllPairs as integers in that of storage, up to a multiple of kLanes, which it returns.
+__attribute__((target("avx512f,avx512bw"))) inline int64_t numbers_avx512(const float* c, uint16_t* numbers,
+                                                                          int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const __m512i first = _mm512_cvttps_epi32(_mm512_loadu_ps(c + i));
+    const __m512i second = _mm512_cvttps_epi32(_mm512_loadu_ps(c + i + kLanes / 2));
+    _mm512_storeu_si512(numbers + i, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
+  }
+  return i;
+}
+
+// The entry of a table for each code, cut by `shift` bits; n: a multiple of kLanes. Streamed results begin at one of 64
+// bytes.
+__attribute__((target("avx512f,avx512bw"))) inline void look_up_avx512(const uint16_t* codes, int64_t n, int shift,
+                                                                       const BFloat16* table, BFloat16* q,
+                                                                       bool streaming) {
+  const __m512i entries = _mm512_loadu_si512(table);
+  const __m128i by = _mm_cvtsi32_si128(shift);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const __m512i v = _mm512_permutexvar_epi16(_mm512_srl_epi16(_mm512_loadu_si512(codes + i), by), entries);
+    if (streaming)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(q + i), v);
+    else
+      _mm512_storeu_si512(q + i, v);
+  }
+}
+
+// What cut_loop gives for a width of `base - shift` bits, at most kTableWidth, where looks_up. `numbers`: the first
+// `whole` codes as numbers_avx512 gives them, the others are in `c`.
+template <class A>
+void cut_by_table(const A* c, const uint16_t* numbers, int64_t whole, BFloat16* q, bool streaming, int64_t n, int shift,
+                  const Width<A>& v) {
+  A codes[kLanes];
+  alignas(64) BFloat16 table[kLanes];
+  for (int j = 0; j < kLanes; j++) codes[j] = A(int64_t(j) << shift);
+  cut_loop<A>(codes, table, false, kLanes, v);
+  look_up_avx512(numbers, whole, shift, table, q, streaming);
+  cut_loop<BFloat16>(c + whole, q + whole, false, n - whole, v);
+}
+#endif
+
 enum GradKind { kCovered, kInside, kTanhInside };
 
 // dL/dw of one element from the sum of its gradients.
