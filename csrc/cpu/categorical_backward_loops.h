@@ -10,7 +10,7 @@ constexpr int64_t kOnePart = 512;
 
 template <class A>
 struct OnePart {
-  A c[kOnePart], w[kOnePart];
+  A c[kOnePart], w[kOnePart];  // places up to the next multiple of 16 elements are read, whatever is there
   A b[kOnePart], near[kOnePart], far[kOnePart];
   A rt[kOnePart], rq[kOnePart];
 };
@@ -52,34 +52,51 @@ QUANTOPS_FUSED_SIMD void ends_loop(OnePart<A>& part, int64_t n, const OneInterva
   }
 }
 
-// The same of the classes at an end and one, two, three from it, for scales where no class further away feels an end,
-// or no class is further away: selecting costs a third of an exponential.
+// The same of the classes at an end and up to 15 from it, for scales where no class further away feels an end, or no
+// class is further away. Selecting one of four costs a third of an exponential; with AVX-512, all are in a register.
+constexpr int kSelected = 4, kLookedUp = 16;
 template <class A>
 struct EndTable {
-  static constexpr int kCount = 4;
-  A near[kCount], far[kCount];
+  A near[kLookedUp], far[kLookedUp];
 };
 
 template <class A>
-bool has_end_table(const OneInterval<A>& k) {
-  return k.half_classes <= A(4) || decay_of(A(3), k) == A(0);
+bool serves_all(int count, const OneInterval<A>& k) {
+  return k.half_classes <= A(count) || decay_of(A(count - 1), k) == A(0);
 }
 
 template <class A>
-EndTable<A> make_end_table(const OneInterval<A>& k) {
-  EndTable<A> table;
-  for (int i = 0; i < EndTable<A>::kCount; i++) {
+QUANTOPS_SIMD void end_table_loop(EndTable<A>& table, const OneInterval<A>& interval) {
+  const OneInterval<A> k = interval;
+  for (int i = 0; i < kLookedUp; i++) {
     const Ends<A> ends = ends_of<true>(class_from_end(A(i), k), k);
     table.near[i] = ends.near;
     table.far[i] = ends.far;
   }
-  return table;
 }
+
+#if defined(__x86_64__)
+// What ends_loop gives, up to the next multiple of 16 elements.
+template <bool kFar>
+__attribute__((target("avx512f,avx512bw"))) void look_up_ends_avx512(OnePart<float>& part, int64_t n,
+                                                                     const OneInterval<float>& k,
+                                                                     const EndTable<float>& table) {
+  const __m512 near = _mm512_loadu_ps(table.near), far = _mm512_loadu_ps(table.far);
+  const __m512 middle = _mm512_set1_ps(k.middle), most = _mm512_set1_ps(k.half_classes - 0.5f);
+  const __m512i last = _mm512_set1_epi32(kLookedUp - 1);
+  for (int64_t i = 0; i < n; i += kLookedUp) {
+    const __m512 away = _mm512_abs_ps(_mm512_sub_ps(_mm512_loadu_ps(part.c + i), middle));
+    const __m512i classes = _mm512_min_epi32(_mm512_cvttps_epi32(_mm512_sub_ps(most, away)), last);
+    _mm512_storeu_ps(part.near + i, _mm512_permutexvar_ps(classes, near));
+    if (kFar) _mm512_storeu_ps(part.far + i, _mm512_permutexvar_ps(classes, far));
+  }
+}
+#endif
 
 template <class A>
 QUANTOPS_INLINE A entry_of(A classes_to_end, const A* table) {
-  A entry = table[3];
-  for (int i = 2; i >= 0; i--) entry = classes_to_end < A(i) + A(0.5) ? table[i] : entry;
+  A entry = table[kSelected - 1];
+  for (int i = kSelected - 2; i >= 0; i--) entry = classes_to_end < A(i) + A(0.5) ? table[i] : entry;
   return entry;
 }
 
@@ -152,30 +169,49 @@ template <class A>
 struct OneScale {
   OneInterval<A> interval;
   EndTable<A> ends;
-  bool plain, table, far;
+  bool plain, selected, looked_up, far;
 };
 
 template <class A>
 OneScale<A> make_one_scale(const Bins<A>& p) {
-  const OneInterval<A> k = make_one_interval(p);
-  return {k, make_end_table(k), is_plain(k), has_end_table(k), feels_far_end(k)};
+  OneScale<A> s;
+  s.interval = make_one_interval(p);
+  end_table_loop(s.ends, s.interval);
+  s.plain = is_plain(s.interval);
+  s.selected = serves_all(kSelected, s.interval);
+  s.looked_up = false;
+#if defined(__x86_64__)
+  s.looked_up = sizeof(A) == 4 && kHasAvx512 && serves_all(kLookedUp, s.interval);
+#endif
+  s.far = feels_far_end(s.interval);
+  return s;
+}
+
+// near and far of a part.
+template <bool kFar, class A>
+void ends_of_part(OnePart<A>& part, int64_t n, const OneScale<A>& s) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(A) == 4)
+    if (s.looked_up) return look_up_ends_avx512<kFar>(part, n, s.interval, s.ends);
+#endif
+  ends_loop<kFar>(part, n, s.interval);
 }
 
 template <class A>
 void slopes_of_part(OnePart<A>& part, int64_t n, const OneScale<A>& s) {
   const OneInterval<A>& k = s.interval;
-  if (k.half_classes > A(4) && !feels_end_loop(part, n, k)) {
+  if (!s.looked_up && k.half_classes > A(kSelected) && !feels_end_loop(part, n, k)) {
     slopes_loop<From::nowhere, false>(part, n, k, s.ends);
-  } else if (s.table) {
+  } else if (s.selected && !s.looked_up) {
     if (s.far)
       slopes_loop<From::table, true>(part, n, k, s.ends);
     else
       slopes_loop<From::table, false>(part, n, k, s.ends);
   } else if (s.far) {
-    ends_loop<true>(part, n, k);
+    ends_of_part<true>(part, n, s);
     slopes_loop<From::loop, true>(part, n, k, s.ends);
   } else {
-    ends_loop<false>(part, n, k);
+    ends_of_part<false>(part, n, s);
     slopes_loop<From::loop, false>(part, n, k, s.ends);
   }
 }
