@@ -25,5 +25,6 @@ def penalty(model: torch.nn.Module) -> torch.Tensor:
     if any(cpq.learns_bits(p) for p in quantizers):
         parts.append(cpq.penalty(model))
     if not parts:
-        return layers[0][1].original.new_zeros((), dtype=acc_dtype(layers[0][1].original.dtype))
+        w = layers[0][1].original
+        return torch.zeros((), dtype=acc_dtype(w.dtype), device=w.device)  # plain where w is sharded
     return torch.stack(parts).sum() if len(parts) > 1 else parts[0]
