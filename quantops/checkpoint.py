@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from quantops.config_json import config_from_dict
+from quantops.config_json import config_from_dict, quantize_as
 from quantops.convert import FUSE, quantize_
 from quantops.methods.multibn import MultiBatchNorm
+from quantops.modelfile import config_of, load_model
 from quantops.nn import check_module, owners, quantized
 from quantops.state import KEY, Settings, settings_in
 from quantops.types import ModelT
@@ -33,7 +34,8 @@ def prepare(model: ModelT, checkpoint: Any, *, fuse: str = FUSE[0], cache: bool 
     It is quantized as the model that was saved (method, config, the settings of each layer), and all of the checkpoint
     is loaded: weights, bits, batch norms, activations.
 
-    checkpoint: a state dict; a file of one, by torch.save or safetensors; or a folder of ``save_pretrained`` or of a
+    checkpoint: a state dict; a file of one, by torch.save or safetensors; one of :func:`quantops.save_model`, whose
+        float weights :func:`quantops.load_model` finds; or a folder of ``save_pretrained`` or of a
         Trainer's checkpoint. Of parameters that are tied it may hold one.
     fuse, cache: of the config; they say how and not what is computed, and are not in checkpoints.
 
@@ -43,6 +45,10 @@ def prepare(model: ModelT, checkpoint: Any, *, fuse: str = FUSE[0], cache: bool 
     check_module(model)
     if quantized(model):
         raise ValueError("model: expected a float model, got one that quantops.quantize_ changed")
+    if isinstance(checkpoint, (str, os.PathLike)) and os.path.isfile(checkpoint):
+        text = config_of(checkpoint)
+        if text is not None:
+            return load_model(checkpoint, quantize_as(model, text, fuse=fuse, cache=cache))
     state = {_FLOAT.sub(r"\1\2", key): value for key, value in _state_of(checkpoint).items()}
     found, names = _recipes(state, fuse=fuse, cache=cache)
     kept = tuple(names)

@@ -73,10 +73,11 @@ def parsed(text):
     return calls
 
 
-def quantize_as(model, text):
+def quantize_as(model, text, **how):
     """Quantizes a plain model, in place, as the one was that ``text`` is of, and returns it.
 
-    ValueError, with the model untouched, where it has not all of the layers.
+    ``how``: fields of the configs, which have these values instead. ValueError, with the model untouched, where it has
+    not all of the layers.
     """
     calls = parsed(text)
     modules, own = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
@@ -89,5 +90,6 @@ def quantize_as(model, text):
     for module, config, chosen in calls:
         weights = dict(modules[module].named_parameters(remove_duplicate=False))
         full = [name if name in weights else f"{name}.{WEIGHT}".removeprefix(".") for name in chosen]
+        config = dataclasses.replace(config, **how)
         quantize_(modules[module], config, [glob.escape(name) for name in full])
     return model

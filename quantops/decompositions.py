@@ -57,7 +57,8 @@ def _categorical(x, alpha, sigma, bits, gates, seed, mode, grad_of, signed, dtyp
     if MODES[mode] != "hard" or gates:
         raise ValueError(
             f"categorical: expected mode 'hard' without gates in a graph of aten ops, got "
-            f"{MODES[mode]!r}{' with gates' if gates else ''}; call model.eval() before the export"
+            f"{MODES[mode]!r}{' with gates' if gates else ''}; call model.eval() before the export, or export "
+            "quantops.plain_model(model)"
         )
     return [_nearest(*values, signed).to(dtype) for values in zip(x, alpha, sigma, bits.reshape(-1))]
 

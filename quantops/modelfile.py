@@ -132,6 +132,16 @@ def describe(f):
     return [*lines, f"format {FORMAT} {VERSION}, written by quantops {metadata.get('quantops')}"]
 
 
+def config_of(path):
+    """The JSON text of how the model in a file of :func:`save_model` was quantized; None for files of other kinds."""
+    try:
+        with opened(path) as f:
+            metadata = f.metadata() or {}
+    except (ImportError, ValueError):
+        return None
+    return metadata.get("config", "") if metadata.get("format") == FORMAT else None
+
+
 def _float_weights(model):
     """{name in the state dict: name of the integer weight} of the float weights of a quantized model."""
     known = {id(owner.original): parameter_name(name, p) for name, owner, p in quantized(model)}

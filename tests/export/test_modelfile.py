@@ -84,6 +84,8 @@ def test_a_quantized_model_is_what_was_saved_and_trains_on(name, tmp_path):
     assert torch.equal(other.eval()(X), model(X))
     for key, w in Q.to_int(other).items():
         assert torch.equal(w.codes, Q.to_int(model)[key].codes)
+    prepared = Q.prepare(Net(seed=2), tmp_path / "m", fuse="layer")
+    assert torch.equal(prepared.eval()(X), model(X))
     other.train()(X).sum().backward()
     assert all(p.grad is not None for p in other.parameters() if p.requires_grad and p.dim() != 1)
 
