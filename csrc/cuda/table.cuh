@@ -71,6 +71,7 @@ struct OpBase {
   static constexpr int kBlocks = 2;          // at least that many on a multiprocessor: 128 registers
   static constexpr bool kRolled = false;     // where true, `apply` is long: its code stands once, in a loop
   static constexpr bool kSums = false;       // see SumOp
+  static constexpr bool kLastBlock = true;   // whether the last block may add up sums, which takes shared memory
 
   template <class State, class X, int kCount>
   __device__ __forceinline__ void flush(State&, const X (&)[kCount]) const {}
@@ -84,7 +85,6 @@ struct OpBase {
 template <class P, class C, bool kScales>
 struct SumOp : OpBase {
   static constexpr bool kSums = true, kPerScale = kScales;
-  static constexpr bool kLastBlock = true;  // whether the last block may add up, for which it takes shared memory
   using Partial = P;
   using Combine = C;
   P* partial = nullptr;  // of each item that does not have a group for itself
