@@ -3,6 +3,7 @@
 #include <optional>
 
 #include "activation_math.h"
+#include "grid_argument.h"
 #include "stable_tensor.h"
 
 namespace quantops {
@@ -14,7 +15,7 @@ inline void check_options(int64_t rule, bool is_signed, int64_t front, int64_t k
   auto check = [](const char* name, int64_t value, int64_t most) {
     QUANTOPS_CHECK(value >= 0 && value <= most, name, ": expected 0..", most, ", got ", value);
   };
-  check("rule", rule, kNearest);
+  check_rule(rule);
   check("front", front, kRelu);
   check("keep", keep, kResidual);
   check("learn", learn, kLearnStep);

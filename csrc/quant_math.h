@@ -29,7 +29,7 @@ namespace quantops {
 constexpr int kMaxBits = 16;
 constexpr int32_t kInvalid = INT32_MIN;  // integer results of a tensor whose bits, k or scale are out of range
 
-enum Rule : int64_t { kRoundClamp = 0, kFloor = 1, kNearest = 2 };  // the order of RULES in the reference
+enum Rule : int64_t { kRoundClamp = 0, kFloor = 1, kNearest = 2, kRules };  // the order of RULES in the reference
 
 // a * b + c, rounded once. An instruction on GPUs and on CPUs since 2013; on older ones a slow call.
 QUANTOPS_INLINE float fused(float a, float b, float c) {

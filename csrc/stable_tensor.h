@@ -9,8 +9,8 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <iomanip>
 #include <initializer_list>
+#include <iomanip>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -232,6 +232,12 @@ inline ScalarType check_list(const char* name, const Tensors& list, std::initial
                    " in entry 0 and ", device_name(list[i]), " in entry ", i);
   }
   return dtype;
+}
+
+// A tensor of floats whose order of memory another follows; ``why`` it is expected to be dense.
+inline void check_dense(const char* name, const Tensor& t, const char* why) {
+  check_list(name, {t}, kFloats);
+  QUANTOPS_CHECK(dense_rows(t), name, ": expected a dense tensor, ", why, ", got strides ", numbers(t.strides()));
 }
 
 // One contiguous scale per weight, of one element or one per row.

@@ -1,5 +1,6 @@
 // Checks of the arguments that only family `truncate` has. Nothing here knows a device, as in stable_tensor.h.
 #pragma once
+#include "grid_argument.h"
 #include "quant_math.h"
 #include "stable_tensor.h"
 

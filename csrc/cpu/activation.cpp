@@ -289,9 +289,7 @@ std::tuple<Tensor, Tensors> activation_backward(Tensor grad, MaybeTensor x, Mayb
                                                 MaybeTensor offset, Tensor bits, int64_t rule, bool is_signed,
                                                 int64_t front, int64_t keep, int64_t learn, ScalarType dtype) {
   check_float("dtype", dtype);
-  check_list("grad", {grad}, kFloats);
-  QUANTOPS_CHECK(dense_rows(grad), "grad: expected a dense tensor, laid out as q was, got strides ",
-                 numbers(grad.strides()));
+  check_dense("grad", grad, "laid out as q was");
   const Problem p = make_problem(grad, acc_type(dtype), scale, offset, bits, rule, is_signed, front, keep, learn);
   const bool wants_q = keep == kBits && learn != kLearnNone;
   const Tensor second = other_of(grad, keep == kInput ? x : q, keep == kInput ? "x" : "q", keep == kInput || wants_q);

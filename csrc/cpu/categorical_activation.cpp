@@ -165,9 +165,7 @@ std::tuple<Tensor, Tensors> categorical_activation_backward(Tensor grad, Tensor 
                                                             Tensor sigma, Tensor bits, int64_t grad_of, bool scale_grad,
                                                             ScalarType dtype) {
   check_float("dtype", dtype);
-  check_list("q", {q}, kFloats);
-  QUANTOPS_CHECK(dense_rows(q), "q: expected a dense tensor, as the forward pass gives it, got strides ",
-                 numbers(q.strides()));
+  check_dense("q", q, "as the forward pass gives it");
   const Problem p = make_problem(q, acc_type(dtype), alpha, sigma, bits, grad_of);
   check_like("grad", {grad}, {q}, kFloats);
   const Tensor packed = check_per_weight("quarters", quarters, quarter_bytes(q.numel()), ScalarType::Byte, q);

@@ -22,7 +22,7 @@ struct Widths {
 // On CPU the values are read, and those out of range raise before any work is done.
 Widths make_widths(const Tensors& w, const Tensors& scale, const Tensors& out_scale, const Tensor& bits,
                    const Tensor& base_bits, int64_t rule, bool tanh, bool is_double) {
-  QUANTOPS_CHECK(rule >= kRoundClamp && rule <= kNearest, "rule: expected 0, 1 or 2, got ", rule);
+  check_rule(rule);
   const int64_t count = check_widths(bits, w), size = int64_t(w.size());
   const Tensor base = check_per_weight("base_bits", base_bits, size, ScalarType::Int, w[0]);
   const Tensor dense_bits = bits.is_contiguous() ? bits : torch::stable::contiguous(bits);

@@ -265,7 +265,7 @@ Tensors lsb(Tensors w, Tensors scale, Tensor bits, Tensor k, int64_t grid_index)
 
 Tensors encode(Tensors w, Tensors scale, Tensor bits, int64_t rule, int64_t grid_index, bool is_signed) {
   bool is_double = is_double_list(w);
-  QUANTOPS_CHECK(rule >= kRoundClamp && rule <= kNearest, "rule: expected 0, 1 or 2, got ", rule);
+  check_rule(rule);
   const GridKind grid = check_grid(grid_index, is_signed, rule);
   List list = make_list(w, scale, bits, nullptr, is_double, grid);
   Tensors out = empty_like(list.w, ScalarType::Int);

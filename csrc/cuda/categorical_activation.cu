@@ -288,9 +288,7 @@ std::tuple<Tensor, Tensors> categorical_activation_backward(Tensor grad, Tensor 
                                                             Tensor sigma, Tensor bits, int64_t grad_of, bool scale_grad,
                                                             ScalarType dtype) {
   check_float("dtype", dtype);
-  check_list("q", {q}, kFloats);
-  QUANTOPS_CHECK(dense_rows(q), "q: expected a dense tensor, as the forward pass gives it, got strides ",
-                 numbers(q.strides()));
+  check_dense("q", q, "as the forward pass gives it");
   const ScalarType acc = acc_type(dtype);
   const Parameters parameters(alpha, sigma, bits, grad_of, acc, q);
   check_like("grad", {grad}, {q}, kFloats);

@@ -333,7 +333,7 @@ struct List {
   List(const Tensors& weights, const Tensors& scale, const Tensors& out_scale, const Tensor& bits_,
        const Tensor& base_bits_, int64_t rule, bool tanh)
       : dtype(check_list("w", weights, kFloats)), acc(acc_type(dtype)) {
-    QUANTOPS_CHECK(rule >= kRoundClamp && rule <= kNearest, "rule: expected 0, 1 or 2, got ", rule);
+    check_rule(rule);
     const int64_t count = static_cast<int64_t>(weights.size()), widths = check_widths(bits_, weights);
     check_scales(scale, weights, acc);
     check_out_scales(out_scale, scale, weights, acc);

@@ -476,7 +476,7 @@ Tensors lsb(Tensors w, Tensors scale, Tensor bits, Tensor k, int64_t grid) {
 }
 
 Tensors encode(Tensors w, Tensors scale, Tensor bits, int64_t rule, int64_t grid, bool is_signed) {
-  QUANTOPS_CHECK(rule >= kRoundClamp && rule <= kNearest, "rule: expected 0..2, got ", rule);
+  check_rule(rule);
   List list(w, scale, bits, nullptr, check_grid(grid, is_signed, rule), is_signed);
   Tensors c = empty_like(list.w, ScalarType::Int);
   list.write_to(c);

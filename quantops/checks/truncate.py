@@ -78,7 +78,7 @@ def structure(arguments):
     )
     ready_scales("scale", scale, w, acc_dtype(w[0].dtype))
     if not 0 <= arguments["rule"] < len(RULES):
-        raise ValueError(f"rule: expected 0, 1 or 2, got {arguments['rule']}")
+        raise ValueError(f"rule: expected 0..{len(RULES) - 1}, got {arguments['rule']}")
     if out_scale:
         ready_scales("out_scale", out_scale, w, acc_dtype(w[0].dtype))
     if out_scale and [s.numel() for s in out_scale] != [s.numel() for s in scale]:

@@ -214,7 +214,7 @@ def test_errors():
             "bits: expected dtype int32, got int64": lambda: forward(bits=n.long()),
             "bits: expected shape (widths, weights) = (1..16, 1), got (17, 1)": lambda: forward(bits=n.repeat(17, 1)),
             "base_bits: expected 1 element, got shape (2,)": lambda: forward(base=n[0].repeat(2)),
-            "rule: expected 0, 1 or 2, got 3": lambda: forward(rule=3),
+            "rule: expected 0..2, got 3": lambda: forward(rule=3),
             "dtype: expected float32": lambda: forward(dtype=torch.int32),
             "grads: expected a list with one entry per width and weight (1 x 1), got 2": lambda: backward(w * 2),
             "grads[0]: expected the weight's shape (4, 6), or no elements, got (6, 4)": lambda: backward([w[0].t()]),
