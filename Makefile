@@ -25,9 +25,12 @@ info: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(PY) -m quantops demo
 
-# Two processes, a file of tests at a time; those that compile most come early in the alphabet. Without pytest-xdist:
+# Two processes, a file of tests at a time; the folders that compile most come early in the alphabet. Without pytest-xdist:
 # TEST_FLAGS= runs one.
 TEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
+
+# Those that run once more, in Triton's interpreter: of each family all that depends on its kernels.
+INTERPRETED := uniform own_scale truncate truncate_gradients packing categorical categorical_draw activation categorical_activation
 
 # Once with the compiled kernels, once with the Triton kernels in Triton's interpreter; fails if either does.
 test: $(VENV)/.installed
@@ -36,7 +39,7 @@ test: $(VENV)/.installed
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q $(TEST_FLAGS) || status=$$?; \
 	echo "The Triton kernels, interpreted:"; \
 	QUANTOPS_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -q $(TEST_FLAGS) \
-		$(foreach family,uniform truncate truncate_gradients packing categorical activation categorical_activation,tests/ops/test_$(family).py) \
+		$(INTERPRETED:%=tests/ops/test_%.py) \
 		tests/ops/test_errors.py tests/ops/test_limits.py \
 		|| status=$$?; \
 	echo "Two minutes of make fuzz:"; \

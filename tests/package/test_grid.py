@@ -91,6 +91,12 @@ def test_every_op_is_in_its_cell_of_every_column(family):
     assert "CASES = " in _text("bench", family)  # that every op is in one: tests/bench/test_bench.py
 
 
+def test_every_family_runs_in_the_interpreter():
+    (names,) = re.findall(r"^INTERPRETED := (.+)$", (ROOT / "Makefile").read_text(), re.M)
+    assert set(FAMILIES) <= set(names.split())
+    assert all((ROOT / f"tests/ops/test_{name}.py").is_file() for name in names.split())
+
+
 @pytest.mark.parametrize("folder", HELPERS)
 def test_no_file_is_outside(folder):
     files = {p.name for p in (ROOT / folder).iterdir() if p.suffix in SOURCES}
