@@ -95,7 +95,7 @@ def _damaged(data, kind, rng):
         header = json.loads(data[8 : 8 + length])
         part = rng.choice([k for k in ("weights", "state", "config") if k in header["__metadata__"]])
         inner = json.loads(header["__metadata__"][part]) if kind == "metadata" else None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         return data  # damaged too much already
     target = header if inner is None else inner
     for _ in range(rng.randrange(1, 3)):
