@@ -150,7 +150,7 @@ def test_loading_leaves_frozen_gates_frozen():
     assert not any(p.requires_grad for p in model.parameters())
 
 
-# One Parameter in two modules.
+# One Parameter in two modules, of which one is quantized. Both: test_tied.py.
 
 
 class Tied(nn.Module):
@@ -165,7 +165,7 @@ class Tied(nn.Module):
 
 
 def test_a_plain_model_of_tied_weights_quantizes_what_training_did():
-    model, index = make(Tied, "truncquant"), torch.arange(6)
+    model, index = make(Tied, "truncquant", tied="chosen"), torch.arange(6)
     set_bits(model, 2)
     before = model(index)
     plain = plain_model(model, 2)
@@ -176,7 +176,7 @@ def test_a_plain_model_of_tied_weights_quantizes_what_training_did():
 
 @needs_safetensors
 def test_a_file_is_not_read_into_tied_weights(tmp_path):
-    model, path = make(Tied, "truncquant"), tmp_path / "w.safetensors"
+    model, path = make(Tied, "truncquant", tied="chosen"), tmp_path / "w.safetensors"
     quantops.save_int(model, path)
     target = Tied()
     before = target.embedding.weight.detach().clone()
@@ -214,8 +214,11 @@ def test_the_penalty_of_two_methods():
 def test_integers_are_those_of_the_weight_that_is_used():
     model = quantize_(nn.Sequential(nn.Linear(8, 8)), MSQConfig(bits=3))
     assert list(to_int(torch.compile(model))) == ["0.weight"]
-    nn.utils.parametrizations.spectral_norm(model[0])
-    with pytest.raises(ValueError, match="0: expected a weight with no other parametrization.*SpectralNorm"):
+    with pytest.raises(ValueError, match="0: the weight is quantized; expected SpectralNorm on a plain one"):
+        nn.utils.parametrizations.spectral_norm(model[0])
+    assert torch.equal(to_int(model)["0.weight"].dequantize(), model[0].weight)
+    nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Hardtanh())
+    with pytest.raises(ValueError, match="0: expected a weight with no other parametrization.*MSQWeight, Hardtanh"):
         to_int(model)
 
 
