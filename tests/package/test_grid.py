@@ -38,10 +38,18 @@ HELPERS = {
     "tests/emulation": {"conftest.py", "emulation.py"},
     "bench/ops": {
         *("__init__.py", "test_ops.py", "registry.py", "peers.py", "shapes.py", "room.py"),  # a row
-        *("run.py", "small.py", "steps.py", "compare.py", "report.py", "targets.py"),  # commands, and what they tell
+        *(
+            "run.py",
+            "calls.py",
+            "small.py",
+            "steps.py",
+            "compare.py",
+            "report.py",
+            "targets.py",
+        ),  # commands, and what they tell
     },
 }
-IDEAS = "arguments|backward|draw|gates|gradients|loops|math|quantizer|record|soft"
+IDEAS = "arguments|backward|draw|gates|gradients|lookup|loops|math|quantizer|record|soft"
 ROOMS = {
     "tests": {"bench", "emulation", "export", "fuzz", "integrations", "machine_code", "ops", "package", "training"},
     "bench": {"gpu", "machine_code", "ops", "results", "training"},
