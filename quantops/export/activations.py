@@ -98,6 +98,8 @@ class _Integers(torch.nn.Module):
         self.register_buffer("offset", None if offset is None else offset.reshape(-1 if many else ()))
         self.register_buffer("divisor", torch.ones((), device=scale.device) if self.exact else self.step.clone())
         self.register_buffer("zero", None if dtype is None else torch.zeros_like(self.divisor, dtype=dtype))
+        # Told, too: onnxruntime gives a DequantizeLinear without a zero point that of its QuantizeLinear, of any shape.
+        self.register_buffer("zeros", None if dtype is None else torch.zeros_like(self.step, dtype=dtype))
 
     def forward(self, x):
         v = x.to(self.step.dtype) if self.offset is None else x.to(self.step.dtype) - per_channel(self.offset, x)
@@ -111,7 +113,8 @@ class _Integers(torch.nn.Module):
             given = (v, self.divisor, self.zero)
             m = torch.onnx.ops.symbolic("QuantizeLinear", given, axis, dtype=self.number, **made)
         axis = {"axis": 1} if self.step.dim() else {}
-        q = torch.onnx.ops.symbolic("DequantizeLinear", (m, self.step), axis, dtype=torch.float32, **made)
+        given = (m, self.step) if self.zeros is None else (m, self.step, self.zeros)
+        q = torch.onnx.ops.symbolic("DequantizeLinear", given, axis, dtype=torch.float32, **made)
         return (q if self.offset is None else q + per_channel(self.offset, x)).to(x.dtype)
 
     def _level(self, v):
