@@ -222,7 +222,9 @@ class UniformActivation(Settings, torch.nn.Module):
         if seen is not None:
             seen.append(self._statistics(x))
             return x.relu() if self.relu else x
-        if not all(self.started) and not self.started[self._place()]:
+        if x.is_meta or self.start.is_meta:  # a shape alone
+            checks.all_or_none_on_meta({"x": x, "scale": self.start})
+        elif not all(self.started) and not self.started[self._place()]:
             if not self.training:
                 raise RuntimeError(
                     "UniformActivation: evaluated before it has a scale; expected a training forward, "
@@ -256,6 +258,8 @@ class UniformActivation(Settings, torch.nn.Module):
     def _statistics(self, x):
         """(mean of |x|, end of the range, minimum and maximum, part below 0) of what is quantized, one or one per
         channel."""
+        if x.is_meta:
+            raise ValueError("x: expected values to take a scale from, got a tensor on the meta device")
         x = whole(x.detach()).to(self.start.dtype)
         x = x.relu() if self.relu else x
         count = self.start.shape[1]

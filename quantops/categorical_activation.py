@@ -78,7 +78,9 @@ class CategoricalActivation(Settings, torch.nn.Module):
         checks.tensors("x", [x])
         if not torch.compiler.is_compiling() and self.versions() != self.noted:
             self.check_written()
-        if not self.started:
+        if x.is_meta or self.alpha_start.is_meta:
+            checks.all_or_none_on_meta({"x": x, "alpha": self.alpha_start})
+        elif not self.started:
             self._start(x)
         acc = acc_dtype(x.dtype)
         alpha = positive(self.alpha_start, self.log_alpha).to(acc)

@@ -21,10 +21,11 @@ def write_whole(path, write):
     """
     target = os.path.realpath(path)
     folder = os.path.dirname(target)
-    old = os.stat(target) if os.path.exists(target) else None
-    if old and not stat.S_ISREG(old.st_mode):
+    old = os.stat(target) if os.path.lexists(target) else None  # OSError where links go round in a circle
+    if (old and not stat.S_ISREG(old.st_mode)) or not os.path.basename(path):
         raise OSError(errno.EINVAL, "expected a regular file or a free name", os.fspath(path))
     beside = os.path.join(folder, f".{uuid.uuid4().hex}.tmp")  # no longer than that, whatever the name of the file
+    place = os.open(folder, os.O_RDONLY)  # first: where it cannot be flushed, the old file stays
     try:
         descriptor, named = _open(folder, beside)
         with open(descriptor, "wb") as file:
@@ -39,11 +40,13 @@ def write_whole(path, write):
                 # Any src_dir_fd makes Python follow the link that /proc has, whose name is absolute.
                 os.link(f"/proc/self/fd/{descriptor}", beside, src_dir_fd=descriptor, follow_symlinks=True)
         os.replace(beside, target)
+        _flush(place)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(beside)
         raise
-    _flush(folder)
+    finally:
+        os.close(place)
 
 
 def _open(folder, beside):
@@ -57,13 +60,10 @@ def _open(folder, beside):
     return os.open(beside, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666), True
 
 
-def _flush(folder):
+def _flush(place):
     """The new name, too, lasts over a power cut. Some file systems flush no folders."""
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        os.fsync(place)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
-    finally:
-        os.close(descriptor)

@@ -168,11 +168,14 @@ def _with_autograd(op, fn):
 
 
 def _define(name, schema):
-    """Defines an op that the compiled library has not; ImportError where it has another of this name."""
-    if not hasattr(ops, name):
+    """Defines an op where no compiled library has been loaded. ImportError where one has another op of this name, or
+    none: its kernels would read arguments that are not there."""
+    known = hasattr(ops, name)
+    if not known and CPU[0] != "cpp":
         _lib.define(name + schema)
         return
-    found, want = getattr(ops, name).default._schema, torch._C.parse_schema(f"quantops::{name}{schema}")
+    found = getattr(ops, name).default._schema if known else f"no quantops::{name}"
+    want = torch._C.parse_schema(f"quantops::{name}{schema}")
     if str(found) != str(want):
         raise ImportError(
             f"{compiled.library_path('cpu')} was built from other sources: it has {found}, expected {want}; build it "

@@ -30,8 +30,8 @@ quantops/sharded.py.
 
 cache=True. While no weight and no bits change (gradient accumulation, evaluation), q is computed once. Each forward
 still has an autograd graph of its own. Changes are seen by version counters, those of q among them, and by torch.optim
-steps (fused optimizers leave version counters alone). Writes through ``param.data`` and replays of CUDA graphs are not
-seen.
+steps (fused optimizers leave version counters alone). Writes through ``param.data``, numpy or DLPack and replays of
+CUDA graphs are not seen.
 
 torch.compile traces both modes with fullgraph=True, without stash, cache or version counters. Compile the whole model,
 or a function that calls it: torch traces the hooks of a compiled module apart from its forward (two graphs), those of a
@@ -245,7 +245,7 @@ class Pass:
             and self.unchanged(i, quantizer, w)
             and (
                 self.dtype == w.dtype
-                and not torch.is_autocast_enabled(self.device)
+                and (self.device == "meta" or not torch.is_autocast_enabled(self.device))
                 or self.dtype == checks.dtype_of(None, [w])
             )
             and (not torch.is_grad_enabled() or self.value.q[i].requires_grad == quantizer.wants_grad(w))

@@ -125,7 +125,7 @@ class Settings:
             if t.is_meta and device is not None:
                 setattr(self, name, torch.tensor(value, dtype=torch.int32, device=device))
             elif not t.is_meta:
-                t.copy_(torch.tensor(value, dtype=torch.int32))
+                t.copy_(torch.tensor(value, dtype=torch.int32, device=t.device))
 
     def _apply(self, fn, recurse=True):
         own = self.sealed is not None and all(a is b for a, b in zip(self._tensors(), self.sealed))
@@ -138,7 +138,7 @@ class Settings:
     def get_extra_state(self) -> torch.Tensor:
         about = {**self.about(), "training": self.training_settings()}
         text = json.dumps({"version": VERSION, **self.settings(), **about})
-        return torch.tensor(list(text.encode()), dtype=torch.uint8)
+        return torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")  # whatever the default device is
 
     def set_extra_state(self, state: Any) -> None:
         """Nothing: what it says was compared before any value was loaded."""
@@ -149,7 +149,7 @@ class Settings:
         wrong = self._differs(found) if found is not None else None
         for count, allowed in self.counts.items():
             value = state_dict.get(prefix + count)
-            if wrong is None and value is not None and not value.is_meta:
+            if wrong is None and isinstance(value, torch.Tensor) and not value.is_meta:  # torch refuses the others
                 bad = [v for v in value.reshape(-1).tolist() if v not in allowed]
                 wrong = f"{count}: expected one of {', '.join(map(str, allowed))}, got {bad[0]}" if bad else None
         return wrong
@@ -212,5 +212,5 @@ def settings_in(state):
     """What get_extra_state put into a tensor; None for another."""
     try:
         return json.loads(bytes(state.cpu().tolist()))
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, NotImplementedError, TypeError, ValueError):  # on the meta device it has no values
         return None

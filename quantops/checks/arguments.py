@@ -8,7 +8,10 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def kind(v):
-    return f"{v.dtype} tensor of shape {tuple(v.shape)}" if isinstance(v, torch.Tensor) else type(v).__name__
+    if isinstance(v, torch.Tensor):
+        return f"{v.dtype} tensor of shape {tuple(v.shape)}"
+    name = type(v).__name__
+    return f"numpy.{name}" if type(v).__module__ == "numpy" else name  # int64 alone would read as an integer
 
 
 def entry(name, i, value):

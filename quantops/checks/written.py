@@ -46,10 +46,14 @@ def gradients(grad, w):
 
 def own_memory(written, read):
     """Raises where tensors that are written, {name: list}, lie in the memory of others of them, or of ``read``, a list:
-    kernels read and write in no order. Compiled graphs check nothing here: their ops do, when they run."""
+    kernels read and write in no order. While a graph is traced there are no addresses: its ops look at them when they
+    run."""
+    named = [(entry(name, i, v), t) for name, v in written.items() for i, t in enumerate(v)]
+    for name, t in named:
+        if any(step == 0 and n > 1 for n, step in zip(t.shape, t.stride())):
+            raise ValueError(f"{name}: expected memory of its own for each element, got strides {t.stride()}")
     if torch.compiler.is_compiling():
         return
-    named = [(entry(name, i, v), t) for name, v in written.items() for i, t in enumerate(v)]
     spans = sorted(
         (t.data_ptr(), t.data_ptr() + _reach(t), i) for i, t in enumerate([t for _, t in named] + read) if t.numel()
     )
@@ -61,9 +65,6 @@ def own_memory(written, read):
             )
         if end > last:
             last, owner = end, i
-    for name, t in named:
-        if any(step == 0 and n > 1 for n, step in zip(t.shape, t.stride())):
-            raise ValueError(f"{name}: expected memory of its own for each element, got strides {t.stride()}")
 
 
 def _reach(t):

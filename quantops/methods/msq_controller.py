@@ -378,12 +378,25 @@ class MSQController:
         check_int("state: decisions", state["decisions"], 0, steps)
         check_int("state: seed", state["seed"], 0, 2**32)
         check_choice("state: done", state["done"], (True, False))
-        if not isinstance(state["log"], list) or not all(
-            isinstance(entry, dict) and isinstance(entry.get("layers"), list) for entry in state["log"]
-        ):
-            raise ValueError(f"state: expected log, a list with a dict per decision, got {state['log']!r}")
+        names = [name or "model" for name in own["names"]]
+        if not isinstance(state["log"], list) or not all(_is_decision(entry, names) for entry in state["log"]):
+            raise ValueError(
+                f"state: expected log, a list with a dict per decision, of the layers {names}, got {state['log']!r}"
+            )
+        log = copy.deepcopy(state["log"])
         self._steps, self._decisions, self._done = steps, state["decisions"], state["done"]
-        self.seed, self.log = state["seed"], copy.deepcopy(state["log"])
+        self.seed, self.log = state["seed"], log
+
+
+def _is_decision(entry, names):
+    """Whether it is an entry of a log, of layers of these names, with what :meth:`MSQController.plot` reads."""
+    if not isinstance(entry, dict) or not isinstance(rows := entry.get("layers"), list):
+        return False
+    numbers = [entry.get(key) for key in ("step", "compression_before", "compression")]
+    if not all(isinstance(row, dict) for row in rows) or [row.get("name") for row in rows] != names:
+        return False
+    numbers += [row.get(key) for row in rows for key in ("bits", "beta", "bits_after")]
+    return all(isinstance(v, (int, float)) for v in numbers)
 
 
 def _number(name, value, low, high):

@@ -28,15 +28,25 @@ def test_schemas_in_cpp_are_those_of_the_table():
 
 
 @compiled
-def test_a_library_of_other_sources_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "backend, loaded, text",
+    [
+        (
+            "reference",
+            "lib = torch.library.Library('quantops', 'FRAGMENT'); lib.define('absmax(Tensor[] w) -> Tensor')",
+            "quantops::absmax(Tensor[] w) -> Tensor, expected",
+        ),
+        # As one that was built before the schemas were in C++: it has kernels, and defines no op.
+        ("", "torch.ops.load_library = lambda path: None", "no quantops::absmax, expected quantops::absmax(Tensor[] w"),
+    ],
+    ids=["another schema", "no schema"],
+)
+def test_a_library_of_other_sources_is_refused(backend, loaded, text, tmp_path):
     """It would read arguments that are not there."""
-    program = (
-        "import torch; lib = torch.library.Library('quantops', 'FRAGMENT'); "
-        "lib.define('absmax(Tensor[] w) -> Tensor'); import quantops"
-    )
-    env = {**os.environ, "QUANTOPS_BACKEND": "reference", "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "QUANTOPS_BACKEND": backend, "PYTHONPATH": str(ROOT)}
+    program = f"import torch; {loaded}; import quantops"
     run = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, cwd=tmp_path)
-    assert "was built from other sources: it has quantops::absmax(Tensor[] w) -> Tensor, expected" in run.stderr
+    assert f"was built from other sources: it has {text}" in run.stderr and "build it again" in run.stderr
 
 
 class Networks(nn.Module):

@@ -117,6 +117,30 @@ def test_places_that_are_no_files_are_errors(tmp_path):
     assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
     with pytest.raises(FileNotFoundError, match="absent"):
         save_int(WEIGHTS, tmp_path / "absent" / "w")
+    with pytest.raises(OSError, match="expected a regular file or a free name"):
+        save_int(WEIGHTS, f"{tmp_path}/w/")
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(OSError, match="symbolic links"):
+        save_int(WEIGHTS, tmp_path / "a")
+    assert {p.name: p.is_symlink() for p in tmp_path.iterdir()} == {"a": True, "b": True}
+
+
+def test_a_folder_that_cannot_be_flushed_is_an_error_before_the_old_file_goes(tmp_path, monkeypatch):
+    """As one that may be written to and not read."""
+    path = tmp_path / "w"
+    path.write_bytes(b"old")
+
+    def opened(name, flags, *more, real=os.open):
+        if name == os.path.realpath(tmp_path) and flags == os.O_RDONLY:
+            raise PermissionError(13, "Permission denied", name)
+        return real(name, flags, *more)
+
+    monkeypatch.setattr(os, "open", opened)
+    with pytest.raises(PermissionError):
+        save_int(WEIGHTS, path)
+    monkeypatch.undo()
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["w"]
 
 
 def rewritten(path, change):

@@ -162,6 +162,24 @@ def _compiled_overlaps():
     return found
 
 
+def test_compiled_overlaps_that_torch_refuses():
+    """Errors, not numbers: memory of two dtypes is torch's own error, a stride of 0 ours while the graph is traced."""
+    quantize, two, expanded = functools.partial(_quantize, Q.foreach.round_clamp), torch.tensor(2.0), torch.ones(1, 6)
+    out = torch.empty(4, 6)
+    n = out.view(torch.int32).view(-1)[5:6].fill_(4)
+    of_graphs = (torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError)
+    for fn, args, text in (
+        (quantize, ([W], [two], n, [out]), "does not yet handle input mutations on views with different dtypes|own"),
+        (quantize, ([W], [two], BITS, [expanded.expand(4, 6)]), "expected a dense tensor"),
+        (_add_grad, ([W], [two], 0.1, [expanded.expand(4, 6)]), "expected memory of its own for each element"),
+    ):
+        torch._dynamo.reset()
+        with pytest.raises(of_graphs, match=text):
+            torch.compile(fn, fullgraph=True, backend="aot_eager")(*args)
+    assert n == 4 and (expanded == 1).all()
+    torch._dynamo.reset()
+
+
 def _writers():
     """The names of ops with arguments that they write to."""
     return {name for schemas in OPS.values() for name, schema in schemas.items() if "!)" in schema}

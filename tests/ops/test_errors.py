@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -181,6 +182,10 @@ BAD = {
         TypeError,
         r"x: .*int64",
     ),
+    "bits of numpy": (lambda: Q.round_clamp(W, 1.0, numpy.int64(4)), TypeError, r"bits: .*got numpy\.int64"),
+    "k of numpy": (lambda: Q.msq(W, 1.0, 4, numpy.int64(1)), TypeError, r"k: .*got numpy\.int64"),
+    "widths of numpy": (lambda: Q.truncate(W, 1.0, [numpy.uint8(4)]), TypeError, r"bits.*got numpy\.uint8"),
+    "bits of a config of numpy": (lambda: Q.MSQConfig(bits=numpy.int64(4)), ValueError, r"bits: expected an integer"),
     "categorical signed": (lambda: cat(signed=None), ValueError, r"signed: "),
     "categorical out_dtype": (lambda: cat(out_dtype=torch.int8), TypeError, r"out_dtype: .*int8"),
 }

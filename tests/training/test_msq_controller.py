@@ -260,6 +260,14 @@ def test_training_drops_bits_and_learns():
         ({"seed": -1}, "state: seed"),
         ({"log": None}, "expected log"),
         ({"log": [3]}, "expected log"),
+        ({"log": [{"layers": []}]}, "expected log"),
+        ({"log": [{"step": 2, "compression_before": 5, "compression": 6, "layers": [3, 3, 3, 3]}]}, "expected log"),
+        ({"log": lambda good: [{**good[0], "step": None}]}, "expected log"),
+        ({"log": lambda good: [{**good[0], "layers": good[0]["layers"][1:]}]}, "of the layers .'conv', 'mid.0'"),
+        (
+            {"log": lambda good: [{**good[0], "layers": [{**r, "beta": "0"} for r in good[0]["layers"]]}]},
+            "expected log",
+        ),
         ({"names": "conv"}, "expected the layers"),
         ({"sizes": [1, 2, 3, 4]}, "expected layers of so many weights"),
         ({"version": 3}, "expected version 2"),
@@ -274,6 +282,7 @@ def test_load_state_dict_is_checked_whole_before_anything_changes(change, text):
     good = control.state_dict()
     other = MSQController(make_msq(bits=6), 16, threshold=0.5, strength=0.02, interval=2, hessian=False)
     before = other.state_dict()
+    change = {key: value(good[key]) if callable(value) else value for key, value in change.items()}
     with pytest.raises(ValueError, match=text):
         other.load_state_dict({**good, **change})
     assert other.state_dict() == before

@@ -9,7 +9,17 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from quantops import CPQConfig, MSQConfig, TruncQuantConfig, quantize_, set_bits, unquantize_
+from quantops import (
+    CategoricalActivation,
+    CPQConfig,
+    MSQConfig,
+    TruncQuantConfig,
+    UniformActivation,
+    calibrate,
+    quantize_,
+    set_bits,
+    unquantize_,
+)
 from quantops.activation import activations
 from quantops.classes import QuantizedList
 from quantops.nn import quantized
@@ -148,6 +158,57 @@ def test_numbers_that_are_none_of_the_settings_are_refused(config, key, value, t
     model = make(config)
     with pytest.raises(RuntimeError, match=text):
         model.load_state_dict({**model.state_dict(), key: torch.tensor(value)})
+
+
+@pytest.mark.parametrize("value", [3, [3], "3", None])
+def test_numbers_that_are_no_tensors_are_refused_as_torch_does(value):
+    model = make(CONFIGS[0])
+    with pytest.raises(RuntimeError, match='"0.parametrizations.weight.0.bits", expected torch.Tensor'):
+        model.load_state_dict({**model.state_dict(), "0.parametrizations.weight.0.bits": value})
+
+
+def test_settings_without_values_are_refused():
+    model = make(CONFIGS[0])
+    key = "0.parametrizations.weight.0._extra_state"
+    with pytest.raises(RuntimeError, match="0: expected the settings of a module of quantops"):
+        model.load_state_dict({**model.state_dict(), key: model.state_dict()[key].to("meta")})
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_states_do_not_depend_on_the_default_device(config):
+    model, other = started(config), make(config).eval()
+    with torch.device("meta"):
+        state = model.state_dict()
+        other.load_state_dict(state)
+    assert torch.equal(other(batch()), model(batch()))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_on_the_meta_device_a_model_has_shapes(config):
+    """Whether its activations have started or not; it gets its values from a state dict all the same."""
+    for model in (make(config), started(config).train()):
+        state = copy.deepcopy(model.state_dict())
+        empty = copy.deepcopy(model).to("meta")
+        y = empty(batch().to("meta"))
+        y.sum().backward()
+        assert y.is_meta and y.shape == (5, 3)
+        empty.load_state_dict(state, assign=True)
+        torch.manual_seed(2)  # where gates are drawn
+        y = empty(batch())
+        torch.manual_seed(2)
+        assert torch.equal(y, model(batch()))
+
+
+@pytest.mark.parametrize("make_one", [UniformActivation, CategoricalActivation])
+def test_values_of_activations_do_not_start_from_shapes(make_one):
+    model, x = make_one(3), batch()
+    for part, come in ((model, x.to("meta")), (make_one(3, device="meta"), x)):
+        with pytest.raises(ValueError, match=f"expected device {come.device}, where x is"):
+            part(come)
+    expected = make_one(3)(x)
+    assert torch.equal(model(x), expected)
+    with pytest.raises(ValueError, match="x: expected values to take a scale from, got a tensor on the meta device"):
+        calibrate(nn.Sequential(UniformActivation(3)), [x.to("meta")])
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
