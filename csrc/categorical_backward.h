@@ -22,14 +22,17 @@ QUANTOPS_INLINE Factors<A> winner_factors(A j, A rt, A rq, A distance, const Bin
 // Exponents are those of 2. No end counts that is more than a number of sigmas away from the bin.
 //
 // For all of that one exponential, one division, and what depends on the class alone.
+
+// log2 of exp(-beta k), at least; below it is 0.
 template <class A>
 QUANTOPS_INLINE A least_decay() {
   return sizeof(A) == 4 ? A(-25.25) : A(-55);
-}  // of exp(-beta k): log2, or it is 0
+}
+// log2 of b, at most: nothing changes beyond.
 template <class A>
 QUANTOPS_INLINE A most_beyond() {
   return sizeof(A) == 4 ? A(36) : A(72);
-}  // of b: log2; nothing changes beyond
+}
 // log2 of 1/b in the middle of a bin, at most: wider ones lack as much of their middle, where nothing changes.
 template <class A>
 QUANTOPS_INLINE A most_half() {

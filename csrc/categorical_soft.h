@@ -14,9 +14,8 @@ struct Factors {
 
 // ---------------------------------------------------------------------------------------------------- over the classes
 
-// The soft sum runs outward from c, n = 1, 2, ... classes up and
-// down at once. With y = exp(z - half) and w = exp(-z - half), the edges beyond c are at y exp(-beta n) and
-// w exp(-beta n). pi_i = sharp u_i.
+// The soft sum runs outward from c, n = 1, 2, ... classes up and down at once. With y = exp(z - half) and
+// w = exp(-z - half), the edges beyond c are at y exp(-beta n) and w exp(-beta n). pi_i = sharp u_i.
 
 // The farthest class from c that can be felt: G u falls like exp(-beta n), from no less than the least gate.
 template <class A>

@@ -18,7 +18,7 @@ from quantops.reference.uniform import GRIDS, RULES, code_bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EXACT, SUMS = "exact", "sums"
-FITTING = (
+FITTING = (  # what an activation keeps, and what of it is learned
     ("input", None),
     ("input", "clip"),
     ("input", "step"),
@@ -26,7 +26,7 @@ FITTING = (
     ("bits", "clip"),
     ("residual", None),
     ("residual", "step"),
-)  # what an activation keeps, and what of it is learned
+)
 
 
 def _arguments(dtype, per_row, device):

@@ -82,8 +82,8 @@ CASES = [
         _forward_check,
         op_peers(lambda x, i, bits: [reference.truncate(x.w[i], x.scale[i], n, base_bits=bits) for n in _widths(bits)]),
         cuda="truncate_kernel<T, T, CutTable<36, 156> >",
-        longest=False,
-    ),  # the longest has tanh and other rules
+        longest=False,  # the longest has tanh and other rules
+    ),
     Case(
         "truncate backward",
         WidthInputs,

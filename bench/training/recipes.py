@@ -47,8 +47,8 @@ _MSQ = dict(
     decisions=8,  # and the decisions in it; where they do not reach the target, more follow
     samples=2,  # of the Hutchinson estimate
     sample_size=64,  # images for it
-    nearest=None,
-)  # or a number f: at the bits found, the nearest rule with a scale of f mean|w|
+    nearest=None,  # or a number f: at the bits found, the nearest rule with a scale of f mean|w|
+)
 _MSQ_PAPER = "MSQ, arXiv 2507.22349"
 _MSQ_GRID = (
     "a scale of 2.8 mean|w| for max|w|, which at 2 bits is worse by 5 points; dyadic grid (exact zero) and at "
@@ -83,8 +83,14 @@ _ROUND_CLAMP = "round-clamp rule, constant bits"
 
 WIDTHS = (8, 4, 2, 1)
 _TRUNCATED = dict(
-    widths=WIDTHS, rule="floor", joint=True, companding=None, batch_norm=True, distill=0.0, scale="absmax"
-)  # or a number f, f mean|w|: with 2.5 TruncQuant's 2 bits are 5 points better
+    widths=WIDTHS,
+    rule="floor",
+    joint=True,
+    companding=None,
+    batch_norm=True,
+    distill=0.0,
+    scale="absmax",  # or a number f, f mean|w|: with 2.5 TruncQuant's 2 bits are 5 points better
+)
 _ALONE = _TRUNCATED | {"joint": False, "batch_norm": False}  # trained at its widest width
 _TWO = _ALONE | {"widths": (2,)}
 _TANH = _TWO | {"companding": "tanh", "out_scale": "absmean"}
@@ -116,8 +122,8 @@ _BITS = dict(
     dropbits=None,
     search=0.6,  # part of the steps in which gates are drawn, where there are any
     strength=0.0,  # of the penalty on gates
-    gate_rate=10.0,
-)  # their learning rate, as a multiple of that of the weights
+    gate_rate=10.0,  # their learning rate, as a multiple of that of the weights
+)
 
 RECIPES = {
     "float": Recipe(methods.Float, {}, "-", "none"),
@@ -198,8 +204,8 @@ RECIPES = {
             bits=8,
             strength=5e-3,  # alpha
             adjustments=6,  # of the precisions; the paper: every 50 of 350 epochs
-            search=0.7,
-        ),  # part of the steps before finetuning at fixed bits
+            search=0.7,  # part of the steps before finetuning at fixed bits
+        ),
         "BSQ, arXiv 2102.10462",
         "biases stay float; no weight decay of the scale; lr 0.1, as in its public code; finetuned with a learned "
         "step, on weights in the size that they had at first",
@@ -212,8 +218,8 @@ RECIPES = {
             target=2.0,
             strength=0.01,  # lambda of the budget
             hottest=200.0,  # temperature at the end, from 1
-            search=0.7,
-        ),  # part of the steps in which bits are chosen
+            search=0.7,  # part of the steps in which bits are chosen
+        ),
         "CSQ, arXiv 2212.02770",
         "starts at the bits of the given weights; planes that are not chosen are dropped at 70 % of the steps, and the "
         "temperature of the others goes on rising instead of starting again; lr 0.1",

@@ -21,7 +21,7 @@ from quantops.files import write_whole
 COLD = 10  # steps of a process that are not timed
 CALIBRATION = 4  # batches that quantizers of activations start from
 TEST_BATCH = 1000
-STATES = {
+STATES = {  # of a run, after every epoch
     "configuration",
     "model",
     "method",
@@ -33,7 +33,7 @@ STATES = {
     "start_accuracy",
     "random",
     "cuda",
-}  # of a run, after every epoch
+}
 
 
 class Forward:

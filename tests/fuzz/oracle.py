@@ -14,7 +14,7 @@ from quantops.reference.packing import LAYOUTS
 from quantops.reference.uniform import GRIDS
 
 torch.set_num_threads(1)
-EXACT = (
+EXACT = (  # of msq the first result
     "absmax",
     "round_clamp",
     "round_clamp_out",
@@ -25,7 +25,7 @@ EXACT = (
     "pack",
     "unpack",
     "decode_packed",
-)  # of msq the first result
+)
 
 
 def make(rng):

@@ -36,7 +36,7 @@ if sass.tool("cuobjdump") is None:
     )
 
 THREADS = 128
-SMALL = (
+SMALL = (  # read and write little
     "prepare",
     "finish_stats",
     "finish_rows",
@@ -46,7 +46,7 @@ SMALL = (
     "finish_sums",
     "finish",
     "channel_sums",
-)  # read and write little
+)
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 

@@ -73,7 +73,7 @@ CALLS = {
         True,
     ),
     "categorical": lambda w, s, n, k: (w, s, s, n, _gates(n), torch.tensor(3), 2, 1, True, torch.bfloat16),
-    "categorical_backward": lambda w, s, n, k: (
+    "categorical_backward": lambda w, s, n, k: (  # second derivatives raise
         [torch.randn_like(t) for t in w],
         _detached(w),
         _detached(s),
@@ -86,7 +86,7 @@ CALLS = {
         True,
         True,
         True,
-    ),  # second derivatives raise
+    ),
     "activation": lambda w, s, n, k: (
         w[0],
         s[0].reshape(1),
@@ -115,7 +115,7 @@ CALLS = {
         torch.float32,
     ),
     "categorical_activation": lambda w, s, n, k: (w[0], s[0], _detached(s)[0] / 2, n[:1], 1, torch.bfloat16),
-    "categorical_activation_backward": lambda w, s, n, k: (
+    "categorical_activation_backward": lambda w, s, n, k: (  # second derivatives raise
         torch.randn(w[1].shape),
         w[1].abs(),
         torch.zeros(14, dtype=torch.uint8),
@@ -125,7 +125,7 @@ CALLS = {
         0,
         True,
         torch.float32,
-    ),  # second derivatives raise
+    ),
 }
 
 

@@ -38,15 +38,8 @@ HELPERS = {
     "tests/emulation": {"conftest.py", "emulation.py"},
     "bench/ops": {
         *("__init__.py", "test_ops.py", "registry.py", "peers.py", "shapes.py", "room.py"),  # a row
-        *(
-            "run.py",
-            "calls.py",
-            "small.py",
-            "steps.py",
-            "compare.py",
-            "report.py",
-            "targets.py",
-        ),  # commands, and what they tell
+        # Commands, and what they tell.
+        *("run.py", "calls.py", "small.py", "steps.py", "compare.py", "report.py", "targets.py"),
     },
 }
 IDEAS = "arguments|backward|draw|gates|gradients|lookup|loops|math|quantizer|record|soft"
