@@ -4,18 +4,21 @@ The integers say in which cell of the grid each weight lay, and what the scale w
 until the quantizer itself, asked by its ``to_int``, gives the integers and the scale.
 """
 
+import itertools
+
 import torch
 
 from quantops.layers import from_rows, to_rows
 from quantops.scales import ABSMAX, weight_scales
 
-MOST_BEYOND = 64.0  # cells, beyond the ends of the grid
+MOST_BEYOND = 2.0**20  # half cells, beyond the ends of the grid
+SPREAD = 0.25  # half cells, between points of equal levels
 HALVINGS = 200
 
 
 def float_weight(quantizer, v, device):
     """Such a weight on ``device`` for an IntWeight, or None where no point that is tried will do."""
-    for w in (*_at_the_maximum(v), *_at_the_mean(quantizer, v, device)):
+    for w in itertools.chain(_at_the_maximum(v), _at_the_mean(quantizer, v, device)):
         w = from_rows(w, v.rows, v.shape).to(v.dtype).to(device)
         found = quantizer.to_int(quantizer.rows(w))
         same = found.bits == v.bits and torch.equal(found.scale.cpu(), v.scale.cpu())
@@ -53,21 +56,40 @@ def _at_the_maximum(v):
 
 
 def _at_the_mean(quantizer, v, device):
-    """For a scale that is a multiple of mean|w|: points that move outwards or inwards within their cells, and at the
-    ends of the grid beyond, until the mean is the right one; by halving, for the mean grows with the way."""
-    factor = getattr(quantizer, "scale", ABSMAX)
-    if factor == ABSMAX or getattr(quantizer, "tanh", False) or getattr(quantizer, "out_scale", None) or not v.bits:
+    """For a scale or an out_scale that is a multiple of mean|w|: points that move until the mean is the right one, by
+    halving, for the mean grows with the way. Where the scale is mean|w| too, they move outwards or inwards within
+    their cells, and at the ends of the grid beyond; where it is max|w|, that moves, and all points with it."""
+    factor, tanh = getattr(quantizer, "scale", ABSMAX), getattr(quantizer, "tanh", False)
+    factor_of_v = 1.0 if getattr(quantizer, "out_scale", None) else factor  # v.scale over mean|w|
+    if factor_of_v == ABSMAX or not v.bits or not v.shape.numel():
         return
     cells, per_row = _Cells(v), v.scale.numel() > 1
     ends, target = cells.lowest | cells.highest, cells.scale.double()
+    apart = torch.linspace(-SPREAD, SPREAD, ends.numel(), dtype=torch.float64).reshape(
+        ends.shape
+    )  # lest all round alike
+    if factor == ABSMAX:
+        low_way, high_way = target, target * (ends.numel() // target.numel())  # the mean, if one weight were not 0
+        rows = ends.reshape(target.numel(), -1)
+        top = torch.zeros_like(rows).scatter_(1, rows.int().argmax(1, keepdim=True), True).reshape(ends.shape)
+    else:
+        low_way, high_way = torch.full_like(target, -1.0), torch.full_like(target, MOST_BEYOND)
+        scale = (cells.scale if factor_of_v == factor else cells.scale * factor).double()
     for part in cells.points:
-        size, sign = part.abs().double(), torch.where(part < 0, -1.0, 1.0)
-        low, high = torch.full_like(target, -1.0), torch.full_like(target, MOST_BEYOND)
+        size, sign, low, high = part.abs().double(), torch.where(part < 0, -1.0, 1.0), low_way, high_way
         for _ in range(HALVINGS):
             way = (low + high) / 2
-            moved = size + cells.half * torch.where(ends, way, way.clamp(max=1.0))
-            w = (sign * moved.clamp(min=0) * target).to(v.dtype).to(device)
-            made = weight_scales([w], factor, per_row)[0].reshape(target.shape).cpu().double()
+            if factor == ABSMAX:
+                moved, scale = torch.where(top, 1.0, (size + cells.half * apart).clamp(0, 1)), way
+            else:
+                way_of_each = (way + apart).clamp(min=-1.0)
+                way_of_each = torch.where(ends, way_of_each, way_of_each.clamp(max=1.0))
+                moved = (size + cells.half * way_of_each).clamp(min=0)
+            w = moved * scale
+            if tanh:
+                w = torch.where(moved < 1, torch.atanh(moved.clamp(max=1.0) * torch.tanh(scale)), w)
+            w = (sign * w).to(v.dtype).to(device)
+            made = weight_scales([w], factor_of_v, per_row)[0].reshape(target.shape).cpu().double()
             low, high = torch.where(made <= target, way, low), torch.where(made >= target, way, high)
             if torch.equal(made, target):
                 yield w.cpu()

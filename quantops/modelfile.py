@@ -84,8 +84,8 @@ def load_model(path: Path, model: ModelT, bits: int | None = None) -> ModelT:
         for; a quantized one, of TruncQuant alone, at one of its widths.
 
     A quantized model takes its float weights from the file where it has them (``floats=True``). Where it has not, they
-    are some of which its quantizer makes the very integers, see quantops/inverse.py; should none be found, as with an
-    out_scale that is a mean, a ValueError says so.
+    are some of which its quantizer makes the very integers, see quantops/inverse.py; should none be found, which can
+    happen where scales are means, a ValueError says so.
 
     Raises ValueError naming ``path`` and what is wrong for a file that is truncated, corrupt or of another format, for
     a model that does not fit, and for ``bits`` that it has not; the model is then as it was. FileNotFoundError where
