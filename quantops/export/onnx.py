@@ -63,10 +63,7 @@ def onnx(
     and ValueError for a model that is in training mode or not quantized, for float64 weights and an opset out of range.
     """
     if dynamic_shapes is None and not kwargs:
-        dynamic_shapes = tuple(
-            {0: torch.export.Dim.DYNAMIC} if isinstance(a, torch.Tensor) and a.dim() else None
-            for a in (args if isinstance(args, tuple) else (args,))
-        )
+        dynamic_shapes = _dynamic_batch(args if isinstance(args, tuple) else (args,))
 
     def integers(plain):
         use_integers(plain, opset, exact)
@@ -79,6 +76,17 @@ def onnx(
     library.checker.check_model(proto)
     write_whole(path, lambda file: file.write(proto.SerializeToString()))
     return proto
+
+
+def _dynamic_batch(args):
+    """dynamic_shapes of example inputs, each of a batch of any size."""
+    for a in args:
+        if isinstance(a, torch.Tensor) and a.dim() and a.shape[0] < 2:
+            raise ValueError(
+                f"args: expected 2 or more in dim 0 of each tensor, whose size is then left open, got shape "
+                f"{tuple(a.shape)}; dynamic_shapes={(None,) * len(args)} keeps the sizes as they are"
+            )
+    return tuple({0: torch.export.Dim.DYNAMIC} if isinstance(a, torch.Tensor) and a.dim() else None for a in args)
 
 
 def float_graph(model, args, kwargs, bits, opset, dynamic_shapes, input_names, output_names, prepare):

@@ -106,6 +106,12 @@ def test_errors_write_nothing(tmp_path):
         (lambda: export.onnx(Net().eval(), x, path), ValueError, "model: expected weights quantized"),
         (lambda: export.onnx(model.eval(), x, path, bits=4), ValueError, "bits: expected None"),
         (lambda: export.onnx(model.eval(), x, path, opset=12), ValueError, "opset: expected 18..[0-9]+, got 12"),
+        (
+            lambda: export.onnx(model.eval(), x[:1], path),
+            ValueError,
+            r"args: expected 2 or more in dim 0 .*\(1, 3, 8, 8\)",
+        ),
+        (lambda: export.to_aten(model), TypeError, "program: expected a torch.export.ExportedProgram, .* got Net"),
         (lambda: export.onnx(x, x, path), TypeError, "model: expected a torch.nn.Module, got Tensor"),
         (lambda: export.onnx(wide, x.double(), path), ValueError, "conv1.weight: expected"),
         (lambda: export.onnx(model.eval(), x, tmp_path / "none" / "model.onnx"), FileNotFoundError, "none"),
