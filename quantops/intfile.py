@@ -208,6 +208,8 @@ def write(path, tensors, metadata):
 def opened(path):
     """An open safetensors file. What is wrong with it, or a ValueError raised inside, is a ValueError that names it."""
     safetensors, path = _safetensors(), os.fspath(path)
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path}: expected a file, got a folder")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
     try:

@@ -20,6 +20,8 @@ def float_weight(quantizer, v, device):
     """Such a weight on ``device`` for an IntWeight, or None where no point that is tried will do."""
     for w in itertools.chain(_at_the_maximum(v), _at_the_mean(quantizer, v, device)):
         w = from_rows(w, v.rows, v.shape).to(v.dtype).to(device)
+        if not w.isfinite().all():  # atanh of points that are not of this grid
+            continue
         found = quantizer.to_int(quantizer.rows(w))
         same = found.bits == v.bits and torch.equal(found.scale.cpu(), v.scale.cpu())
         if same and torch.equal(found.codes.cpu(), quantizer.rows(v.codes).cpu()):
@@ -61,7 +63,7 @@ def _at_the_mean(quantizer, v, device):
     their cells, and at the ends of the grid beyond; where it is max|w|, that moves, and all points with it."""
     factor, tanh = getattr(quantizer, "scale", ABSMAX), getattr(quantizer, "tanh", False)
     factor_of_v = 1.0 if getattr(quantizer, "out_scale", None) else factor  # v.scale over mean|w|
-    if factor_of_v == ABSMAX or not v.bits or not v.shape.numel():
+    if factor_of_v == ABSMAX or not v.shape.numel():
         return
     cells, per_row = _Cells(v), v.scale.numel() > 1
     ends, target = cells.lowest | cells.highest, cells.scale.double()

@@ -258,6 +258,9 @@ def test_show_tells_what_a_file_holds(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["quantops", "show", str(tmp_path / "absent")])
     with pytest.raises(SystemExit, match="quantops: .*absent: no such file"):
         main()
+    monkeypatch.setattr(sys, "argv", ["quantops", "show", str(tmp_path)])
+    with pytest.raises(SystemExit, match="quantops: .*: expected a file, got a folder"):
+        main()
 
 
 def test_scales_of_activations_go_with_the_weights(tmp_path, capsys, monkeypatch):

@@ -34,7 +34,8 @@ class Net(nn.Module):
 CONFIGS = {
     "msq": Q.MSQConfig(bits=4, act_bits=4),
     "msq input": Q.MSQConfig(bits=3, grid="sign", per_row=True, act_bits=8, act="input", act_scale="tracked", last=8),
-    "msq mean": Q.MSQConfig(bits=2, scale=2.8),
+    "msq mean": Q.MSQConfig(bits=2, scale=2.8, overrides={"fc": {"bits": 0, "k": 0}}),
+    "msq sign, mean": Q.MSQConfig(bits=3, k=0, grid="sign", scale=2.8),
     "msq mean, rows": Q.MSQConfig(bits=5, scale=3.5, per_row=True, grid="full"),
     "truncquant mean": Q.TruncQuantConfig(bits=(4, 2), scale=2.5),
     "msq full": Q.MSQConfig(bits=2, grid="full", overrides={"fc": {"bits": 0, "k": 0}}),
