@@ -108,23 +108,26 @@ def _register_parameter(self, name, param):
 
 
 def _named_modules(self, memo=None, prefix="", remove_duplicate=True):
-    """named_modules with those that hold the first parameters of the layer in front, so that parameters keep their
-    order, by which optimizers know their states."""
+    """named_modules with those that hold the first parameters of the layer in front, and the others behind its own, so
+    that parameters keep their order, by which optimizers know their states."""
     memo = set() if memo is None else memo
     if self in memo:
         return
-    front = []
-    for name, owner in sorted(
-        ((name, owner) for name, owner in self.parametrizations.items() if hasattr(owner[0], "place")),
+    owners = sorted(
+        (
+            (f"{prefix}.parametrizations.{name}".removeprefix("."), owner)
+            for name, owner in self.parametrizations.items()
+            if hasattr(owner[0], "place")
+        ),
         key=lambda entry: entry[1][0].place,
-    ):
-        if owner[0].place != len(front):
-            break
-        front.append(owner)
-        yield f"{prefix}.parametrizations.{name}".removeprefix("."), owner
+    )
+    count = next((i for i, (_, owner) in enumerate(owners) if owner[0].place != i), len(owners))
+    yield from owners[:count]
     for name, module in torch.nn.Module.named_modules(self, memo, prefix, remove_duplicate):
-        if not any(module is owner for owner in front):
+        if not any(module is owner for _, owner in owners):
             yield name, module
+        if module is self:
+            yield from owners[count:]
 
 
 # Recurrent layers keep a list of their weights, and on a GPU put them into one buffer. Quantized ones are read anew for

@@ -3,6 +3,7 @@ config says."""
 
 import dataclasses
 import fnmatch
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -118,8 +119,10 @@ def quantize_(
     """Makes a model train on quantized weights, in place, and returns it.
 
     From then on ``layer.weight`` is q for each layer chosen, and ``layer.parametrizations.weight.original`` is the
-    float weight: the same Parameter object as before, so that optimizers made earlier stay valid. Precision lives in
-    integer buffers of the state dict; changing it recompiles nothing. Call before torch.compile or DDP.
+    float weight: the same Parameter object as before, so that optimizers made earlier stay valid. Parameters keep their
+    order, by which states of optimizers are loaded, except where a layer has others between those that are quantized,
+    as LSTMs of several layers do. Precision lives in integer buffers of the state dict; changing it recompiles nothing.
+    Call before torch.compile or DDP.
 
     A quantized weight has the name of its layer, where it is the layer's ``weight``, or ``layer.parameter``, as in
     ``lstm.weight_ih_l0``: in overrides, reports and errors.
@@ -137,7 +140,8 @@ def quantize_(
 
     A Parameter that several layers share is quantized once, see ``tied`` of the config.
 
-    Warns where less than 90 % of the weights in matrices are quantized; :func:`quantops.bit_report` says what is left.
+    Warns where less than 90 % of the weights in matrices are quantized; :func:`quantops.bit_report` says what is left;
+    and where the order of parameters changes unnoticed by torch, since all shapes are the same.
 
     Raises ValueError, with the model untouched, for a filter or an override that matches nothing, a chosen module
     without a floating-point weight, a weight that already has a parametrization, a weight on the meta device, and
@@ -172,6 +176,7 @@ def quantize_(
         if config.tied == "chosen":
             paths = {m: path for path, m in model.named_modules()}
             made[name].recipe["shared"] = [_full(paths[m], p) for m, p in shared.get(name, ())]
+    before = list(model.parameters())
     config.prepare(model, {name: (places[name][0], settings[name]) for name in made if places[name][1] == WEIGHT})
 
     layers = []
@@ -194,7 +199,21 @@ def quantize_(
     model.__dict__.setdefault(RECORD, []).append((config, chosen))
     join_transformers(model)
     warn_of_the_rest(model)
+    _warn_of_order(before, model)
     return model
+
+
+def _warn_of_order(before, model):
+    """Where the states of an optimizer that was made before would go to other parameters without an error: torch
+    compares their number, and its optimizers fail where shapes differ."""
+    after = list(model.named_parameters())
+    moved = [(name, p, old) for (name, p), old in zip(after, before) if p is not old]
+    if moved and len(after) == len(before) and all(p.shape == old.shape for _, p, old in moved):
+        warnings.warn(
+            f"the order of parameters has changed, from {moved[0][0]} on: the state of an optimizer made before "
+            "quantize_ does not fit one that is made after it, which torch does not notice",
+            stacklevel=3,
+        )
 
 
 def records(model):

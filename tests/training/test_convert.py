@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -309,6 +310,37 @@ def test_parameters_keep_their_order(config):
         a is b for a, b in zip((p for n, p in model.named_parameters() if ".log_" not in n), before, strict=True)
     )
     assert all(a is b for a, b in zip(unquantize_(model).parameters(), before, strict=True))
+
+
+class Mixed(nn.Module):
+    """Parameters of one shape, and a module behind them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Parameter(torch.randn(4, 4)) for _ in range(3))
+        self.last = nn.Linear(4, 4, bias=False)
+
+
+@pytest.mark.parametrize("chosen", [["a"], ["c"], ["b", "c"], ["a", "c"], ["a", "b", "c", "last.weight"]], ids=str)
+def test_parameters_at_either_end_of_a_layer_keep_their_order(chosen):
+    model = Mixed()
+    before = list(model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "quantize_: .*are quantized")
+        quantize_(model, MSQConfig(), chosen)
+    names = [n for n, _ in model.named_modules()]
+    assert len(set(names)) == len(names)
+    for m in (model, copy.deepcopy(model)):
+        assert [n.split(".")[-2 if "parametrizations" in n else 0] for n, _ in m.named_parameters()][:3] == [*"abc"]
+    assert all(p is old for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_an_order_that_changes_without_a_word_of_torch_is_a_warning():
+    model = Mixed()
+    with pytest.warns(UserWarning, match="the order of parameters has changed, from c on"):
+        quantize_(model, MSQConfig(), ["b"])
+    assert [n for n, _ in model.named_parameters()][:2] == ["a", "c"]
 
 
 def test_states_of_an_optimizer_made_before_go_to_their_parameters():

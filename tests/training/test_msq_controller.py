@@ -321,6 +321,25 @@ def test_a_decision_that_fails_is_made_by_the_next_step(hessian):
     assert a.step(lambda: loss_of(model)) == entry and a.state_dict() == b.state_dict()
 
 
+def test_a_decision_that_fails_half_way_leaves_bits_and_k(monkeypatch):
+    model = make_msq(bits=6)
+    control = MSQController(model, 8, threshold=1.0, strength=0.02, seed=3)
+    before, set_precision, calls = control.state_dict(), type(quantized(model)[0][2]).set_precision, []
+
+    def fails(self, bits, k):
+        calls.append((bits, k))
+        set_precision(self, bits, k)
+        if bits == 5:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(quantized(model)[0][2]), "set_precision", fails)
+    with pytest.raises(KeyboardInterrupt):
+        control.step(lambda: loss_of(model))
+    assert (6, 2) in calls and control.state_dict() == before
+    assert {(int(p.bits), int(p.k)) for _, _, p in quantized(model)} == {(6, 1)}
+
+
 def test_decisions_and_likely_mistakes_are_logged(caplog):
     caplog.set_level("INFO", "quantops.controller")
     model = make_msq(bits=8)

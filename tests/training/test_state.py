@@ -167,6 +167,14 @@ def test_numbers_that_are_no_tensors_are_refused_as_torch_does(value):
         model.load_state_dict({**model.state_dict(), "0.parametrizations.weight.0.bits": value})
 
 
+def test_a_state_of_another_version_is_refused():
+    model = make(CONFIGS[0])
+    key = "0.parametrizations.weight.0._extra_state"
+    later = bytes(model.state_dict()[key].tolist()).replace(b'"version": 1', b'"version": 2')
+    with pytest.raises(RuntimeError, match="0: expected version 1 of the state of a module of quantops, got 2"):
+        model.load_state_dict({**model.state_dict(), key: torch.tensor(list(later), dtype=torch.uint8)})
+
+
 def test_settings_without_values_are_refused():
     model = make(CONFIGS[0])
     key = "0.parametrizations.weight.0._extra_state"
