@@ -97,9 +97,9 @@ class MSQ(Float):
         nearest,
         scale_grad,
         penalty_unit,
+        fall_back,
         act_bits=None,
         act_outputs=(),
-        fall_back=True,
     ):
         super().__init__(model, steps)
         self.nearest, self.found = nearest, None  # the bits of each layer, once they are final

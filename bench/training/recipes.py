@@ -47,6 +47,7 @@ _MSQ = dict(
     decisions=8,  # and the decisions in it; where they do not reach the target, more follow
     samples=2,  # of the Hutchinson estimate
     sample_size=64,  # images for it
+    fall_back=True,  # a layer that cannot lose two bits may lose one
     nearest=None,  # or a number f: at the bits found, the nearest rule with a scale of f mean|w|
 )
 _MSQ_PAPER = "MSQ, arXiv 2507.22349"
