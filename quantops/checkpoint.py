@@ -39,8 +39,8 @@ def prepare(model: ModelT, checkpoint: Any, *, fuse: str = FUSE[0], cache: bool 
         Trainer's checkpoint. Of parameters that are tied it may hold one.
     fuse, cache: of the config; they say how and not what is computed, and are not in checkpoints.
 
-    Raises FileNotFoundError where there is no file, ValueError for a checkpoint that says nothing of quantizers and for
-    one that the model does not fit (see :func:`quantops.quantize_`), and RuntimeError for missing and unexpected keys.
+    Raises FileNotFoundError where there is no file, ValueError for one that is damaged, says nothing of quantizers or does
+    not fit the model (see :func:`quantops.quantize_`), and RuntimeError for missing and unexpected keys.
     """
     check_module(model)
     if quantized(model):
@@ -120,8 +120,11 @@ def _state_of(checkpoint):
         path = found[0]
     if not path.endswith(".index.json"):
         return _read(path)
-    with open(path) as file:
-        parts = sorted(set(json.load(file)["weight_map"].values()))
+    try:
+        with open(path) as file:
+            parts = sorted(set(json.load(file)["weight_map"].values()))
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path}: expected JSON with a weight_map, a file for each name: {e}") from e
     state = {}
     for part in parts:
         state.update(_read(os.path.join(os.path.dirname(path), part)))
@@ -129,11 +132,16 @@ def _state_of(checkpoint):
 
 
 def _read(path):
-    if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
 
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (ImportError, OSError):
+        raise
+    except Exception as e:  # torch and safetensors raise errors of many kinds
+        raise ValueError(f"{path}: not a whole checkpoint: {e}") from e
     if not isinstance(state, dict):
         raise ValueError(f"{path}: expected a state dict, got {type(state).__name__}")
     return state

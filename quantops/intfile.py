@@ -106,6 +106,7 @@ def load_activation_scales(path: Path) -> dict[str, dict[str, Any]]:
 
 def _keep_scales(tensors, name, about):
     """Puts the scale and the offset of an activation into ``tensors``; what the metadata say of it."""
+    _check_scales(name, about)
     entry = {"bits": about["bits"], "rule": about["rule"], "signed": about["signed"]}
     sums = []
     for part in _ACT_TENSORS:
@@ -113,6 +114,18 @@ def _keep_scales(tensors, name, about):
             t = tensors[f"{name}.act_{part}"] = about[part].detach().cpu().contiguous().clone()
             sums.append(crc32(t, entry))
     return {**entry, "crc32": sums}
+
+
+def _check_scales(name, about):
+    """ValueError for scales and offsets that no quantizer of activations has."""
+    scale, offset = about["scale"], about["offset"]
+    sane = scale.dtype in _SCALES.values() and scale.dim() == 1 and scale.numel() and bool((scale > 0).all())
+    if not sane or not bool(scale.isfinite().all()):
+        raise ValueError(f"{name}: expected one finite scale > 0, or one per channel, got {shown(scale)}")
+    if offset is not None and (
+        (offset.dtype, offset.shape) != (scale.dtype, scale.shape) or not bool(offset.isfinite().all())
+    ):
+        raise ValueError(f"{name}: expected a finite offset for each scale, got {shown(offset)}")
 
 
 def _scales_of(f, metadata):
@@ -133,6 +146,7 @@ def _scales_of(f, metadata):
         if "scale" not in parts or [crc32(t, about) for t in parts.values()] != entry["crc32"]:
             raise ValueError(f"{name}: the checksum of its scale does not match, the file is damaged")
         found[name] = {**about, **{p: parts[p].clone() if p in parts else None for p in _ACT_TENSORS}}
+        _check_scales(name, found[name])
     return found
 
 
@@ -217,7 +231,7 @@ def opened(path):
     except Exception as e:  # safetensors raises errors of several kinds
         raise ValueError(f"{path}: not a whole safetensors file: {e}") from e
     try:
-        with file as f:
+        with torch.device("cpu"), file as f:  # whatever the default device is, which safetensors goes by
             yield f
     except (ValueError, safetensors.SafetensorError) as e:
         raise ValueError(f"{path}: {e}") from e

@@ -194,6 +194,9 @@ def _with_floats(model, weights, state):
     of_each = {parameter_name(name, p): (owner, p) for name, owner, p in quantized(model)}
     if differ := sorted(of_each.keys() ^ weights.keys()):
         raise ValueError(f"model: the file and the model differ in {', '.join(differ[:4])}")
+    for name, (owner, _) in of_each.items():
+        if owner.original.is_meta:
+            raise ValueError(f"{name}: expected a weight with memory, got one on the meta device")
     made = {name: _float_weight(name, *of_each[name], weights[name], state, model) for name in set(missing.values())}
     return state | {key: made[name] for key, name in missing.items()}
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import quantops
+from quantops import intfile
 from quantops.__main__ import main
 from quantops.files import write_whole
 from quantops.intfile import load_int, save_int
@@ -288,6 +289,62 @@ def test_scales_of_activations_go_with_the_weights(tmp_path, capsys, monkeypatch
     assert "0.input_quantizer  activation  8 bits  floor unsigned  1 scale" in capsys.readouterr().out
     save_int(WEIGHTS, path)
     assert quantops.load_activation_scales(path) == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda v: {**v, "scale": v["scale"] * float("nan")},
+        lambda v: {**v, "scale": v["scale"] * float("inf")},
+        lambda v: {**v, "scale": -v["scale"]},
+        lambda v: {**v, "scale": v["scale"].to(torch.int64)},
+        lambda v: {**v, "scale": v["scale"][:0]},
+        lambda v: {**v, "scale": v["scale"].expand(2, 3)},
+        lambda v: {**v, "offset": torch.ones(2)},
+        lambda v: {**v, "offset": torch.full((1,), float("nan"))},
+    ],
+)
+def test_scales_that_no_activation_has(tmp_path, change, monkeypatch):
+    """Neither written nor, with a checksum that is right, read."""
+    path = tmp_path / "x.safetensors"
+    model = quantops.quantize_(nn.Sequential(nn.Linear(6, 5), nn.ReLU()), quantops.MSQConfig(bits=4, act_bits=4))
+    model(torch.randn(8, 6))
+    bad = {name: change(v) for name, v in quantops.activation_scales(model).items()}
+    monkeypatch.setattr(intfile, "activation_scales", lambda model: bad)
+    with pytest.raises(ValueError, match="^1: expected .* finite"):
+        save_int(model, path)
+    assert not path.exists()
+    with monkeypatch.context() as unchecked:
+        unchecked.setattr(intfile, "_check_scales", lambda name, about: None)
+        save_int(model, path)
+    for call in (load_int, quantops.load_activation_scales):
+        with pytest.raises(ValueError, match="x.safetensors: 1: expected .* finite"):
+            call(path)
+
+
+def test_files_do_not_depend_on_the_default_device(tmp_path):
+    path = tmp_path / "x.safetensors"
+    model = quantops.quantize_(nn.Sequential(nn.Linear(20, 6)), quantops.MSQConfig(bits=3))
+    other = quantops.quantize_(nn.Sequential(nn.Linear(20, 6)), quantops.MSQConfig(bits=3))
+    with torch.device("meta"):
+        save_int(model, path)
+        weight = load_int(path)["0.weight"]
+        quantops.save_model(model, path)
+        quantops.load_model(path, other)
+    assert torch.equal(weight.dequantize(), model[0].weight) and torch.equal(other[0].weight, model[0].weight)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.bin", "a.safetensors", "a.index.json"])
+def test_checkpoints_that_are_damaged_are_value_errors_with_their_path(tmp_path, name):
+    model = quantops.quantize_(nn.Sequential(nn.Linear(6, 5)), quantops.MSQConfig(bits=4))
+    torch.save(model.state_dict(), tmp_path / "whole")
+    whole = (tmp_path / "whole").read_bytes()
+    for data in (b"", b"abc", b"[]", whole[: len(whole) // 2]):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=f"/{name}: (not a whole checkpoint|expected JSON with a weight_map)"):
+            quantops.prepare(nn.Sequential(nn.Linear(6, 5)), tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        quantops.prepare(nn.Sequential(nn.Linear(6, 5)), tmp_path / "absent")
 
 
 @pytest.mark.parametrize("kind", ["scale", "bits", "rule", "nothing"])

@@ -191,6 +191,8 @@ def test_models_that_do_not_fit_stay_as_they_were(tmp_path, monkeypatch):
         meta = Net()
     with pytest.raises(ValueError, match="expected a parameter with memory"):
         Q.load_model(tmp_path / "m", meta)
+    with pytest.raises(ValueError, match="m: conv.weight: expected a weight with memory, got one on the meta"):
+        Q.load_model(tmp_path / "m", trained(CONFIGS["msq"]).to("meta"))
 
 
 def changed(path, change):
