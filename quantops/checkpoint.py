@@ -39,8 +39,8 @@ def prepare(model: ModelT, checkpoint: Any, *, fuse: str = FUSE[0], cache: bool 
         Trainer's checkpoint. Of parameters that are tied it may hold one.
     fuse, cache: of the config; they say how and not what is computed, and are not in checkpoints.
 
-    Raises FileNotFoundError where there is no file, ValueError for one that is damaged, says nothing of quantizers or does
-    not fit the model (see :func:`quantops.quantize_`), and RuntimeError for missing and unexpected keys.
+    Raises FileNotFoundError where there is no file, ValueError for one that is damaged, says nothing of quantizers or
+    does not fit the model (see :func:`quantops.quantize_`), and RuntimeError for missing and unexpected keys.
     """
     check_module(model)
     if quantized(model):
