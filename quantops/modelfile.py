@@ -93,7 +93,7 @@ def load_model(path: Path, model: ModelT, bits: int | None = None) -> ModelT:
     """
     check_module(model)
     check_bits(bits)
-    model = getattr(model, "_orig_mod", model)
+    given, model = model, getattr(model, "_orig_mod", model)
     with opened(path) as f:
         metadata = metadata_of(f, FORMAT, VERSION)
         text = metadata.get("config", "")
@@ -116,7 +116,7 @@ def load_model(path: Path, model: ModelT, bits: int | None = None) -> ModelT:
             set_bits(model, bits)
     else:
         _fill_plain(model, weights, state, text, bits)
-    return model
+    return given
 
 
 def describe(f):

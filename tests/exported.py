@@ -85,5 +85,6 @@ def run(proto, x):
 
     options = ort.SessionOptions()
     options.log_severity_level = 4
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # float32
     session = ort.InferenceSession(proto.SerializeToString(), options)
     return [torch.from_numpy(v) for v in session.run(None, {session.get_inputs()[0].name: x.numpy()})]

@@ -45,6 +45,10 @@ def onnx(
     a DequantizeLinear with their step, per channel with axis 1; without integers for their levels in that opset they
     are float ops of the same values.
 
+    onnxruntime puts its MatMulNBits in the place of many a MatMul with integer weights, which by default rounds what
+    comes in to 8 bits: outputs then differ by as much as 1 % of the largest. The session option
+    ``session.qdq_matmulnbits_accuracy_level`` of "1" keeps float32, and with it the outputs of the torch model.
+
     Args:
         model: quantized by :func:`quantops.quantize_`, in evaluation mode.
         args, kwargs: example inputs, as torch.onnx.export takes them.

@@ -49,6 +49,19 @@ def test_onnx_is_the_evaluated_model(name, tmp_path):
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
+@pytest.mark.parametrize(
+    "config", [Q.MSQConfig(bits=8), Q.TruncQuantConfig(bits=(4, 2), batch_norm=False)], ids=["msq", "truncquant"]
+)
+def test_onnx_of_linear_layers_on_sequences(config, tmp_path):
+    """Where onnxruntime has a MatMul of its own for integers, which float32 activations are asked of."""
+    torch.manual_seed(0)
+    model = Q.quantize_(nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32)), config).eval()
+    proto = export.onnx(model, torch.randn(2, 5, 64), tmp_path / "model.onnx")
+    x = torch.randn(3, 5, 64)
+    got, want = run(proto, x)[0], model(x).detach()
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
 @pytest.mark.parametrize("bits", [4, 2, 1])
 def test_onnx_at_a_width(bits, tmp_path):
     model, x = made(CONFIGS["truncquant"])
