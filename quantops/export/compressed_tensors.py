@@ -17,7 +17,7 @@ def compressed_tensors(model: torch.nn.Module, folder: Path, bits: int | None = 
 
     Weights of linear layers are levels of as many bits as they need, packed into int32, with the step as scale (per
     tensor or per output channel), symmetric; every other tensor of the plain model is written as it is (quantized
-    convolutions and embeddings as q). config.json is the model's own (transformers), with a quantization_config.
+    convolutions and embeddings, and a head that shares the weight of one, as q). config.json is the model's own (transformers), with a quantization_config.
     ``AutoModel.from_pretrained(folder)`` reads it, and vLLM takes this format. ``bits``: of TruncQuant, the width.
 
     Raises ImportError without compressed-tensors (``pip install 'quantops[export]'``), and ValueError for a model
@@ -31,9 +31,10 @@ def compressed_tensors(model: torch.nn.Module, folder: Path, bits: int | None = 
 
     plain, weights = trained(model, bits)
     linear = {name: m for name, m in plain.named_modules() if type(m) is torch.nn.Linear}
-    layers = {name: weights[f"{name}.weight"] for name in linear if f"{name}.weight" in weights}
+    found = {name: weights[f"{name}.weight"] for name in linear if f"{name}.weight" in weights}
+    layers = {name: w for name, w in found.items() if not w.shared}  # a packed one has no weight to tie
     if not layers:
-        raise ValueError("model: expected quantized nn.Linear layers, which alone this format packs")
+        raise ValueError("model: expected quantized nn.Linear layers with weights of their own, which alone are packed")
     acts = [name for name, _ in activations(plain)]
     if acts:
         raise ValueError(

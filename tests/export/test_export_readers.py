@@ -67,7 +67,7 @@ def test_torchao(name):
     assert not hasattr(served.fc, "parametrizations") and hasattr(model.fc, "parametrizations")
 
 
-def llama(config):
+def llama(config, tied=False):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(
@@ -78,25 +78,26 @@ def llama(config):
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
-            tie_word_embeddings=False,
+            tie_word_embeddings=tied,
         )
     )
-    return Q.quantize_(model, config, lambda name, m: isinstance(m, nn.Linear) and name != "lm_head").eval()
+    return Q.quantize_(model, config, lambda name, m: isinstance(m, nn.Linear) and (tied or name != "lm_head")).eval()
 
 
 @pytest.mark.parametrize(
-    "config",
+    "config, tied",
     [
-        Q.MSQConfig(bits=4),
-        Q.MSQConfig(bits=3, per_row=True),
-        Q.CPQConfig(bits=2),
-        Q.TruncQuantConfig(bits=(4, 2), batch_norm=False),
+        (Q.MSQConfig(bits=4), False),
+        (Q.MSQConfig(bits=4), True),
+        (Q.MSQConfig(bits=3, per_row=True), False),
+        (Q.CPQConfig(bits=2), False),
+        (Q.TruncQuantConfig(bits=(4, 2), batch_norm=False), False),
     ],
-    ids=["msq 4", "msq 3 per row", "cpq 2", "truncquant 4"],
+    ids=["msq 4", "msq 4, tied", "msq 3 per row", "cpq 2", "truncquant 4"],
 )
-def test_compressed_tensors_is_what_transformers_loads(config, tmp_path):
+def test_compressed_tensors_is_what_transformers_loads(config, tied, tmp_path):
     pytest.importorskip("compressed_tensors")
-    model = llama(config)
+    model = llama(config, tied)
     export.compressed_tensors(model, tmp_path)
     import transformers
 
