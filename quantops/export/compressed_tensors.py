@@ -17,8 +17,9 @@ def compressed_tensors(model: torch.nn.Module, folder: Path, bits: int | None = 
 
     Weights of linear layers are levels of as many bits as they need, packed into int32, with the step as scale (per
     tensor or per output channel), symmetric; every other tensor of the plain model is written as it is (quantized
-    convolutions and embeddings, and a head that shares the weight of one, as q). config.json is the model's own (transformers), with a quantization_config.
-    ``AutoModel.from_pretrained(folder)`` reads it, and vLLM takes this format. ``bits``: of TruncQuant, the width.
+    convolutions and embeddings, and a head that shares the weight of one, as q). config.json is the model's own
+    (transformers), with a quantization_config. ``AutoModel.from_pretrained(folder)`` reads it, and vLLM takes this
+    format. ``bits``: of TruncQuant, the width.
 
     Raises ImportError without compressed-tensors (``pip install 'quantops[export]'``), and ValueError for a model
     without quantized linear layers, one with quantized activations, for levels of more than 8 bits, and for weights
