@@ -40,6 +40,7 @@ class Settings:
     counts: dict[str, Any] = {}  # {name: a container of integers}
     constants: dict[str, torch.Tensor] = {}
     sealed: Any = None
+    hashed = 0  # what ``seal`` is
     noted: Any = None
     # Of torch.nn.Module, and of write().
     register_buffer: Any
@@ -74,7 +75,8 @@ class Settings:
         if "seal" not in self._buffers:
             like = next(t for t in self._buffers.values() if t is not None)
             self.register_buffer("seal", torch.zeros((), dtype=torch.int32, device=like.device), persistent=False)
-        self.seal.fill_(self._hash([counts[name] for name in self.counts]))
+        self.hashed = self._hash([counts[name] for name in self.counts])
+        self.seal.fill_(self.hashed)
         self._note()
 
     def _note(self):
@@ -108,6 +110,7 @@ class Settings:
                 "are averaged; take AveragedModel(use_buffers=False), which copies such numbers, and "
                 "set_precision or set_bits to change them"
             )
+        self.hashed = seal
         self._note()
 
     def _restore_constants(self):
@@ -136,7 +139,8 @@ class Settings:
         return self
 
     def get_extra_state(self) -> torch.Tensor:
-        about = {**self.about(), "training": self.training_settings()}
+        # The hash in as many digits always: some formats load a state into the memory of another.
+        about = {**self.about(), "training": self.training_settings(), "seal": f"{self.hashed:08x}"}
         text = json.dumps({"version": VERSION, **self.settings(), **about})
         return torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")  # whatever the default device is
 
@@ -168,6 +172,8 @@ class Settings:
                     stacklevel=1,
                 )
             state_dict[prefix + KEY] = self.get_extra_state()
+        else:
+            self._warn_of_others(name, state_dict, prefix)
         self._warn_of_training(state_dict[prefix + KEY])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         self._restore_constants()
@@ -181,7 +187,7 @@ class Settings:
         if not isinstance(found, dict) or "version" not in found:
             return f"expected the settings of a module of quantops in {KEY}, got {state!r}"
         version = found.pop("version")
-        for name in (*self.about(), "training"):
+        for name in (*self.about(), "training", "seal"):
             found.pop(name, None)
         if version != VERSION:
             return f"expected version {VERSION} of the state of a module of quantops, got {version!r}"
@@ -198,6 +204,21 @@ class Settings:
             warnings.warn(
                 f"the state dict was trained with {found}, the model has {own}: its values are the same, and will "
                 "train in another way",
+                stacklevel=1,
+            )
+
+    def _warn_of_others(self, name, state_dict, prefix):
+        """Where counts are not those that the settings were written with."""
+        told = settings_in(state_dict[prefix + KEY]).get("seal")
+        found = [state_dict.get(prefix + n) for n in self.counts]
+        if told is None or not all(isinstance(t, torch.Tensor) and t.numel() == 1 and not t.is_meta for t in found):
+            return
+        found = [t.item() for t in found]
+        if told != f"{self._hash(found):08x}":
+            numbers = ", ".join(f"{n} = {v}" for n, v in zip(self.counts, found))
+            warnings.warn(
+                f"{name}: the state dict has {numbers}, and was made with others: it is an average of several, where "
+                "such numbers should be those of one, or its model has changed since",
                 stacklevel=1,
             )
 

@@ -292,6 +292,30 @@ def averages():
     }
 
 
+@pytest.mark.parametrize("config", [MSQConfig(bits=6, act_bits=6), TruncQuantConfig(bits=(6, 4, 2))], ids=str)
+def test_an_average_of_state_dicts_is_told(config):
+    """Of 6 and 2 bits, which would be 4."""
+    model, states = started(config), []
+    for n in (6, 2):
+        if isinstance(config, TruncQuantConfig):
+            set_bits(model, n)
+        else:
+            for _, _, p in quantized(model):
+                p.set_precision(n, 1)
+            model[2].set_bits(n)
+        states.append(copy.deepcopy(model.state_dict()))
+    whole = [k for k in states[0] if k.endswith("_extra_state")]
+    mean = {k: ((a.double() + states[1][k].double()) / 2).to(a.dtype) for k, a in states[0].items()}
+    mean |= {k: states[0][k] for k in whole}
+    with pytest.warns(UserWarning, match=r"^(0|1|2|3): the state dict has (bits = 4|index = 1).* was made with others"):
+        make(config).load_state_dict(mean)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for state in states:
+            make(config).load_state_dict(state)
+    assert all(states[0][k].shape == states[1][k].shape for k in whole)
+
+
 def precision(model):
     return [t.tolist() for n, t in model.named_buffers() if n.endswith((".bits", ".k", "index", ".base", "signed"))]
 
