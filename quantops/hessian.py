@@ -61,7 +61,8 @@ def hessian_trace(
     if any_sharded([params[i] for i in unused]):
         raise ValueError(
             f"params{unused}: the loss does not depend on these sharded weights, but on the whole ones that FSDP2 "
-            "makes of them, which have no second derivatives; take MSQController(hessian=False)"
+            "makes of them, which have no second derivatives; MSQController of the model in FSDP2 takes differences of "
+            "gradients"
         )
     if unused:
         raise ValueError(f"params{unused}: the loss does not depend on them")
@@ -69,7 +70,7 @@ def hessian_trace(
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
     curved = [i for i, g in enumerate(grads) if g.requires_grad]
     total = [torch.zeros((), dtype=dtype, device=p.device) for p in params]
-    draw = _Signs(seed, generator)
+    draw = Signs(seed, generator)
     for _ in range(samples if curved else 0):
         v = [draw(p) for p in params]
         with _second_derivatives():
@@ -94,11 +95,12 @@ def _second_derivatives():
         raise RuntimeError(
             "loss: expected one with second derivatives, of a model that is not compiled and whose attention is eager "
             "or torch's scaled_dot_product_attention within torch.nn.attention.sdpa_kernel(SDPBackend.MATH), as "
-            f"MSQController has it; got: {error}. Without traces: MSQController(hessian=False)"
+            f"MSQController has it; got: {error}. By differences of gradients: "
+            "MSQController(hessian='differences'); without traces: hessian=False"
         ) from error
 
 
-class _Signs:
+class Signs:
     """Draws tensors of -1 and +1."""
 
     def __init__(self, seed, generator):

@@ -82,6 +82,7 @@ class WeightQuantizer(Settings, torch.nn.Module):
     batch_key = ()
     identity = False  # True where the gradient of q is that of the weight, so that no backward pass uses its graph up
     by_shards = False  # True where its functions take weights that are sharded, each process its own part
+    bypassed = False  # True while the weight holds q itself, which is read as it is
     draws = False  # True while every forward draws a q of its own, which the cache must not keep
 
     def __init__(self):
@@ -151,6 +152,8 @@ class WeightQuantizer(Settings, torch.nn.Module):
         return w.requires_grad or any(p.requires_grad for p in self._parameters.values())
 
     def forward(self, original):
+        if self.bypassed:
+            return original
         given = self.given.get()
         if given is not None and given.dtype == checks.dtype_of(None, [original]):
             return given

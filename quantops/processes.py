@@ -16,13 +16,24 @@ def leads(group=None):
     return not several(group) or dist.get_rank(group) == 0
 
 
-def mean(values, group, device):
-    """The mean over the processes of each of ``values``, Python numbers, the same in all of them."""
+def mean(compute, count, group, device):
+    """The mean over the processes of each of the ``count`` Python numbers that ``compute()`` gives, the same in all of
+    them. Where it raises in one, none waits for it: RuntimeError in the others."""
     if not several(group):
-        return values
-    t = torch.tensor(values, dtype=torch.float64, device=device)
+        return compute()
+    values, error = [0.0] * count, None
+    try:
+        values = compute()
+    except Exception as raised:
+        error = raised
+    t = torch.tensor([*values, error is not None], dtype=torch.float64, device=device)
     dist.all_reduce(t, group=group)
-    return (t / dist.get_world_size(group)).tolist()
+    if error is not None:
+        raise error
+    *sums, failed = t.tolist()
+    if failed:
+        raise RuntimeError(f"{failed:.0f} of {dist.get_world_size(group)} processes raised an error; see theirs")
+    return [v / dist.get_world_size(group) for v in sums]
 
 
 def unsynchronized(model):

@@ -25,6 +25,12 @@ def is_sharded(t):
     return any_sharded((t,))
 
 
+def fsdp_modules(model):
+    """The modules whose parameters FSDP2 shards, and makes whole for their forward."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    return [] if module is None else [m for m in model.modules() if isinstance(m, module.FSDPModule)]
+
+
 def shards(w):
     """The parts of a list of tensors that lie here, differentiable; plain tensors as they are."""
     return [t.to_local() if is_sharded(t) else t for t in w] if any_sharded(w) else w

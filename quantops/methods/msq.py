@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from quantops.convert import check_choice, check_int
 from quantops.intweight import IntWeight
 from quantops.layers import ROWS, from_rows
 from quantops.library import ops
-from quantops.nn import WeightQuantizer, batches, launch, quantized, rows_of, shown, used_up
+from quantops.nn import WeightQuantizer, as_weights, batches, launch, quantized, rows_of, shown, used_up
 from quantops.reference.uniform import GRIDS, MAX_BITS, code_bits, most_bits
 from quantops.scales import ABSMAX, check_scale, largest, measured, weight_scales
 from quantops.sharded import any_sharded, as_shards, shards, totals
@@ -346,6 +347,38 @@ def _traced_penalties(layers):
                     of_each = _in_units(done.penalty, quantizers[0], done.scale, done.bits)
                 parts.append(of_each.sum() if len(count) == len(w) else torch.stack([of_each[i] for i in count]).sum())
     return parts
+
+
+@contextmanager
+def holding_q(layers):
+    """While it is open the weights hold q, which their layers read as it is, so that moving a weight moves q. Gives
+    where the gradient of a weight is that of q, a tensor of 0 and 1 per weight. Scales are constants."""
+    weights, found = [owner.original for _, owner, _ in layers], {}
+    for quantizers, w in batches([(p, owner.original) for _, owner, p in layers]):
+        with torch.enable_grad():
+            w = [t.detach().requires_grad_() for t in w]
+            rows, p = rows_of(quantizers, w), quantizers[0]
+            scale, bits, k = _arguments(quantizers, rows)
+            q = call(ops.round_clamp, shards(rows), scale, bits, p.grid, True, p.covered, w[0].dtype)
+            q = as_weights(quantizers, w, Quantized(as_shards(q, rows), None, scale, bits, k)).q
+        inside = torch.autograd.grad(q, w, [torch.ones_like(t) for t in q])
+        found.update(zip(quantizers, zip(q, inside)))
+    with torch.no_grad():
+        parts = shards(weights)
+        kept = [t.clone() for t in parts]
+    try:
+        with torch.no_grad():
+            for t, v in zip(parts, shards([found[p][0] for _, _, p in layers])):
+                t.copy_(v)
+        for _, _, p in layers:
+            p.bypassed = True
+        yield [found[p][1] for _, _, p in layers]
+    finally:
+        for _, _, p in layers:
+            p.bypassed = False
+        with torch.no_grad():
+            for t, v in zip(parts, kept):
+                t.copy_(v)
 
 
 def _stats(quantizers, w):

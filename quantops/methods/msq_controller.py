@@ -12,11 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quantops import processes
 from quantops.convert import check_choice, check_int
+from quantops.differences import trace_by_differences
 from quantops.hessian import hessian_trace
-from quantops.methods.msq import LEAST_BITS, msq_layers
+from quantops.methods.msq import LEAST_BITS, holding_q, msq_layers
 from quantops.nn import quantized
 from quantops.reference.uniform import GRIDS, MAX_BITS
 from quantops.report import compression, measure
+from quantops.sharded import fsdp_modules
 from quantops.types import Path
 
 STRENGTH = 1.0  # in units of the gradient
@@ -52,7 +54,9 @@ class MSQController:
         threshold: beta below which a layer loses k bits, in (0, 1].
         strength: lambda of the penalty, read back through :attr:`strength`. None: 1 with
             penalty_unit="gradient", the one unit in which it means the same for all networks and optimizers.
-        hessian: False: k stays 1, and layers are taken in order of increasing beta; so also where step() gets no
+        hessian: True: traces by second derivatives, and by differences of gradients with FSDP2, through which there
+            are none. "differences": by these everywhere, as through compiled models and ops with a first derivative
+            alone. False: k stays 1, and layers are taken in order of increasing beta; so also where step() gets no
             loss_fn.
         samples: Hutchinson vectors per decision.
         min_bits: bits that a layer keeps; default and least: 2 on the dyadic grid, where 1 bit has the values -s and 0
@@ -65,11 +69,19 @@ class MSQController:
             bits and 79.6 %; with True at 2.00 bits and 81.8 % (300 steps, one seed).
         seed: with the number of decisions taken, the seed of the vectors.
         process_group: with torch.distributed, the processes that decide together; None: the default group. All of them
-            call :meth:`step`, each with a loss of its own batch, and take one decision, from the means over them.
+            call :meth:`step`, each with a loss of its own batch, and take one decision, from the means over them. Where
+            one raises, after the collectives of the model itself, all raise.
         patience: decisions without a bit that falls, after which a warning is logged.
 
     Traces need a second derivative, which fused attention has not: while ``loss_fn`` runs,
-    torch.nn.functional.scaled_dot_product_attention is computed by torch's own "math" kernels.
+    torch.nn.functional.scaled_dot_product_attention is computed by torch's own "math" kernels. Differences do without:
+
+        tr(H_l) = E[v_l . (grad_l(q + eps v) - grad_l(q - eps v))] / (2 eps),  eps = 1 % of the weights' rms
+
+    with the same v, so the same traces but for the curvature's own change over eps, which is most where gradients
+    jump (ReLU, quantized activations) or are rounded (bfloat16). They call ``loss_fn`` twice for each of ``samples``,
+    with one random state: it must compute the loss of one batch. Scales are constants for them. Weights are moved in
+    place meanwhile, each process its part, and are then what they were, bit for bit.
 
     Decisions are logged to the logger "quantops.controller", by one process for all: INFO, and WARNING where no bits
     fall for ``patience`` decisions, or where none of the penalty was computed since the last one.
@@ -93,7 +105,7 @@ class MSQController:
         interval: int = 1,
         threshold: float,
         strength: float | None = None,
-        hessian: bool = True,
+        hessian: bool | str = True,
         samples: int = 8,
         min_bits: int | None = None,
         fall_back: bool = True,
@@ -123,7 +135,7 @@ class MSQController:
             )
         self.seed = check_int("seed", seed, 0, 2**32)
         self.patience = check_int("patience", patience, 1, 2**31)
-        self.hessian = check_choice("hessian", hessian, (True, False))
+        self.hessian = check_choice("hessian", hessian, (True, False, "differences"))
         self.fall_back = check_choice("fall_back", fall_back, (True, False))
         self.target = _number("target", target, 1, math.inf)
         self.threshold = _number("threshold", threshold, 0, 1)
@@ -235,8 +247,13 @@ class MSQController:
 
     def _measure(self, pairs):
         """{quantizer: (k, beta, sq_error)}, the means over the processes."""
-        found = measure(pairs)
-        means = processes.mean([v for p, _ in pairs for v in found[p][2:4]], self.process_group, pairs[0][1].device)
+        found = {}
+
+        def own():
+            found.update(measure(pairs))
+            return [v for p, _ in pairs for v in found[p][2:4]]
+
+        means = processes.mean(own, 2 * len(pairs), self.process_group, pairs[0][1].device)
         return {p: (found[p][1], means[2 * i], means[2 * i + 1]) for i, (p, _) in enumerate(pairs)}
 
     def _decide(self, loss_fn):
@@ -311,15 +328,29 @@ class MSQController:
 
     def _traces(self, loss_fn):
         weights = [owner.original for _, owner, _ in self._layers]
-        seed = (self.seed * 1_000_003 + self._decisions) % 2**63
-        # Around the products too: what is checkpointed is computed again there.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), processes.unsynchronized(self._model):
-            values = hessian_trace(loss_fn(), weights, self.samples, seed=seed).tolist()
-        values = processes.mean(values, self.process_group, weights[0].device)
+        values = processes.mean(
+            lambda: self._own_traces(loss_fn).tolist(), len(weights), self.process_group, weights[0].device
+        )
         for (name, _, _), v in zip(self._layers, values):
             if not math.isfinite(v):
                 raise ValueError(f"loss_fn: the Hessian trace of {name or 'model'} is {v}; is the loss finite?")
         return values
+
+    def _own_traces(self, loss_fn):
+        seed = (self.seed * 1_000_003 + self._decisions) % 2**63
+        whole = fsdp_modules(self._model)
+        for module in whole:
+            module.reshard()  # a forward without a backward pass may have left weights whole
+        weights = [owner.original for _, owner, _ in self._layers]
+        with torch.enable_grad(), processes.unsynchronized(self._model):
+            if whole or self.hessian == "differences":
+                with holding_q(self._layers) as inside:
+                    return trace_by_differences(
+                        loss_fn, weights, self.samples, model=self._model, inside=inside, seed=seed
+                    )
+            # Around the products too: what is checkpointed is computed again there.
+            with sdpa_kernel(SDPBackend.MATH):
+                return hessian_trace(loss_fn(), weights, self.samples, seed=seed)
 
     def state_dict(self) -> dict[str, Any]:
         """Steps, decisions, log and seed: plain Python values. Bits and k are in the model's own state dict."""

@@ -131,7 +131,7 @@ def test_gradients_are_those_of_one_process(task):
 
 def _controller(rank):
     """Each process has a batch of its own, and all take the decisions of one process with the whole batch."""
-    options = dict(target=8.0, threshold=0.6, strength=1e-3, samples=2, interval=2)
+    options = dict(target=8.0, threshold=0.6, strength=1e-3, samples=2, interval=2, fall_back=False)
     for wrapped in (True, False):  # whether the controller knows of DDP; loss_fn calls the model in it
         expected, model = (make(MSQConfig(bits=8)) for _ in range(2))
         ddp = DistributedDataParallel(model)
@@ -156,6 +156,17 @@ def _controller(rank):
         logs = [None] * PROCESSES
         dist.all_gather_object(logs, control.log)
         assert logs[0] == logs[1]
+
+    def breaks_in_one():
+        loss = F.cross_entropy(ddp(x), y)  # DDP itself talks there: one that raised before would leave others waiting
+        if rank:
+            raise ZeroDivisionError("here")
+        return loss
+
+    control = MSQController(ddp, 12.0, threshold=0.6, strength=1e-3, samples=2)
+    kind, text = (ZeroDivisionError, "here") if rank else (RuntimeError, "1 of 2 processes raised")
+    with pytest.raises(kind, match=text):
+        control.step(breaks_in_one)
 
 
 def run_penalized(model, x, y, strength):

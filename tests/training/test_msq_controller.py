@@ -402,3 +402,41 @@ def test_a_loss_through_fused_attention_has_traces():
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         expected = hessian_trace(model(x).square().mean(), [originals(model)["qkv"]])
     assert row["trace"] == expected.item() != 0
+
+
+@pytest.mark.parametrize(
+    "options, compiled", [({}, False), ({"scale": 2.0, "grid": "sign"}, True), ({"per_row": True, "scale": 2.5}, False)]
+)
+def test_differences_of_gradients_give_the_same_traces(options, compiled):
+    x, traces = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), []
+    for hessian in (True, "differences"):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Dropout(0.3), torch.nn.Linear(16, 6), torch.nn.Tanh()
+        )
+        quantize_(model, MSQConfig(bits=4, **options))
+        before = {name: w.detach().clone() for name, w in originals(model).items()}
+        run = (
+            torch.compile(model, backend="aot_eager", fullgraph=True)
+            if compiled and hessian == "differences"
+            else model
+        )
+        run(x).sum().backward()
+        grads = {name: w.grad.clone() for name, w in originals(model).items()}
+        control = MSQController(model, 14, threshold=0.5, strength=0.01, samples=1, hessian=hessian)
+        torch.manual_seed(1)  # one mask of dropout, on both sides of the weights
+        traces.append([row["trace"] for row in control.step(lambda: run(x).square().mean())["layers"]])
+        for name, w in originals(model).items():
+            assert torch.equal(w, before[name]) and torch.equal(w.grad, grads[name])
+    assert traces[1] == pytest.approx(traces[0], rel=2e-2, abs=2e-3 * max(map(abs, traces[0])))
+    assert min(map(abs, traces[0])) > 0
+
+
+def test_differences_need_a_loss_of_all_weights():
+    model = make_msq(bits=6)
+    control = MSQController(model, 8, threshold=0.5, strength=0.01, hessian="differences")
+    with pytest.raises(ValueError, match="loss_fn: expected a scalar tensor that requires grad"):
+        control.step(lambda: loss_of(model).detach())
+    with pytest.raises(ValueError, match=r"params\[[0-9, ]+\]: the loss does not depend on them"):
+        control.step(lambda: originals(model)["head"].square().sum())
+    assert control.step(lambda: loss_of(model))["layers"][0]["trace"] != 0

@@ -23,6 +23,7 @@ from quantops import (
     UniformActivation,
     add_penalty_grad_,
     bit_report,
+    hessian_trace,
     joint_loss,
     joint_step,
     penalty,
@@ -118,8 +119,51 @@ def _fsdp_msq(rank):
             assert row.pop("sq_error") == pytest.approx(one.pop("sq_error"), rel=1e-6) and row == one
         assert any(row["pruned"] for row in entries[0]["layers"])
         assert penalty(model) == penalty(expected)
-    with pytest.raises(ValueError, match="FSDP2 makes of them, .*MSQController.hessian=False"):
-        MSQController(model, 8, threshold=0.5, strength=1.0).step(lambda: model(data()[0]).sum())
+    loss = model(data()[0]).sum()
+    with pytest.raises(ValueError, match="FSDP2 makes of them, .*MSQController of the model"):
+        hessian_trace(loss, list(weights(model).values()))
+
+
+class Smooth(Net):
+    """Without kinks, at which differences of gradients see more curvature than second derivatives do."""
+
+    def forward(self, x):
+        return self.d(self.c(self.b(self.a(x).tanh()).tanh()).tanh())
+
+
+def _traces(rank):
+    """By differences of gradients of local batches; by them and by second derivatives, of the whole batch at once."""
+    for config in ({}, {"scale": 2.5, "per_row": True, "grid": "sign"}):
+        torch.manual_seed(0)
+        expected = quantize_(Smooth(), MSQConfig(bits=4, **config))
+        model = fsdp(expected)
+        for m, batch in ((model, data(rank)), (expected, data())):
+            F.cross_entropy(m(batch[0]), batch[1]).backward()
+        before = [(w.detach().clone(), w.grad.clone()) for w in weights(model).values()]
+        x, y = data(rank)
+        with torch.no_grad():
+            out = model(x)
+
+        def broken():
+            raise ZeroDivisionError(model(x).sum())  # its whole weights are those that were moved
+
+        control = MSQController(model, 12, threshold=0.99, strength=1.0, samples=3)
+        with pytest.raises(ZeroDivisionError):
+            control.step(broken)
+        assert torch.equal(model(x), out)  # which leaves the weights of the root whole
+        entry = control.step(lambda: F.cross_entropy(model(x), y))
+        for (w, grad), now in zip(before, weights(model).values()):
+            assert torch.equal(whole(w), whole(now)) and torch.equal(whole(grad), whole(now.grad))
+        assert any(row["pruned"] for row in entry["layers"])
+        x, y = data()
+        for hessian, tolerance in (("differences", 1e-3), (True, 1e-2)):
+            one = copy.deepcopy(expected)
+            control = MSQController(one, 12, threshold=0.99, strength=1.0, samples=3, hessian=hessian)
+            rows = control.step(lambda: F.cross_entropy(one(x), y))["layers"]
+            size = max(abs(row["trace"]) for row in rows)
+            for row, other in zip(entry["layers"], rows):
+                assert row["trace"] == pytest.approx(other["trace"], rel=tolerance, abs=tolerance * size)
+                assert (row["k"], row["beta"], row["bits_after"]) == (other["k"], other["beta"], other["bits_after"])
 
 
 def _fsdp_steps(rank):
@@ -213,6 +257,7 @@ def _tensor_parallel(rank):
 
 def _fsdp(rank):
     _fsdp_msq(rank)
+    _traces(rank)
     _fsdp_steps(rank)
     _fsdp_other_methods(rank)
 
