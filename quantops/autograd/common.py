@@ -72,8 +72,8 @@ def of_used(grads, results):
 def each(fn, tensors):
     """[fn(t) for t in tensors] of tensors with one dimension, for an elementwise ``fn`` that is called with all of them
     in a row; ``None`` is the gradient of those whose result is not used, as if they had been taken one by one."""
-    if len(tensors) == 1:
-        return [fn(tensors[0])]
+    if len(tensors) == 1 or torch._C._are_functorch_transforms_active():  # which refuse such a Function
+        return [fn(t) for t in tensors]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(t.requires_grad for t in tensors):
         return list(_Each.apply(fn, *tensors))
     return list(fn(torch.cat(tensors)).split([t.numel() for t in tensors]))

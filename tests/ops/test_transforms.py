@@ -62,6 +62,18 @@ def test_derivatives_of_a_model_with_respect_to_its_input(cache, fuse):
         torch.func.grad(lambda p: torch.func.functional_call(model, p, (W,)).sum())(dict(model.named_parameters()))
 
 
+@pytest.mark.parametrize("config", [Q.MSQConfig(), Q.TruncQuantConfig(), Q.CPQConfig(dropbits="fixed")])
+def test_forward_mode_of_weights_is_refused_by_all_methods(config):
+    model = Q.quantize_(torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 4)), config)
+    w = model[0].parametrizations.weight.original.detach()
+    with pytest.raises(NotImplementedError, match="forward-mode derivatives"):
+        torch.func.jvp(
+            lambda v: torch.func.functional_call(model, {"0.parametrizations.weight.original": v}, (W,)),
+            (w,),
+            (torch.ones_like(w),),
+        )
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     "trace",
