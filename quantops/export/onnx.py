@@ -60,7 +60,7 @@ def onnx(
             next to the middle of two codes, about 1 of 10^5 at 8 bits, some get the neighbour. Floor and nearest codes
             (TruncQuant) leave as with True.
         dynamic_shapes: as torch.export has it; default: dim 0 of every tensor of ``args`` is dynamic, and its size in
-            ``args`` must then be 2 or more.
+            ``args`` must then be 2 or more. With ``kwargs`` the default is the sizes of the example.
         input_names, output_names: as torch.onnx.export has them.
 
     Returns the onnx.ModelProto. Raises ImportError without onnx and onnxscript (``pip install 'quantops[export]'``),
