@@ -18,7 +18,28 @@ def fit_class(layer, parameter, quantizer):
         layer.register_load_state_dict_pre_hook(take_float_weights)
     layer.__dict__[QUANTIZERS][parameter] = quantizer
     layer.parametrizations[parameter].__class__ = QuantizedList
+    if type(layer._parameters) is dict:
+        layer.__dict__["_parameters"] = _Parameters(layer._parameters, layer.__dict__[QUANTIZERS])
     _fit(type(layer))
+
+
+class _Parameters(dict):
+    """The parameters of a layer, which says why a quantized one is not among them. torch's deprecated weight_norm and
+    spectral_norm, which are hooks, look for it here."""
+
+    def __init__(self, parameters, quantizers):
+        super().__init__(parameters)
+        self.quantizers = quantizers
+
+    def __missing__(self, name):
+        if name in self.quantizers:
+            raise ValueError(_refusal(self.quantizers[name].source.layer, "norms"))
+        raise KeyError(name)
+
+    def __delitem__(self, name):
+        if name not in self:
+            self[name]  # which raises
+        super().__delitem__(name)
 
 
 class QuantizedList(ParametrizationList):
@@ -100,6 +121,7 @@ def _register_parameter(self, name, param):
         self.__dict__.get(QUANTIZERS, {}).pop(name, _Gone).gone()  # as torch's remove_parametrizations does it
         if not self.__dict__.get(QUANTIZERS, True):
             del self.__dict__[QUANTIZERS]
+            self.__dict__["_parameters"] = dict(self._parameters)
             hooks = self._load_state_dict_pre_hooks
             for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is take_float_weights]:
                 del hooks[key]

@@ -1,5 +1,6 @@
 """Writes to layer.weight set the float weight, or raise; other reparametrizations say how they compose."""
 
+import copy
 import pickle
 
 import pytest
@@ -150,6 +151,8 @@ def test_hooks_before_say_how(kind):
         parametrizations.weight_norm,
         parametrizations.spectral_norm,
         parametrizations.orthogonal,
+        nn.utils.weight_norm,  # deprecated
+        nn.utils.spectral_norm,
         lambda m: prune.l1_unstructured(m, "weight", 0.5),
     ],
 )
@@ -161,16 +164,11 @@ def test_after_quantize_they_say_how(apply):
     with pytest.raises(ValueError, match="model: the weight is quantized.*quantops.unquantize_"):
         apply(model)
     assert torch.equal(model.weight, expected) and torch.equal(model(x), before) and len(quantized(model)) == 1
-
-
-@pytest.mark.parametrize("apply", [nn.utils.weight_norm, nn.utils.spectral_norm])
-@pytest.mark.filterwarnings("ignore")
-def test_torchs_deprecated_hooks_find_no_parameter(apply):
-    model = layer(shape=(4, 4))
-    expected = model.weight.detach().clone()
-    with pytest.raises(KeyError, match="weight"):
-        apply(model)
-    assert torch.equal(model.weight, expected)
+    with pytest.raises(KeyError, match="other"):  # of a parameter that is none
+        del pickle.loads(pickle.dumps(model))._parameters["other"]
+    for plain in (Q.unquantize_(copy.deepcopy(model)), parametrize.remove_parametrizations(model, "weight")):
+        assert type(plain._parameters) is dict
+        apply(plain)
 
 
 class Mask(nn.Module):
