@@ -106,12 +106,12 @@ def _unpack_planes(data, m, stride, left, OCTETS: tl.constexpr, WHOLE: tl.conste
     plane = tl.arange(0, 4)[:, None]
     byte = tl.arange(0, OCTETS)[None, :]
     codes = tl.zeros([OCTETS, 8], tl.uint32)
-    at = plane * stride + byte
     for p in range(0, m, 4):
         there = p + plane < m
         if not WHOLE:
             there = there & (byte < left)
-        value = tl.load(data + p * stride + at, mask=there, other=0)
+        value = tl.load(data + plane * stride + byte, mask=there, other=0)
+        data += 4 * stride  # a pointer that moves: with one computed from p, ptxas wants a stack
         word = tl.sum(value.to(tl.uint32) << (8 * plane).to(tl.uint32), axis=0)  # byte k: plane p + k
         bits = ((((word[:, None] >> element) & BYTES) * GATHER) >> 24) & 15
         codes = (codes << 4) | bits

@@ -82,6 +82,9 @@ __attribute__((target("avx512f,avx512bw"))) inline int64_t numbers_avx512(const 
   return i;
 }
 
+// None of float64's, which no table is for.
+inline int64_t numbers_avx512(const double*, uint16_t*, int64_t) { return 0; }
+
 // The entry of a table for each code, cut by `shift` bits; n: a multiple of kLanes. Streamed results begin at one of 64
 // bytes.
 __attribute__((target("avx512f,avx512bw"))) inline void look_up_avx512(const uint16_t* codes, int64_t n, int shift,

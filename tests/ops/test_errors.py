@@ -316,5 +316,5 @@ def test_the_folder_kernels_is_no_package_of_that_name():
         "    except ImportError as error: assert 'kernels' in str(error), error\n"
         "    else: raise AssertionError(line)\n"
     )
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
