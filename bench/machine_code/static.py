@@ -194,7 +194,10 @@ def _triton_launch(case, dtype):
         name = op.name().removeprefix("quantops::").partition(".")[0]
         if op.namespace == "quantops":
             function = getattr(importlib.import_module(f"quantops.kernels.{family[name]}"), name)
-            return next(v for v in sass.triton_launches(lambda: function(*args)) if "BLOCK" in v.constants)
+            launches = [v for v in sass.triton_launches(lambda: function(*args)) if "BLOCK" in v.constants]
+            if not launches:
+                raise NoMainPath(f"{name} has no kernel of its own")
+            return launches[0]
     raise NoMainPath("calls no op of quantops")
 
 
