@@ -1,5 +1,6 @@
 """Tables and plots from the results; nothing in them is typed by hand."""
 
+import os
 from pathlib import Path
 
 from bench.machine_code import static
@@ -497,6 +498,13 @@ def insert(path, text, begin=BEGIN, end=END):
     path.write_text(f"{old[: old.index(begin)]}{begin}\n{text}\n{old[old.index(end) :]}")
 
 
+def _link(path, page):
+    """A link to ``path`` on ``page``, which None means to be printed."""
+    path = path.resolve()
+    name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    return f"[{name}]({os.path.relpath(path, page.resolve().parent) if page else name})"
+
+
 def report(args):
     """Draws the plots and writes report.md beside the results; prints the summary of the first device and the targets
     of the others, and writes that --into a page."""
@@ -507,16 +515,13 @@ def report(args):
     for device in found:
         draw(device)
         (device.folder / "report.md").write_text(page(device))
-        link = (device.folder / "report.md").resolve()
-        link = link.relative_to(ROOT) if link.is_relative_to(ROOT) else link
         text = summary(device) if device is found[0] else brief(device)
-        texts.append(f"{text}\n\nEvery figure, and plots: [{link}]({link}).")
+        texts.append(f"{text}\n\nEvery figure, and plots: {_link(device.folder / 'report.md', args.into)}.")
     costs = static.load()
     if costs:
         path = static.PATH.with_suffix(".md")
         path.write_text(static.page(costs, _measured(found)))
-        link = path.relative_to(ROOT)
-        texts.append(f"{static.heading(costs)} {static.summary(costs)} The table: [{link}]({link}).")
+        texts.append(f"{static.heading(costs)} {static.summary(costs)} The table: {_link(path, args.into)}.")
     text = "\n\n".join(texts)
     print(text)
     if args.into:
