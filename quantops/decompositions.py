@@ -7,14 +7,15 @@ would refuse our ops.
 
 import torch
 
-from quantops import default, reference
+from quantops import default
 from quantops.autograd.common import chains
+from quantops.default.activation import by_reference
 from quantops.library import OPS, ops
-from quantops.reference.activation import FRONTS, KEEPS
+from quantops.reference.activation import KEEPS
 from quantops.reference.categorical import MODES
 from quantops.reference.categorical_activation import QUARTER_BITS
 from quantops.reference.packing import pack
-from quantops.reference.uniform import RULES, acc_dtype, per_row
+from quantops.reference.uniform import acc_dtype, per_row
 
 # What no exported program has: the backward passes of activations, and of classes, whose number no chain depends on.
 _LEFT_OUT = ("activation_backward", "categorical_backward", "categorical_activation_backward")
@@ -36,17 +37,7 @@ def table():
 
 def _activation(x, scale, offset, bits, rule, signed, front, keep, learn, dtype):
     """q, and what is kept as it is of a contiguous x."""
-    q, kept = reference.activation(
-        x,
-        scale,
-        bits,
-        offset=offset,
-        rule=RULES[rule],
-        signed=signed,
-        front=FRONTS[front],
-        keep=KEEPS[keep],
-        out_dtype=dtype,
-    )
+    q, kept = by_reference(x, scale, offset, bits, rule, signed, front, keep, dtype)
     if kept is None:
         return q, x.new_empty(0, dtype=torch.uint8)
     return q, pack(kept.to(torch.int32), 1, layout="dense") if KEEPS[keep] == "bits" else kept.reshape(-1)

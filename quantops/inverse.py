@@ -67,9 +67,8 @@ def _at_the_mean(quantizer, v, device):
         return
     cells, per_row = _Cells(v), v.scale.numel() > 1
     ends, target = cells.lowest | cells.highest, cells.scale.double()
-    apart = torch.linspace(-SPREAD, SPREAD, ends.numel(), dtype=torch.float64).reshape(
-        ends.shape
-    )  # lest all round alike
+    # Lest all round alike:
+    apart = torch.linspace(-SPREAD, SPREAD, ends.numel(), dtype=torch.float64).reshape(ends.shape)
     if factor == ABSMAX:
         low_way, high_way = target, target * (ends.numel() // target.numel())  # the mean, if one weight were not 0
         rows = ends.reshape(target.numel(), -1)

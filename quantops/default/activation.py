@@ -9,10 +9,9 @@ from quantops.reference.uniform import RULES
 from quantops.values import check_activation
 
 
-def activation(x, scale, offset, bits, rule, signed, front, keep, learn, dtype):
-    check_activation(scale, offset, bits)
-    x = dense(x)
-    values, kept = reference.activation(
+def by_reference(x, scale, offset, bits, rule, signed, front, keep, dtype):
+    """(q, what is kept or None) of the reference, from the ops' numbers for its options."""
+    return reference.activation(
         x,
         scale,
         bits,
@@ -23,6 +22,12 @@ def activation(x, scale, offset, bits, rule, signed, front, keep, learn, dtype):
         keep=KEEPS[keep],
         out_dtype=dtype,
     )
+
+
+def activation(x, scale, offset, bits, rule, signed, front, keep, learn, dtype):
+    check_activation(scale, offset, bits)
+    x = dense(x)
+    values, kept = by_reference(x, scale, offset, bits, rule, signed, front, keep, dtype)
     q = empty_like(x, dtype).copy_(values)
     if kept is None:
         return q, x.new_empty(0, dtype=torch.uint8)
