@@ -5,7 +5,7 @@ import functools
 
 import torch
 
-from bench.ops.peers import step, step_peer
+from bench.ops.peers import imported, step, step_peer
 from bench.ops.registry import Case
 from bench.ops.uniform import Inputs
 from quantops import quantize_activation, reference
@@ -105,6 +105,20 @@ def _torch_learnable(x):
     ]
 
 
+def _brevitas(x):
+    """Its default quantizer of activations: signed, a scale from running statistics, and learned after 300 steps."""
+    nn = imported("brevitas.nn")
+    layers = [nn.QuantIdentity(bit_width=BITS, return_quant_tensor=False).to(t.device, t.dtype) for t in x.w]
+    return x.leaves, lambda bits: [layer(t) for layer, t in zip(layers, x.leaves)]
+
+
+def _torchao(x):
+    """A range for each row of the batch, from its values."""
+    qat = imported("torchao.quantization.qat")
+    quantizer = qat.IntxFakeQuantizer(qat.IntxFakeQuantizeConfig(torch.int4, "per_token", is_symmetric=False))
+    return x.leaves, lambda bits: [quantizer(t.flatten(1)).view_as(t) for t in x.leaves]
+
+
 def _case(name, learn, reads, writes, keeps, peers):
     return Case(
         name,
@@ -135,7 +149,12 @@ CASES = [
         lambda s: 2 * s + 1,
         lambda s: 2 * s + 1,
         lambda s: 1.0,
-        {**_eager("step"), "torch learnable": step_peer(_torch_learnable)},
+        {
+            **_eager("step"),
+            "torch learnable": step_peer(_torch_learnable),
+            "Brevitas": step_peer(_brevitas, note="signed codes, its scale from statistics at first"),
+            "torchao": step_peer(_torchao, note="a range per token, not learned"),
+        },
     ),
     # x to q and a bit; then dL/dq, q and the bit to dL/dx.
     _case(

@@ -139,7 +139,7 @@ def torch_learnable(x, per_row):
 # Other libraries, where they are installed: pip install 'quantops[bench]'.
 
 
-def _import(name):
+def imported(name):
     """The module, imported without what it prints."""
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
@@ -151,14 +151,14 @@ def _import(name):
 
 def torchao(x):
     """torchao's IntxFakeQuantizer, int8 symmetric, a scale per row; convolutions as matrices of their rows."""
-    qat = _import("torchao.quantization.qat")
+    qat = imported("torchao.quantization.qat")
     quantizer = qat.IntxFakeQuantizer(qat.IntxFakeQuantizeConfig(torch.int8, "per_channel", is_symmetric=True))
     return x.leaves, lambda bits: [quantizer(t.flatten(1)).view_as(t) for t in x.leaves]
 
 
 def brevitas(x, per_row):
     """Brevitas' Int8WeightPer{Tensor,Channel}Float in its QuantLinear; convolutions as matrices of their rows."""
-    nn, quant = _import("brevitas.nn"), _import("brevitas.quant")
+    nn, quant = imported("brevitas.nn"), imported("brevitas.quant")
     kind = quant.Int8WeightPerChannelFloat if per_row else quant.Int8WeightPerTensorFloat
     layers = []
     for t in x.w:

@@ -13,6 +13,7 @@ from bench.store import read_json
 
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 STEP = "msq step"  # the row that stands for training
+LSQ = "LSQ activation step"
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 IMPLEMENTATIONS = {"cpp": "C++", "cuda": "CUDA", "triton": "Triton"}
 
@@ -122,7 +123,7 @@ def step_table(device, case=STEP):
         )
     notes = {name: note for r in rows for name, note in r["notes"].items()}
     text = "; ".join(f"{name}: {note}" for name, note in notes.items())
-    return markdown(head, body) + (f"\n\nLess work than the op: {text}." if text else "")
+    return markdown(head, body) + (f"\n\nOther work than the op's: {text}." if text else "")
 
 
 def compile_table(device, case=STEP):
@@ -328,6 +329,11 @@ def summary(device):
             "The MSQ step (scales, quantized weights, sums, gradient); peers as multiples of quantops' time:",
             step_table(device),
         ]
+        if activations := step_table(device, LSQ):
+            parts += [
+                "LSQ's step on activations of 4 bits (q, the gradients of x and of the step), on tensors of these shapes:",
+                activations,
+            ]
         parts += [
             "Share of a copy's speed (1.00: as fast as torch copies the bytes that the op must move"
             + (f"; {' / '.join(IMPLEMENTATIONS[n] for n in device.ops)}" if len(device.ops) > 1 else "")

@@ -3,8 +3,8 @@
 Whole steps of ResNet-50 and of a ViT, weights in float, with a quantizer of 4 bits in front of every layer, or in the
 place of every ReLU, whose output nobody keeps then. A ReLU in front keeps x by itself: there keep="input" costs
 nothing, nor does what torch's quantizer keeps. Bytes are counted by torch's hooks on saved tensors, each storage
-once, parameters apart: the most that is alive at a time. They depend on no load and no clock; on a GPU the allocator's
-peak stands beside them.
+once, parameters apart: the most that is alive at a time. Beside them the peak of a step, forward and backward: the most
+that the allocator had given out at once beyond what was there before. Neither depends on load or clock.
 """
 
 import functools
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import quantops
+from bench.measure import peak_bytes
 from bench.ops.report import insert
 from bench.ops.steps import NETWORKS
 from bench.store import Result
@@ -123,21 +124,20 @@ def measured(network, way, device):
     step()  # scales start with the first batch
     model.zero_grad()
     row = {"network": network, "way": way, "sizes": list(sizes), "kept": kept_for_backward(model, step)}
-    if device.type == "cuda":
-        model.zero_grad()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        row["peak"] = torch.cuda.max_memory_allocated() - before
+    model.zero_grad()
+    row["peak"] = peak_bytes(step, device)
     return row
 
 
 def markdown(data):
     """The table of a result."""
-    lines = ["| network, batch | way | kept for backward, MB | beside float |", "|---|---|--:|--:|"]
+    lines = [
+        "| network, batch | way | kept for backward, MB | beside float | peak of a step, MB | beside float |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
     for row in data["rows"]:
-        base = next(r["kept"] for r in data["rows"] if r["network"] == row["network"] and r["way"] == "float")
-        told = f"{row['kept'] / 1e6:.1f} | {row['kept'] / base:.2f}x"
+        base = next(r for r in data["rows"] if r["network"] == row["network"] and r["way"] == "float")
+        told = " | ".join(f"{row[n] / 1e6:.1f} | {row[n] / base[n]:.2f}x" for n in ("kept", "peak"))
         lines.append(f"| {row['network']}, {row['sizes'][0]} | {row['way']} | {told} |")
     return "\n".join(lines)
 
