@@ -331,7 +331,7 @@ def summary(device):
         ]
         if activations := step_table(device, LSQ):
             parts += [
-                "LSQ's step on activations of 4 bits (q, the gradients of x and of the step), on tensors of these shapes:",
+                "LSQ's step on activations of 4 bits (q, gradients of x and of the step), on tensors of these shapes:",
                 activations,
             ]
         parts += [
