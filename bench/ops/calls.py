@@ -14,7 +14,7 @@ LENGTHS = (1, 54, 162)  # weights, of 64 elements: what a call costs by itself, 
 
 
 class _Nothing(torch.autograd.Function):
-    """What torch alone costs for the graph of a list: as many results and gradients as msq has, and no arithmetic."""
+    """What torch alone costs for a list in a graph: as many results and gradients as msq has, and no arithmetic."""
 
     @staticmethod
     def forward(ctx, *w):
@@ -27,29 +27,45 @@ class _Nothing(torch.autograd.Function):
         return grads[:-1]
 
 
-def _list_calls(count, device):
-    """Forward and backward of msq over a list, with gradients of all q, and of the penalty alone; and of nothing."""
+def _trainings(count, device):
+    """{name: forward and backward of a list}, the first without a quantizer. Gradients of all entries come as a network
+    gives them: each contiguous, and from a node of its own."""
     leaves = Inputs([(8, 8)] * count, torch.float32, device).leaves
-    grads = [*map(torch.ones_like, leaves), torch.ones(count, device=device)]
+    towards, strength = torch.randn(64 * count, device=device), torch.ones(count, device=device)
 
-    def quantized():
-        q, penalty, _, _ = foreach.msq(leaves, None, 4)
-        return *q, penalty
+    def step(quantized):
+        q, penalty = quantized()
+        loss = torch.cat([t.view(-1) for t in q]) @ towards
+        torch.autograd.grad(loss if penalty is None else loss + penalty @ strength, leaves)
 
-    def both(forward, results):
-        torch.autograd.grad(forward()[results], leaves, grads[results])
+    def nothing():
+        *q, penalty = _Nothing.apply(*leaves)
+        return q, penalty
 
-    every, last = slice(None), slice(-1, None)
     return {
-        f"foreach.msq + backward, {count}": lambda: both(quantized, every),
-        f"foreach.msq + backward of the penalty, {count}": lambda: both(quantized, last),
-        f"an empty autograd.Function + backward, {count}": lambda: both(lambda: _Nothing.apply(*leaves), every),
+        "": lambda: step(lambda: (leaves, None)),
+        "an empty autograd.Function": lambda: step(lambda: (nothing()[0], None)),
+        "foreach.msq": lambda: step(lambda: (foreach.msq(leaves, None, 4).q, None)),
+        "an empty autograd.Function, penalty too": lambda: step(nothing),
+        "foreach.msq, penalty too": lambda: step(lambda: foreach.msq(leaves, None, 4)[:2]),
     }
 
 
+def _timed(calls, seconds=3.0):
+    """{name: seconds of a call, one per round}."""
+
+    def many(fn):
+        start = time.perf_counter()
+        for _ in range(5):
+            fn()
+        return (time.perf_counter() - start) / 5
+
+    return measure.interleave({name: (lambda fn=fn: many(fn)) for name, fn in calls.items()}, seconds, most=400)
+
+
 def call_overhead(device):
-    """Microseconds of an eager call on weights of 64 elements, on the host: what does not depend on their size. One
-    weight, or a list of as many as the name says."""
+    """Microseconds of an eager call on weights of 64 elements, on the host: what does not depend on their size. Of one
+    weight; or, of a list of as many as the name says, what it adds to forward and backward of a graph."""
     x = Inputs([(8, 8)], torch.float32, device)
     w, leaf, scale = x.w[0], x.leaves[0], x.scale[0]
     calls = {
@@ -61,19 +77,14 @@ def call_overhead(device):
         "quantops.msq": lambda: quantops.msq(w, scale, x.bits, x.k),
         "quantops.msq, w requires grad": lambda: quantops.msq(leaf, scale, x.bits, x.k),
     }
+    found = {name: measure.summary(t)["median"] for name, t in _timed(calls).items()}
     for count in LENGTHS:
-        calls |= _list_calls(count, device)
-
-    def many(fn):
-        start = time.perf_counter()
-        for _ in range(5):
-            fn()
-        return (time.perf_counter() - start) / 5
-
-    times = measure.interleave({name: (lambda fn=fn: many(fn)) for name, fn in calls.items()}, 3.0, most=400)
-    return {name: 1e6 * measure.summary(t)["median"] for name, t in times.items()}
+        times = {name: measure.summary(t)["median"] for name, t in _timed(_trainings(count, device), 1.0).items()}
+        base = times.pop("")
+        found |= {f"added by {name}, {count} weights": t - base for name, t in times.items()}
+    return {name: 1e6 * t for name, t in found.items()}
 
 
 if __name__ == "__main__":
     for name, microseconds in call_overhead("cpu").items():
-        print(f"{name:55} {microseconds:9.1f} us")
+        print(f"{name:60} {microseconds:9.1f} us")

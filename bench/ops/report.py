@@ -247,9 +247,10 @@ def row_table(device):
 
 
 def call_line(device):
-    """Microseconds of eager calls."""
+    """Microseconds of eager calls, and of what lists add to a graph."""
     return "\n\n".join(
-        f"Microseconds of an eager call on 64 elements, {IMPLEMENTATIONS[name]}: "
+        "Microseconds of an eager call on 64 elements, or of what it adds to forward and backward of a graph of such "
+        f"weights, {IMPLEMENTATIONS[name]}: "
         + ", ".join(f"`{call}` {v:.1f}" for call, v in result["call_microseconds"].items())
         + "."
         for name, result in device.ops.items()

@@ -427,13 +427,14 @@ def test_of_several_devices_the_latest_is_told_whole(result, tmp_path):
     assert "an eager call" in (tmp_path / "early" / "report.md").read_text()
 
 
-def test_list_calls_have_gradients_of_all_weights(monkeypatch):
+def test_trainings_of_lists_have_gradients_of_all_weights(monkeypatch):
     """What bench/ops/calls.py times does the work that its name says."""
     found, grad = [], torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *args: found.append(grad(*args)))
-    names = calls._list_calls(3, "cpu")
-    for call in names.values():
+    for call in calls._trainings(3, "cpu").values():
         call()
-    every, penalty, nothing = found
-    assert len(names) == 3 and all(len(grads) == 3 for grads in found)
-    assert all(torch.equal(a, b + 1) for a, b in zip(every, penalty)) and all((t == 1).all() for t in nothing)
+    assert len(found) == 5 and all(len(grads) == 3 for grads in found)
+    base, nothing, quantized, nothing_too, penalized = map(torch.cat, found)
+    assert all(torch.equal(base, same) for same in (nothing, quantized, nothing_too))
+    signs = penalized - base  # of the LSBs of each weight
+    assert (signs - signs.round()).abs().max() < 1e-6 and signs.round().unique().tolist() == [-1, 0, 1]
