@@ -240,10 +240,15 @@ inline void check_dense(const char* name, const Tensor& t, const char* why) {
   QUANTOPS_CHECK(dense_rows(t), name, ": expected a dense tensor, ", why, ", got strides ", numbers(t.strides()));
 }
 
+// One entry for each weight.
+inline void check_count(const char* name, const Tensors& list, const Tensors& w) {
+  QUANTOPS_CHECK(list.size() == w.size(), name, ": expected a list with one entry per weight (", w.size(), "), got ",
+                 list.size());
+}
+
 // One contiguous scale per weight, of one element or one per row.
 inline void check_scales(const Tensors& scale, const Tensors& w, ScalarType dtype, const char* argument = "scale") {
-  QUANTOPS_CHECK(scale.size() == w.size(), argument, ": expected a list with one entry per weight (", w.size(),
-                 "), got ", scale.size());
+  check_count(argument, scale, w);
   DeviceId device = device_of(w[0]);
   for (size_t i = 0; i < w.size(); ++i) {
     const Tensor& s = scale[i];
@@ -258,6 +263,11 @@ inline void check_scales(const Tensors& scale, const Tensors& w, ScalarType dtyp
                    ", got shape ", numbers(s.sizes()));
     QUANTOPS_CHECK(s.is_contiguous(), name(), ": expected a contiguous tensor, got strides ", numbers(s.strides()));
   }
+}
+
+// Whether one tensor holds a scale for each of several weights.
+inline bool are_joined(const Tensors& scale, const Tensors& w) {
+  return scale.size() == 1 && w.size() > 1 && scale[0].numel() == static_cast<int64_t>(w.size());
 }
 
 // `t` as a contiguous tensor with one element for each of `count` weights, on the device of w.
@@ -277,11 +287,34 @@ inline void check_result(const char* name, const Tensor& t, int64_t count, Scala
   check_per_weight(name, t, count, dtype, w);
 }
 
+// What one scale covers, and where a weight's scales are.
+struct Scaled {
+  Rows rows;
+  const void* scale;
+};
+
+// The scales of a list, as check_scales expects them or in one tensor for all.
+inline std::vector<Scaled> check_scaled(const Tensors& scale, const Tensors& w, ScalarType dtype) {
+  std::vector<Scaled> found;
+  found.reserve(w.size());
+  if (are_joined(scale, w)) {
+    check_result("scale", scale[0], static_cast<int64_t>(w.size()), dtype, w[0]);
+    const char* at = static_cast<const char*>(scale[0].data_ptr());
+    for (const Tensor& t : w) {
+      found.push_back({rows_of(t, false), at});
+      at += scale[0].element_size();
+    }
+    return found;
+  }
+  check_scales(scale, w, dtype);
+  for (size_t i = 0; i < w.size(); ++i) found.push_back({rows_of(w[i], scale[i]), scale[i].data_ptr()});
+  return found;
+}
+
 // A list that matches w one to one in shape and device; gives back its dtype.
 inline ScalarType check_like(const char* name, const Tensors& list, const Tensors& w,
                              std::initializer_list<ScalarType> allowed) {
-  QUANTOPS_CHECK(list.size() == w.size(), name, ": expected a list with one entry per weight (", w.size(), "), got ",
-                 list.size());
+  check_count(name, list, w);
   ScalarType dtype = check_list(name, list, allowed);
   QUANTOPS_CHECK(device_of(list[0]) == device_of(w[0]), name, ": expected device ", device_name(w[0]),
                  ", where the weights are, got ", device_name(list[0]));

@@ -13,7 +13,7 @@ import torch
 
 from quantops import checks, packed
 from quantops.autograd.common import call
-from quantops.layout import dense_rows, empty_like
+from quantops.layout import dense_rows, each_scale, empty_like
 from quantops.library import ops
 from quantops.packed import Packed, pack, unpack  # noqa: F401  the list ops of packed codes
 from quantops.reference.truncate import SLOPES
@@ -57,10 +57,12 @@ def absmean(w: Sequence[torch.Tensor], *, per_row: bool = False, grad: bool = Fa
 
 
 def _scales(w, scale):
-    """(scales, covered): covered where they are max|w|, so that every weight is inside."""
-    if scale is None:
-        return list(call(ops.absmax, w, False).unbind()), True
-    return checks.scales(scale, w), False
+    """(scales, covered): covered where they are max|w|, so that every weight is inside. In eager mode the ops of family
+    ``uniform`` take all of these in one tensor, which saves a view for each."""
+    if scale is not None:
+        return checks.scales(scale, w), False
+    joined = [call(ops.absmax, w, False)]
+    return each_scale(joined, w) if torch.compiler.is_compiling() else joined, True
 
 
 def _written(tensors):
@@ -240,6 +242,7 @@ def truncate(
     n, base, one = checks.widths(bits, base_bits, w)
     rule, tanh = checks.rule_index(rule), checks.tanh(companding)
     scale, covered = _scales(w, scale)
+    scale = each_scale(scale, w)
     exact = checks.choice("slope", slope, SLOPES) == "exact" and (out_scale is not None or tanh)
     scale, out_scale = checks.out_scales(scale if exact and out_scale is None else out_scale, scale, w)
     q = call(ops.truncate, w, scale, out_scale, n, base, rule, tanh, covered, exact, checks.dtype_of(out_dtype, w))

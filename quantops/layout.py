@@ -58,3 +58,9 @@ def relaid(t, strides):
 def in_layout_of(t, like):
     """``t`` itself where it has the strides of ``like``, which is dense, else a copy that has."""
     return t if t.stride() == like.stride() else empty_like(like, t.dtype).copy_(t)
+
+
+def each_scale(scale, w):
+    """The scales of a list one by one, of which one tensor may hold those of several weights."""
+    joined = len(scale) == 1 < len(w) == scale[0].numel()
+    return list(scale[0].reshape(-1).unbind()) if joined else scale

@@ -2,10 +2,11 @@
 
 Every op takes a list of weights; a single weight is a list of one. In all schemas: the weights of a list share dtype
 and device; ``scale`` holds one contiguous tensor per weight, with one element or one per row (dim 0), of the
-arithmetic dtype (float64 for float64 weights, else float32); ``bits`` and ``k`` are int32 tensors on the weights'
-device with one element per weight; per-weight sums come back as one tensor with an element per weight. ``grid``
-and ``rule`` count in GRIDS and RULES of the reference. ``covered`` promises that every weight is inside its scale (the
-scale is max|w|): the backward is then the identity but for the penalty.
+arithmetic dtype (float64 for float64 weights, else float32), or in family ``uniform``, as constants, one tensor with an
+element for each of several weights; ``bits`` and ``k`` are int32 tensors on the weights' device with one element per
+weight; per-weight sums come back as one tensor with an element per weight. ``grid`` and ``rule`` count in GRIDS and
+RULES of the reference. ``covered`` promises that every weight is inside its scale (the scale is max|w|): the backward
+is then the identity but for the penalty.
 
 Of the categorical ops: ``alpha`` and ``sigma`` are like ``scale``, with equally many elements; ``gates`` holds a tensor
 of ``bits`` values per weight, or is None, of the backward op []; ``seed`` is an int64 tensor of one element; ``mode``
@@ -20,7 +21,7 @@ import torch
 
 from quantops import autograd, checks, compiled, default
 from quantops.autograd.common import below_autograd, functions, refuse_unsupported
-from quantops.layout import empty_like
+from quantops.layout import each_scale, empty_like
 from quantops.reference.activation import KEEPS
 from quantops.reference.categorical_activation import QUARTER_BITS
 from quantops.reference.packing import LAYOUTS, data_shape, split_shapes
@@ -145,12 +146,17 @@ def checked(name, kernel):
     """A Python kernel of the op ``name`` behind what the compiled ones do by themselves: the ops can be called
     directly, with anything, and those without an autograd kernel of their own must not be recorded."""
     names = [a.name for a in getattr(ops, name).default._schema.arguments]
-    structure = getattr(checks, next(family for family, schemas in OPS.items() if name in schemas)).structure
+    family = next(family for family, schemas in OPS.items() if name in schemas)
+    structure = getattr(checks, family).structure
 
     def checked_kernel(*args):
-        structure(dict(zip(names, args)))
+        arguments = dict(zip(names, args))
+        structure(arguments)
         with torch.no_grad():
-            return kernel(*args)
+            if family == "uniform" and "scale" in arguments:
+                listed = arguments["codes" if "codes" in arguments else "w"]
+                arguments["scale"] = each_scale(arguments["scale"], listed)
+            return kernel(*arguments.values())
 
     return checked_kernel
 

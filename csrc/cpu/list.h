@@ -59,21 +59,29 @@ inline List make_list(const Tensors& w, bool is_double) {
   return list;
 }
 
+// `scale`: where the scales of each weight are, one for each of its rows.
 template <class A>
-void check_scale_values(const Tensors& scale, const char* name = "scale") {
+void check_scale_values(const List& list, const std::vector<const void*>& scale, const char* name = "scale") {
   for (size_t i = 0; i < scale.size(); i++) {
-    const A* s = static_cast<const A*>(scale[i].data_ptr());
-    for (int64_t j = 0; j < scale[i].numel(); j++)
+    const A* s = static_cast<const A*>(scale[i]);
+    for (int64_t j = 0; j < list.rows[i].rows; j++)
       if (!valid_scale(s[j]))
         fail(entry_name(name, i, scale.size()), ": expected finite values >= 0, got ", s[j], " at element ", j);
   }
+}
+
+inline void check_scale_values(const List& list) {
+  list.is_double ? check_scale_values<double>(list, list.scale) : check_scale_values<float>(list, list.scale);
 }
 
 // On CPU the values of bits, k and scale are read, and those out of range raise before any work is done.
 inline List make_list(const Tensors& w, const Tensors& scale, const Tensor& bits, const Tensor* k, bool is_double,
                       GridKind grid = kDyadic) {
   List list = make_list(w, is_double);
-  check_scales(scale, w, acc_type(is_double));
+  for (const Scaled& s : check_scaled(scale, w, acc_type(is_double))) {
+    list.rows.push_back(s.rows);
+    list.scale.push_back(s.scale);
+  }
   list.parameters.push_back(check_per_weight("bits", bits, list.size(), ScalarType::Int, w[0]));
   if (k) list.parameters.push_back(check_per_weight("k", *k, list.size(), ScalarType::Int, w[0]));
   list.bits = static_cast<const int32_t*>(list.parameters[0].data_ptr());
@@ -84,10 +92,8 @@ inline List make_list(const Tensors& w, const Tensors& scale, const Tensor& bits
       fail(entry_name("bits", i, w.size()), ": expected 0..", most_bits(grid), ", got ", n);
     if (list.k && !valid_bits(n, list.k[i], grid))
       fail(entry_name("k", i, w.size()), ": expected 1 <= k < bits = ", n, " (or 0 for no LSBs), got ", list.k[i]);
-    list.rows.push_back(rows_of(w[i], scale[i]));
-    list.scale.push_back(scale[i].data_ptr());
   }
-  is_double ? check_scale_values<double>(scale) : check_scale_values<float>(scale);
+  check_scale_values(list);
   list.chunks = make_chunks(list.rows);
   return list;
 }

@@ -200,8 +200,8 @@ Tensors decode_packed(Tensors data, std::vector<int64_t> sizes, std::vector<int6
   const PackedList packed(data, sizes, dims, stored, bits, layout, grid);
   check_float("dtype", dtype);
   const bool is_double = packed.check_scales(scale, data[0]) == ScalarType::Double;
-  is_double ? check_scale_values<double>(scale) : check_scale_values<float>(scale);
   const List list = scale_list(packed, scale, is_double);
+  check_scale_values(list);
   const Tensors q = packed.empty_list(dtype, data[0]);
   Targets to{{}, storage(q[0]), total_bytes(q) > kStreamBytes};
   for (const Tensor& t : q) to.data.push_back(t.data_ptr());

@@ -39,11 +39,12 @@ Widths make_widths(const Tensors& w, const Tensors& scale, const Tensors& out_sc
       seen |= 1u << m;
     }
   }
+  check_count("scale", scale, w);  // of which one for all, as in family uniform, is none
   Widths widths{make_list(w, scale, base, nullptr, is_double), {base, dense_bits}, count, n, {}, Rule(rule), tanh};
   check_out_scales(out_scale, scale, w, acc_type(is_double));
-  if (!out_scale.empty())
-    is_double ? check_scale_values<double>(out_scale, "out_scale") : check_scale_values<float>(out_scale, "out_scale");
   for (const Tensor& s : out_scale.empty() ? scale : out_scale) widths.out_scale.push_back(s.data_ptr());
+  is_double ? check_scale_values<double>(widths.list, widths.out_scale, "out_scale")
+            : check_scale_values<float>(widths.list, widths.out_scale, "out_scale");
   return widths;
 }
 

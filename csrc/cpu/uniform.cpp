@@ -320,6 +320,7 @@ Tensors decode(Tensors codes, Tensors scale, Tensor bits, int64_t grid_index, bo
 template <class A>
 void backward_into(const List& list, const Tensors& grad, const A* penalty, GridKind grid, bool is_signed,
                    const Targets& out, const std::vector<A*>& grad_scale) {
+  static const A zeros[kBlock] = {};
   std::vector<const void*> g_data;
   for (const Tensor& g : grad) g_data.push_back(g.data_ptr());
   Storage g_type = grad.empty() ? native<A>() : storage(grad[0]);
@@ -327,7 +328,6 @@ void backward_into(const List& list, const Tensors& grad, const A* penalty, Grid
   for_chunks(list.chunks, [&](int64_t chunk) {
     const Chunk& c = list.chunks[chunk];
     const int64_t t = c.tensor;
-    const A zeros[kBlock] = {};
     for_rows(c, list.rows[t], [&](int64_t row, int64_t begin, int64_t end) {
       const Quantizer<A> p = quantizer<A>(list, t, row, grid, is_signed);
       double sum = 0;
@@ -373,6 +373,7 @@ std::tuple<Tensors, Tensors> uniform_backward(Tensors grad, std::optional<Tensor
   const GridKind grid = check_grid(grid_index, is_signed);
   List list = make_list(w, scale, bits, &k, is_double, grid);
   Tensors g;
+  if (scale_grad) check_count("scale", scale, w);  // one for all is a constant
   if (!grad.empty()) check_like("grad", grad, w, kFloats);
   for (size_t i = 0; i < grad.size(); i++) g.push_back(in_layout_of(grad[i], list.w[i]));
   Tensor penalty = w[0];

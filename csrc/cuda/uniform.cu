@@ -334,7 +334,7 @@ struct List {
   void fill(const Tensors& weights, const Tensors& scale, const Tensor& bits_, const Tensor* k_, GridKind grid,
             bool is_signed) {
     const int64_t count = static_cast<int64_t>(weights.size());
-    check_scales(scale, weights, acc);
+    const std::vector<Scaled> scaled = check_scaled(scale, weights, acc);
     bits = check_per_weight("bits", bits_, count, ScalarType::Int, weights[0]);
     if (k_) k = check_per_weight("k", *k_, count, ScalarType::Int, weights[0]);
     source = {static_cast<const int32_t*>(bits.data_ptr()), k_ ? static_cast<const int32_t*>(k.data_ptr()) : nullptr,
@@ -342,8 +342,8 @@ struct List {
     w = dense(weights);
     entries.reserve(weights.size());
     for (size_t i = 0; i < w.size(); ++i) {
-      const Rows r = rows_of(w[i], scale[i]);
-      entries.push_back({w[i].data_ptr(), nullptr, nullptr, scale[i].data_ptr(), nullptr, r.rows, r.inner});
+      const auto& [r, at] = scaled[i];
+      entries.push_back({w[i].data_ptr(), nullptr, nullptr, at, nullptr, r.rows, r.inner});
     }
   }
 };
@@ -505,6 +505,7 @@ std::tuple<Tensors, Tensors> uniform_backward(Tensors grad, std::optional<Tensor
                                               Tensors scale, Tensor bits, Tensor k, int64_t grid, bool is_signed,
                                               bool scale_grad) {
   List list(w, scale, bits, &k, check_grid(grid, is_signed), is_signed);
+  if (scale_grad) check_count("scale", scale, w);  // one for all is a constant
   ScalarType grad_dtype = list.dtype;
   Tensors laid_out;  // the gradients, kept alive
   if (!grad.empty()) {

@@ -29,7 +29,8 @@ class _Quantizer(torch.autograd.Function):
         ctx.mark_non_differentiable(*(t for t in result[-2:] if k is not None))
         ctx.count, ctx.lists = len(w), len(result) if k is None else len(result) - 3
         ctx.grid, ctx.signed, ctx.covered, ctx.dtype, ctx.q_dtype = grid, signed, covered, w[0].dtype, result[0].dtype
-        ctx.save_for_backward(*w, *scale, bits, *([] if k is None else [k]))
+        if k is not None or not covered:  # else the backward is the identity
+            ctx.save_for_backward(bits, k, *w, *scale)
         return result
 
     @staticmethod
@@ -41,9 +42,9 @@ class _Quantizer(torch.autograd.Function):
             grad_scale = none
             grad_w = [g if g is None or g.dtype == ctx.dtype else g.to(ctx.dtype) for g in grad_q or none]
         else:
-            n, saved = ctx.count, ctx.saved_tensors
-            w, scale, bits = list(saved[:n]), list(saved[n : 2 * n]), saved[2 * n]
-            k = saved[-1] if len(saved) > 2 * n + 1 else torch.zeros_like(bits)
+            bits, k, *saved = ctx.saved_tensors
+            w, scale = saved[: ctx.count], saved[ctx.count :]
+            k = torch.zeros_like(bits) if k is None else k
             # The scale is a constant in R.
             scale_grad = any(wanted) and any_given(grad_q)
             grad_w, grad_scale = call(
@@ -72,20 +73,20 @@ class _QuantizerBackward(torch.autograd.Function):
         grad_w, grad_scale = below_autograd(keyset, op, args)
         ctx.set_materialize_grads(False)
         ctx.count, ctx.has_penalty, ctx.grad_dtype = len(w), penalty is not None, grad[0].dtype if grad else None
-        ctx.save_for_backward(*w, *scale, bits, k)
+        ctx.save_for_backward(bits, k, *w, *scale)
         return (*grad_w, *grad_scale)
 
     @staticmethod
     def backward(ctx, *gradients):
-        n, saved = ctx.count, ctx.saved_tensors
-        w, scale, bits, k = list(saved[:n]), list(saved[n : 2 * n]), saved[2 * n], saved[2 * n + 1]
+        n, (bits, k, *saved) = ctx.count, ctx.saved_tensors
+        w, scale = saved[:n], saved[n:]
         gg_w, gg_scale = materialize(gradients[:n], w, w[0].dtype), gradients[n:]
         grad, penalty = [None] * n, None
         if gg_w:
             grad, _ = call(ops.uniform_backward, gg_w, None, w, scale, bits, k, ctx.grid, ctx.signed, False)
             if ctx.has_penalty:
                 slopes = [b.sign() for b in ops.lsb(w, scale, bits, k, ctx.grid)]
-                penalty = torch.stack([(g * b).sum(dtype=s.dtype) for g, b, s in zip(grad, slopes, scale)])
+                penalty = torch.stack([(g * b).sum(dtype=scale[0].dtype) for g, b in zip(grad, slopes)])
         if any_given(gg_scale):
             terms = [
                 torch.zeros_like(t)

@@ -8,6 +8,7 @@ from quantops.checks.arguments import choice, dtype_of, kind, tensors
 from quantops.checks.integral import INTS, bits, integers, may_keep, repeated
 from quantops.checks.scaling import ready_scales, scales
 from quantops.checks.written import own_memory
+from quantops.layout import each_scale
 from quantops.reference.uniform import GRIDS, MAX_BITS, RULES, acc_dtype
 
 
@@ -91,7 +92,8 @@ def structure(arguments):
         return
     first = arguments["scale"][0] if arguments["scale"] else None
     acc = first.dtype if "codes" in arguments and first is not None else acc_dtype(w[0].dtype)
-    ready_scales("scale", arguments["scale"], w, acc)
+    scale = arguments["scale"] if arguments.get("scale_grad") else each_scale(arguments["scale"], w)
+    ready_scales("scale", scale, w, acc)
     for name in ("bits", "k"):
         n = arguments.get(name)
         if n is not None and integers(name, n, w, 0, MAX_BITS) is not n:

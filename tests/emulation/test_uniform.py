@@ -275,7 +275,8 @@ def test_long_lists():
 def test_longer_segments():
     """A list of more than 2M elements, which is cut into longer runs; its sums are the same bits every time."""
     w = [torch.randn(size).bfloat16() for size in ((4_500_003,), (3, 70001), (5,))]
-    s = list(torch.ops.quantops.absmax(w, False).unbind())
+    joined = torch.ops.quantops.absmax(w, False)
+    s = list(joined.unbind())
     bits, k = (torch.tensor(v, dtype=torch.int32) for v in ([4, 8, 3], [1, 2, 1]))
     q, *sums = torch.ops.quantops.msq(w, s, bits, k, 0, False, torch.bfloat16)
     for i, t in enumerate(w):
@@ -284,8 +285,8 @@ def test_longer_segments():
         exact(q[i], want[0], f"q[{i}]")
         for got, value in zip(sums, want[1:]):
             close(got[i], value, f"sums of w[{i}]")
-    for a, b in zip(sums, torch.ops.quantops.lsb_stats(w, s, bits, k, 0, False)):
-        exact(a, b, "the same sums again")
+    for a, b in zip(sums, torch.ops.quantops.lsb_stats(w, [joined], bits, k, 0, False)):
+        exact(a, b, "the same sums again, of scales in one tensor")
 
 
 @program.check

@@ -100,6 +100,31 @@ def test_a_sign_code_with_a_cut_magnitude_is_zero():
     assert torch.equal(torch.signbit(Q.decode(torch.tensor([4, 0]), 1.0, 2, grid="sign")), torch.tensor([False] * 2))
 
 
+def test_one_tensor_may_hold_the_scales_of_all_weights(dtype):
+    w = weights(dtype, special=False)
+    s, (n, k), ops = Q.foreach.absmax(w), bits_and_k(w), torch.ops.quantops
+    g, r = [torch.full_like(t, 0.5) for t in w], torch.linspace(-1, 1, len(w), dtype=s[0].dtype)
+    codes, q_like = ops.encode(w, s, n, 0, 0, True), ops.round_clamp(w, s, n, 0, True, True, dtype)
+
+    def results(s):
+        to = [torch.empty_like(v) for v in q_like]
+        ops.round_clamp_out(list(map(Q.layout.dense, w)), s, n, 1, True, to)
+        q, *sums = ops.msq(w, s, n, k, 1, True, dtype)
+        backward, _ = ops.uniform_backward(g, r, w, s, n, k, 0, True, False)
+        more = *ops.lsb(w, s, n, k, 0), *ops.encode(w, s, n, 1, 0, True), *ops.decode(codes, s, n, 0, True, dtype)
+        return *to, *q, *sums, *backward, *ops.lsb_stats(w, s, n, k, 0, False), *more
+
+    joined = [torch.stack(s)]
+    assert all(same(a, b) for a, b in zip(results(joined), results(s), strict=True))
+    for refused in (
+        lambda: ops.uniform_backward(g, r, w, joined, n, k, 0, True, True),  # it is a constant
+        lambda: ops.truncate(w, joined, None, n.clamp(1, 8)[None], n.clamp(8, 8), 1, False, True, False, dtype),
+        lambda: ops.lsb(w[1:], joined, n[1:], k[1:], 0),
+    ):
+        with pytest.raises(ValueError, match="scale: expected a list with one"):
+            refused()
+
+
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_out_dtype_and_out(dtype, out_dtype):
     w = weights(dtype)
