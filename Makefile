@@ -30,7 +30,7 @@ demo: $(VENV)/.installed
 TEST_FLAGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 # Those that run once more, in Triton's interpreter: of each family all that depends on its kernels.
-INTERPRETED := uniform own_scale truncate truncate_gradients packing categorical categorical_draw activation categorical_activation
+INTERPRETED := uniform own_scale truncate truncate_gradients packing categorical categorical_draw activation activation_front categorical_activation
 
 # Once with the compiled kernels, once with the Triton kernels in Triton's interpreter; fails if either does.
 test: $(VENV)/.installed

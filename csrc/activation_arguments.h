@@ -2,7 +2,7 @@
 #pragma once
 #include <optional>
 
-#include "activation_math.h"
+#include "activation_front.h"
 #include "grid_argument.h"
 #include "stable_tensor.h"
 
@@ -16,12 +16,14 @@ inline void check_options(int64_t rule, bool is_signed, int64_t front, int64_t k
     QUANTOPS_CHECK(value >= 0 && value <= most, name, ": expected 0..", most, ", got ", value);
   };
   check_rule(rule);
-  check("front", front, kRelu);
+  check("front", front, kSilu);
   check("keep", keep, kResidual);
   check("learn", learn, kLearnStep);
   QUANTOPS_CHECK(front != kRelu || (!is_signed && !offset),
                  "front: expected unsigned codes without an offset behind 'relu', got ",
                  is_signed ? "signed codes" : "an offset");
+  QUANTOPS_CHECK(!is_smooth(front) || keep == kInput, "keep: expected 0 with front ", front,
+                 ", whose derivative is taken from x, got ", keep);
   QUANTOPS_CHECK(learn == kLearnNone || keep == kInput || (keep == kBits) == (learn == kLearnClip),
                  "keep: expected 0 or ", int(learn == kLearnClip ? kBits : kResidual), " for learn ", learn, ", got ",
                  keep);

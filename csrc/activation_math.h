@@ -9,7 +9,7 @@
 namespace quantops {
 
 // The orders of FRONTS, KEEPS and LEARNS in the reference.
-enum Front : int64_t { kNoFront = 0, kRelu = 1 };
+enum Front : int64_t { kNoFront = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4 };
 enum Keep : int64_t { kInput = 0, kBits = 1, kResidual = 2 };
 enum Learn : int64_t { kLearnNone = 0, kLearnClip = 1, kLearnStep = 2 };
 

@@ -1,66 +1,12 @@
 // Truncation per element, on top of the uniform quantizers: one inline statement for the CPU and the CUDA kernels.
 //
-// The same arithmetic, operation by operation, as quantops/reference/truncate.py. tanh too is made of additions,
-// multiplications and one division, each rounded on its own, so that it has the same bits on every backend.
+// The same arithmetic, operation by operation, as quantops/reference/truncate.py.
 #pragma once
-#include "quant_math.h"
+#include "tanh.h"
 
 namespace quantops {
 
-// ------------------------------------------------------------------------------------------------------------ tanh
-
-// (e^r - 1 - r) / r^2 for |r| <= ln(2) / 2, by its series.
-QUANTOPS_INLINE float expm1_tail(float r) {
-  float v = float(1. / 5040);
-  v = v * r + float(1. / 720);
-  v = v * r + float(1. / 120);
-  v = v * r + float(1. / 24);
-  v = v * r + float(1. / 6);
-  return v * r + 0.5f;
-}
-QUANTOPS_INLINE double expm1_tail(double r) {
-  double v = 1. / 6227020800;
-  v = v * r + 1. / 479001600;
-  v = v * r + 1. / 39916800;
-  v = v * r + 1. / 3628800;
-  v = v * r + 1. / 362880;
-  v = v * r + 1. / 40320;
-  v = v * r + 1. / 5040;
-  v = v * r + 1. / 720;
-  v = v * r + 1. / 120;
-  v = v * r + 1. / 24;
-  v = v * r + 1. / 6;
-  return v * r + 0.5;
-}
-
-// ln(2) in two parts, the first with so few bits that its product with k is exact.
-template <class A>
-struct Ln2;
-template <>
-struct Ln2<float> {
-  static constexpr float high = 0.693359375f, low = -2.12194440e-4f;
-};
-template <>
-struct Ln2<double> {
-  static constexpr double high = 6.93145751953125e-1, low = 1.42860682030941723212e-6;
-};
-
-QUANTOPS_INLINE float pow2_small(float k) { return static_cast<float>(1 << static_cast<int32_t>(k)); }
-QUANTOPS_INLINE double pow2_small(double k) { return static_cast<double>(int64_t(1) << static_cast<int32_t>(k)); }
-
-// E / (E + 2) with E = e^(2|x|) - 1 = 2^k (e^r - 1) + (2^k - 1), to a few units in the last place. Beyond the limit it
-// is 1, NaN stays NaN.
-template <class A>
-QUANTOPS_INLINE A tanh_of(A x) {
-  const A y = at_most((x < A(0) ? -x : x) * A(2), A(sizeof(A) == 4 ? 20 : 40));
-  A k = rint_small(y * A(1.44269504088896340736));
-  k = k > A(0) ? k : A(0);  // for NaN, which has no power
-  const A r = (y - k * Ln2<A>::high) - k * Ln2<A>::low;
-  const A power = pow2_small(k);
-  const A e = power * (r + r * r * expm1_tail(r)) + (power - A(1));
-  const A t = e / (e + A(2));
-  return x < A(0) ? -t : t;
-}
+// -------------------------------------------------------------------------------------------------------- companding
 
 // What dL/dw is multiplied by under companding, from t = tanh(w).
 template <class A>

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from quantops.kernels import math
+from quantops.kernels.activation_front import RELU, front_and_slope
 from quantops.kernels.launch import TYPES, block_of, ints, launch, on_device_of
 from quantops.layout import dense, empty_like, in_layout_of
 from quantops.reference.activation import KEEPS
@@ -96,8 +97,8 @@ def level(v, p, RULE: tl.constexpr):
 
 
 @triton.jit
-def inside_of(v, p, RELU: tl.constexpr):
-    if RELU:
+def inside_of(v, p, FRONT: tl.constexpr):
+    if FRONT == RELU:
         return (v > 0.0) & (v <= p.high)
     else:
         return (v >= p.low) & (v <= p.high)
@@ -112,9 +113,9 @@ def residual_of(value, v, p):
 
 
 @triton.jit
-def residual_number(value, v, p, RELU: tl.constexpr):
+def residual_number(value, v, p, FRONT: tl.constexpr):
     number = math.rint_small(residual_of(value, v, p) * RESIDUALS) + MIDDLE
-    return tl.where(inside_of(v, p, RELU), number, tl.where(v > p.high, ABOVE, 0.0))
+    return tl.where(inside_of(v, p, FRONT), number, tl.where(v > p.high, ABOVE, 0.0))
 
 
 @triton.jit
@@ -134,7 +135,7 @@ def grid_at(i, scale, offset, bits, count, run, RULE: tl.constexpr, SIGNED: tl.c
 
 @triton.jit(do_not_specialize=["numel", "count", "run"])
 def quantize(x, q, kept, scale, offset, bits, numel, count, run, Q_T: tl.constexpr, A: tl.constexpr,
-             RULE: tl.constexpr, SIGNED: tl.constexpr, RELU: tl.constexpr, OFFSET: tl.constexpr,
+             RULE: tl.constexpr, SIGNED: tl.constexpr, FRONT: tl.constexpr, OFFSET: tl.constexpr,
              CHANNELS: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr):
     """One program per BLOCK elements."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -146,16 +147,17 @@ def quantize(x, q, kept, scale, offset, bits, numel, count, run, Q_T: tl.constex
     x += start
     q += start
     if left >= BLOCK:
-        _quantize(tl.load(x + i), q, kept, start, i, row, column, left, p, Q_T, A, RULE, RELU, KEEP, True)
+        _quantize(tl.load(x + i), q, kept, start, i, row, column, left, p, Q_T, A, RULE, FRONT, KEEP, True)
     else:
-        _quantize(tl.load(x + i, mask=i < left, other=0), q, kept, start, i, row, column, left, p, Q_T, A, RULE, RELU,
+        _quantize(tl.load(x + i, mask=i < left, other=0), q, kept, start, i, row, column, left, p, Q_T, A, RULE, FRONT,
                   KEEP, False)
 
 
 @triton.jit
 def _quantize(x, q, kept, start, i, row, column, left, p, Q_T: tl.constexpr, A: tl.constexpr, RULE: tl.constexpr,
-              RELU: tl.constexpr, KEEP: tl.constexpr, WHOLE: tl.constexpr):
-    v = math.widen(x, A) - p.offset
+              FRONT: tl.constexpr, KEEP: tl.constexpr, WHOLE: tl.constexpr):
+    h, _ = front_and_slope(math.widen(x, A), FRONT)
+    v = h - p.offset
     value = level(v, p, RULE) * p.step
     result = math.narrow(value + p.offset, Q_T)
     if WHOLE:
@@ -163,7 +165,7 @@ def _quantize(x, q, kept, start, i, row, column, left, p, Q_T: tl.constexpr, A: 
     else:
         tl.store(q + i, result, mask=i < left)
     if KEEP == BITS:
-        bit = inside_of(v, p, RELU)
+        bit = inside_of(v, p, FRONT)
         if not WHOLE:
             bit = bit & (i < left)
         word = tl.sum(bit.to(tl.int32) << column, axis=1).to(tl.uint8)
@@ -172,7 +174,7 @@ def _quantize(x, q, kept, start, i, row, column, left, p, Q_T: tl.constexpr, A: 
         else:
             tl.store(kept + start // 8 + row, word, mask=row * ROW < left)
     if KEEP == RESIDUAL:
-        number = residual_number(value, v, p, RELU)
+        number = residual_number(value, v, p, FRONT)
         number = tl.where(number == number, number, 0.0).to(tl.int32).to(tl.uint8)
         if WHOLE:
             tl.store(kept + start + i, number)
@@ -181,11 +183,11 @@ def _quantize(x, q, kept, start, i, row, column, left, p, Q_T: tl.constexpr, A: 
 
 
 @triton.jit
-def known(other, number, p, RULE: tl.constexpr, RELU: tl.constexpr, KEEP: tl.constexpr, LEARN: tl.constexpr):
-    """(inside, above, rho, of numbers times RESIDUALS) from x, from q and a bit, or from a number."""
+def known(other, number, p, RULE: tl.constexpr, FRONT: tl.constexpr, KEEP: tl.constexpr, LEARN: tl.constexpr):
+    """(inside, above, rho, of numbers times RESIDUALS) from h, from q and a bit, or from a number."""
     if KEEP == INPUT:
         v = other - p.offset
-        inside, above, rho = inside_of(v, p, RELU), v > p.high, 0.0 * v
+        inside, above, rho = inside_of(v, p, FRONT), v > p.high, 0.0 * v
         if LEARN == STEP:
             rho = residual_of(level(v, p, RULE) * p.step, v, p)
     elif KEEP == BITS:
@@ -228,10 +230,11 @@ def read_kept(kept, start, i, row, column, left, KEEP: tl.constexpr, WHOLE: tl.c
 
 @triton.jit
 def _gradient(g, other, number, out, partials, i, left, p, OUT_T: tl.constexpr, A: tl.constexpr, RULE: tl.constexpr,
-              RELU: tl.constexpr, KEEP: tl.constexpr, LEARN: tl.constexpr, SUMS: tl.constexpr, WHOLE: tl.constexpr):
+              FRONT: tl.constexpr, KEEP: tl.constexpr, LEARN: tl.constexpr, SUMS: tl.constexpr, WHOLE: tl.constexpr):
     g = math.widen(g, A)
-    inside, above, rho = known(math.widen(other, A), number, p, RULE, RELU, KEEP, LEARN)
-    result = math.narrow(tl.where(inside, g, 0.0) + p.valid_zero, OUT_T)
+    h, slope = front_and_slope(math.widen(other, A), FRONT)
+    inside, above, rho = known(h, number, p, RULE, FRONT, KEEP, LEARN)
+    result = math.narrow(tl.where(inside, g, 0.0) * slope + p.valid_zero, OUT_T)
     if WHOLE:
         tl.store(out + i, result)
     else:
@@ -247,7 +250,7 @@ def _gradient(g, other, number, out, partials, i, left, p, OUT_T: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["numel", "count", "run"])
 def gradient(g, other, kept, out, partials, scale, offset, bits, numel, count, run, OUT_T: tl.constexpr,
-             A: tl.constexpr, RULE: tl.constexpr, SIGNED: tl.constexpr, RELU: tl.constexpr, OFFSET: tl.constexpr,
+             A: tl.constexpr, RULE: tl.constexpr, SIGNED: tl.constexpr, FRONT: tl.constexpr, OFFSET: tl.constexpr,
              CHANNELS: tl.constexpr, KEEP: tl.constexpr, LEARN: tl.constexpr, READS: tl.constexpr, SUMS: tl.constexpr,
              BLOCK: tl.constexpr):
     """dL/dx, and with one scale (SUMS) the partial sums of each program, of BLOCK elements."""
@@ -263,17 +266,17 @@ def gradient(g, other, kept, out, partials, scale, offset, bits, numel, count, r
         v = tl.load(g + i)
         t = tl.load(other + i) if READS else v
         number = read_kept(kept, start, i, row, column, left, KEEP, True)
-        _gradient(v, t, number, out + start, partials, i, left, p, OUT_T, A, RULE, RELU, KEEP, LEARN, SUMS, True)
+        _gradient(v, t, number, out + start, partials, i, left, p, OUT_T, A, RULE, FRONT, KEEP, LEARN, SUMS, True)
     else:
         v = tl.load(g + i, mask=i < left, other=0)
         t = tl.load(other + i, mask=i < left, other=0) if READS else v
         number = read_kept(kept, start, i, row, column, left, KEEP, False)
-        _gradient(v, t, number, out + start, partials, i, left, p, OUT_T, A, RULE, RELU, KEEP, LEARN, SUMS, False)
+        _gradient(v, t, number, out + start, partials, i, left, p, OUT_T, A, RULE, FRONT, KEEP, LEARN, SUMS, False)
 
 
 @triton.jit(do_not_specialize=["each", "count", "run", "parts"])
 def channel_sums(g, other, kept, partials, scale, offset, bits, each, count, run, parts, A: tl.constexpr,
-                 RULE: tl.constexpr, SIGNED: tl.constexpr, RELU: tl.constexpr, OFFSET: tl.constexpr,
+                 RULE: tl.constexpr, SIGNED: tl.constexpr, FRONT: tl.constexpr, OFFSET: tl.constexpr,
                  KEEP: tl.constexpr, LEARN: tl.constexpr, READS: tl.constexpr, BLOCK: tl.constexpr):
     """The sums of BLOCK elements of one channel, which has ``each`` of them, in ``parts``."""
     channel, part = tl.program_id(0) // parts, tl.program_id(0) % parts
@@ -290,7 +293,8 @@ def channel_sums(g, other, kept, partials, scale, offset, bits, each, count, run
         number = (tl.load(kept + i // 8, mask=mask, other=0).to(tl.int32) >> (i % 8).to(tl.int32)) & 1
     if KEEP == RESIDUAL:
         number = tl.load(kept + i, mask=mask, other=0).to(tl.int32)
-    inside, above, rho = known(t, number, p, RULE, RELU, KEEP, LEARN)
+    h, _ = front_and_slope(t, FRONT)
+    inside, above, rho = known(h, number, p, RULE, FRONT, KEEP, LEARN)
     within, up, down = sums_of(tl.where(mask, v, 0.0), inside, above, rho, LEARN)
     at = partials + 3 * tl.program_id(0)
     tl.store(at, tl.sum(within.to(tl.float64)))
@@ -336,7 +340,7 @@ def _channels(scale, x):
 
 
 def _settings(scale, offset, rule, signed, front):
-    return {"A": TYPES[scale.dtype], "RULE": rule, "SIGNED": signed, "RELU": front == 1, "OFFSET": offset is not None}
+    return {"A": TYPES[scale.dtype], "RULE": rule, "SIGNED": signed, "FRONT": front, "OFFSET": offset is not None}
 
 
 def activation(x, scale, offset, bits, rule, signed, front, keep, learn, dtype):

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from quantops.kernels import math
-from quantops.kernels import truncate_math as tm
+from quantops.kernels.tanh import exponential_minus_one
 
 MOST32, MOST64 = tl.constexpr(3.4028234663852886e38), tl.constexpr(1.7976931348623157e308)
 
@@ -95,5 +95,5 @@ def logarithm_above_one(x):
 @triton.jit
 def one_minus_exp(x):
     """1 - exp(-x) for x >= 0, in float64."""
-    e = tm.exponential_minus_one(at_most(x, 40.0))  # beyond, 1 - exp(-x) is 1
+    e = exponential_minus_one(at_most(x, 40.0))  # beyond, 1 - exp(-x) is 1
     return e / (e + 1.0)

@@ -16,7 +16,8 @@ from quantops.methods.multibn import refuse_recomputing, replace
 from quantops.nn import check_module
 from quantops.per_thread import PerThread
 from quantops.positive import positive
-from quantops.reference.activation import KEEPS, LEARNS
+from quantops.reference.activation import FRONTS, KEEPS, LEARNS
+from quantops.reference.activation_front import SMOOTH, by_torch
 from quantops.reference.uniform import MAX_BITS, RULES, acc_dtype
 from quantops.sharded import by_parts, whole
 from quantops.state import Settings
@@ -24,6 +25,7 @@ from quantops.state import Settings
 SCALES = ("step", "clip", "tracked")
 PLACES = ("relu", "input")
 RELUS = (torch.nn.ReLU, torch.nn.ReLU6, torch.nn.Hardtanh)
+GELUS = {"none": "gelu", "tanh": "gelu_tanh"}  # by their ``approximate``
 SAMPLE = 1 << 16  # elements that a percentile is taken of
 LEAST = 2.0**-10  # of where it started: how small a learned value may become
 
@@ -38,7 +40,8 @@ class UniformActivation(Settings, torch.nn.Module):
             training forwards, with ``momentum``; static in evaluation. Or a number, the end of the range, fixed.
         signed: True, False, or None: signed if the first batch has negative values. Negative values that come to an
             unsigned quantizer are no error: the report says which part they were of the first batch, or of calibrate's.
-        relu: the ReLU in front is fused: the module stands in the place of a ReLU. Unsigned.
+        front: None, or what is fused in front, in whose place the module stands: "relu", unsigned; "gelu", "gelu_tanh"
+            (approximated by tanh) or "silu". "What comes in" is what these give.
         offset: LSQ+ (2004.09576): unsigned codes of x less a parameter, ``offset``, which starts at the minimum.
         channels: None, or the channels (dim 1 of x), each with values of its own.
         keep: "bits", "residual" or "input", see :func:`quantops.quantize_activation`; None: its default.
@@ -68,7 +71,7 @@ class UniformActivation(Settings, torch.nn.Module):
         rule: str = "round_clamp",
         scale: float | str = "step",
         signed: bool | None = None,
-        relu: bool = False,
+        front: str | None = None,
         offset: bool = False,
         channels: int | None = None,
         keep: str | None = None,
@@ -82,24 +85,26 @@ class UniformActivation(Settings, torch.nn.Module):
         super().__init__()
         check_choice("rule", rule, RULES)
         check_choice("signed", signed, (None, True, False))
-        for name, flag in (("relu", relu), ("offset", offset), ("shared", shared)):
+        check_choice("front", front, FRONTS)
+        for name, flag in (("offset", offset), ("shared", shared)):
             check_choice(name, flag, (True, False))
         if widths and shared and scale == "step":
             raise ValueError("shared: expected False, or another scale, where widths have a step each, got True")
         number = scale if isinstance(scale, (int, float)) and not isinstance(scale, bool) else 0.0
         if scale not in SCALES and not 2.0**-100 <= number <= 2.0**100:
             raise ValueError(f"scale: expected one of {', '.join(map(repr, SCALES))} or a number > 0, got {scale!r}")
+        relu = front == "relu"
         if (relu or offset) and (signed or (relu and offset)):
             raise ValueError(
-                "relu, offset: expected one of them alone, and unsigned codes, got "
-                f"relu={relu}, offset={offset}, signed={signed}"
+                "front, offset: expected 'relu' or an offset alone, and unsigned codes, got "
+                f"front={front!r}, offset={offset}, signed={signed}"
             )
         for name, value, low, high in (("percentile", percentile, 0, 100), ("momentum", momentum, 0, 1)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low < value <= high:
                 raise ValueError(f"{name}: expected a number in ({low}, {high}], got {value!r}")
         self.learn = "step" if scale == "step" else "clip" if scale == "clip" or offset else None
-        keep = ("residual" if self.learn == "step" else "bits") if keep is None else keep
-        checks.activation.choices(rule, bool(signed), "relu" if relu else None, keep, self.learn, None)
+        keep = checks.activation.default_keep(front, self.learn) if keep is None else keep
+        checks.activation.choices(rule, bool(signed), front, keep, self.learn, None)
         self.widths = (
             tuple(check_int("widths", n, 1, MAX_BITS) for n in widths)
             if widths
@@ -110,7 +115,7 @@ class UniformActivation(Settings, torch.nn.Module):
             "index": range(len(self.widths)),  # of the row that is used
             "is_signed": (-1, 0, 1),  # -1: the first batch will say it
         }
-        self.rule, self.relu, self.keep, self.scale, self.per_width = rule, relu, keep, scale, not shared
+        self.rule, self.front, self.keep, self.scale, self.per_width = rule, front, keep, scale, not shared
         self.percentile, self.momentum, self.joint_graph = percentile, momentum, False
         self.given = PerThread()  # the place of the width, a tensor, while a thread goes through the widths
         rows = len(self.widths) if self.per_width else 1
@@ -140,7 +145,7 @@ class UniformActivation(Settings, torch.nn.Module):
             "method": "uniform activation",
             "rule": self.rule,
             "scale": self.scale,
-            "relu": self.relu,
+            "front": self.front,
             "offset": self.offset is not None,
             "widths": list(self.widths) if len(self.widths) > 1 else None,
         }
@@ -221,7 +226,7 @@ class UniformActivation(Settings, torch.nn.Module):
         seen = self.seen.get()
         if seen is not None:
             seen.append(self._statistics(x))
-            return x.relu() if self.relu else x
+            return by_torch(x, self.front)
         if x.is_meta or self.start.is_meta:  # a shape alone
             checks.all_or_none_on_meta({"x": x, "scale": self.start})
         elif not all(self.started) and not self.started[self._place()]:
@@ -241,7 +246,7 @@ class UniformActivation(Settings, torch.nn.Module):
         options = (
             RULES.index(self.rule),
             bool(self.signed),
-            int(self.relu),
+            FRONTS.index(self.front),
             KEEPS.index(self.keep),
             LEARNS.index(self.learn),
         )
@@ -261,7 +266,7 @@ class UniformActivation(Settings, torch.nn.Module):
         if x.is_meta:
             raise ValueError("x: expected values to take a scale from, got a tensor on the meta device")
         x = whole(x.detach()).to(self.start.dtype)
-        x = x.relu() if self.relu else x
+        x = by_torch(x, self.front)
         count = self.start.shape[1]
         if count > 1 and (x.dim() < 2 or x.shape[1] != count):
             raise ValueError(f"x: expected {count} channels in dim 1, got shape {tuple(x.shape)}")
@@ -327,7 +332,7 @@ class UniformActivation(Settings, torch.nn.Module):
         bits = "?" if self.bits.is_meta else int(self.bits)
         return (
             f"bits={bits}{f' of {self.widths}' if len(self.widths) > 1 else ''}, rule={self.rule!r}, "
-            f"scale={self.scale!r}, signed={self.signed}, relu={self.relu}, keep={self.keep!r}"
+            f"scale={self.scale!r}, signed={self.signed}, front={self.front!r}, keep={self.keep!r}"
         )
 
 
@@ -350,26 +355,26 @@ def _quantize_output(layer, args, output):
     return getattr(layer, OUTPUT)(output)
 
 
-def check_relus(model):
-    """ValueError for a model without modules that act="relu" replaces."""
-    if not any(_is_relu(m) for m in model.modules()):
+def front_of(m):
+    """What a quantizer has in front that stands in the place of a module: an entry of FRONTS, None where none does."""
+    if type(m) in RELUS:
+        return "relu" if getattr(m, "min_val", 0) == 0 else None
+    if type(m) is torch.nn.GELU:
+        return GELUS[m.approximate]
+    return "silu" if type(m) is torch.nn.SiLU else None
+
+
+def replace_fronts(model, make):
+    """Puts ``make(a parameter of the model, front)`` in the place of each ReLU, ReLU6, Hardtanh(0, ...), GELU and SiLU,
+    one for all uses of a module. ValueError for a model without them."""
+    like = next(model.parameters())
+    if not any(front_of(m) for m in model.modules()):
         raise ValueError(
-            "act_bits: expected modules of nn.ReLU, nn.ReLU6 or nn.Hardtanh(0, ...) to quantize, "
+            "act_bits: expected modules of nn.ReLU, nn.ReLU6, nn.Hardtanh(0, ...), nn.GELU or nn.SiLU to quantize, "
             f"{type(model).__name__} has none; act='input' quantizes what goes into each layer"
         )
-
-
-def _is_relu(m):
-    return type(m) in RELUS and getattr(m, "min_val", 0) == 0
-
-
-def replace_relus(model, make):
-    """Puts ``make(a parameter of the model)`` in the place of each ReLU, ReLU6 and Hardtanh(0, ...), one for all uses
-    of a module."""
-    like = next(model.parameters())
-    check_relus(model)
-    replace(model, lambda m: make(like) if _is_relu(m) else None)
-    for m in model.modules():  # nn.TransformerEncoderLayer evaluates a fused ReLU by this number
+    replace(model, lambda m: make(like, front_of(m)) if front_of(m) else None)
+    for m in model.modules():  # nn.TransformerEncoderLayer evaluates a fused ReLU or GELU by this number
         if isinstance(getattr(m, "activation", None), (UniformActivation, CategoricalActivation)) and hasattr(
             m, "activation_relu_or_gelu"
         ):
@@ -480,19 +485,20 @@ def calibrate(
 
 def activation_scales(model: torch.nn.Module) -> dict[str, Any]:
     """{name: dict} of what integer arithmetic needs of each quantizer of activations that has started: scale, offset,
-    bits, rule, signed. With these, ``encode`` gives the codes of x (less the offset) and ``decode`` what the module
-    gives; those of :class:`quantops.CategoricalActivation` are the unsigned codes of round_clamp."""
+    bits, rule, signed, front. With these, ``encode`` gives the codes of front(x) (less the offset) and ``decode`` what
+    the module gives; those of :class:`quantops.CategoricalActivation` are the unsigned codes of round_clamp."""
     found = {}
     for name, m in activations(model):
         if isinstance(m, UniformActivation) and m.started[m.place]:
             scale, offset = (None if v is None else v.detach().clone() for v in m.values())
-            bits, rule, signed = int(m.bits), m.rule, bool(m.signed)
+            bits, rule, signed, front = int(m.bits), m.rule, bool(m.signed), m.front
         elif isinstance(m, CategoricalActivation) and m.started:
-            bits, rule, signed, offset = int(m.bits), "round_clamp", False, None
+            bits, rule, signed, front, offset = int(m.bits), "round_clamp", False, None, None
             scale = positive(m.alpha_start, m.log_alpha).detach() * 2**bits
         else:
             continue
-        found[name] = {"scale": scale, "offset": offset, "bits": bits, "rule": rule, "signed": signed}
+        about = {"bits": bits, "rule": rule, "signed": signed, "front": front}
+        found[name] = {"scale": scale, "offset": offset, **about}
     return found
 
 
@@ -501,12 +507,14 @@ class ActivationConfig(QuantConfig):
     """What configs say of activations; by default they stay float.
 
     act_bits: None, or 1..16. act: "relu", every nn.ReLU, nn.ReLU6 and nn.Hardtanh(0, ...) becomes an unsigned quantizer
-        (modules that are called twice have one scale for both; functional ReLUs are not seen), or "input": a quantizer
-        stands in front of every layer that is quantized, which is the way for GELU, SiLU, LayerNorm and attention.
+        with the ReLU fused, and every nn.GELU (both of its approximations) and nn.SiLU one with these fused, signed as
+        act_signed says (modules that are called twice have one scale for both; functions are not seen). Or "input": a
+        quantizer stands in front of every layer that is quantized, which is the way for LayerNorm and attention.
     act_scale: "step" (LSQ), "clip" (PACT), "tracked" or a number, see :class:`UniformActivation`.
-    act_signed: with act="input" and act_outputs, whether codes are signed; None: if the first batch has values below 0.
+    act_signed: but for ReLUs, whether codes are signed; None: if the first batch has values below 0.
     act_keep: None, or what a quantizer keeps for the backward pass, see :func:`quantops.quantize_activation`: "input",
-        which costs nothing where x is kept anyhow, as between a ReLU that stays and a layer.
+        which costs nothing where x is kept anyhow, as between a ReLU that stays and a layer. Those with a GELU or SiLU
+        keep their input whatever it says.
     act_outputs: patterns of the names of modules whose output is quantized too: those whose results are multiplied with
         each other, as the projections of queries, keys and values are in attention.
 
@@ -546,15 +554,15 @@ class ActivationConfig(QuantConfig):
         if bits is not None:
             check_int(name, bits, 1, MAX_BITS)
 
-    def activation(self, like: torch.Tensor, bits: Any, relu: bool) -> Any:
-        """The quantizer of ``bits`` for a model of parameters like ``like``."""
+    def activation(self, like: torch.Tensor, bits: Any, front: str | None) -> Any:
+        """The quantizer of ``bits`` behind ``front`` for a model of parameters like ``like``."""
         return UniformActivation(
             bits,
             rule=self.act_rule,
             scale=self.act_scale,
-            relu=relu,
-            keep=self.act_keep,
-            signed=None if relu else self.act_signed,
+            front=front,
+            keep=None if front in SMOOTH else self.act_keep,
+            signed=None if front == "relu" else self.act_signed,
             device=like.device,
             dtype=like.dtype,
         )
@@ -573,10 +581,10 @@ class ActivationConfig(QuantConfig):
             return
         outputs, like = outputs_named(model, self.act_outputs), next(model.parameters())
         if self.act == "relu":
-            replace_relus(model, lambda like: self.activation(like, self.act_bits, True))
+            replace_fronts(model, lambda like, front: self.activation(like, self.act_bits, front))
         else:
             quantize_inputs(
                 [(module, bits[name]) for name, (module, _) in layers.items()],
-                lambda like, n: self.activation(like, n, False),
+                lambda like, n: self.activation(like, n, None),
             )
-        quantize_outputs(outputs, lambda like: self.activation(like, self.act_bits, False), like)
+        quantize_outputs(outputs, lambda like: self.activation(like, self.act_bits, None), like)

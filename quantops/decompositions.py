@@ -1,8 +1,8 @@
 """Ops as chains of aten ops, for graphs that run without quantops: their default kernels, which compute the reference.
 
 For exported programs, see :func:`quantops.export.to_aten`, and for torch.onnx.export. Results are equal bit for bit,
-but for means, which may differ in their last place. torch's own table of decompositions has none of these: Inductor
-would refuse our ops.
+but for means, which may differ in their last place, and for codes behind GELU and SiLU, see :func:`_activation`.
+torch's own table of decompositions has none of these: Inductor would refuse our ops.
 """
 
 import torch
@@ -11,7 +11,8 @@ from quantops import default
 from quantops.autograd.common import chains
 from quantops.default.activation import by_reference
 from quantops.library import OPS, ops
-from quantops.reference.activation import KEEPS
+from quantops.reference.activation import FRONTS, KEEPS
+from quantops.reference.activation_front import SMOOTH, by_torch
 from quantops.reference.categorical import MODES
 from quantops.reference.categorical_activation import QUARTER_BITS
 from quantops.reference.packing import pack
@@ -36,7 +37,10 @@ def table():
 
 
 def _activation(x, scale, offset, bits, rule, signed, front, keep, learn, dtype):
-    """q, and what is kept as it is of a contiguous x."""
+    """q, and what is kept as it is of a contiguous x. GELU and SiLU are aten's own, an op that readers of a graph know,
+    so that codes may differ from the kernels' where h is within its last places of an edge."""
+    if FRONTS[front] in SMOOTH:
+        x, front = by_torch(x.to(acc_dtype(x.dtype)), FRONTS[front]), 0
     q, kept = by_reference(x, scale, offset, bits, rule, signed, front, keep, dtype)
     if kept is None:
         return q, x.new_empty(0, dtype=torch.uint8)

@@ -336,7 +336,7 @@ def quantize_activation(
 ) -> torch.Tensor:
     """Activations by the uniform code rules, with as little kept for the backward pass as it needs.
 
-        v = x - offset,  c = the code of v by ``rule``,  q = m * step + offset        the equations above
+        v = h(x) - offset,  c = the code of v by ``rule``,  q = m * step + offset        the equations above
 
     on the dyadic grid by round_clamp (step = scale 2^-bits unsigned, scale 2^(1-bits) signed: the levels of LSQ), on
     the full grid by floor and nearest (step = scale / (2^bits - 1), the levels of PACT and DoReFa). With floor codes m
@@ -349,11 +349,14 @@ def quantize_activation(
         bits: 0..16, an int or an integer tensor with one element.
         offset: None, or values like ``scale``: LSQ+ (arXiv 2004.09576).
         rule: "round_clamp", "floor" or "nearest". signed: |v| <= scale is inside, else 0 <= v <= scale.
-        front: "relu": the ReLU in front, in the same pass; unsigned, without an offset. q is the same without it, and
-            the gradient at x = 0 is that of the ReLU.
+        front: what stands in front, h, in the same pass. None: h(x) = x. "relu": unsigned, without an offset; q is the
+            same without it, and the gradient at x = 0 is that of the ReLU. "gelu", "gelu_tanh" (its approximation by
+            tanh), "silu": as torch's own to 1.5 units in the last place of max(|x|, 1), with the same bits on every
+            backend; h(-inf) is 0 in the last places.
         keep: what autograd keeps of each element: "bits", whether it is inside, 1 bit, and q, which the next layer
             keeps too, where learn="clip"; "residual", 8 bits, in which (q - x) / step is known to 1/252; "input", x
-            itself, 0 bits where somebody keeps it anyway. Default: "residual" with learn="step", else "bits".
+            itself, 0 bits where somebody keeps it anyway, and all that GELU and SiLU in front can do with. Default:
+            "input" with these, "residual" with learn="step", else "bits".
         learn: what gradient scale and offset get, if they require one. With "inside" as above:
 
             None     none
@@ -365,14 +368,14 @@ def quantize_activation(
             and dL/doffset = sum of g outside, divided likewise. NaN counts as below.
         out_dtype: dtype of q; default x's own, under autocast the autocast dtype.
 
-    dL/dx = g * inside, straight-through, of which second derivatives are there; those of the other two raise
+    dL/dx = g * inside * dh/dx, straight-through, of which second derivatives are there; those of the other two raise
     NotImplementedError. Sums are deterministic. NaN in x gives NaN there. Strided x are copied unless they are dense.
 
     Returns q in x's shape. Raises ValueError or TypeError naming the argument, what was expected and what came; values
     on other devices than the CPU are not read back and give NaN where out of range.
     """
     (x,) = checks.tensors("x", [x])
-    keep = ("residual" if learn == "step" else "bits") if keep is None else keep
+    keep = checks.activation.default_keep(front, learn) if keep is None else keep
     options = checks.activation.choices(rule, signed, front, keep, learn, offset)
     s, o = checks.activation.channel_values("scale", scale, x), None
     if offset is not None:

@@ -17,6 +17,7 @@ from quantops.intweight import MOST, IntWeight, check, rows_shape, to_int
 from quantops.layers import ROWS
 from quantops.nn import quantized
 from quantops.packed import Packed
+from quantops.reference.activation import FRONTS
 from quantops.reference.packing import plane_bytes
 from quantops.reference.uniform import MAX_BITS, RULES, code_bits
 from quantops.types import Path
@@ -25,7 +26,7 @@ FORMAT, VERSION = "quantops-int", 2
 _DTYPES = {str(d).removeprefix("torch."): d for d in checks.FLOATS}
 _SCALES = {"F32": torch.float32, "F64": torch.float64}
 _ACT_TENSORS = ("scale", "offset")
-_ACT_ENTRY = {"bits", "rule", "signed", "crc32"}
+_ACT_SETTINGS = ("bits", "rule", "signed", "front")
 _ENTRY = {"bits", "grid", "signed", "shape", "fixed", "dtype", "crc32"}
 _MORE = {"rows", "shared"}  # where they are not the usual ones
 
@@ -107,7 +108,7 @@ def load_activation_scales(path: Path) -> dict[str, dict[str, Any]]:
 def _keep_scales(tensors, name, about):
     """Puts the scale and the offset of an activation into ``tensors``; what the metadata say of it."""
     _check_scales(name, about)
-    entry = {"bits": about["bits"], "rule": about["rule"], "signed": about["signed"]}
+    entry = {key: about[key] for key in _ACT_SETTINGS}
     sums = []
     for part in _ACT_TENSORS:
         if about[part] is not None:
@@ -132,7 +133,7 @@ def _scales_of(f, metadata):
     """{name: what activation_scales says} of an open file; ValueError where it is not whole and sane."""
     found = {}
     for name, entry in (parsed(metadata, "activations") if "activations" in metadata else {}).items():
-        if not isinstance(entry, dict) or entry.keys() != _ACT_ENTRY or not _integers(entry["crc32"]):
+        if not isinstance(entry, dict) or entry.keys() != {*_ACT_SETTINGS, "crc32"} or not _integers(entry["crc32"]):
             raise ValueError(f"{name}: bad metadata {shown(entry)}")
         about = {key: value for key, value in entry.items() if key != "crc32"}
         if (
@@ -140,8 +141,9 @@ def _scales_of(f, metadata):
             or not 0 <= about["bits"] <= MAX_BITS
             or about["rule"] not in RULES
             or type(about["signed"]) is not bool
+            or about["front"] not in FRONTS
         ):
-            raise ValueError(f"{name}: expected bits, rule and sign of an activation, got {shown(about)}")
+            raise ValueError(f"{name}: expected bits, rule, sign and front of an activation, got {shown(about)}")
         parts = {p: f.get_tensor(f"{name}.act_{p}") for p in _ACT_TENSORS if f"{name}.act_{p}" in f.keys()}  # noqa: SIM118
         if "scale" not in parts or [crc32(t, about) for t in parts.values()] != entry["crc32"]:
             raise ValueError(f"{name}: the checksum of its scale does not match, the file is damaged")
@@ -181,7 +183,8 @@ def show(path, others=None):
     held = f"{len(rows)} weights, {numel:,} elements, {total:,} bytes: {average:.2f} bits each with the scales"
     for name, v in scales.items():
         sign, count = "signed" if v["signed"] else "unsigned", v["scale"].numel()
-        lines.append(f"{name}  activation  {v['bits']} bits  {v['rule']} {sign}  {count} scale{'s' * (count != 1)}")
+        kind = f"{v['rule']} {sign}" + (f" of {v['front']}" if v["front"] else "")
+        lines.append(f"{name}  activation  {v['bits']} bits  {kind}  {count} scale{'s' * (count != 1)}")
     return "\n".join([*lines, *([held, *told] if told else [f"{held}; format {FORMAT} {VERSION}"])])
 
 

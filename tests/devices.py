@@ -189,7 +189,8 @@ def _activation(x, s, g, n, k, r, key):
     acc = torch.float64 if x[0].dtype == torch.float64 else torch.float32
     scale, offset = (torch.tensor([v], dtype=acc, device=device) for v in (1.3, 0.2))
     for i, (keep, learn) in enumerate(FITTING):
-        settings = i % len(RULES), i % 2 == 0, 0, KEEPS.index(keep), LEARNS.index(learn)
+        front = 2 + i if keep == "input" else 0  # GELU, by tanh, SiLU
+        settings = i % len(RULES), i % 2 == 0, front, KEEPS.index(keep), LEARNS.index(learn)
         args = scale, offset if i % 3 == 1 else None, torch.tensor([1 + i % 4], dtype=torch.int32, device=device)
         for j, (t, h) in enumerate(zip(x, g)):
             q, kept = torch.ops.quantops.activation(t, *args, *settings, t.dtype)

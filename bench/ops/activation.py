@@ -4,15 +4,18 @@ against: the papers' chains of tensor ops, and torch's own learnable fake quanti
 import functools
 
 import torch
+import torch.nn.functional as F
 
-from bench.ops.peers import imported, step, step_peer
+from bench.ops.peers import imported, op_peers, step, step_peer
 from bench.ops.registry import Case
 from bench.ops.uniform import Inputs
 from quantops import quantize_activation, reference
 from quantops.layout import in_memory
 from quantops.library import ops
+from quantops.reference.activation import FRONTS
 
-BITS, TOP = 4, 15
+BITS, TOP, MOST = 4, 15, 7  # the last level of unsigned and of signed codes
+GELU = FRONTS.index("gelu")
 PIECE = 1 << 20  # elements that the reference takes at a time
 
 
@@ -32,6 +35,18 @@ class ActivationInputs(Inputs):
     @functools.cached_property
     def end_leaves(self):
         return [s.clone().requires_grad_() for s in self.ends]
+
+
+class GeluInputs(ActivationInputs):
+    """The same behind a GELU, of signed codes."""
+
+    @functools.cached_property
+    def ends(self):
+        return [2 * F.gelu(t.float()).abs().mean().reshape(1) * (MOST + 1) / MOST**0.5 for t in self.w]
+
+    @functools.cached_property
+    def nothing(self):
+        return torch.empty(0, dtype=torch.uint8, device=self.w[0].device)
 
 
 def _quantized(x, learn):
@@ -82,7 +97,11 @@ def _eager(learn):
         v = torch.minimum(t.clamp(min=0), s)
         return v + ((v * (TOP / s)).round() * (s / TOP) - v).detach()
 
-    chain = lsq if learn == "step" else pact
+    return _chain_peers(lsq if learn == "step" else pact)
+
+
+def _chain_peers(chain):
+    """A chain of x and a scale, as it is and compiled."""
 
     def prepare(x):
         return [*x.leaves, *x.end_leaves], lambda bits: [
@@ -133,6 +152,60 @@ def _case(name, learn, reads, writes, keeps, peers):
     )
 
 
+# Behind a GELU: x is kept, nothing else.
+
+
+def _of_gelu(x):
+    return [
+        quantize_activation(t, s, x.bits, signed=True, front="gelu", learn="step")
+        for t, s in zip(x.leaves, x.end_leaves)
+    ]
+
+
+def _gelu_chain(t, s):
+    factor = (MOST * t.numel()) ** -0.5
+    step_ = (s * factor + (s - s * factor).detach()) / (MOST + 1)
+    v = (F.gelu(t) / step_).clamp(-MOST - 1, MOST)
+    return ((v.round() - v).detach() + v) * step_
+
+
+def _gelu_backward_chain(x, i, bits):
+    t, s = x.w[i], x.ends[i].to(x.w[i].dtype)
+    return torch.where(F.gelu(t).abs() <= s, torch.ops.aten.gelu_backward(x.grad[i], t), 0)
+
+
+def _gelu_forward_check(got, x):
+    options = {"signed": True, "front": "gelu", "keep": "input"}
+    return all(
+        torch.equal(in_memory(q), torch.cat([reference.activation(t, s, BITS, **options)[0] for t, _ in _pieces(x, i)]))
+        for i, ((q, _), s) in enumerate(zip(got, x.ends))
+    )
+
+
+def _gelu_gradients(x, i, learn=None):
+    """Of the pieces of a tensor."""
+    options = {"signed": True, "front": "gelu", "learn": learn}
+    return [reference.activation_backward(g, t, None, None, x.ends[i], BITS, **options) for t, g in _pieces(x, i)]
+
+
+def _gelu_backward_check(got, x):
+    return all(
+        torch.equal(in_memory(v), torch.cat([part[0] for part in _gelu_gradients(x, i)]))
+        for i, (v, _) in enumerate(got)
+    )
+
+
+def _gelu_step_check(got, x):
+    """dL/dx bit for bit, the sum for the scale to the rounding of sums: what pieces divide by is theirs, not all's."""
+    for i, t in enumerate(x.w):
+        parts, sizes = _gelu_gradients(x, i, "step"), [len(p) for p, _ in _pieces(x, i)]
+        want = sum(part[1].double() * size**0.5 for part, size in zip(parts, sizes)) / max(1, t.numel()) ** 0.5
+        same = torch.equal(in_memory(got[i]), torch.cat([part[0] for part in parts]))
+        if not same or not torch.allclose(got[len(x.w) + i].double(), want, rtol=1e-3, atol=1e-3):
+            return False
+    return True
+
+
 CASES = [
     Case(
         "activation forward",
@@ -164,5 +237,41 @@ CASES = [
         lambda s: 2 * s + 0.125,
         lambda s: s + 0.125,
         _eager("clip"),
+    ),
+    Case(
+        "activation gelu forward",
+        GeluInputs,
+        lambda s: s,
+        lambda s: s,
+        lambda x: [ops.activation(t, s, None, x.bits, 0, True, GELU, 0, 0, t.dtype) for t, s in zip(x.w, x.ends)],
+        _gelu_forward_check,
+        op_peers(lambda x, i, bits: _gelu_chain(x.w[i], x.ends[i].to(x.w[i].dtype))),
+        cuda="activation_kernel<T, T, false, true>",
+    ),
+    Case(
+        "activation gelu backward",
+        GeluInputs,
+        lambda s: 2 * s,
+        lambda s: s,
+        lambda x: [
+            ops.activation_backward(g, t, None, x.nothing, s, None, x.bits, 0, True, GELU, 0, 0, t.dtype)
+            for g, t, s in zip(x.grad, x.w, x.ends)
+        ],
+        _gelu_backward_check,
+        op_peers(_gelu_backward_chain),
+        cuda="gradient_kernel<T, false, true>",
+        longest=False,  # the longest has the sums of a scale that is learned
+    ),
+    # x to q; then dL/dq and x to dL/dx.
+    Case(
+        "LSQ activation gelu step",
+        GeluInputs,
+        lambda s: 3 * s,
+        lambda s: 2 * s,
+        lambda x: step(x, [*x.leaves, *x.end_leaves], _of_gelu(x)),
+        _gelu_step_check,
+        _chain_peers(_gelu_chain),
+        forward=lambda x: (lambda: _of_gelu(x), [*x.leaves, *x.end_leaves]),
+        keeps=lambda s: s,
     ),
 ]

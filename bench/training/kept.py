@@ -21,7 +21,7 @@ from bench.ops.report import insert
 from bench.ops.steps import NETWORKS
 from bench.store import Result
 from bench.store import add_arguments as add_common
-from quantops.activation import replace_relus
+from quantops.activation import replace_fronts
 from quantops.demo.digits import kept_for_backward
 
 BEGIN, END = "<!-- kept: begin -->", "<!-- kept: end -->"
@@ -90,7 +90,7 @@ def _ours(model, **settings):
 
 
 def _ours_for_relus(model, **settings):
-    replace_relus(model, lambda like: quantops.UniformActivation(BITS, relu=True, **settings))
+    replace_fronts(model, lambda like, front: quantops.UniformActivation(BITS, front=front, **settings))
 
 
 WAYS = {

@@ -2,6 +2,7 @@
 #include <tuple>
 
 #include "activation_arguments.h"
+#include "cpu/activation_front_loops.h"
 #include "cpu/activation_loops.h"
 #include "cpu/list.h"
 
@@ -114,13 +115,17 @@ void forward_into(const Problem& p, const Targets& q, uint8_t* kept) {
   const bool plain = p.rule == kRoundClamp && !p.offset;
   with_keep(p.keep, [&](auto keep) {
     for_blocks(p.list, [&](int64_t, int64_t i, int64_t n) {
-      with_source<A>(x, p.list.type, i, n, [&](const auto* from) {
+      auto quantize = [&](const auto* from) {
         with_target<A>(q.data[0], q.type, i, n, q.streaming, [&](auto* to, bool streaming) {
           uint8_t* put = kept + kept_bytes(i, keep());
           plain ? activation_loop<keep(), true>(from, to, streaming, put, n, grid)
                 : activation_loop<keep(), false>(from, to, streaming, put, n, grid);
         });
-      });
+      };
+      if (!is_smooth(p.front)) return with_source<A>(x, p.list.type, i, n, quantize);
+      A in[kBlock], h[kBlock];
+      front_block(p.front, load_block<A>(x, p.list.type, i, n, in), h, n);
+      quantize(static_cast<const A*>(h));
     });
   });
 }
@@ -149,11 +154,15 @@ void forward_of_channels(const Problem& p, const Targets& q, uint8_t* kept) {
   const std::vector<Grid<A>> grids = grids_of<A>(p);
   with_keep(p.keep, [&](auto keep) {
     for_blocks(p.list, [&](int64_t, int64_t i, int64_t n) {
-      A in[kBlock], out[kBlock];
+      A in[kBlock], h[kBlock], out[kBlock];
       int32_t numbers[kBlock];
       OfElements<A> each;
       fill(each, grids, p.channels, i, n);
       const A* from = load_block<A>(p.list.data[0], p.list.type, i, n, in);
+      if (is_smooth(p.front)) {
+        front_block(p.front, from, h, n);
+        from = h;
+      }
       activation_channels_loop<keep()>(from, out, numbers, n, grids[0], each);
       store_block<A>(q.data[0], q.type, i, n, q.streaming, out);
       put_kept(numbers, n, keep(), kept + kept_bytes(i, keep()));
@@ -207,11 +216,26 @@ void with_gradient(const Problem& p, const Other& other, const Targets& out, int
   with_block<A>(out.data[0], out.type, i, n, out.streaming, [&](A* to) { f(from, xq, to, false); });
 }
 
+// Behind a smooth front: dL/dh as without one, times dh/dx.
+template <Learn kLearn, class A>
+void front_backward(const Problem& p, const Other& x, const Targets& out, int64_t i, int64_t n, const Grid<A>& grid,
+                    SideSums& sums) {
+  A gradient[kBlock], second[kBlock], h[kBlock], slope[kBlock], of_h[kBlock];
+  const A* g = load_block<A>(p.list.data[0], p.list.type, i, n, gradient);
+  front_slope_block(p.front, load_block<A>(x.data, x.type, i, n, second), h, slope, n);
+  activation_grad_loop<kInput, kLearn>(g, static_cast<const A*>(h), nullptr, of_h, false, n, grid, sums);
+  with_target<A>(out.data[0], out.type, i, n, out.streaming, [&](auto* to, bool streaming) {
+    front_product_loop(static_cast<const A*>(of_h), static_cast<const A*>(slope), to, streaming, n);
+  });
+}
+
 template <Keep kKeep, Learn kLearn, class A>
 void backward_as(const Problem& p, const Other& other, const uint8_t* kept, const Targets& out,
                  std::vector<SideSums>& parts) {
   const Grid<A> grid = p.grid<A>(0);
   for_blocks(p.list, [&](int64_t chunk, int64_t i, int64_t n) {
+    if constexpr (kKeep == kInput)
+      if (is_smooth(p.front)) return front_backward<kLearn>(p, other, out, i, n, grid, parts[chunk]);
     with_gradient<A>(p, other, out, i, n, [&](const auto* g, const auto* xq, auto* to, bool streaming) {
       activation_grad_loop<kKeep, kLearn>(g, xq, kept + kept_bytes(i, kKeep), to, streaming, n, grid, parts[chunk]);
     });
@@ -259,7 +283,7 @@ void backward_of_channels(Problem p, const Other& other, const uint8_t* kept, co
   std::vector<std::vector<SideSums>> parts(p.list.chunks.size());
   with_keep(p.keep, [&](auto keep) {
     for_blocks(p.list, [&](int64_t chunk, int64_t i, int64_t n) {
-      A gradient[kBlock], second[kBlock], result[kBlock];
+      A gradient[kBlock], second[kBlock], h[kBlock], slope[kBlock], result[kBlock];
       int32_t numbers[kBlock];
       OfElements<A> each;
       Terms<A> terms;
@@ -267,8 +291,14 @@ void backward_of_channels(Problem p, const Other& other, const uint8_t* kept, co
       get_kept(kept + kept_bytes(i, keep()), n, keep(), numbers);
       const A* g = load_block<A>(p.list.data[0], p.list.type, i, n, gradient);
       const A* xq = other.data ? load_block<A>(other.data, other.type, i, n, second) : g;
+      if (is_smooth(p.front)) {
+        front_slope_block(p.front, xq, h, slope, n);
+        xq = h;
+      }
       activation_grad_channels_loop<keep()>(g, xq, numbers, result, n, grids[0], each, terms);
-      store_block<A>(out.data[0], out.type, i, n, out.streaming, result);
+      if (is_smooth(p.front))
+        front_product_loop(static_cast<const A*>(result), static_cast<const A*>(slope), second, false, n);
+      store_block<A>(out.data[0], out.type, i, n, out.streaming, is_smooth(p.front) ? second : result);
       if (p.learn == kLearnNone) return;
       parts[chunk].resize(grids.size());
       for_runs(p.channels, i, n, [&](int64_t channel, int64_t at, int64_t end) {

@@ -47,6 +47,17 @@ struct Grids {
 
 // ------------------------------------------------------------------------------------------------------------- forward
 
+// h of an element, and dh/dx; behind no smooth front x and 1.
+template <bool kSmooth, class A>
+__device__ __forceinline__ FrontValue<A> in_front(A x, int32_t front) {
+  if constexpr (kSmooth) {
+    const FrontSettings<A> p = front_settings<A>(front);
+    return front == kGelu ? front_and_slope<true>(x, p) : front_and_slope<false>(x, p);
+  } else {
+    return {x, A(1)};
+  }
+}
+
 // q of an element; what is kept of it in `number`.
 template <class A>
 __device__ __forceinline__ A quantized(A x, const Grid<A>& p, int32_t keep, uint32_t& number) {
@@ -57,7 +68,7 @@ __device__ __forceinline__ A quantized(A x, const Grid<A>& p, int32_t keep, uint
   return value + p.offset;
 }
 
-template <class X, class O, bool kChannels>
+template <class X, class O, bool kChannels, bool kSmooth>
 __global__ void __launch_bounds__(kThreads, kBlocks<Acc<X>>)
     activation_kernel(const X* x, O* q, uint8_t* kept, const Extent extent, const Settings<Acc<X>> settings) {
   using A = Acc<X>;
@@ -65,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Acc<X>>)
   const int64_t begin = (int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp) * extent.segment;
   if (begin >= extent.numel) return;
   const int n = static_cast<int>(std::min(extent.segment, extent.numel - begin)), lane = threadIdx.x % kWarp;
-  const int32_t keep = settings.keep;
+  const int32_t keep = kSmooth ? int32_t(kInput) : settings.keep;
   Grids<kChannels, A> grids(settings);
   x += begin;
   q += begin;
@@ -85,7 +96,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Acc<X>>)
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         uint32_t number;
-        qs.v[j] = Narrow<O>::from(quantized(A(widen(xs[u].v[j])), grids.at(begin + int64_t(v) * V + j), keep, number));
+        const A h = in_front<kSmooth>(A(widen(xs[u].v[j])), settings.front).h;
+        qs.v[j] = Narrow<O>::from(quantized(h, grids.at(begin + int64_t(v) * V + j), keep, number));
         bits |= number << j;
         (j < 4 ? low : high) |= number << 8 * (j % 4);
       }
@@ -100,7 +112,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Acc<X>>)
 #pragma unroll 1
     for (int j = 0; j < V && i + j < n; ++j) {
       uint32_t number;
-      q[i + j] = Narrow<O>::from(quantized(A(widen(x[i + j])), grids.at(begin + i + j), keep, number));
+      const A h = in_front<kSmooth>(A(widen(x[i + j])), settings.front).h;
+      q[i + j] = Narrow<O>::from(quantized(h, grids.at(begin + i + j), keep, number));
       bits |= number << j;
       if (keep == kResidual) kept[i + j] = static_cast<uint8_t>(number);
     }
@@ -110,14 +123,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Acc<X>>)
 
 // ------------------------------------------------------------------------------------------------------------ backward
 
-// g inside, 0 outside; adds to the sums that are wanted. other: x or q, where one is read; number: what was kept.
-template <class A>
-__device__ __forceinline__ A gradient(A g, A other, uint32_t number, const Grid<A>& p, int32_t keep, int32_t learn,
+// dL/dx, g inside times dh/dx; adds to the sums that are wanted. other: x or q, where one is read; number: what was
+// kept.
+template <bool kSmooth, class A>
+__device__ __forceinline__ A gradient(A g, A other, uint32_t number, const Grid<A>& p, const Settings<A>& settings,
                                       A& within, A& up, A& down) {
+  const int32_t keep = kSmooth ? int32_t(kInput) : settings.keep, learn = settings.learn;
+  const FrontValue<A> front = in_front<kSmooth>(other, settings.front);
   bool in = number > kBelow && number < kAbove, above = number == kAbove;
   A rho = static_cast<A>(static_cast<int32_t>(number)) - A(kMiddle);
   if (keep == kInput) {
-    const A v = other - p.offset;
+    const A v = front.h - p.offset;
     in = inside(v, p);
     above = v > p.high;
     rho = learn == kLearnStep ? residual_of(grid_level<false>(v, p) * p.step, v, p) : A(0);
@@ -128,11 +144,12 @@ __device__ __forceinline__ A gradient(A g, A other, uint32_t number, const Grid<
   within += in ? g * rho : A(0);
   up += above ? outside : A(0);
   down += above ? A(0) : outside;
-  return (in ? g : A(0)) + p.valid_zero;
+  const A of_h = in ? g : A(0);
+  return (kSmooth ? of_h * front.slope : of_h) + p.valid_zero;
 }
 
 // T: of dL/dq, of x or q, and of dL/dx. partial: of every item, where sums are wanted and there is one scale.
-template <class T, bool kChannels>
+template <class T, bool kChannels, bool kSmooth>
 __global__ void __launch_bounds__(kThreads, kBlocks<Acc<T>>)
     gradient_kernel(const T* g, const T* other, const uint8_t* kept, T* out, SideSums* partial, const Extent extent,
                     const Settings<Acc<T>> settings) {
@@ -141,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Acc<T>>)
   const int64_t item = int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp, begin = item * extent.segment;
   if (begin >= extent.numel) return;  // whole warps
   const int n = static_cast<int>(std::min(extent.segment, extent.numel - begin)), lane = threadIdx.x % kWarp;
-  const int32_t keep = settings.keep, learn = settings.learn;
+  const int32_t keep = kSmooth ? int32_t(kInput) : settings.keep, learn = settings.learn;
   Grids<kChannels, A> grids(settings);
   g += begin;
   out += begin;
@@ -173,8 +190,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Acc<T>>)
       for (int j = 0; j < V; ++j) {
         const uint32_t byte = (j < 4 ? words[u].x : words[u].y) >> 8 * (j % 4) & 255;
         const uint32_t number = keep == kBits ? words[u].x >> j & 1 : byte;
-        os.v[j] = Narrow<T>::from(gradient(A(widen(gs[u].v[j])), A(widen(others[u].v[j])), number,
-                                           grids.at(begin + int64_t(v) * V + j), keep, learn, within, up, down));
+        os.v[j] = Narrow<T>::from(gradient<kSmooth>(A(widen(gs[u].v[j])), A(widen(others[u].v[j])), number,
+                                                    grids.at(begin + int64_t(v) * V + j), settings, within, up, down));
       }
       store_pack(out + v * V, os);
       if (learn != kLearnNone) sums.add({double(within), double(up), double(down)});
@@ -184,8 +201,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Acc<T>>)
   for (int i = vectors * V + lane; i < n; i += kWarp) {
     const uint32_t number = keep == kBits ? kept[i / V] >> i % V & 1 : keep == kResidual ? kept[i] : 0;
     A within = A(0), up = A(0), down = A(0);
-    out[i] = Narrow<T>::from(gradient(A(widen(g[i])), A(widen(other ? other[i] : g[i])), number, grids.at(begin + i),
-                                      keep, learn, within, up, down));
+    out[i] = Narrow<T>::from(gradient<kSmooth>(A(widen(g[i])), A(widen(other ? other[i] : g[i])), number,
+                                               grids.at(begin + i), settings, within, up, down));
     sums.add({double(within), double(up), double(down)});
   }
   if (partial && learn != kLearnNone) {
@@ -195,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Acc<T>>)
 }
 
 // A block for one of `parts` runs of `segment` elements of a channel, which has `each` of them.
-template <class T>
+template <class T, bool kSmooth>
 __global__ void __launch_bounds__(kThreads)
     channel_kernel(const T* g, const T* other, const uint8_t* kept, SideSums* partial, int64_t each, int64_t segment,
                    int64_t parts, const Settings<Acc<T>> settings) {
@@ -210,7 +227,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t i = (j / run * settings.channels.count + channel) * run + j % run;
     const uint32_t number = keep == kBits ? kept[i / 8] >> i % 8 & 1 : keep == kResidual ? kept[i] : 0;
     A within = A(0), up = A(0), down = A(0);
-    gradient(A(widen(g[i])), A(widen(other ? other[i] : g[i])), number, p, keep, settings.learn, within, up, down);
+    gradient<kSmooth>(A(widen(g[i])), A(widen(other ? other[i] : g[i])), number, p, settings, within, up, down);
     sums.add({double(within), double(up), double(down)});
   }
   sums.inside = block_reduce<Add>(sums.inside);
@@ -286,10 +303,12 @@ void forward_into(const Tensor& x, const Tensor& q, const Tensor& kept, const Pa
     launch(on, kernel, extent.blocks(), kThreads, static_cast<const X*>(x.data_ptr()), static_cast<O*>(q.data_ptr()),
            static_cast<uint8_t*>(kept.data_ptr()), extent, parameters.settings<Acc<X>>());
   };
-  if (parameters.channels.count == 1)
-    run(activation_kernel<X, O, false>);
+  if (is_smooth(parameters.front))
+    parameters.channels.count == 1 ? run(activation_kernel<X, O, false, true>)
+                                   : run(activation_kernel<X, O, true, true>);
   else
-    run(activation_kernel<X, O, true>);
+    parameters.channels.count == 1 ? run(activation_kernel<X, O, false, false>)
+                                   : run(activation_kernel<X, O, true, false>);
 }
 
 std::tuple<Tensor, Tensor> activation(Tensor x, Tensor scale, MaybeTensor offset, Tensor bits, int64_t rule,
@@ -340,12 +359,14 @@ void backward_into(const Tensor& g, const Tensor* other, const Tensor& kept, con
            extent, settings);
   };
   if (extent.numel > 0) {
-    if (count == 1)
-      run(gradient_kernel<T, false>);
+    const bool smooth = is_smooth(settings.front);
+    if (smooth)
+      count == 1 ? run(gradient_kernel<T, false, true>) : run(gradient_kernel<T, true, true>);
     else
-      run(gradient_kernel<T, true>);
+      count == 1 ? run(gradient_kernel<T, false, false>) : run(gradient_kernel<T, true, false>);
     if (!sums.empty() && count > 1)
-      launch(on, channel_kernel<T>, dim3(static_cast<unsigned>(count * parts)), kThreads, from, second, numbers,
+      launch(on, smooth ? channel_kernel<T, true> : channel_kernel<T, false>,
+             dim3(static_cast<unsigned>(count * parts)), kThreads, from, second, numbers,
              static_cast<SideSums*>(scratch.data_ptr()), each, segment, parts, settings);
   }
   if (!sums.empty())

@@ -1,11 +1,14 @@
 """Family ``activation``: what is kept, see the reference; linear in the gradient, so that second derivatives of dL/dx
-are there. q itself is kept, as by the next layer, where PACT's gradient needs to know the side."""
+are there, behind GELU and SiLU those in x too. q itself is kept, as by the next layer, where PACT's gradient needs to
+know the side."""
 
 import torch
 
 from quantops.autograd.common import below_autograd, call
 from quantops.layout import relaid
-from quantops.reference.activation import KEEPS
+from quantops.reference.activation import FRONTS, KEEPS, inside_of
+from quantops.reference.activation_front import SMOOTH, curvature
+from quantops.reference.uniform import RULES
 
 ops = torch.ops.quantops
 INPUT, BITS = KEEPS.index("input"), KEEPS.index("bits")
@@ -45,16 +48,17 @@ class _Activation(torch.autograd.Function):
 
 
 class _ActivationBackward(torch.autograd.Function):
-    """dL/dx is g on the places inside, which count as constants, as the STE has it."""
+    """dL/dx is g on the places inside, which count as constants, as the STE has it; behind a smooth front times its
+    slope, a function of ``smooth_x``, which is x there and None elsewhere."""
 
     @staticmethod
-    def forward(ctx, keyset, op, args, grad):
+    def forward(ctx, keyset, op, args, grad, smooth_x):
         grad_x, sums = below_autograd(keyset, op, args)
         _, x, q, kept, scale, offset, bits, *settings, _, _ = args
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.dtype = settings, grad.dtype
         ctx.stride = grad.stride()
-        ctx.save_for_backward(x, kept, scale, offset, bits)
+        ctx.save_for_backward(x, kept, scale, offset, bits, None if smooth_x is None else grad)
         return grad_x, *sums
 
     @staticmethod
@@ -65,10 +69,19 @@ class _ActivationBackward(torch.autograd.Function):
                 "implemented; those of dL/dx are"
             )
         if gg is None:
-            return (None,) * 4
-        x, *saved = ctx.saved_tensors
-        grad, _ = call(ops.activation_backward, relaid(gg, ctx.stride), x, None, *saved, *ctx.settings, 0, ctx.dtype)
-        return None, None, None, grad
+            return (None,) * 5
+        x, *saved, grad = ctx.saved_tensors
+        gg, of_grad, of_x = relaid(gg, ctx.stride), None, None
+        if ctx.needs_input_grad[3]:
+            of_grad, _ = call(ops.activation_backward, gg, x, None, *saved, *ctx.settings, 0, ctx.dtype)
+        if ctx.needs_input_grad[4]:
+            _, scale, offset, bits = saved
+            rule, signed, front, _ = ctx.settings
+            inside = inside_of(x, scale, bits, offset=offset, rule=RULES[rule], signed=signed, front=FRONTS[front])
+            wide = x.to(scale.dtype)
+            of_x = torch.where(inside, gg.to(scale.dtype) * grad.to(scale.dtype) * curvature(wide, FRONTS[front]), 0)
+            of_x = of_x.to(x.dtype)
+        return None, None, None, of_grad, of_x
 
 
 def activation(keyset, op, args):
@@ -76,5 +89,6 @@ def activation(keyset, op, args):
 
 
 def activation_backward(keyset, op, args):
-    grad_x, *sums = _ActivationBackward.apply(keyset, op, args, args[0])
+    grad, x, front = args[0], args[1], args[9]
+    grad_x, *sums = _ActivationBackward.apply(keyset, op, args, grad, x if FRONTS[front] in SMOOTH else None)
     return grad_x, sums

@@ -4,8 +4,8 @@ import torch
 
 from quantops.autograd.common import any_given, below_autograd, call, materialize
 from quantops.default.truncate import used_gradients
+from quantops.reference.tanh import tanh as tanh_of
 from quantops.reference.truncate import COMPANDINGS, tanh_curvature, truncate_scale_terms
-from quantops.reference.truncate import tanh as tanh_of
 from quantops.reference.uniform import RULES, _inverse, per_row
 
 ops = torch.ops.quantops

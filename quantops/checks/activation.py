@@ -5,6 +5,7 @@ import torch
 from quantops.checks.arguments import FLOATS, choice, kind, names, tensors
 from quantops.layout import dense_rows
 from quantops.reference.activation import FRONTS, KEEPS, LEARNS
+from quantops.reference.activation_front import SMOOTH
 from quantops.reference.packing import data_shape
 from quantops.reference.uniform import RULES, acc_dtype
 
@@ -36,6 +37,11 @@ def _check_count(name, value, x):
         )
 
 
+def default_keep(front, learn):
+    """What is kept where nobody says it."""
+    return "input" if front in SMOOTH else "residual" if learn == "step" else "bits"
+
+
 def choices(rule, signed, front, keep, learn, offset):
     """(rule, signed, front, keep, learn) as the ops take them."""
     found = (
@@ -54,6 +60,11 @@ def _fit(signed, front, keep, learn, offset):
         raise ValueError(
             "front: expected unsigned codes without an offset behind 'relu', got "
             + ("signed codes" if signed else "an offset")
+        )
+    if FRONTS[front] in SMOOTH and KEEPS[keep] != "input":
+        raise ValueError(
+            f"keep: expected 'input' with front={FRONTS[front]!r}, whose derivative is taken from x, got "
+            f"{KEEPS[keep]!r}"
         )
     fitting = {"bits": (None, "clip"), "residual": (None, "step")}.get(KEEPS[keep], LEARNS)
     if LEARNS[learn] not in fitting:

@@ -5,6 +5,8 @@ import torch
 from quantops.activation import activation_scales
 from quantops.methods.multibn import replace
 from quantops.reference.activation import levels, per_channel
+from quantops.reference.activation_front import SMOOTH, by_torch
+from quantops.reference.uniform import acc_dtype
 
 # (lowest, highest level), number of the type in ONNX, its dtype in torch or None, the first opset that quantizes to it
 _INTEGERS = (
@@ -24,7 +26,7 @@ def use_integers(plain, opset, exact):
     for name, about in activation_scales(plain).items():
         kind = integer_of(level_range(about), opset)
         if kind is not None and about["bits"] > 0:
-            made[plain.get_submodule(name)] = _Integers(about, kind, opset, exact)
+            made[plain.get_submodule(name)] = _behind(about, _Integers(about, kind, opset, exact))
     replace(plain, made.get)
 
 
@@ -34,8 +36,24 @@ def use_quant(plain, domain):
     made = {}
     for name, about in activation_scales(plain).items():
         if about["rule"] == "round_clamp" and about["offset"] is None and about["bits"] > 0 + about["signed"]:
-            made[plain.get_submodule(name)] = _Quant(about, domain)
+            made[plain.get_submodule(name)] = _behind(about, _Quant(about, domain))
     replace(plain, made.get)
+
+
+def _behind(about, module):
+    """A module behind what the quantizer has in front. A ReLU is in unsigned codes."""
+    return _Behind(about["front"], module) if about["front"] in SMOOTH else module
+
+
+class _Behind(torch.nn.Module):
+    """A module behind GELU or SiLU as readers of ONNX have it, which goes in and comes out in the arithmetic dtype."""
+
+    def __init__(self, front, module):
+        super().__init__()
+        self.front, self.module = front, module
+
+    def forward(self, x):
+        return self.module(by_torch(x.to(acc_dtype(x.dtype)), self.front)).to(x.dtype)
 
 
 class _Quant(torch.nn.Module):

@@ -72,9 +72,9 @@ class CPQConfig(ActivationConfig):
         as Relaxed Quantization (arXiv 1810.01875) starts, on whose code the paper builds.
     act_bits: None, or 1..8: with act="relu" every ReLU becomes a :class:`quantops.CategoricalActivation` of so many
         bits.
-    act, act_scale, act_signed, act_keep, act_outputs: see :class:`quantops.activation.ActivationConfig`. What
-        act="input" and act_outputs quantize may be signed: there :class:`quantops.UniformActivation` stands, whose grid
-        is the same.
+    act, act_scale, act_signed, act_keep, act_outputs: see :class:`quantops.activation.ActivationConfig`. What GELU and
+        SiLU give, and what act="input" and act_outputs quantize, may be signed: there
+        :class:`quantops.UniformActivation` stands, whose grid is the same.
     fuse, cache, tied, first, last, overrides: see QuantConfig. Forwards that draw are not cached. Overrides may set
         "bits", "dropbits", "rows", and of these fields "mode", "grad", "sigma", "per_row", "nonzero", "min_bits" and
         "start". Layers with fixed bits have no gates.
@@ -163,9 +163,9 @@ class CPQConfig(ActivationConfig):
         if bits is not None:
             check_int(name, bits, 1, MAX_SOFT_BITS)
 
-    def activation(self, like: torch.Tensor, bits: Any, relu: bool) -> Any:
-        if not relu:
-            return super().activation(like, bits, relu)
+    def activation(self, like: torch.Tensor, bits: Any, front: str | None) -> Any:
+        if front != "relu":
+            return super().activation(like, bits, front)
         return CategoricalActivation(bits, grad=self.grad, device=like.device, dtype=like.dtype)
 
 

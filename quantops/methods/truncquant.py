@@ -17,6 +17,7 @@ from quantops.library import ops
 from quantops.methods.multibn import MultiBatchNorm, check_norms, is_batch_norm, refuse_recomputing, replace
 from quantops.nn import WeightQuantizer, quantized, shown
 from quantops.per_thread import PerThread
+from quantops.reference.activation_front import SMOOTH
 from quantops.reference.truncate import COMPANDINGS, SLOPES
 from quantops.reference.uniform import MAX_BITS, RULES
 from quantops.scales import ABSMAX, check_scale, largest, measured, split_scales, weight_scales
@@ -139,16 +140,16 @@ class TruncQuantConfig(ActivationConfig):
         if bits != "weights":
             super().check_act_bits(name, bits)
 
-    def activation(self, like: torch.Tensor, bits: Any, relu: bool) -> Any:
+    def activation(self, like: torch.Tensor, bits: Any, front: str | None) -> Any:
         if bits != "weights":
-            return super().activation(like, bits, relu)
+            return super().activation(like, bits, front)
         return UniformActivation(
             rule=self.act_rule,
             scale=self.act_scale,
-            relu=relu,
+            front=front,
             widths=self.bits,
-            keep=self.act_keep,
-            signed=None if relu else self.act_signed,
+            keep=None if front in SMOOTH else self.act_keep,
+            signed=None if front == "relu" else self.act_signed,
             shared=self.act_shared,
             device=like.device,
             dtype=like.dtype,

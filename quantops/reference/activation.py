@@ -2,7 +2,9 @@
 
 The code rules and grids are those of :mod:`quantops.reference.uniform`, on x less an ``offset`` b, if there is one:
 
-    v = x - b,  c = the code of v by ``rule``, on a scale s,  q = m * step + b
+    v = h - b,  c = the code of v by ``rule``, on a scale s,  q = m * step + b
+
+where h is x, or with GELU or SiLU in front h(x), see :mod:`quantops.reference.activation_front`,
 
 with the dyadic grid for round_clamp and the full one for floor and nearest. So q without an offset is
 ``decode(encode(x))``. ``scale`` and ``offset`` have one element, or one per channel (dim 1) of x.
@@ -11,13 +13,13 @@ inside: |v| <= s signed, 0 <= v <= s unsigned; with the ReLU in front, which uns
 as ReLU has it. Otherwise v is above (v > s) or below (NaN too). What is kept of an element for the backward pass,
 ``kept``, is a number of 8 bits:
 
-    input     nothing: the backward pass reads x
+    input     nothing: the backward pass reads x; behind GELU and SiLU this alone
     bits      1 inside, else 0. Where sums are wanted the side follows from q
     residual  inside 128 + rint(126 clamp(rho, -1, 1)), below 0, above 255
 
 with rho = (m * step - v) / (value of a code step), which so is known to 1/252. Gradients, with g = dL/dq:
 
-    dL/dx = g * inside
+    dL/dx = g * inside, behind GELU and SiLU times dh/dx
     dL/ds = (step of a scale of one) * (level of the last code * sum of g above + that of the first * sum of g below
             + learn = "step" alone: levels of a code step * sum of g * rho inside)
     dL/db = sum of g outside
@@ -29,6 +31,7 @@ both sums divided by sqrt(elements of the scale * the last level). Out of range 
 
 import torch
 
+from quantops.reference.activation_front import SMOOTH, front_and_slope
 from quantops.reference.uniform import (
     MAX_BITS,
     _as_int,
@@ -42,7 +45,7 @@ from quantops.reference.uniform import (
     acc_dtype,
 )
 
-FRONTS = (None, "relu")
+FRONTS = (None, "relu", *SMOOTH)
 KEEPS = ("input", "bits", "residual")
 LEARNS = (None, "clip", "step")
 RESIDUALS = 126  # on either side of 128
@@ -52,6 +55,12 @@ LEAST_SCALE, MOST_SCALE = 2.0**-100, 2.0**100
 def per_channel(v, x):
     """``v`` (one element, or one per channel) shaped to broadcast over ``x``."""
     return v.reshape(()) if v.numel() == 1 else v.reshape(-1, *[1] * (x.dim() - 2))
+
+
+def _behind(front, x):
+    """(h, dh/dx) in the arithmetic dtype; dh/dx is None where h is x."""
+    wide = x.detach().to(acc_dtype(x.dtype))
+    return front_and_slope(wide, front) if front in SMOOTH else (wide, None)
 
 
 class _Grid:
@@ -97,12 +106,18 @@ def levels(x, scale, bits, *, offset=None, rule="round_clamp", signed=False):
     return p.level(p.shifted(x)), p.step
 
 
+def inside_of(x, scale, bits, *, offset=None, rule="round_clamp", signed=False, front=None):
+    """Whether elements of x are inside."""
+    p = _Grid(x, scale, bits, offset, rule, signed)
+    return p.inside(p.shifted(_behind(front, x)[0]), front)
+
+
 def activation(
     x, scale, bits, *, offset=None, rule="round_clamp", signed=False, front=None, keep="bits", out_dtype=None
 ):
     """(q, kept) of one tensor; ``kept`` is uint8, in x's shape, None with keep="input"."""
     p = _Grid(x, scale, bits, offset, rule, signed)
-    v = p.shifted(x)
+    v = p.shifted(_behind(front, x)[0])
     q = p.level(v) * p.step
     q = q if p.offset is None else q + p.offset
     q, inside = _nan_where_not(p.valid, q).to(out_dtype or x.dtype), p.inside(v, front)
@@ -124,9 +139,10 @@ def activation_backward(
     """
     dtype = dtype or grad.dtype
     p = _Grid(grad.to(acc_dtype(dtype)), scale, bits, offset, rule, signed)
-    g, rho = grad.to(p.scale.dtype), None
+    g, rho, slope = grad.to(p.scale.dtype), None, None
     if x is not None:
-        v = p.shifted(x)
+        h, slope = _behind(front, x.to(p.scale.dtype))
+        v = p.shifted(h)
         inside, above, rho = p.inside(v, front), v > p.scale, p.rho(v)
     elif learn == "clip":
         middle = 0.5 * (p.first + p.last) * p.step
@@ -135,7 +151,8 @@ def activation_backward(
         inside, above, rho = (kept > 0) & (kept < 255), kept == 255, (kept.to(g.dtype) - 128) / RESIDUALS
     else:
         inside = (kept > 0) & (kept < 255)
-    grad_x = _nan_where_not(p.valid, torch.where(inside, g, torch.zeros_like(g))).to(dtype)
+    grad_x = torch.where(inside, g, torch.zeros_like(g))
+    grad_x = _nan_where_not(p.valid, grad_x if slope is None else grad_x * slope).to(dtype)
     if learn is None:
         return grad_x, None, None
 

@@ -5,10 +5,9 @@ for float64 weights). ``scale`` and ``out_scale`` have one element, or one per r
 or scale out of range gives NaN; on CPU the ops raise instead.
 """
 
-import math
-
 import torch
 
+from quantops.reference.tanh import tanh
 from quantops.reference.uniform import (
     MAX_BITS,
     _as_int,
@@ -37,27 +36,6 @@ def _prepare(w, scale, out_scale, bits, base_bits):
     for v in (s, out):
         valid = valid & (v >= 0) & (v < torch.inf)
     return w.to(acc), s, out, bits.clamp(1, MAX_BITS), base.clamp(1, MAX_BITS), valid
-
-
-def tanh(x):
-    """tanh to a few units in the last place, of operations that have the same bits everywhere, as torch.tanh has not.
-
-    E / (E + 2) with E = e^(2|x|) - 1 = 2^k (e^r - 1) + (2^k - 1), |r| <= ln(2) / 2, where e^r is its series.
-    """
-    wide = x.dtype == torch.float64
-    y = torch.clamp(x.abs() * 2, max=40 if wide else 20)
-    k = torch.round(y * 1.44269504088896340736)
-    k = torch.where(k > 0, k, torch.zeros_like(k))  # for NaN, which has no power
-    # ln(2) in two parts, the first with so few bits that its product with k is exact.
-    high, low = (6.93145751953125e-1, 1.42860682030941723212e-6) if wide else (0.693359375, -2.12194440e-4)
-    r = (y - k * high) - k * low
-    tail = torch.zeros_like(r)  # (e^r - 1 - r) / r^2
-    for n in range(13 if wide else 7, 1, -1):
-        tail = tail * r + 1 / math.factorial(n)
-    power = torch.bitwise_left_shift(torch.ones_like(k, dtype=torch.int64), k.to(torch.int64)).to(x.dtype)
-    e = power * (r + r * r * tail) + (power - 1)
-    t = e / (e + 2)
-    return torch.where(x < 0, -t, t)
 
 
 def _companded(w, scale, companding):

@@ -48,7 +48,10 @@ def test_every_dtype_and_layout():
             channels = x.dim() > 1 and 1 < x.shape[1] < 60 and i % 2 == 0
             signed, has_offset, count = case % 2 == 0, i % 4 == 1, x.shape[1] if channels else 1
             scale, offset = (torch.rand(count) + 0.1).to(acc), (torch.randn(count) / 4).to(acc) if has_offset else None
-            settings = rule, signed, int(not signed and not has_offset and case % 4 == 1), keep, learn
+            front = int(not signed and not has_offset and case % 4 == 1)
+            if keep == 0:
+                front = (2, 3, 4, front)[(case + i // 3) % 4]
+            settings = rule, signed, front, keep, learn
             g = torch.randn(x.shape).to(getattr(torch, grad))
             _check(
                 x,
@@ -122,7 +125,8 @@ def test_errors():
             "offset: expected 1 element": lambda: forward(offset=torch.ones(2)),
             "bits: expected dtype int32, got int64": lambda: forward(bits=bits.long()),
             "rule: expected 0..2, got 3": lambda: forward(rule=3),
-            "front: expected 0..1, got 2": lambda: forward(front=2),
+            "front: expected 0..4, got 5": lambda: forward(front=5),
+            "keep: expected 0 with front 3": lambda: forward(front=3),
             "front: expected unsigned codes": lambda: forward(front=1, signed=True),
             "keep: expected 0..2, got 3": lambda: forward(keep=3),
             "keep: expected 0 or 2 for learn 2, got 1": lambda: forward(learn=2),

@@ -14,6 +14,20 @@ pytest.importorskip("onnxscript")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+class Smooth(nn.Module):
+    """Every front but the ReLU, by modules and by what configs put in their place."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.GELU(), nn.Conv2d(8, 4, 3), nn.GELU("tanh"), nn.Conv2d(4, 4, 1), nn.SiLU()
+        )
+
+    def forward(self, x):
+        return self.net(x)
+
+
 class PerChannel(nn.Module):
     """Quantizers that configs do not make: per channel, with an offset, of 7 bits."""
 
@@ -43,6 +57,8 @@ CASES = {
     "inputs, 3 bits": (Net, Q.CPQConfig(bits=4, act_bits=3, act="input"), 18, False, {"INT8", "UINT8"}),
     "floor codes": (Net, Q.TruncQuantConfig(bits=(8, 4), act_bits=8, act="input"), 21, True, {"INT16", "UINT8"}),
     "per channel, divided": (PerChannel, Q.MSQConfig(bits=4), 18, False, {"INT8", "UINT8"}),
+    "gelu and silu": (Smooth, Q.MSQConfig(bits=4, act_bits=4), 21, True, {"INT4"}),
+    "gelu and silu, divided": (Smooth, Q.TruncQuantConfig(bits=(8, 4), act_bits=7), 18, False, {"INT8"}),
     "per channel": (PerChannel, Q.MSQConfig(bits=4), 21, True, {"INT8", "UINT4"}),
 }
 

@@ -12,6 +12,7 @@ import random
 import torch
 
 from quantops.library import OPS, ops
+from quantops.reference.activation import FRONTS
 from quantops.reference.packing import LAYOUTS, data_shape
 from quantops.reference.uniform import GRIDS, most_bits
 
@@ -122,13 +123,14 @@ class _Call:
         self.front, self.keep, self.learn = rng.choice(
             [  # as quantops/checks/activation.py lets them stand together
                 (front, keep, learn)
-                for front in (0, 1)
+                for front in range(len(FRONTS))
                 for keep, learns in enumerate(((0, 1, 2), (0, 1), (0, 2)))
                 for learn in learns
+                if front < 2 or keep == 0
             ]
         )
-        self.offset = rng.random() < 0.3 and not self.front
-        self.signed = self.signed and not (self.front and "front" in names)
+        self.offset = rng.random() < 0.3 and self.front != 1
+        self.signed = self.signed and not (self.front == 1 and "front" in names)
         most = 8 if self.soft else most_bits(GRIDS[self.grid])
         least = 1 if "base_bits" in names else 0
         self.bits = [rng.randrange(least, most + 1) for _ in range(count)]

@@ -156,7 +156,7 @@ def test_activations_move_128_bits(kernels, arch, name, read, dtype):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("name", ["activation_kernel<{0}, {0}, false>", "gradient_kernel<{0}, false>"])
+@pytest.mark.parametrize("name", ["activation_kernel<{0}, {0}, false, false>", "gradient_kernel<{0}, false, false>"])
 @pytest.mark.parametrize("dtype", ["float", "__nv_bfloat16"])
 def test_uniform_activations_move_128_bits(kernels, arch, name, dtype):
     """The loop over two vectors of eight elements: beside 16-byte words, of each a byte of bits, or eight numbers."""
@@ -168,6 +168,19 @@ def test_uniform_activations_move_128_bits(kernels, arch, name, dtype):
     kept = "STG" if forward else "LDG"
     assert count(main, kept) - count(main, rf"{kept}\.E\.128") == count(main, rf"{kept}\.E\.(U8|64)") == 4
     print(f"{len(main)} instructions for 16 elements")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("name", ["activation_kernel<{0}, {0}, false, true>", "gradient_kernel<{0}, false, true>"])
+@pytest.mark.parametrize("dtype", ["float", "__nv_bfloat16"])
+def test_activations_behind_fronts_move_128_bits(kernels, arch, name, dtype):
+    """Nothing but x, or x and dL/dq, comes in, and nothing but the result goes out, in 16-byte words alone."""
+    kernel = kernels[arch, name.format(dtype)]
+    main = max(kernel.loops(), key=lambda loop: count(loop, r"LDG\.E\.128"))
+    words = 2 * (2 if dtype == "float" else 1)
+    assert count(main, r"LDG\.E\.128") == count(main, "LDG") == words * (1 if name.startswith("activation") else 2)
+    assert count(main, r"STG\.E\.128") == count(main, "STG") == words
+    print(f"{len(main)} instructions for 16 elements, {kernel.registers} registers")
 
 
 @pytest.mark.parametrize("arch", [*ARCHS, "86"])

@@ -159,18 +159,18 @@ def _categorical_backward(dtype, grad_dtype, mode, gates):
     categorical.categorical_backward(grad, x, *rest, mode, 0, False, True, gates > 0)
 
 
-def _activation(dtype, out, keep, learn, channels=1):
+def _activation(dtype, out, keep, learn, channels=1, front=0):
     x, n = torch.ones(3, channels, 3001, dtype=dtype), torch.tensor([4], dtype=torch.int32)
     activation.activation(
-        x, torch.ones(channels, dtype=uniform.acc_dtype(dtype)), None, n, 0, True, 0, keep, learn, out
+        x, torch.ones(channels, dtype=uniform.acc_dtype(dtype)), None, n, 0, True, front, keep, learn, out
     )
 
 
-def _activation_backward(dtype, q_dtype, keep, learn, channels=1):
+def _activation_backward(dtype, q_dtype, keep, learn, channels=1, front=0):
     grad, n = torch.ones(3, channels, 3001, dtype=q_dtype), torch.tensor([4], dtype=torch.int32)
     kept = torch.zeros((0, -(-grad.numel() // 8), grad.numel())[keep], dtype=torch.uint8)
     scale = torch.ones(channels, dtype=uniform.acc_dtype(dtype))
-    activation.activation_backward(grad, grad.to(dtype), grad, kept, scale, None, n, 0, True, 0, keep, learn, dtype)
+    activation.activation_backward(grad, grad.to(dtype), grad, kept, scale, None, n, 0, True, front, keep, learn, dtype)
 
 
 def _categorical_activation(dtype, out):
@@ -265,6 +265,11 @@ CALLS = {
     "activation_backward-bf16": ((_activation_backward, BF16, BF16, 1, 0), {128: (1, 1)}),
     "activation_backward-fp64-step": ((_activation_backward, FP64, FP64, 2, 2), {128: (2, 2)}),
     "activation_backward-fp32-channels": ((_activation_backward, FP32, FP32, 2, 2, 3), {128: (2, 2)}),
+    "activation-fp32-gelu": ((_activation, FP32, FP32, 0, 0, 1, 2), {128: (4, 4)}),
+    "activation-bf16-silu": ((_activation, BF16, BF16, 0, 0, 1, 4), {128: (2, 2)}),
+    "activation-fp64-gelu": ((_activation, FP64, FP64, 0, 0, 1, 2), {128: (4, 4)}),
+    "activation_backward-fp32-gelu": ((_activation_backward, FP32, FP32, 0, 2, 1, 2), {128: (4, 2)}),
+    "activation_backward-bf16-gelu_tanh": ((_activation_backward, BF16, BF16, 0, 0, 1, 3), {128: (2, 1)}),
     "categorical_activation-fp32": ((_categorical_activation, FP32, FP32), {128: (4, 4)}),
     "categorical_activation-bf16": ((_categorical_activation, BF16, BF16), {128: (2, 2)}),
     "categorical_activation-fp32-bf16": ((_categorical_activation, FP32, BF16), {128: (4, 2)}),

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import quantops as Q
 from cases import EXHAUSTIVE, SPECIAL, same, weights
 from quantops import default
-from quantops.reference.activation import KEEPS, LEARNS, RESIDUALS
+from quantops.reference.activation import FRONTS, KEEPS, LEARNS, RESIDUALS
 from quantops.reference.uniform import RULES
 
 ops = torch.ops.quantops
@@ -43,7 +43,7 @@ def kinds_of(dtype):
 
 
 def options(rule, signed, front, keep, learn):
-    return RULES.index(rule), signed, int(front), KEEPS.index(keep), LEARNS.index(learn)
+    return RULES.index(rule), signed, FRONTS.index(front), KEEPS.index(keep), LEARNS.index(learn)
 
 
 def check(x, g, scale, offset, bits, settings, out):
@@ -81,7 +81,10 @@ def test_equals_reference(rule, dtype):
             count = x.shape[1] if channels else 1
             scale = (torch.rand(count, generator=generator) * 2 + 0.01).to(acc)
             offset = (torch.randn(count, generator=generator) / 3).to(acc) if has_offset else None
-            settings = options(rule, signed, not signed and not has_offset and i % 3 == 1, keep, learn)
+            front = "relu" if not signed and not has_offset and i % 3 == 1 else None
+            if keep == "input":
+                front = ("gelu", "gelu_tanh", "silu", front)[(i + RULES.index(rule)) % 4]
+            settings = options(rule, signed, front, keep, learn)
             check(x, g, scale, offset, (0, 1, 3, 4, 8, 16)[(i + j) % 6], settings, outs[(i + j) % 5])
 
 
@@ -157,7 +160,7 @@ def test_error_of_a_residual(rule):
     """Each number that is kept says (q - x) / (a code step) to half of 1/126."""
     x, _ = spread()
     for signed, bits in itertools.product((False, True), (1, 2, 4)):
-        settings = options(rule, signed, False, "residual", "step")
+        settings = options(rule, signed, None, "residual", "step")
         scale = torch.ones(1, dtype=torch.float64)
         q, kept = ops.activation(x, scale, None, torch.tensor([bits], dtype=torch.int32), *settings, x.dtype)
         inside = (x <= 1) & (x >= (-1 if signed else 0))
@@ -400,7 +403,9 @@ BAD = {
     "bits count": (dict(bits=torch.tensor([4, 4])), ValueError, r"bits: .*shape \(2,\)"),
     "rule": (dict(rule="ceil"), ValueError, r"rule: expected one of 'round_clamp', 'floor', 'nearest', got 'ceil'"),
     "signed": (dict(signed=None), ValueError, r"signed: "),
-    "front": (dict(front="gelu"), ValueError, r"front: expected one of None, 'relu', got 'gelu'"),
+    "front": (dict(front="tanh"), ValueError, r"front: expected one of None, 'relu', 'gelu', .*'silu', got 'tanh'"),
+    "gelu and bits": (dict(front="gelu", keep="bits"), ValueError, r"keep: expected 'input' with front='gelu'.*'bits'"),
+    "silu and residual": (dict(front="silu", keep="residual", learn="step"), ValueError, r"keep: expected 'input'"),
     "relu and signed": (dict(front="relu", signed=True), ValueError, r"front: expected unsigned .*signed codes"),
     "relu and an offset": (dict(front="relu", offset=0.1), ValueError, r"front: .*an offset"),
     "keep": (dict(keep="q"), ValueError, r"keep: "),
@@ -428,6 +433,7 @@ def test_bad_input(name):
         ("offset", torch.ones(3)),
         ("bits", torch.tensor([4])),
         ("rule", 3),
+        ("front", 5),
         ("front", 2),
         ("keep", 3),
         ("learn", 3),
@@ -468,7 +474,7 @@ def test_the_ops_themselves_read_nothing_out_of_bounds(name, bad):
         wrong = {**arguments, name: bad}
         if name == "x":
             wrong |= {"keep": 0, "kept": torch.zeros(0, dtype=torch.uint8)}
-        with pytest.raises(ValueError, match="keep" if name == "learn" and bad == 2 else name):
+        with pytest.raises(ValueError, match="keep" if name in ("learn", "front") and bad == 2 else name):
             op(*wrong.values())
 
 

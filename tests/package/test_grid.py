@@ -26,14 +26,17 @@ REDUCTIONS = "own_scale"  # absmax or absmean, by the kernels of these: it is re
 # The files of a column's folder that belong to no family. Those of a family are its cell, and parts of it: the family's
 # name and an idea.
 HELPERS = {
-    "quantops/reference": {"__init__.py", "paper.py"},
+    "quantops/reference": {"__init__.py", "paper.py", "tanh.py"},
     "quantops/default": {"__init__.py"},
     "quantops/autograd": {"__init__.py", "common.py"},
     "quantops/checks": {"__init__.py", "arguments.py", "integral.py", "scaling.py", "written.py"},
-    "csrc": {"exponential.h", "grid_argument.h", "packed_tensor.h", "quant_math.h", "serve.cpp", "stable_tensor.h"},
+    "csrc": {
+        *("exponential.h", "grid_argument.h", "packed_tensor.h", "quant_math.h", "stable_tensor.h", "tanh.h"),
+        "serve.cpp",
+    },
     "csrc/cpu": {"blocks.h", "chunks.h", "instruction_set.cpp", "list.h", "schemas.cpp", "simd.h"},
     "csrc/cuda": {"elements.cuh", "launch.cuh", "one_tensor.cuh", "sums.cuh", "switches.cuh", "table.cuh"},
-    "kernels": {"__init__.py", "exponential.py", "launch.py", "math.py", "memory.py", "table.py"},
+    "kernels": {"__init__.py", "exponential.py", "launch.py", "math.py", "memory.py", "table.py", "tanh.py"},
     "tests/ops": {f"test_{name}.py" for name in ("aliasing", "devices", "errors", "limits", "torch", "transforms")},
     "tests/emulation": {"conftest.py", "emulation.py"},
     "bench/ops": {
@@ -42,7 +45,7 @@ HELPERS = {
         *("run.py", "calls.py", "small.py", "steps.py", "compare.py", "report.py", "targets.py"),
     },
 }
-IDEAS = "arguments|backward|draw|gates|gradients|lookup|loops|math|quantizer|record|soft"
+IDEAS = "arguments|backward|draw|front|gates|gradients|lookup|loops|math|quantizer|record|soft"
 ROOMS = {
     "tests": {"bench", "emulation", "export", "fuzz", "integrations", "machine_code", "ops", "package", "training"},
     "bench": {"gpu", "machine_code", "ops", "results", "training"},

@@ -131,7 +131,7 @@ def test_relus_become_activations():
     assert out.unique().numel() <= 8
     before = list(nn.Sequential(nn.Linear(2, 2)).state_dict())
     plain = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="act_bits: expected modules of nn.ReLU, nn.ReLU6 .* Sequential has none"):
+    with pytest.raises(ValueError, match="act_bits: expected modules of nn.ReLU, nn.ReLU6, .* Sequential has none"):
         quantize_(plain, CPQConfig(act_bits=4))
     assert list(plain.state_dict()) == before
 

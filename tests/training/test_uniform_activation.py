@@ -1,6 +1,7 @@
 """UniformActivation, where configs put it, and calibration."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -86,7 +87,9 @@ def test_networks_train_save_copy_and_become_plain(name):
 
 def test_what_is_replaced():
     model = Q.quantize_(net(), CONFIGS["msq"])
-    assert type(model[2]) is type(model[5]) is UniformActivation and model[2].relu and model[2].signed is False
+    assert (
+        type(model[2]) is type(model[5]) is UniformActivation and model[2].front == "relu" and model[2].signed is False
+    )
     model = Q.quantize_(net(), CONFIGS["msq, overrides"])
     assert not hasattr(model[0], "input_quantizer") and int(model[3].input_quantizer.bits) == 8
     train(model, 1)
@@ -94,6 +97,85 @@ def test_what_is_replaced():
     skipped = Q.quantize_(net(), Q.MSQConfig(act_bits=4, act="input", first="skip"))
     assert not hasattr(skipped[0], "input_quantizer")
     assert Q.unquantize_(model) is model and hasattr(model[3], "input_quantizer")
+
+
+def smooth_net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.GELU(),
+        nn.Conv2d(4, 4, 3),
+        nn.SiLU(),
+        nn.Flatten(),
+        nn.Linear(16, 12),
+        nn.GELU(approximate="tanh"),
+        nn.Linear(12, 5),
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Q.MSQConfig(bits=4, act_bits=4),
+        Q.MSQConfig(bits=4, act_bits=4, act_scale="tracked", act_keep="bits"),
+        Q.TruncQuantConfig(bits=(8, 4), act_bits="weights", act_scale="clip"),
+        Q.CPQConfig(act_bits=4),
+    ],
+    ids=["msq", "msq, tracked", "truncquant", "cpq"],
+)
+def test_gelu_and_silu_are_replaced(config):
+    """They are fused, keep their input alone, and their codes are signed by the first batch."""
+    model, x = Q.quantize_(smooth_net(), config), data()[0]
+    acts = [model[i] for i in (2, 4, 7)]
+    assert [type(m) for m in acts] == [UniformActivation] * 3
+    assert [m.front for m in acts] == ["gelu", "silu", "gelu_tanh"] and {m.keep for m in acts} == {"input"}
+    assert [m.signed for m in acts] == [None] * 3 and "front='gelu'" in repr(acts[0])
+    losses = train(model, 12)
+    assert losses[-1] < 0.97 * losses[0] and all(m.signed for m in acts)
+    out = model.eval()(x)
+    fresh = Q.quantize_(smooth_net(), config).eval()
+    fresh.load_state_dict(model.state_dict())
+    for other in (fresh, copy.deepcopy(model), Q.plain_model(model)):
+        assert torch.equal(other(x), out)
+    silent = Q.quantize_(net(), config)
+    with pytest.raises(RuntimeError, match="front"):
+        silent[2].load_state_dict(acts[0].state_dict())
+    unsigned = Q.quantize_(smooth_net(), dataclasses.replace(config, act_signed=False))
+    assert not any(unsigned[i].signed for i in (2, 4, 7))
+
+
+@pytest.mark.parametrize("front, like", [("gelu", nn.GELU()), ("gelu_tanh", nn.GELU("tanh")), ("silu", nn.SiLU())])
+def test_values_are_those_behind_the_front(front, like):
+    x = 2 * torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    for settings in ({"scale": "tracked"}, {"scale": "clip"}, {}, {"offset": True}):
+        fused, plain = UniformActivation(6, front=front, **settings), UniformActivation(6, **settings)
+        for _ in range(2):
+            q, want = fused(x), plain(like(x))
+        for a, b in zip(fused.values(), plain.values()):
+            torch.testing.assert_close(a, b)
+        assert fused.signed == plain.signed == (not settings.get("offset"))
+        assert torch.equal(fused.negative, plain.negative)
+        torch.testing.assert_close(q, want, rtol=0, atol=1.01 * float(plain.values()[0].detach()) / 32)
+        assert int((q - want).abs().gt(1e-5).sum()) <= 20
+        found = Q.calibrate(nn.Sequential(fused), [x, -x])["0"]
+        torch.testing.assert_close(found, Q.calibrate(nn.Sequential(plain), [like(x), like(-x)])["0"])
+        assert Q.activation_scales(nn.Sequential(fused))["0"]["front"] == front
+
+
+def test_a_transformer_layer_evaluates_its_quantized_gelu():
+    """torch's own fused kernel would leave it out."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, activation=nn.GELU(), batch_first=True)
+    model = Q.quantize_(nn.Sequential(layer, nn.Linear(8, 2)), Q.MSQConfig(bits=8, act_bits=2))
+    x = torch.randn(3, 5, 8)
+    model(x)
+    assert model[0].activation_relu_or_gelu == 0
+    seen = []
+    model[0].activation.register_forward_hook(lambda m, args, out: seen.append(out.unique().numel()))
+    with torch.no_grad():
+        model.eval()(x)
+    assert len(seen) == 1 and seen[0] <= 4
 
 
 def test_inputs_are_signed_by_what_comes_in():
@@ -121,7 +203,7 @@ def test_codes_stand_for_what_comes_out():
 @pytest.mark.parametrize("scale", ["step", "clip", "tracked"])
 def test_where_values_start(scale):
     x = torch.randn(400)
-    act = UniformActivation(3, scale=scale, relu=True)
+    act = UniformActivation(3, scale=scale, front="relu")
     act(x)
     end = float(x.max()) if scale != "step" else 2 * float(x.relu().mean()) / 7**0.5 * 8
     assert float(act.values()[0]) == pytest.approx(end, rel=1e-5)
@@ -130,7 +212,7 @@ def test_where_values_start(scale):
     act.eval()
     act(9 * x)  # static
     assert float(act.values()[0]) == pytest.approx(1.2 * end if scale == "tracked" else end, rel=1e-5)
-    dead = UniformActivation(2, scale=scale, relu=True)
+    dead = UniformActivation(2, scale=scale, front="relu")
     dead(torch.full((3,), -1.0))
     assert dead.start == 1
 
@@ -155,7 +237,7 @@ def test_lsq_plus_and_channels():
 
 
 def test_learned_values_stay_positive():
-    act = UniformActivation(4, scale="clip", relu=True)
+    act = UniformActivation(4, scale="clip", front="relu")
     x = torch.rand(100)
     act(x)
     with torch.no_grad():
@@ -234,7 +316,7 @@ def test_only_bits_are_kept_beyond_what_the_next_layer_keeps():
 
     elements, float_one = 4 * 8 * 18 * 18, kept(nn.ReLU())
     for scale, bits in (("clip", 1), ("tracked", 1), (1.0, 1), ("step", 8)):
-        act = UniformActivation(4, scale=scale, relu=True)
+        act = UniformActivation(4, scale=scale, front="relu")
         act(torch.rand(10))
         assert elements * bits // 8 <= kept(act) - float_one <= elements * bits // 8 + 64
 
@@ -263,8 +345,10 @@ def test_configs_say_what_is_kept(config):
         (lambda: UniformActivation(scale="lsq"), "scale: expected one of"),
         (lambda: UniformActivation(scale=0.0), "scale: .*got 0.0"),
         (lambda: UniformActivation(scale=True), "scale: "),
-        (lambda: UniformActivation(relu=True, signed=True), "relu, offset: "),
-        (lambda: UniformActivation(relu=True, offset=True), "relu, offset: "),
+        (lambda: UniformActivation(front="relu", signed=True), "front, offset: "),
+        (lambda: UniformActivation(front="relu", offset=True), "front, offset: "),
+        (lambda: UniformActivation(front="tanh"), "front: expected one of None, 'relu', 'gelu'"),
+        (lambda: UniformActivation(front="gelu", keep="residual"), "keep: expected 'input' with front='gelu'"),
         (lambda: UniformActivation(percentile=0), "percentile: "),
         (lambda: UniformActivation(momentum=2), "momentum: "),
         (lambda: UniformActivation(keep="bits"), "keep: expected 'input' or 'residual'"),
