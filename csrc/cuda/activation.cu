@@ -126,14 +126,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Acc<X>>)
 // dL/dx, g inside times dh/dx; adds to the sums that are wanted. other: x or q, where one is read; number: what was
 // kept.
 template <bool kSmooth, class A>
-__device__ __forceinline__ A gradient(A g, A other, uint32_t number, const Grid<A>& p, const Settings<A>& settings,
-                                      A& within, A& up, A& down) {
-  const int32_t keep = kSmooth ? int32_t(kInput) : settings.keep, learn = settings.learn;
-  const FrontValue<A> front = in_front<kSmooth>(other, settings.front);
+__device__ __forceinline__ A gradient(A g, A other, uint32_t number, const Grid<A>& p, int32_t keep, int32_t learn,
+                                      int32_t front, A& within, A& up, A& down) {
+  const FrontValue<A> behind = in_front<kSmooth>(other, front);
   bool in = number > kBelow && number < kAbove, above = number == kAbove;
   A rho = static_cast<A>(static_cast<int32_t>(number)) - A(kMiddle);
   if (keep == kInput) {
-    const A v = front.h - p.offset;
+    const A v = behind.h - p.offset;
     in = inside(v, p);
     above = v > p.high;
     rho = learn == kLearnStep ? residual_of(grid_level<false>(v, p) * p.step, v, p) : A(0);
@@ -145,7 +144,7 @@ __device__ __forceinline__ A gradient(A g, A other, uint32_t number, const Grid<
   up += above ? outside : A(0);
   down += above ? A(0) : outside;
   const A of_h = in ? g : A(0);
-  return (kSmooth ? of_h * front.slope : of_h) + p.valid_zero;
+  return (kSmooth ? of_h * behind.slope : of_h) + p.valid_zero;
 }
 
 // T: of dL/dq, of x or q, and of dL/dx. partial: of every item, where sums are wanted and there is one scale.
@@ -191,7 +190,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Acc<T>>)
         const uint32_t byte = (j < 4 ? words[u].x : words[u].y) >> 8 * (j % 4) & 255;
         const uint32_t number = keep == kBits ? words[u].x >> j & 1 : byte;
         os.v[j] = Narrow<T>::from(gradient<kSmooth>(A(widen(gs[u].v[j])), A(widen(others[u].v[j])), number,
-                                                    grids.at(begin + int64_t(v) * V + j), settings, within, up, down));
+                                                    grids.at(begin + int64_t(v) * V + j), keep, learn, settings.front,
+                                                    within, up, down));
       }
       store_pack(out + v * V, os);
       if (learn != kLearnNone) sums.add({double(within), double(up), double(down)});
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Acc<T>>)
     const uint32_t number = keep == kBits ? kept[i / V] >> i % V & 1 : keep == kResidual ? kept[i] : 0;
     A within = A(0), up = A(0), down = A(0);
     out[i] = Narrow<T>::from(gradient<kSmooth>(A(widen(g[i])), A(widen(other ? other[i] : g[i])), number,
-                                               grids.at(begin + i), settings, within, up, down));
+                                               grids.at(begin + i), keep, learn, settings.front, within, up, down));
     sums.add({double(within), double(up), double(down)});
   }
   if (partial && learn != kLearnNone) {
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kThreads)
   using A = Acc<T>;
   const int64_t channel = blockIdx.x / parts, first = blockIdx.x % parts * segment;
   const int64_t run = settings.channels.run, end = std::min(first + segment, each);
-  const int32_t keep = settings.keep;
+  const int32_t keep = kSmooth ? int32_t(kInput) : settings.keep;
   const Grid<A> p = settings.grid(channel);
   SideSums sums;
 #pragma unroll 1
@@ -227,7 +227,8 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t i = (j / run * settings.channels.count + channel) * run + j % run;
     const uint32_t number = keep == kBits ? kept[i / 8] >> i % 8 & 1 : keep == kResidual ? kept[i] : 0;
     A within = A(0), up = A(0), down = A(0);
-    gradient<kSmooth>(A(widen(g[i])), A(widen(other ? other[i] : g[i])), number, p, settings, within, up, down);
+    gradient<kSmooth>(A(widen(g[i])), A(widen(other ? other[i] : g[i])), number, p, keep, settings.learn,
+                      settings.front, within, up, down);
     sums.add({double(within), double(up), double(down)});
   }
   sums.inside = block_reduce<Add>(sums.inside);
