@@ -73,12 +73,12 @@ QUANTOPS_INLINE FrontValue<A> front_and_slope(A x, const FrontSettings<A>& p) {
   A small, density;  // 1 - S(|x|), S'(x)
   if constexpr (kNormal) {
     const A a = t < A(0) ? -t : t, bottom = ratio_bottom(a);
-    const A inverse = A(1) / (bottom * (exponential_minus_one(square * A(0.5)) + A(1)));
+    const A inverse = A(1) / (bottom * exponential_of(square * A(0.5)));
     small = ratio_top(a) * inverse;
     density = bottom * inverse * A(0.3989422804014327);
   } else {
     const A z = t * (p.first + p.second * square);
-    small = A(1) / (exponential_minus_one(z < A(0) ? -z : z) + A(2));
+    small = A(1) / (exponential_of(z < A(0) ? -z : z) + A(1));
     density = small * (A(1) - small) * (p.first + p.third * square);
   }
   const A gate = t < A(0) ? small : A(1) - small;

@@ -46,18 +46,41 @@ struct Ln2<double> {
 template <class A>
 constexpr A kRoundingPower = sizeof(A) == 4 ? A(12582912.) : A(6755399441055744.);  // 1.5 * 2^(mantissa bits)
 
-// 2^k from k + kRoundingPower.
-QUANTOPS_INLINE float power_of_sum(float sum) { return bits_of<float>((bits_of<uint32_t>(sum) + 127) << 23); }
-QUANTOPS_INLINE double power_of_sum(double sum) { return bits_of<double>((bits_of<uint64_t>(sum) + 1023) << 52); }
-
-// e^y - 1 = 2^k (e^r - 1) + (2^k - 1) for 0 <= y < 43 (21 in float), to a few units in the last place. NaN, which has
-// some power, stays NaN.
+// y = k ln(2) + r for 0 <= y < 43 (21 in float), |r| <= ln(2) / 2.
 template <class A>
-QUANTOPS_INLINE A exponential_minus_one(A y) {
+struct Reduced {
+  A sum;    // k + kRoundingPower
+  A small;  // e^r - 1
+};
+
+template <class A>
+QUANTOPS_INLINE Reduced<A> reduced(A y) {
   const A sum = y * A(1.44269504088896340736) + kRoundingPower<A>, k = sum - kRoundingPower<A>;
   const A r = (y - k * Ln2<A>::high) - k * Ln2<A>::low;
-  const A power = power_of_sum(sum);
-  return power * (r + r * r * expm1_tail(r)) + (power - A(1));
+  return {sum, r + r * r * expm1_tail(r)};
+}
+
+// v 2^k for a normal v and result. Of NaN some number may come.
+QUANTOPS_INLINE float times_power(float v, float sum) {
+  return bits_of<float>(bits_of<uint32_t>(v) + (bits_of<uint32_t>(sum) << 23));
+}
+QUANTOPS_INLINE double times_power(double v, double sum) {
+  return bits_of<double>(bits_of<uint64_t>(v) + (bits_of<uint64_t>(sum) << 52));
+}
+
+// e^y for such y, to a few units in the last place.
+template <class A>
+QUANTOPS_INLINE A exponential_of(A y) {
+  const Reduced<A> v = reduced(y);
+  return times_power(v.small + A(1), v.sum);
+}
+
+// e^y - 1 = 2^k (e^r - 1) + (2^k - 1), likewise. NaN stays NaN.
+template <class A>
+QUANTOPS_INLINE A exponential_minus_one(A y) {
+  const Reduced<A> v = reduced(y);
+  const A power = times_power(A(1), v.sum);
+  return power * v.small + (power - A(1));
 }
 
 // E / (E + 2) with E = e^(2|x|) - 1, to a few units in the last place. Beyond the limit it is 1.

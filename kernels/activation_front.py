@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from quantops.kernels import math
-from quantops.kernels.tanh import exponential_minus_one
+from quantops.kernels.tanh import exponential_of
 
 RELU, GELU, GELU_TANH = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # the order of FRONTS in the reference
 SLOPE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2/pi)
@@ -66,7 +66,7 @@ def front_and_slope(x, FRONT: tl.constexpr):
         if FRONT == GELU:
             a = tl.abs(t)
             bottom = ratio_bottom(a)
-            inverse = math.divide(1.0, bottom * (exponential_minus_one(square * 0.5) + 1.0))
+            inverse = math.divide(1.0, bottom * exponential_of(square * 0.5))
             small = ratio_top(a) * inverse
             density = bottom * inverse * 0.3989422804014327
         else:
@@ -74,7 +74,7 @@ def front_and_slope(x, FRONT: tl.constexpr):
             if FRONT == GELU_TANH:
                 z = t * (square * CUBE + SLOPE)
                 slope_of_z = square * (3.0 * CUBE) + SLOPE
-            small = math.divide(1.0, exponential_minus_one(tl.abs(z)) + 2.0)
+            small = math.divide(1.0, exponential_of(tl.abs(z)) + 1.0)
             density = small * (1.0 - small) * slope_of_z
         gate = tl.where(t < 0.0, small, 1.0 - small)
         h, slope = low * gate, tl.where(x == x, gate + t * density, 0.0)

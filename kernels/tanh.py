@@ -30,22 +30,45 @@ def expm1_tail(r):
 
 
 @triton.jit
-def exponential_minus_one(y):
-    """e^y - 1 for 0 <= y < 43 (21 in float32), to a few units in the last place: 2^k (e^r - 1) + (2^k - 1)."""
-    # The sum rounds to the nearest integer, half to even, which is in its lowest bits; NaN, which has some power, stays
-    # NaN.
+def reduced(y):
+    """(k and more bits, e^r - 1) of y = k ln(2) + r for 0 <= y < 43 (21 in float32), |r| <= ln(2) / 2."""
+    # The sum rounds to the nearest integer, half to even, which is in its lowest bits.
     # ln(2) in two parts, the first with so few bits that its product with k is exact.
     if y.dtype == tl.float64:
         rounded = y * 1.44269504088896340736 + 6755399441055744.0
         k = rounded - 6755399441055744.0
         r = (y - k * 6.93145751953125e-1) - k * 1.42860682030941723212e-6
-        power = ((rounded.to(tl.int64, bitcast=True) + 1023) << 52).to(tl.float64, bitcast=True)
     else:
         rounded = y * 1.44269504088896340736 + 12582912.0
         k = rounded - 12582912.0
         r = (y - k * 0.693359375) - k * -2.12194440e-4
-        power = ((rounded.to(tl.int32, bitcast=True) + 127) << 23).to(tl.float32, bitcast=True)
-    return power * (r + r * r * expm1_tail(r)) + (power - 1.0)
+    return rounded, r + r * r * expm1_tail(r)
+
+
+@triton.jit
+def times_power(v, rounded):
+    """v 2^k for a normal v and result. Of NaN some number may come."""
+    if v.dtype == tl.float64:
+        bits = v.to(tl.int64, bitcast=True) + (rounded.to(tl.int64, bitcast=True) << 52)
+        return bits.to(tl.float64, bitcast=True)
+    else:
+        bits = v.to(tl.int32, bitcast=True) + (rounded.to(tl.int32, bitcast=True) << 23)
+        return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exponential_of(y):
+    """e^y for such y, to a few units in the last place."""
+    rounded, small = reduced(y)
+    return times_power(small + 1.0, rounded)
+
+
+@triton.jit
+def exponential_minus_one(y):
+    """e^y - 1 = 2^k (e^r - 1) + (2^k - 1), likewise. NaN stays NaN."""
+    rounded, small = reduced(y)
+    power = times_power(tl.full([], 1.0, y.dtype), rounded)
+    return power * small + (power - 1.0)
 
 
 @triton.jit

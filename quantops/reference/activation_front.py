@@ -17,7 +17,7 @@ import math
 
 import torch
 
-from quantops.reference.tanh import exponential_minus_one
+from quantops.reference.tanh import exponential
 
 SMOOTH = ("gelu", "gelu_tanh", "silu")
 _SLOPE = 2 * math.sqrt(2 / math.pi)
@@ -69,11 +69,11 @@ def front_and_slope(x, front):
     square, a = t * t, t.abs()
     if front == "gelu":
         top, bottom = (_polynomial(c, a) for c in _RATIO[x.dtype])
-        inverse = 1 / (bottom * (exponential_minus_one(square * 0.5) + 1))
+        inverse = 1 / (bottom * exponential(square * 0.5))
         small, density = top * inverse, bottom * inverse * (2 * math.pi) ** -0.5
     else:
         first, second = _LOGISTIC[front]
-        small = 1 / (exponential_minus_one((t * (first + second * square)).abs()) + 2)
+        small = 1 / (exponential((t * (first + second * square)).abs()) + 1)
         density = small * (1 - small) * (first + 3 * second * square)
     gate = torch.where(t < 0, small, 1 - small)
     return low * gate, torch.where(x == x, gate + t * density, torch.zeros_like(x))
