@@ -120,8 +120,23 @@ QUANTOPS_INLINE void msq_element(A x, const Quantizer<A>& p, A& q, int32_t& size
 // In the place of results that nobody wants.
 struct Nothing {};
 
-// |B| is below 2^16 and a lane sees 64 elements of a block, so an int32 holds its sum; blocks add up in double. Lanes
-// are written in runs: while they are, sums cannot stay in registers.
+QUANTOPS_INLINE int32_t sum_lanes(const int32_t* lanes) {
+  int32_t sum = 0;
+  for (int j = 0; j < kLanes; j++) sum += lanes[j];
+  return sum;
+}
+
+// In eight sums, which do not wait for each other.
+template <class A>
+QUANTOPS_INLINE double sum_lanes_in_double(const A* lanes) {
+  double sum[8] = {};
+  for (int k = 0; k < kLanes; k += 8)
+    for (int j = 0; j < 8; j++) sum[j] += lanes[k + j];
+  return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
+}
+
+// |B| is below 2^16 and a block has 2^11 elements, so an int32 holds their sum; blocks add up in double. Lanes are
+// written in runs: while they are, sums cannot stay in registers.
 template <Form form, bool kOne, class In, class Out, class A>
 QUANTOPS_SIMD void msq_loop(const In* __restrict w, Out* __restrict q, bool streaming, int64_t n,
                             const Quantizer<A>& quantizer, LsbSums& sums) {
@@ -159,12 +174,9 @@ QUANTOPS_SIMD void msq_loop(const In* __restrict w, Out* __restrict q, bool stre
     if (!kOne) nonzero[j] += size < 1 ? size : 1;
     error[j] += e;
   }
-  double b = 0;
-  for (int j = 0; j < kLanes; j++) {
-    b += total[j];
-    sums.nonzero += kOne ? total[j] : nonzero[j];
-    sums.sq_error += error[j];
-  }
+  const int32_t b = sum_lanes(total);
+  sums.nonzero += kOne ? b : sum_lanes(nonzero);
+  sums.sq_error += sum_lanes_in_double(error);
   sums.penalty += b * double(p.step);
 }
 
