@@ -55,7 +55,8 @@ QUANTOPS_INLINE float exponential_in_range(float x) {
 }
 QUANTOPS_INLINE double exponential_in_range(double x) { return exp(x); }
 
-// 2^x for -125 <= x <= 127, for gradients, to less than 1.3 ulp: a minimax polynomial for 2^r, |r| <= 1/2, to 0.02 ulp.
+// 2^x for -125 <= x <= 127, for gradients, to less than 1.3 ulp, where products and sums are fused 1.02: a minimax
+// polynomial for 2^r, |r| <= 1/2, to 0.02 ulp, with the fewest operations.
 // On a GPU its own, to 2 ulp. NaN as above.
 QUANTOPS_INLINE float power_of_two(float x) {
 #if defined(__CUDA_ARCH__)
@@ -64,10 +65,13 @@ QUANTOPS_INLINE float power_of_two(float x) {
   return y;
 #else
   const float shifted = x + 12582912.f;  // its lowest bits are the integer nearest to x
-  const float r = x - (shifted - 12582912.f), square = r * r;
-  const float low = 0.24022652f + 0.0555031039f * r, high = 0.00961769279f + 0.00134066434f * r;
-  const float p = low + square * (high + square * 0.000155946778f);
-  const float y = (p * square + 0.693147242f * r) + 1.f;
+  const float r = x - (shifted - 12582912.f);
+  float y = 0.000155946778f * r + 0.00134066434f;
+  y = y * r + 0.00961769279f;
+  y = y * r + 0.0555031039f;
+  y = y * r + 0.24022652f;
+  y = y * r + 0.693147242f;
+  y = y * r + 1.f;
   return bits_of<float>(bits_of<uint32_t>(y) + (bits_of<uint32_t>(shifted) << 23));
 #endif
 }

@@ -11,8 +11,7 @@ constexpr int64_t kOnePart = 512;
 template <class A>
 struct OnePart {
   A c[kOnePart], w[kOnePart];  // places up to the next multiple of 16 elements are read, whatever is there
-  A b[kOnePart], near[kOnePart], far[kOnePart];
-  A rt[kOnePart], rq[kOnePart];
+  A b[kOnePart], near[kOnePart], near_slope[kOnePart], far[kOnePart];
 };
 
 template <bool kPlain, class A>
@@ -48,6 +47,7 @@ QUANTOPS_FUSED_SIMD void ends_loop(OnePart<A>& part, int64_t n, const OneInterva
   for (int64_t i = 0; i < n; i++) {
     const Ends<A> ends = ends_of<kFar>(part.c[i], k);
     part.near[i] = ends.near;
+    part.near_slope[i] = ends.near_slope;
     if (kFar) part.far[i] = ends.far;
   }
 }
@@ -57,7 +57,7 @@ QUANTOPS_FUSED_SIMD void ends_loop(OnePart<A>& part, int64_t n, const OneInterva
 constexpr int kSelected = 4, kLookedUp = 16;
 template <class A>
 struct EndTable {
-  A near[kLookedUp], far[kLookedUp];
+  A near[kLookedUp], near_slope[kLookedUp], far[kLookedUp];
 };
 
 template <class A>
@@ -71,6 +71,7 @@ QUANTOPS_SIMD void end_table_loop(EndTable<A>& table, const OneInterval<A>& inte
   for (int i = 0; i < kLookedUp; i++) {
     const Ends<A> ends = ends_of<true>(class_from_end(A(i), k), k);
     table.near[i] = ends.near;
+    table.near_slope[i] = ends.near_slope;
     table.far[i] = ends.far;
   }
 }
@@ -82,12 +83,14 @@ __attribute__((target("avx512f,avx512bw"))) void look_up_ends_avx512(OnePart<flo
                                                                      const OneInterval<float>& k,
                                                                      const EndTable<float>& table) {
   const __m512 near = _mm512_loadu_ps(table.near), far = _mm512_loadu_ps(table.far);
+  const __m512 near_slope = _mm512_loadu_ps(table.near_slope);
   const __m512 middle = _mm512_set1_ps(k.middle), most = _mm512_set1_ps(k.half_classes - 0.5f);
   const __m512i last = _mm512_set1_epi32(kLookedUp - 1);
   for (int64_t i = 0; i < n; i += kLookedUp) {
     const __m512 away = _mm512_abs_ps(_mm512_sub_ps(_mm512_loadu_ps(part.c + i), middle));
     const __m512i classes = _mm512_min_epi32(_mm512_cvttps_epi32(_mm512_sub_ps(most, away)), last);
     _mm512_storeu_ps(part.near + i, _mm512_permutexvar_ps(classes, near));
+    _mm512_storeu_ps(part.near_slope + i, _mm512_permutexvar_ps(classes, near_slope));
     if (kFar) _mm512_storeu_ps(part.far + i, _mm512_permutexvar_ps(classes, far));
   }
 }
@@ -104,25 +107,16 @@ QUANTOPS_INLINE A entry_of(A classes_to_end, const A* table) {
 enum class From { nowhere, table, loop };
 
 template <From from, bool kFar, class A>
-QUANTOPS_FUSED_SIMD void slopes_loop(OnePart<A>& part, int64_t n, const OneInterval<A>& interval,
-                                     const EndTable<A>& ends) {
-  const OneInterval<A> k = interval;
-  const EndTable<A> table = ends;
-  for (int64_t i = 0; i < n; i++) {
-    const A away = from_middle(part.c[i], k);
-    A near = A(0), far = A(0);
-    if (from == From::table) {
-      const A classes = classes_to_near_end(part.c[i], k);
-      near = entry_of(classes, table.near);
-      if (kFar) far = entry_of(classes, table.far);
-    } else if (from == From::loop) {
-      near = part.near[i];
-      if (kFar) far = part.far[i];
-    }
-    const Slopes<A> slopes = winner_of_one<from != From::nowhere, kFar>(part.b[i], make_ends(near, far, away, k), k);
-    part.rt[i] = slopes.rt;
-    part.rq[i] = slopes.rq;
+QUANTOPS_INLINE Ends<A> ends_at(const OnePart<A>& part, int64_t i, const OneInterval<A>& k, const EndTable<A>& table) {
+  if (from == From::nowhere) return {};
+  const A away = from_middle(part.c[i], k);
+  if (from == From::table) {
+    const A classes = classes_to_near_end(part.c[i], k);
+    return make_ends(entry_of(classes, table.near), kFar ? entry_of(classes, table.far) : A(0), away, k);
   }
+  Ends<A> ends = make_ends(part.near[i], kFar ? part.far[i] : A(0), away, k);
+  ends.near_slope = part.near_slope[i];
+  return ends;
 }
 
 // The sums of add_winner over the lanes of a block: 16, so that all of them are in registers.
@@ -146,21 +140,26 @@ struct OneLanes {
 };
 
 // kScales: sums for alpha and sigma are wanted.
-template <bool kScales, class A>
-QUANTOPS_INLINE A winner_of_one_at(const OnePart<A>& part, int64_t i, A g, const OneInterval<A>& k, OneLanes<A>& s,
-                                   int j) {
-  return add_winner<kScales>(g, part.c[i], part.w[i], {part.rt[i], part.rq[i]}, k, s.u[j], s.q[j], s.c[j], s.w[j]);
+template <bool kScales, From from, bool kFar, class A>
+QUANTOPS_INLINE A winner_of_one_at(const OnePart<A>& part, int64_t i, A g, const OneInterval<A>& k,
+                                   const EndTable<A>& table, OneLanes<A>& s, int j) {
+  const Ends<A> ends = ends_at<from, kFar>(part, i, k, table);
+  const Slopes<A> slopes = winner_of_one<from != From::nowhere, kFar>(part.b[i], ends, k);
+  return add_winner<kScales>(g, part.c[i], part.w[i], slopes, k, s.u[j], s.q[j], s.c[j], s.w[j]);
 }
 
-template <bool kScales, class A>
+template <bool kScales, From from, bool kFar, class A>
 QUANTOPS_FUSED_SIMD void winner_of_one_loop(const OnePart<A>& part, const A* __restrict g, A* __restrict out, int64_t n,
-                                            const OneInterval<A>& interval, OneLanes<A>& sums) {
+                                            const OneInterval<A>& interval, const EndTable<A>& ends,
+                                            OneLanes<A>& sums) {
   const OneInterval<A> k = interval;
+  const EndTable<A> table = ends;
   OneLanes<A> s = sums;
   int64_t i = 0;
   for (; i + kOneLanes <= n; i += kOneLanes)
-    for (int j = 0; j < kOneLanes; j++) out[i + j] = winner_of_one_at<kScales>(part, i + j, g[i + j], k, s, j);
-  for (int j = 0; i < n; i++, j++) out[i] = winner_of_one_at<kScales>(part, i, g[i], k, s, j);
+    for (int j = 0; j < kOneLanes; j++)
+      out[i + j] = winner_of_one_at<kScales, from, kFar>(part, i + j, g[i + j], k, table, s, j);
+  for (int j = 0; i < n; i++, j++) out[i] = winner_of_one_at<kScales, from, kFar>(part, i, g[i], k, table, s, j);
   sums = s;
 }
 
@@ -197,22 +196,22 @@ void ends_of_part(OnePart<A>& part, int64_t n, const OneScale<A>& s) {
   ends_loop<kFar>(part, n, s.interval);
 }
 
-template <class A>
-void slopes_of_part(OnePart<A>& part, int64_t n, const OneScale<A>& s) {
+template <bool kScales, class A>
+void winner_of_one_part(OnePart<A>& part, const A* g, A* out, int64_t n, const OneScale<A>& s, OneLanes<A>& sums) {
   const OneInterval<A>& k = s.interval;
   if (!s.looked_up && k.half_classes > A(kSelected) && !feels_end_loop(part, n, k)) {
-    slopes_loop<From::nowhere, false>(part, n, k, s.ends);
+    winner_of_one_loop<kScales, From::nowhere, false>(part, g, out, n, k, s.ends, sums);
   } else if (s.selected && !s.looked_up) {
     if (s.far)
-      slopes_loop<From::table, true>(part, n, k, s.ends);
+      winner_of_one_loop<kScales, From::table, true>(part, g, out, n, k, s.ends, sums);
     else
-      slopes_loop<From::table, false>(part, n, k, s.ends);
+      winner_of_one_loop<kScales, From::table, false>(part, g, out, n, k, s.ends, sums);
   } else if (s.far) {
     ends_of_part<true>(part, n, s);
-    slopes_loop<From::loop, true>(part, n, k, s.ends);
+    winner_of_one_loop<kScales, From::loop, true>(part, g, out, n, k, s.ends, sums);
   } else {
     ends_of_part<false>(part, n, s);
-    slopes_loop<From::loop, false>(part, n, k, s.ends);
+    winner_of_one_loop<kScales, From::loop, false>(part, g, out, n, k, s.ends, sums);
   }
 }
 
@@ -231,8 +230,7 @@ void winner_of_one_block(const A* x, const A* g, A* out, int64_t size, const Bin
       one_place_loop<false>(x + i, part, n, p, s.interval);
       edge_power_loop<false>(part, n, s.interval);
     }
-    slopes_of_part(part, n, s);
-    winner_of_one_loop<kScales>(part, g + i, out + i, n, s.interval, lanes);
+    winner_of_one_part<kScales>(part, g + i, out + i, n, s, lanes);
   }
   lanes.add_to(sums, p, s.interval);
 }

@@ -58,16 +58,15 @@ LOOPS = {
     "bounded_loop<7, float>": ("mulps", "minps", "cmp\\w*ps"),
     "one_place_loop<true, float>": ("mulps", "minps", "subps"),
     "one_place_loop<false, float>": ("mulps", "minps", "subps"),
-    "edge_power_loop<true, float>": ("mulps", "addps", "pslld"),
-    "edge_power_loop<false, float>": ("mulps", "addps", "pslld"),
+    "edge_power_loop<true, float>": ("fmadd\\w*ps", "addps", "pslld"),
+    "edge_power_loop<false, float>": ("fmadd\\w*ps", "addps", "pslld"),
     "feels_end_loop<float>": ("mulps", "cmp\\w*ps"),
     "ends_loop<true, float>": ("mulps", "addps", "pslld"),
-    "slopes_loop<(From)0, false, float>": ("mulps", "addps", "divps"),
-    "slopes_loop<(From)1, false, float>": ("mulps", "addps", "divps", "cmp\\w*ps"),
-    "slopes_loop<(From)1, true, float>": ("mulps", "addps", "divps", "cmp\\w*ps"),
-    "slopes_loop<(From)2, true, float>": ("mulps", "addps", "divps"),
-    "winner_of_one_loop<true, float>": ("mulps", "addps"),
-    "winner_of_one_loop<false, float>": ("mulps",),
+    "winner_of_one_loop<true, (From)0, false, float>": ("mulps", "addps", "divps"),
+    "winner_of_one_loop<true, (From)1, false, float>": ("mulps", "addps", "divps", "cmp\\w*ps"),
+    "winner_of_one_loop<true, (From)1, true, float>": ("mulps", "addps", "divps", "cmp\\w*ps"),
+    "winner_of_one_loop<true, (From)2, true, float>": ("mulps", "addps", "divps"),
+    "winner_of_one_loop<false, (From)2, false, float>": ("mulps", "divps"),
     "level_loop<false, true, float>": ("mulps", "divps", "pslld"),
     "winner_of_many_loop<float>": ("mulps", "divps", "pslld"),
     "winner_gate_loop<float>": ("mulps", "divps"),
@@ -147,7 +146,7 @@ def test_loop_is_vectorized(functions, loop, level, register):
 
 
 # Loops of gradients and soft sums alone, QUANTOPS_FUSED_SIMD.
-FUSED = re.compile("(spline(_place|_value|_gradient)?|one_place|edge_power|ends|slopes|winner_of_one)_loop<")
+FUSED = re.compile("(spline(_place|_value|_gradient)?|one_place|edge_power|ends|winner_of_one)_loop<")
 
 
 def test_arithmetic_is_not_contracted(functions):
