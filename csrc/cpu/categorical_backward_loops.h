@@ -106,6 +106,7 @@ QUANTOPS_INLINE A entry_of(A classes_to_end, const A* table) {
 // Where the ends come from: none are felt, a table, or ends_loop.
 enum class From { nowhere, table, loop };
 
+// Those of an element.
 template <From from, bool kFar, class A>
 QUANTOPS_INLINE Ends<A> ends_at(const OnePart<A>& part, int64_t i, const OneInterval<A>& k, const EndTable<A>& table) {
   if (from == From::nowhere) return {};
