@@ -95,6 +95,29 @@ def test_a_quantized_model_is_what_was_saved_and_trains_on(name, tmp_path):
     assert all(p.grad is not None for p in other.parameters() if p.requires_grad and p.dim() != 1)
 
 
+@pytest.mark.parametrize("make", [nn.GELU, lambda: nn.GELU("tanh"), nn.SiLU], ids=["gelu", "gelu_tanh", "silu"])
+def test_what_is_fused_in_front_comes_back(make, tmp_path):
+    """In the whole file, and beside integer weights."""
+
+    def net(seed=0):
+        model = Net(seed)
+        model.act = make()
+        return model
+
+    config = Q.MSQConfig(bits=4, act_bits=4)
+    model = Q.quantize_(net(), config)
+    model(X)
+    model.eval()
+    Q.save_model(model, tmp_path / "m")
+    for other in (net(1).eval(), Q.quantize_(net(1), config).eval()):
+        assert torch.equal(Q.load_model(tmp_path / "m", other)(X), model(X)) and other.act.front == model.act.front
+    Q.save_int(model, tmp_path / "i")
+    found = Q.load_activation_scales(tmp_path / "i")["act"]
+    assert found["front"] == model.act.front and found["signed"]
+    codes = Q.encode(make()(X), found["scale"], 4)
+    assert (Q.decode(codes, found["scale"], 4) != model.act(X)).sum() <= 2  # h is not torch's in the last places
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_with_floats_training_goes_on(name, tmp_path):
     config = CONFIGS[name]

@@ -271,6 +271,7 @@ def _activations(rank):
         lambda: UniformActivation(3, scale="clip", signed=True),
         lambda: UniformActivation(4, scale="tracked"),
         lambda: UniformActivation(4, scale="clip", offset=True),
+        lambda: UniformActivation(4, front="gelu"),
         lambda: CategoricalActivation(3),
     )
     for make_act, placement in itertools.product(makes, (Shard(0), Shard(1), Replicate())):
