@@ -44,6 +44,13 @@ void write_block(const List& list, const Targets& out, const Block& b, A least, 
   });
 }
 
+void clear_block(const Targets& out, const Block& b) {
+  alignas(64) static const char zeros[kBlock * sizeof(double)] = {};
+  const int64_t item = item_size(out.type);
+  char* to = static_cast<char*>(out.data[b.tensor]) + b.begin * item;
+  out.streaming ? stream(to, zeros, b.n * item) : (void)std::memset(to, 0, b.n * item);
+}
+
 // Memory is read once. A row within a chunk is counted while it comes into the cache, and then written. Of a longer row
 // each chunk writes zeros and remembers the blocks that have carriers, mostly one in all, until their number is known.
 template <class A>
@@ -66,7 +73,7 @@ void backward_into(const List& list, const Tensors& grad_scale, bool mean, const
           const int64_t carriers = count_carriers(list, b, least);
           if (carriers) found[chunk].push_back(b);
           count += carriers;
-          write_block(list, out, b, std::numeric_limits<A>::infinity(), A(0), out.streaming);
+          clear_block(out, b);
         });
         parts[chunk] = double(count);
         return;
