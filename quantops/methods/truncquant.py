@@ -43,8 +43,9 @@ class TruncQuantConfig(ActivationConfig):
         each width. False: they are shared by all widths.
     act_bits, act, act_scale, act_signed, act_keep, act_outputs: of activations, see
         :class:`quantops.activation.ActivationConfig`; floor codes, so that m bits are n bits shifted.
-        act_bits="weights": those of the width that is selected, as in the paper; each width of a joint step has
-        activations of its own, so that no pass could serve several. act_shared: one scale for all widths (act_scale
+        act_bits="weights": those of the width that is selected, as in the paper. The one tensor that the widths of a
+        joint step share is the network's input, since what comes to a layer depends on the weights (and norms) of its
+        width before it: no pass over activations could serve several. act_shared: one scale for all widths (act_scale
         other than "step"), else one for each.
     fuse, cache, tied, first, last, overrides: see QuantConfig. Joint steps read each weight once whatever ``fuse`` is,
         and do not use the cache. Overrides may set "bits" (the layer then has this one width always), "rows", and of

@@ -282,11 +282,12 @@ def test_truncquant_selects_the_width_of_activations():
     assert int(model[2].bits) == 8
 
 
-def test_compile(fresh_compiler):
+@pytest.mark.parametrize("make", [net, smooth_net])
+def test_compile(fresh_compiler, make):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     backend = CompileCounterWithBackend("aot_eager")
-    model, eager = (Q.quantize_(net(), Q.MSQConfig(act_bits=4)) for _ in range(2))
+    model, eager = (Q.quantize_(make(), Q.MSQConfig(act_bits=4)) for _ in range(2))
     x, y = data()
     loss_of(model, x, y), loss_of(eager, x, y)
     step = torch.compile(loss_of, fullgraph=True, backend=backend)
