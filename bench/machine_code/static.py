@@ -176,10 +176,11 @@ def triton_cost(kernel, constants, reads, writes):
     """The wide path of a Triton kernel, from its start to its end: a program takes its elements all at once."""
     threads = 32 * constants["num_warps"]
     elements, through, trips = constants["BLOCK"] // threads, [], {}
-    for op, each in (("LDG", reads), ("STG", writes)):
-        if each:
-            places, turns = choose(kernel, op, kernel.code, elements * each)
-            through += places
+    for op, each in (("STG", writes), ("LDG", reads)):
+        if each:  # of the loads those before the first store: the path of the last elements may be as wide
+            code = [(at, text) for at, text in kernel.code if not through or at < through[0]]
+            places, turns = choose(kernel, op, code, elements * each)
+            through = [*places, *through]
             trips.update(turns)
     way = kernel.shortest(sorted(through))
     return cost(kernel, way, trips, elements * (reads + writes), elements, 0, threads)

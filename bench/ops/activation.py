@@ -260,7 +260,6 @@ CASES = [
         _gelu_backward_check,
         op_peers(_gelu_backward_chain),
         cuda="gradient_kernel<T, false, true>",
-        longest=False,  # the longest has the sums of a scale that is learned
     ),
     # x to q; then dL/dq and x to dL/dx.
     Case(
