@@ -355,8 +355,8 @@ def quantize_activation(
             backend; h(-inf) is 0 in the last places.
         keep: what autograd keeps of each element: "bits", whether it is inside, 1 bit, and q, which the next layer
             keeps too, where learn="clip"; "residual", 8 bits, in which (q - x) / step is known to 1/252; "input", x
-            itself, 0 bits where somebody keeps it anyway, and all that GELU and SiLU in front can do with. Default:
-            "input" with these, "residual" with learn="step", else "bits".
+            itself, 0 bits where somebody keeps it anyway, the only one with GELU or SiLU in front. Default: "input"
+            with these, "residual" with learn="step", else "bits".
         learn: what gradient scale and offset get, if they require one. With "inside" as above:
 
             None     none

@@ -46,7 +46,8 @@ def _behind(about, module):
 
 
 class _Behind(torch.nn.Module):
-    """A module behind GELU or SiLU as readers of ONNX have it, which goes in and comes out in the arithmetic dtype."""
+    """A module behind GELU or SiLU as readers of ONNX have it, in the arithmetic dtype: where the last places of that
+    decide, a code may be the neighbour."""
 
     def __init__(self, front, module):
         super().__init__()

@@ -56,6 +56,7 @@ def onnx(
         bits: of TruncQuant, the width; default the widest.
         opset: 18 or more. A weight whose integer type has a later first opset takes a wider type.
         exact: True: activations always have the codes of the torch model: float ops give QuantizeLinear the levels.
+            (Behind a fused GELU or SiLU, which leaves as the op of ONNX, but where its last places decide.)
             False: QuantizeLinear divides by the step itself, the form that runtimes put into integer kernels; of values
             next to the middle of two codes, about 1 of 10^5 at 8 bits, some get the neighbour. Floor and nearest codes
             (TruncQuant) leave as with True.
