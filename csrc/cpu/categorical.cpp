@@ -291,7 +291,7 @@ template <class A>
 void spline_value_part(const Scale<A>& s, const A* x, A* q, int64_t n) {
   const Spline<A>& k = s.table.spline;
   SplinePart<A> part;
-  A none[4][kSplineFunctions];
+  A none[8][kSplineFunctions];
   spline_place_loop<false>(x, x, part, n, s.bins, k);
   spline_loop<false>(s.table.row, part, n, none);
   spline_value_loop(part, q, n, s.bins.alpha, k.middle);
@@ -404,7 +404,7 @@ void winner_part(const Problem& p, int64_t t, const Scale<A>& s, Mode mode, int6
 template <class A>
 void spline_gradient_part(const Scale<A>& s, const A* x, const A* g, A* y, int64_t n, ScaleSums& sums) {
   SplinePart<A> part;
-  A of[4][kSplineFunctions];
+  A of[8][kSplineFunctions];
   spline_place_loop<true>(x, g, part, n, s.bins, s.table.spline);
   spline_loop<true>(s.table.row, part, n, of);
   sums.alpha += spline_gradient_loop(part, g, y, n);

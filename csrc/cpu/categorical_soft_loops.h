@@ -197,19 +197,29 @@ struct SplineTable {
 template <class A, int kCount>
 using Vector __attribute__((vector_size(kCount * sizeof(A)))) = A;
 
-// The functions at t: x, alpha, sigma, mean.
-template <class F, class A>
-QUANTOPS_INLINE void spline_at(F& f, const A* rows, A t, A square) {
+// Elements of a, counted on in b.
+template <int... kAt, class V>
+QUANTOPS_INLINE void pick(V& to, const V& a, const V& b) {
+#if defined(__clang__)
+  to = __builtin_shufflevector(a, b, kAt...);
+#else
+  to = __builtin_shuffle(a, b, decltype(a == b){kAt...});
+#endif
+}
+
+template <class A>
+using SplineRow = Vector<A, SplineTable<A>::kRow>;
+
+// Of x, alpha, sigma and mean the even part, then the odd part over t, at t^2.
+template <class V, class A>
+QUANTOPS_INLINE void spline_parts(V& v, const A* rows, A square) {
   constexpr int kRow = SplineTable<A>::kRow;
-  Vector<A, kRow> v, w;
+  V w;
   std::memcpy(&v, rows + 3 * kRow, sizeof(v));
   for (int m = 2; m >= 0; m--) {
     std::memcpy(&w, rows + m * kRow, sizeof(w));
     v = v * square + w;
   }
-  F half[2];
-  std::memcpy(half, &v, sizeof(v));
-  f = half[1] * t + half[0];
 }
 
 template <class A>
@@ -236,25 +246,40 @@ QUANTOPS_FUSED_SIMD void spline_place_loop(const A* __restrict x, const A* __res
   }
 }
 
-// The mean of each element, or the factor of its gradient; sums: of every fourth element, of functions times g.
+// The mean of elements 2 kPair and 2 kPair + 1 from i on, or the factors of their gradients; adds their functions times
+// g, side by side: so two elements take the operations of one.
+template <bool kSlopes, int kPair, class V, class A>
+QUANTOPS_INLINE void spline_pair(const A* table, SplinePart<A>& part, int64_t i, const V& t, const V& g, V& sum) {
+  constexpr int kFunction = kSlopes ? 0 : 3, kOne = 2 * kPair, kTwo = kOne + 1;
+  V one, two, even, odd, of_each;
+  spline_parts(one, table + part.at[i + kOne], part.square[i + kOne]);
+  spline_parts(two, table + part.at[i + kTwo], part.square[i + kTwo]);
+  pick<0, 1, 2, 3, 8, 9, 10, 11>(even, one, two);
+  pick<4, 5, 6, 7, 12, 13, 14, 15>(odd, one, two);
+  pick<kOne, kOne, kOne, kOne, kTwo, kTwo, kTwo, kTwo>(of_each, t, t);
+  const V f = odd * of_each + even;
+  part.value[i + kOne] = f[kFunction];
+  part.value[i + kTwo] = f[kSplineFunctions + kFunction];
+  if (!kSlopes) return;
+  pick<kOne, kOne, kOne, kOne, kTwo, kTwo, kTwo, kTwo>(of_each, g, g);
+  sum += f * of_each;
+}
+
+// The same of all; what is missing of the last 8 elements adds nothing. sums: of every eighth element.
 template <bool kSlopes, class A>
 QUANTOPS_FUSED_SIMD void spline_loop(const A* __restrict table, SplinePart<A>& part, int64_t n,
-                                     A (&sums)[4][kSplineFunctions]) {
-  constexpr int kFunction = kSlopes ? 0 : 3;
-  Vector<A, kSplineFunctions> f, total[4] = {};
-  int64_t i = 0;
-  for (; i + 4 <= n; i += 4)
-    for (int j = 0; j < 4; j++) {
-      spline_at(f, table + part.at[i + j], part.t[i + j], part.square[i + j]);
-      part.value[i + j] = f[kFunction];
-      if (kSlopes) total[j] += f * part.g[i + j];
-    }
-  for (; i < n; i++) {
-    spline_at(f, table + part.at[i], part.t[i], part.square[i]);
-    part.value[i] = f[kFunction];
-    if (kSlopes) total[0] += f * part.g[i];
+                                     A (&sums)[8][kSplineFunctions]) {
+  SplineRow<A> t, g = {}, sum[4] = {};
+  for (; n % 8; n++) part.t[n] = part.square[n] = part.g[n] = A(0), part.at[n] = 0;
+  for (int64_t i = 0; i < n; i += 8) {
+    std::memcpy(&t, part.t + i, sizeof(t));
+    if (kSlopes) std::memcpy(&g, part.g + i, sizeof(g));
+    spline_pair<kSlopes, 0>(table, part, i, t, g, sum[0]);
+    spline_pair<kSlopes, 1>(table, part, i, t, g, sum[1]);
+    spline_pair<kSlopes, 2>(table, part, i, t, g, sum[2]);
+    spline_pair<kSlopes, 3>(table, part, i, t, g, sum[3]);
   }
-  std::memcpy(sums, total, sizeof(sums));
+  std::memcpy(sums, sum, sizeof(sums));
 }
 
 template <class A>
