@@ -60,7 +60,7 @@ def in_layout_of(t, like):
     return t if t.stride() == like.stride() else empty_like(like, t.dtype).copy_(t)
 
 
-def each_scale(scale, w):
+def each_scale(scale: list[torch.Tensor], w: list[torch.Tensor]) -> list[torch.Tensor]:
     """The scales of a list one by one, of which one tensor may hold those of several weights."""
     joined = len(scale) == 1 < len(w) == scale[0].numel()
     return list(scale[0].reshape(-1).unbind()) if joined else scale

@@ -6,7 +6,7 @@ import torch
 
 from quantops.autograd.common import call
 from quantops.library import ops
-from quantops.sharded import any_sharded, maxima, means, shards
+from quantops.sharded import any_sharded, maxima, means, own_scales, shards
 
 ABSMAX = "absmax"
 
@@ -28,13 +28,10 @@ def weight_scales(w, scale, per_row, grad=False):
 def measured(w, per_row, mean, grad=False):
     """max|w| or mean|w| of a list, one after another."""
     if any_sharded(w):
-        if grad:
-            raise ValueError(
-                "scale_grad: expected False for weights that are sharded in the forward pass (tensor parallel)"
-            )
         parts = shards([t.detach() for t in w])
         values = split_scales(measured(parts, per_row, mean), parts, per_row)
         values = means(values, w, per_row) if mean else maxima(values, w, per_row)
+        values = own_scales(values, w, per_row, mean) if grad else values
         return torch.cat([v.reshape(-1) for v in values])
     if grad:
         return call(ops.own_scale, w, per_row, mean)

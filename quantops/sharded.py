@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from quantops.reference.uniform import per_row
+
 
 def any_sharded(w):
     """Whether any of a list is a DTensor, without the import that takes two seconds where there are none. Compiled
@@ -94,6 +96,37 @@ def means(values, w, rows=False):
     _reduce(found, w, dist.ReduceOp.SUM, rows)
     count = [t.numel() // max(t.shape[0], 1) if rows else t.numel() for t in w]
     return [(f / max(n, 1)).to(v.dtype) if is_sharded(t) else v for f, n, v, t in zip(found, count, values, w)]
+
+
+class _OwnScales(torch.autograd.Function):
+    """Gradients of all parts add up, and reach the maxima, or all elements, wherever they lie."""
+
+    @staticmethod
+    def forward(ctx, w, rows, mean, count, *tensors):
+        ctx.w, ctx.rows, ctx.mean, ctx.count = w, rows, mean, count
+        ctx.save_for_backward(*tensors)
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        values, parts = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        if ctx.mean:
+            here = [torch.full_like(v, part.numel() // max(v.numel(), 1)) for v, part in zip(values, parts)]
+        else:
+            here = [(part.abs() >= per_row(v, part)).to(v.dtype) for v, part in zip(values, parts)]
+            here = [h.reshape(v.numel(), -1).sum(1).reshape(v.shape) for h, v in zip(here, values)]
+        # The op divides by how many elements of this part have a share of the gradient, not by how many there are.
+        total = _reduce([g.double() for g in grads], ctx.w, dist.ReduceOp.SUM, ctx.rows)
+        everywhere = _reduce([h.double() for h in here], ctx.w, dist.ReduceOp.SUM, ctx.rows)
+        given = [(g * h / n.clamp(min=1)).to(v.dtype) for g, h, n, v in zip(total, here, everywhere, values)]
+        found = torch.ops.quantops.own_scale_backward(list(parts), list(values), given, ctx.mean)
+        return (None,) * (4 + ctx.count) + tuple(found)
+
+
+def own_scales(values, w, rows, mean):
+    """``values``, max|w| or mean|w| of whole weights, as functions of the weights: what own_scale is, of parts."""
+    return list(_OwnScales.apply(w, rows, mean, len(values), *values, *shards(w)))
 
 
 class _Total(torch.autograd.Function):

@@ -100,6 +100,7 @@ class MSQ(Float):
         fall_back,
         act_bits=None,
         act_outputs=(),
+        overrides=None,
     ):
         super().__init__(model, steps)
         self.nearest, self.found = nearest, None  # the bits of each layer, once they are final
@@ -120,6 +121,7 @@ class MSQ(Float):
                 act_bits=act_bits,
                 act="input",
                 act_outputs=act_outputs,
+                overrides=overrides or {},
             ),
         )
         self.decoupled, self.sample_size, self.controller = penalty == "decoupled", sample_size, None

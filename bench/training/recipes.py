@@ -94,7 +94,7 @@ _TRUNCATED = dict(
 )
 _ALONE = _TRUNCATED | {"joint": False, "batch_norm": False}  # trained at its widest width
 _TWO = _ALONE | {"widths": (2,)}
-_TANH = _TWO | {"companding": "tanh", "out_scale": "absmean"}
+_TANH = _TWO | {"companding": "tanh", "out_scale": "absmean", "slope": "ste"}
 _EXACT = {"slope": "exact", "scale_grad": True}
 _FLOOR = "the floor rule, constant bits"
 _PUBLIC = "its gradients: the slope mean|w| / tanh(max|w|), and through both scales"
@@ -308,11 +308,15 @@ DEFAULTS = {n: _at(n) for n in (2, 3, 4)}
 RECIPES |= DEFAULTS[2] | DEFAULTS[3] | DEFAULTS[4]
 
 # Activations too, in front of every layer that is quantized (the networks call functional ReLUs), with LSQ's steps.
-_ACTS = "inputs of all layers, the image too, with LSQ's steps; "
+_ACTS = "inputs of all layers with LSQ's steps, the image at 8 bits; "
+_IMAGE = {"overrides": {"conv": {"act_bits": 8}}}
 ACTIVATIONS = {
     **{
         f"msq-a{n}": Recipe(
-            methods.MSQ, _MSQ | {"act_bits": n}, _MSQ_PAPER, f"{_ACTS}activations of {n} bits; " + _MSQ_DEVIATIONS
+            methods.MSQ,
+            _MSQ | {"act_bits": n} | _IMAGE,
+            _MSQ_PAPER,
+            f"{_ACTS}activations of {n} bits; " + _MSQ_DEVIATIONS,
         )
         for n in (4, 3, 2)
     },
@@ -325,14 +329,14 @@ ACTIVATIONS = {
     ),
     "truncquant-activations": Recipe(
         methods.Truncated,
-        _TRUNCATED | {"act_bits": "weights", "act": "input"},
+        _TRUNCATED | {"act_bits": "weights", "act": "input"} | _IMAGE,
         _TRUNCATION,
         f"{_ACTS}a step for each width, where the paper clamps to [0, 1]; scale max|w| without tanh",
     ),
     **{
         f"cpq-w{n}a{n}": Recipe(
             methods.CPQ,
-            _BITS | {"bits": n, "act_bits": n, "act": "input"},
+            _BITS | {"bits": n, "act_bits": n, "act": "input"} | _IMAGE,
             "CPQ, arXiv 2109.02100",
             f"{_ACTS}activations by the uniform rule",
         )

@@ -31,7 +31,7 @@ def ordinary(untouched, data, epochs, seed, bar, companding):
     """A network trained at 8 bits alone with the usual codes. What its truncations share are its batch norms."""
     model = quantops.quantize_(
         copy.deepcopy(untouched),
-        quantops.TruncQuantConfig(bits=WIDTHS, rule="nearest", companding=companding, batch_norm=False),
+        quantops.TruncQuantConfig(bits=WIDTHS, rule="nearest", companding=companding, slope="ste", batch_norm=False),
     )
     train(model, data, epochs, seed, bar)
     return model

@@ -39,11 +39,12 @@ class MSQConfig(ActivationConfig):
         which leaves most of them at 0.
     scale_grad: True takes the scale as the function of the weights that it is: its gradient reaches the weight that is
         the maximum, or all of them. The backward pass is then no identity: it sums up the gradient of the scale, a
-        pass over the weights makes each one's part of it (the bench's own_scale), and autograd adds that.
+        pass over the weights makes each one's part of it (the bench's own_scale), and autograd adds that. Worth 3
+        points at 2 bits with max|w|, and nothing with f * mean|w| (bench/README.md).
     per_row: a scale per row, which are the outputs of a layer; quantops/layers.py has the table of their dims.
     penalty: "loss", for ``loss + strength * quantops.penalty(model)``, or "decoupled", for
-        ``quantops.add_penalty_grad_(model, strength)`` after backward, where the backward pass is the identity (with
-        scale="absmax"; otherwise it masks the weights that clamp).
+        ``quantops.add_penalty_grad_(model, strength)`` after backward. The backward pass is then the identity with
+        scale="absmax" and scale_grad=False; otherwise it masks the weights that clamp.
     penalty_unit: what |B_k| is counted in. "step": the value of a code step, so that dR/dw = sign(B_k), a strength has
         the size of a gradient, and means the same at any number of bits. "code": 1, a plain sum of |B_k|, through the
         straight-through estimator; dR/dw is 2^n / (2 s) times as much on the dyadic grid, and falls by half with every
@@ -379,6 +380,19 @@ def holding_q(layers):
         with torch.no_grad():
             for t, v in zip(parts, kept):
                 t.copy_(v)
+
+
+@contextmanager
+def constant_scales(layers):
+    """While it is open scales are constants for autograd, as in a Hessian of q."""
+    following = [p for _, _, p in layers if p.scale_grad]
+    for p in following:
+        p.scale_grad = False
+    try:
+        yield
+    finally:
+        for p in following:
+            p.scale_grad = True
 
 
 def _stats(quantizers, w):

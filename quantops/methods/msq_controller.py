@@ -14,7 +14,7 @@ from quantops import processes
 from quantops.convert import check_choice, check_int
 from quantops.differences import trace_by_differences
 from quantops.hessian import hessian_trace
-from quantops.methods.msq import LEAST_BITS, holding_q, msq_layers
+from quantops.methods.msq import LEAST_BITS, constant_scales, holding_q, msq_layers
 from quantops.nn import quantized
 from quantops.reference.uniform import GRIDS, MAX_BITS
 from quantops.report import compression, measure
@@ -55,9 +55,9 @@ class MSQController:
         strength: lambda of the penalty, read back through :attr:`strength`. None: 1 with
             penalty_unit="gradient", the one unit in which it means the same for all networks and optimizers.
         hessian: True: traces by second derivatives, and by differences of gradients with FSDP2, through which there
-            are none. "differences": by these everywhere, as through compiled models and ops with a first derivative
-            alone. False: k stays 1, and layers are taken in order of increasing beta; so also where step() gets no
-            loss_fn.
+            are none; scales are constants in both. "differences": by these everywhere, as through compiled models
+            and ops with a first derivative alone. False: k stays 1, and layers are taken in order of increasing beta;
+            so also where step() gets no loss_fn.
         samples: Hutchinson vectors per decision.
         min_bits: bits that a layer keeps; default and least: 2 on the dyadic grid, where 1 bit has the values -s and 0
             and no positive one, 1 on the others.
@@ -349,7 +349,7 @@ class MSQController:
                         loss_fn, weights, self.samples, model=self._model, inside=inside, seed=seed
                     )
             # Around the products too: what is checkpointed is computed again there.
-            with sdpa_kernel(SDPBackend.MATH):
+            with sdpa_kernel(SDPBackend.MATH), constant_scales(self._all):
                 return hessian_trace(loss_fn(), weights, self.samples, seed=seed)
 
     def state_dict(self) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def truncquant_q(w, settings):
         base_bits=3,
         companding=settings.get("companding"),
         out_scale=out,
-        slope=settings.get("slope", "ste"),
+        slope=settings.get("slope", "exact"),
     )
 
 

@@ -250,9 +250,22 @@ def _tensor_parallel(rank):
         set_bits(model, 2), set_bits(expected, 2)
         torch.testing.assert_close(model(x), expected(x))
         same_ints(model, expected)
-    _, model = parallel(MSQConfig(scale=2.5, scale_grad=True))
-    with pytest.raises(ValueError, match="scale_grad: expected False for weights that are sharded"):
-        model(x)
+    for config in (
+        MSQConfig(bits=3, k=0, scale_grad=True),
+        MSQConfig(bits=3, k=0, scale_grad=True, per_row=True),
+        MSQConfig(bits=3, k=0, scale=2.5, scale_grad=True),
+        MSQConfig(bits=3, k=0, scale=2.5, scale_grad=True, per_row=True),
+        TruncQuantConfig(bits=(3,), companding="tanh", out_scale="absmean", scale_grad=True),
+    ):
+        for ties in (False, True):  # maxima that several processes have
+            expected, model = parallel(config)
+            for m in (model, expected):
+                for w in weights(m).values() if ties else ():
+                    with torch.no_grad():
+                        w.copy_(w.clamp(-0.1, 0.1))
+                F.cross_entropy(m(x), y).backward()
+            for (name, p), q in zip(model.named_parameters(), expected.parameters()):
+                torch.testing.assert_close(whole(p.grad), q.grad, msg=lambda m: f"{config}: {name}: {m}")
 
 
 def _fsdp(rank):
