@@ -1,5 +1,8 @@
 """The memory layout of results: dense, dim 0 outermost, so that a row is one run of memory."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from quantops.computed import PLAIN
@@ -60,7 +63,7 @@ def in_layout_of(t, like):
     return t if t.stride() == like.stride() else empty_like(like, t.dtype).copy_(t)
 
 
-def each_scale(scale: list[torch.Tensor], w: list[torch.Tensor]) -> list[torch.Tensor]:
+def each_scale(scale: Any, w: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The scales of a list one by one, of which one tensor may hold those of several weights."""
     joined = len(scale) == 1 < len(w) == scale[0].numel()
     return list(scale[0].reshape(-1).unbind()) if joined else scale
