@@ -318,9 +318,11 @@ Tensors decode(Tensors codes, Tensors scale, Tensor bits, int64_t grid_index, bo
 // --- backward --------------------------------------------------------------------------------------------------
 
 template <class A>
+constexpr A kZeros[kBlock] = {};  // the gradient of q where there is none
+
+template <class A>
 void backward_into(const List& list, const Tensors& grad, const A* penalty, GridKind grid, bool is_signed,
                    const Targets& out, const std::vector<A*>& grad_scale) {
-  static const A zeros[kBlock] = {};
   std::vector<const void*> g_data;
   for (const Tensor& g : grad) g_data.push_back(g.data_ptr());
   Storage g_type = grad.empty() ? native<A>() : storage(grad[0]);
@@ -350,7 +352,7 @@ void backward_into(const List& list, const Tensors& grad, const A* penalty, Grid
         };
         with_source<A>(list.data[t], list.type, i, n, [&](const auto* w) {
           if (grad.empty())
-            run(w, zeros);
+            run(w, kZeros<A>);
           else
             with_source<A>(g_data[t], g_type, i, n, [&](const auto* g) { run(w, g); });
         });

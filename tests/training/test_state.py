@@ -125,7 +125,7 @@ def test_other_settings_are_refused_by_both_names(model, state, text):
 @pytest.mark.parametrize(
     "config, other, text",
     [
-        (TruncQuantConfig(), {"slope": "exact"}, "trained with slope='exact', the model has slope='ste'"),
+        (TruncQuantConfig(), {"slope": "ste"}, "trained with slope='ste', the model has slope='exact'"),
         (MSQConfig(), {"scale_grad": True}, "trained with scale_grad=True, the model has scale_grad=False"),
         (MSQConfig(), {"penalty": "decoupled"}, "trained with penalty='decoupled', the model has penalty='loss'"),
         (CPQConfig(), {"grad": "winner"}, "trained with grad='winner'"),
