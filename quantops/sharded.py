@@ -115,7 +115,8 @@ class _OwnScales(torch.autograd.Function):
             here = [torch.full_like(v, part.numel() // max(v.numel(), 1)) for v, part in zip(values, parts)]
         else:
             here = [(part.abs() >= per_row(v, part)).to(v.dtype) for v, part in zip(values, parts)]
-            here = [h.reshape(v.numel(), -1).sum(1).reshape(v.shape) for h, v in zip(here, values)]
+            # Not by reshape(..., -1): a process may have no part of a weight.
+            here = [(h.flatten(1).sum(1) if ctx.rows else h.sum()).reshape(v.shape) for h, v in zip(here, values)]
         # The op divides by how many elements of this part have a share of the gradient, not by how many there are.
         total = _reduce([g.double() for g in grads], ctx.w, dist.ReduceOp.SUM, ctx.rows)
         everywhere = _reduce([h.double() for h in here], ctx.w, dist.ReduceOp.SUM, ctx.rows)

@@ -34,6 +34,7 @@ from quantops import (
     unquantize_,
 )
 from quantops.nn import quantized
+from quantops.scales import measured
 from quantops.sharded import is_sharded
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
@@ -207,7 +208,21 @@ def _fsdp_other_methods(rank):
                 ), name
 
 
+def _without_a_part(rank):
+    """A weight of one row: the last process has none of it."""
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    for rows in (False, True):
+        for mean in (False, True):
+            whole_w = torch.tensor([[0.5, -2.0, 1.0]], requires_grad=True)
+            w = distribute_tensor(whole_w.detach(), mesh, [Shard(0)]).requires_grad_()
+            (3 * measured([whole_w], rows, mean, grad=True)).sum().backward()
+            # The gradient of a scale is the sum of what the processes have of it.
+            (3 / (1 if rows else PROCESSES) * measured([w], rows, mean, grad=True)).sum().backward()
+            assert torch.equal(w.grad.full_tensor(), whole_w.grad), (rows, mean)
+
+
 def _tensor_parallel(rank):
+    _without_a_part(rank)
     mesh = init_device_mesh("cpu", (PROCESSES,))
     plan = {"a": ColwiseParallel(), "b": RowwiseParallel()}
 
