@@ -31,6 +31,12 @@ OPS = "msq forward,msq backward,msq step,lsb_stats,absmax per row,truncate 8-4-2
 SOFT_OPS = "categorical soft, 4 bits,categorical backward"
 OPS_OF_TRITON = "msq forward,msq backward,absmax per row"
 OPS_OF_VARIANTS = "msq forward,msq backward"
+MORE = (
+    "activation forward,LSQ activation step,PACT activation step,activation gelu forward,activation gelu backward,"
+    "LSQ activation gelu step,categorical activation step,truncate step,own_scale,own_scale backward, mean,"
+    "own_scale backward, max,learned scale step,categorical step,categorical step, soft gradient, 4 bits,encode,decode,"
+    "pack 4 bits,unpack 4 bits,decode packed 4 bits,absmean"
+)
 STEPS = "unquantized,quantops,quantops decoupled,eager chain"
 COMPILED_STEPS = "unquantized,compiled chain"
 OF_GPUS = "test_devices and not test_gpu_equals_cpu or test_limits"  # that one is the commands of ``equal``
@@ -49,6 +55,7 @@ class Place:
     dtypes: tuple = DTYPES
     workloads: str = "16M,resnet50,resnet20,transformer_1b"
     workloads_of_triton: str = "16M,resnet50"
+    workloads_of_more: str = "16M"
     workloads_of_variants: str = "16M,resnet20,resnet50"
     networks: str = "resnet50,deit_small,transformer_1b"
     compiled: str = "resnet50"
@@ -71,6 +78,7 @@ DRY = Place(
     dtypes=DTYPES[:1],
     workloads="tiny",
     workloads_of_triton="tiny",
+    workloads_of_more="tiny",
     networks="resnet20",
     compiled="resnet20",
     budget=0.001,
@@ -149,7 +157,7 @@ def stages(at):
         ),
         Stage(
             "counters",
-            160,
+            155,
             "bytes, issue slots and stalls of five kernels, by ncu",
             (
                 Command(
@@ -160,30 +168,31 @@ def stages(at):
                 ),
             ),
         ),
-        Stage("ops", 275, "shares of a copy", (ops(at.cuda, "ops-cuda", f"{OPS},{SOFT_OPS}", at.workloads),)),
+        Stage("ops", 260, "shares of a copy", (ops(at.cuda, "ops-cuda", f"{OPS},{SOFT_OPS}", at.workloads),)),
         Stage(
             "triton",
-            300,
+            280,
             "the same of Triton",
             (ops(backend_of_triton, "ops-triton", OPS_OF_TRITON, at.workloads_of_triton),),
         ),
+        Stage("more", 330, "shares of a copy of other ops", (ops(at.cuda, "ops-more", MORE, at.workloads_of_more),)),
         # One measures, two start meanwhile.
         Stage(
             "variants",
-            350,
+            375,
             "the same of bench/machine_code/variants.py's builds",
             tuple(map(variant, at.libraries)) or (missing,),
             width=3,
         ),
         Stage(
             "steps",
-            440,
+            446,
             "whole training steps: float, quantops, the eager chain",
             (steps("steps-cuda", at.networks, "unquantized,quantops" if at.dry else STEPS),),
         ),
         Stage(
             "compiled",
-            465,
+            470,
             "the eager chain compiled, in the steps of one network",
             (steps("steps-compiled", at.compiled, compiled),),
         ),

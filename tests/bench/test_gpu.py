@@ -54,7 +54,7 @@ def test_what_the_stages_name_exists():
     assert {*of_gpu.families, *of_gpu.slow_families} == set(devices.FAMILIES)
     assert tuple(str(d).removeprefix("torch.") for d in devices.DTYPES) == gpu.DTYPES
     known = {case.name for case in registry.cases()}
-    lists = gpu.OPS, gpu.SOFT_OPS, gpu.OPS_OF_TRITON, gpu.OPS_OF_VARIANTS
+    lists = gpu.OPS, gpu.SOFT_OPS, gpu.MORE, gpu.OPS_OF_TRITON, gpu.OPS_OF_VARIANTS
     assert {*(name for v in lists for name in run._wanted(v)), *(name for name, _ in counters.MEASURED)} <= known
     assert "unquantized" in steps._chosen(gpu.STEPS).keys() & steps._chosen(gpu.COMPILED_STEPS).keys()
     assert {*of_gpu.networks.split(","), of_gpu.compiled} <= steps.NETWORKS.keys()
@@ -97,6 +97,7 @@ def test_every_stage_runs_without_a_gpu(tmp_path):
         "gpu.json",
         "ops-cuda.json",
         "ops-triton.json",
+        "ops-more.json",
         "steps-cuda.json",
         "steps-compiled.json",
     }
