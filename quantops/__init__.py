@@ -1,8 +1,9 @@
 """Fused kernels for quantization-aware training with MSQ, TruncQuant and CPQ."""
 
 from quantops import backends, decompositions, foreach, layout, reference
-from quantops.activation import UniformActivation, activation_scales, calibrate
+from quantops.activation import UniformActivation
 from quantops.backends import info
+from quantops.calibration import activation_scales, calibrate
 from quantops.categorical_activation import CategoricalActivation
 from quantops.checkpoint import float_state_dict, prepare
 from quantops.convert import quantize_, unquantize_

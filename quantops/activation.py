@@ -2,7 +2,7 @@
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,9 +13,7 @@ from quantops.categorical_activation import CategoricalActivation
 from quantops.convert import QuantConfig, check_choice, check_int
 from quantops.library import ops
 from quantops.methods.multibn import refuse_recomputing, replace
-from quantops.nn import check_module
 from quantops.per_thread import PerThread
-from quantops.positive import positive
 from quantops.reference.activation import FRONTS, KEEPS, LEARNS
 from quantops.reference.activation_front import SMOOTH, by_torch
 from quantops.reference.uniform import MAX_BITS, RULES, acc_dtype
@@ -26,7 +24,9 @@ SCALES = ("step", "clip", "tracked")
 PLACES = ("relu", "input")
 RELUS = (torch.nn.ReLU, torch.nn.ReLU6, torch.nn.Hardtanh)
 GELUS = {"none": "gelu", "tanh": "gelu_tanh"}  # by their ``approximate``
-SAMPLE = 1 << 16  # elements that a percentile is taken of
+SAMPLE = 1 << 16  # elements of a batch that a percentile, or an error, is taken of
+LEAST_SAMPLE = 256  # of a channel
+ENDS = tuple(2.0 ** (-i / 8) for i in range(64))  # where a learned range may end to begin with, of the maximum
 LEAST = 2.0**-10  # of where it started: how small a learned value may become
 
 
@@ -50,8 +50,9 @@ class UniformActivation(Settings, torch.nn.Module):
             ``bits`` is the one chosen. shared: one scale for all widths (not a step, which none of them share), else
             one for each.
 
-    Values start with the first training batch (a step at 2 mean|x| / sqrt(last level); with an offset, and a clip, so
-    that the range ends at the maximum or the percentile), or with those of :func:`calibrate`.
+    Values start with the first training batch, or with those of :func:`calibrate`: what is learned at the least squared
+    error of q on a sample of 65,536 of its elements, as LSQ+ starts, with an offset at the minimum; what is tracked at
+    the maximum or the percentile. (LSQ's own start, 2 mean|x| / sqrt(last level), needs long training to recover.)
     An evaluation before either raises RuntimeError. Before a model is wrapped in DDP, calibrate it or run a forward:
     each process would start from a batch of its own. A learned value that an optimizer takes below 1/1024 of its start
     counts as that, with its gradient. In a joint step each thread has the width that it trains, for itself.
@@ -236,7 +237,7 @@ class UniformActivation(Settings, torch.nn.Module):
                     "quantops.calibrate(model, batches) or a state dict first"
                 )
             first = self._statistics(x)
-            if not torch.compiler.is_compiling() and not _finite([first]):
+            if not torch.compiler.is_compiling() and not finite([first]):
                 raise ValueError("x: expected finite values to take a scale from, got NaN or infinity")
             self._begin([first])
         elif self.scale == "tracked" and self.training:
@@ -261,8 +262,8 @@ class UniformActivation(Settings, torch.nn.Module):
 
     @torch.no_grad()
     def _statistics(self, x):
-        """(mean of |x|, end of the range, minimum and maximum, part below 0) of what is quantized, one or one per
-        channel."""
+        """(a sample, end of the range, minimum and maximum, part below 0) of what is quantized, one or one per channel;
+        the sample, (n, channels), is empty where nothing is learned."""
         if x.is_meta:
             raise ValueError("x: expected values to take a scale from, got a tensor on the meta device")
         x = whole(x.detach()).to(self.start.dtype)
@@ -275,31 +276,30 @@ class UniformActivation(Settings, torch.nn.Module):
             raise ValueError(f"x: expected values to take a scale from, got shape {tuple(x.shape)}")
         size = rows.abs()
         if self.percentile < 100:
-            sample = size[:, :: max(1, size.shape[1] // SAMPLE)]
-            end = sample.quantile(self.percentile / 100, dim=1)
+            end = _sample(size, SAMPLE).quantile(self.percentile / 100, dim=1)
         else:
             end = size.amax(1)
-        return size.mean(1), end, rows.amin(1), rows.amax(1), (x < 0).to(self.start.dtype).mean().reshape(1)
+        sample = _sample(rows, max(LEAST_SAMPLE, SAMPLE // count) if self.learn else 0).t()
+        return sample, end, rows.amin(1), rows.amax(1), (x < 0).to(self.start.dtype).mean().reshape(1)
 
     @torch.no_grad()
     def _begin(self, statistics):
         """Takes values from [what :meth:`_statistics` gives for a batch]."""
-        mean, end, low, high, negative = (torch.stack(v) for v in zip(*statistics))
-        place, bits = self._place(), self._width()[0]
+        sample = torch.cat([s for s, *_ in statistics])
+        end, low, high, negative = (torch.stack(v) for v in list(zip(*statistics))[1:])
+        place = self._place()
         self.negative.copy_(negative.mean(0))
         if self.signed is None:
             self._change(is_signed=int(low.min() < 0))
         end, low, high = end.amax(0) if self.percentile == 100 else end.mean(0), low.amin(0), high.amax(0)
         if self.offset is not None:
             self.offset[place].copy_(low)
-            end = high - low
-        if self.scale == "step" and self.offset is None:
-            start = 2 * mean.mean(0) / self._last_level(bits) ** 0.5
-        elif self.scale == "step":
-            start = end / self._steps_of_a_scale(bits)
-        else:
-            start = end
-        start = torch.where((start > 2.0**-80) & (start < 2.0**80), start, torch.ones_like(start))
+            end, sample = high - low, sample - low
+        end = torch.where((end > 2.0**-80) & (end < 2.0**80), end, torch.ones_like(end))
+        bits = self.all_bits.amax(0, keepdim=True) if len(self.widths) > len(self.start) else self._width()[0]
+        start = self._least_error(sample, end, bits) if self.scale in ("step", "clip") else end
+        if self.scale == "step":
+            start = start / self._steps_of_a_scale(bits)
         if isinstance(self.scale, str):
             # A copy whose buffers are those of a module that has begun (an average of models) keeps what it was given.
             given = self.start[place] > 0
@@ -308,9 +308,22 @@ class UniformActivation(Settings, torch.nn.Module):
             target[place].copy_(torch.where(given, target[place], start))
         self.started[place] = True
 
-    def _last_level(self, bits):
-        last = torch.exp2(bits - int(self.signed)) - 1 if self.rule == "round_clamp" else torch.exp2(bits) - 1
-        return last.to(self.start.dtype).clamp(min=1)
+    def _least_error(self, sample, end, bits):
+        """``end``, or the part of it, one or one per channel, with which a sample (n, channels) has the least squared
+        error."""
+        best, least = end, torch.full_like(end, float("inf"))
+        options = (
+            RULES.index(self.rule),
+            bool(self.signed),
+            FRONTS.index(None),
+            KEEPS.index("input"),
+            LEARNS.index(None),
+        )
+        for part in ENDS:
+            q = ops.activation(sample, part * end, None, bits, *options, sample.dtype)[0]
+            error = (q - sample).square().mean(0)
+            best, least = torch.where(error < least, part * end, best), torch.minimum(error, least)
+        return best
 
     @torch.no_grad()
     def _track(self, x):
@@ -336,7 +349,12 @@ class UniformActivation(Settings, torch.nn.Module):
         )
 
 
-def _finite(statistics):
+def _sample(rows, most):
+    """About ``most`` elements of each row; an odd number lies between two, since images have even sides."""
+    return rows[:, :: max(1, rows.shape[1] // most) | 1] if most else rows[:, :0]
+
+
+def finite(statistics):
     """Whether all of x were finite in [what :meth:`UniformActivation._statistics` gives for a batch]."""
     return all(bool(low.isfinite().all() & high.isfinite().all()) for _, _, low, high, _ in statistics)
 
@@ -405,101 +423,6 @@ def quantize_outputs(modules, make, like):
     for _, module in modules:
         module.add_module(OUTPUT, make(like))
         module.register_forward_hook(_quantize_output)
-
-
-def activations(model):
-    """[(name, module)] of the uniform and categorical quantizers of activations in a model."""
-    check_module(model)
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, (UniformActivation, CategoricalActivation))]
-
-
-@torch.no_grad()
-def calibrate(
-    model: torch.nn.Module, batches: Iterable[Any], *, steps: int | None = None, progress: bool = False
-) -> Any:
-    """Takes the scales of a model's :class:`UniformActivation` modules from a few batches, and returns {name: scale}.
-
-    The model runs in evaluation mode, without gradients, its activations float: each module sees what comes in, and
-    then starts as if all batches had been its first one. What has been learned before is set anew. Modules that no
-    batch reaches are left as they are, and are not in the result.
-
-    Args:
-        batches: inputs: tensors; tuples or lists, of which the first entry goes in (as a DataLoader gives x and y); or
-            dicts, as keyword arguments.
-        steps: so many batches at most, all where None. progress: show a bar (needs tqdm).
-
-    Raises ValueError for a model without such modules, for no batches at all, and for NaN or infinities that come to a
-    module, naming it; TypeError for batches that cannot be iterated over.
-    """
-    found = [(n, m) for n, m in activations(model) if isinstance(m, UniformActivation)]
-    if not found:
-        raise ValueError(f"model: expected modules of UniformActivation, {type(model).__name__} has none")
-    if not isinstance(batches, Iterable):
-        raise TypeError(f"batches: expected an iterable of inputs, got {type(batches).__name__}")
-    if steps is not None:
-        check_int("steps", steps, 1, 2**62)
-    training, count = {m: m.training for m in model.modules()}, 0
-    if progress:
-        from tqdm import tqdm
-
-        batches = tqdm(batches, desc="calibrate", unit="batch", total=steps)
-    model.eval()
-    try:
-        for _, m in found:
-            m.seen.set([])
-        for batch in batches:
-            if steps is not None and count >= steps:
-                break
-            if isinstance(batch, dict):
-                model(**batch)
-            else:
-                model(batch[0] if isinstance(batch, (list, tuple)) else batch)
-            count += 1
-        statistics = [m.seen.get() for _, m in found]
-    finally:
-        for _, m in found:
-            m.seen.set(None)
-        for module, mode in training.items():
-            module.training = mode
-    if not count:
-        raise ValueError("batches: expected at least one batch, got none")
-    for (name, _), seen in zip(found, statistics):
-        if not _finite(seen):
-            raise ValueError(f"batches: expected finite values to take a scale from, got NaN or infinity at {name}")
-    scales: dict[str, Any] = {}
-    for (name, m), seen in zip(found, statistics):
-        if not seen:
-            continue
-        before = m.widths.index(int(m.bits)) if len(m.start) > 1 else 0
-        for row in range(len(m.start)):
-            if len(m.start) > 1:
-                m.select(row)
-            if isinstance(m.scale, str):
-                m.start[m.place].zero_()
-            m._begin(seen)
-        if len(m.start) > 1:
-            m.select(before)
-        scales[name] = m.values()[0].detach().clone()
-    return scales
-
-
-def activation_scales(model: torch.nn.Module) -> dict[str, Any]:
-    """{name: dict} of what integer arithmetic needs of each quantizer of activations that has started: scale, offset,
-    bits, rule, signed, front. With these, ``encode`` gives the codes of front(x) (less the offset) and ``decode`` what
-    the module gives; those of :class:`quantops.CategoricalActivation` are the unsigned codes of round_clamp."""
-    found = {}
-    for name, m in activations(model):
-        if isinstance(m, UniformActivation) and m.started[m.place]:
-            scale, offset = (None if v is None else v.detach().clone() for v in m.values())
-            bits, rule, signed, front = int(m.bits), m.rule, bool(m.signed), m.front
-        elif isinstance(m, CategoricalActivation) and m.started:
-            bits, rule, signed, front, offset = int(m.bits), "round_clamp", False, None, None
-            scale = positive(m.alpha_start, m.log_alpha).detach() * 2**bits
-        else:
-            continue
-        about = {"bits": bits, "rule": rule, "signed": signed, "front": front}
-        found[name] = {"scale": scale, "offset": offset, **about}
-    return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

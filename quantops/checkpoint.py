@@ -16,7 +16,8 @@ from quantops.config_json import config_from_dict, quantize_as
 from quantops.convert import FUSE, quantize_
 from quantops.methods.multibn import MultiBatchNorm
 from quantops.modelfile import config_of, load_model
-from quantops.nn import check_module, owners, quantized
+from quantops.nn import quantized
+from quantops.owners import check_module, owners
 from quantops.state import KEY, Settings, settings_in
 from quantops.types import ModelT
 

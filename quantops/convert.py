@@ -15,7 +15,8 @@ from quantops.checks import FLOATS
 from quantops.classes import fit_class, own_class, own_lists, plain_again
 from quantops.coverage import warn_of_the_rest
 from quantops.layers import ROWS, WEIGHT, adapters, check_rows, has_matrices, matrices, rows_of, to_rows
-from quantops.nn import WeightGroup, check_module, check_only, owners, quantized, trackable
+from quantops.nn import WeightGroup, check_only, quantized, trackable
+from quantops.owners import check_module, owners
 from quantops.reference.uniform import MAX_BITS
 from quantops.tied import SharedWeight, ends, join_transformers, leave_transformers
 from quantops.types import ModelT

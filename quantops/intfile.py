@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from quantops import checks
-from quantops.activation import activation_scales
+from quantops.calibration import activation_scales
 from quantops.files import write_whole
 from quantops.intweight import MOST, IntWeight, check, rows_shape, to_int
 from quantops.layers import ROWS

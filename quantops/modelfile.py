@@ -25,7 +25,8 @@ from quantops.intweight import to_int
 from quantops.inverse import float_weight
 from quantops.methods.multibn import MultiBatchNorm, replace
 from quantops.methods.truncquant import TruncQuantWeight, network_of, set_bits
-from quantops.nn import check_module, parameter_name, quantized
+from quantops.nn import parameter_name, quantized
+from quantops.owners import check_module
 from quantops.state import Settings
 from quantops.types import ModelT, Path
 from quantops.version import __version__

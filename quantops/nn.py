@@ -48,13 +48,13 @@ from contextlib import contextmanager, nullcontext
 from itertools import cycle
 
 import torch
-from torch.nn.utils.parametrize import ParametrizationList
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from quantops import checks
 from quantops.autograd.common import refuse_tracing
 from quantops.computed import PLAIN, Computed, computed
 from quantops.layers import ROWS, WEIGHT, from_rows, to_rows
+from quantops.owners import owners
 from quantops.per_thread import Mine, PerThread, Slot, in_backward
 from quantops.sharded import any_sharded
 from quantops.state import Settings, versions_of
@@ -151,6 +151,17 @@ class WeightQuantizer(Settings, torch.nn.Module):
         """Whether q has a gradient: for the weight, or for parameters of its quantizer."""
         return w.requires_grad or any(p.requires_grad for p in self._parameters.values())
 
+    def quick(self, owner):
+        """q of the root's forward that this thread runs, for a read of the weight of ``owner``; None where there is
+        none or more is to be done, which :meth:`forward` does."""
+        found = self.slot.result
+        hooks = owner._forward_hooks or owner._forward_pre_hooks or self._forward_hooks or self._forward_pre_hooks
+        if found is None or hooks or self.bypassed or self.given.any() or len(owner._modules) > 1:
+            return None
+        done, i = found
+        w = owner._parameters.get("original")
+        return done.value.q[i] if done.running and done.serves(i, self, w) else None
+
     def forward(self, original):
         if self.bypassed:
             return original
@@ -205,16 +216,8 @@ def _mark(quantizer, w):
     versions = versions_of(buffers)
     if versions != quantizer.noted:
         quantizer.check_written()
-    return (
-        w.data_ptr(),
-        w._version,
-        quantizer.batch_key,
-        quantizer.moves,
-        versions,
-        *map(id, buffers),
-        *map(id, state),
-        *versions_of(state),
-    )
+    mark = w.data_ptr(), w._version, quantizer.batch_key, quantizer.moves, versions, *map(id, buffers)
+    return (*mark, *map(id, state), *versions_of(state)) if state else mark
 
 
 class Pass:
@@ -246,11 +249,7 @@ class Pass:
         return (
             self.value.q is not None
             and self.unchanged(i, quantizer, w)
-            and (
-                self.dtype == w.dtype
-                and (self.device == "meta" or not torch.is_autocast_enabled(self.device))
-                or self.dtype == checks.dtype_of(None, [w])
-            )
+            and self.dtype == checks.dtype_of(None, [w])
             and (not torch.is_grad_enabled() or self.value.q[i].requires_grad == quantizer.wants_grad(w))
         )
 
@@ -565,30 +564,13 @@ def check_only(name, owner):
         )
 
 
-def check_module(model):
-    """TypeError for what is not a module."""
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-
-
-def owners(model):
-    """[(layer path, parameter, ParametrizationList)] of all quantized weights, those that are shared at each place."""
-    check_module(model)
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, ParametrizationList) and hasattr(module[0], "source"):
-            path, _, parameter = f".{name}".rpartition(".parametrizations.")
-            found.append((path.removeprefix("."), parameter, module))
-    return found
-
-
 def quantized(model):
     """[(name, ParametrizationList, WeightQuantizer)] of a model, in module order, each weight once. Its name is that of
     its layer, where it is the layer's ``weight``, and ``layer.parameter`` otherwise."""
     return [
-        (path if parameter == WEIGHT else f"{path}.{parameter}".removeprefix("."), owner, owner[0])
+        (path if parameter == WEIGHT else f"{path}.{parameter}".removeprefix("."), owner, owner._modules["0"])
         for path, parameter, owner in owners(model)
-        if isinstance(owner[0], WeightQuantizer)
+        if isinstance(owner._modules["0"], WeightQuantizer)
     ]
 
 

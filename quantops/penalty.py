@@ -19,10 +19,10 @@ def penalty(model: torch.nn.Module) -> torch.Tensor:
     layers, parts = quantized(model), []
     if not layers:
         raise ValueError(f"model: expected weights quantized by quantops.quantize_, {type(model).__name__} has none")
-    quantizers = [p for _, _, p in layers]
-    if any(isinstance(p, msq.MSQWeight) for p in quantizers):
-        parts.append(msq.penalty(model))
-    if any(cpq.learns_bits(p) for p in quantizers):
+    of_msq = [layer for layer in layers if isinstance(layer[2], msq.MSQWeight)]
+    if of_msq:
+        parts.append(msq.penalty_of(of_msq))
+    if any(cpq.learns_bits(p) for _, _, p in layers):
         parts.append(cpq.penalty(model))
     if not parts:
         w = layers[0][1].original

@@ -40,6 +40,10 @@ class PerThread:
         else:
             self._all[threading.get_ident()] = value
 
+    def any(self):
+        """Whether a thread has set one."""
+        return bool(self._all)
+
     def get(self):
         value = self._own.value
         if value is not None or not self._all or torch.compiler.is_compiling() or not in_backward():

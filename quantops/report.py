@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from quantops.activation import activations
+from quantops.calibration import activations
 from quantops.coverage import left_in_float
 from quantops.nn import batches, quantized, rows_of
 from quantops.sharded import any_sharded, gathered, whole

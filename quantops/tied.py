@@ -11,7 +11,7 @@ stands beside it, and :func:`quantops.prepare` makes the quantized model again.
 import torch
 from torch.nn.utils import parametrize
 
-from quantops.nn import owners
+from quantops.owners import owners
 
 
 class SharedWeight(torch.nn.Module):
@@ -29,6 +29,10 @@ class SharedWeight(torch.nn.Module):
 
     def gone(self):
         """The weight is plain again here; the other layer goes on."""
+
+    def quick(self, owner):
+        """As of the other layer, where there is no more to this one's weight."""
+        return None if self.source.group is None else self.source.quick(owner)
 
     def forward(self, original):
         """What the other layer has."""

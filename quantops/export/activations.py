@@ -2,7 +2,7 @@
 
 import torch
 
-from quantops.activation import activation_scales
+from quantops.calibration import activation_scales
 from quantops.methods.multibn import replace
 from quantops.reference.activation import levels, per_channel
 from quantops.reference.activation_front import SMOOTH, by_torch

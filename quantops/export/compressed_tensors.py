@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from quantops.activation import activations
+from quantops.calibration import activations
 from quantops.export.trained import check_fits, need, signed_bits, trained
 from quantops.files import write_whole
 from quantops.types import Path

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_map
 from quantops import processes
 from quantops.convert import check_choice
 from quantops.methods.truncquant import network_of
-from quantops.nn import as_weights, batches, check_module, rows_of, trackable
+from quantops.nn import as_weights, batches, rows_of, trackable
+from quantops.owners import check_module
 
 
 class Joint(NamedTuple):

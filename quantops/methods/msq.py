@@ -285,7 +285,11 @@ def penalty(model: torch.nn.Module) -> torch.Tensor:
 
     Raises ValueError for a model without MSQ weights.
     """
-    layers = msq_layers(model)
+    return penalty_of(msq_layers(model))
+
+
+def penalty_of(layers):
+    """That of [(layer name, ParametrizationList, MSQWeight)]."""
     layers[0][2].penalized = True
     parts = _traced_penalties(layers) if torch.compiler.is_compiling() else _penalties(layers)
     total = parts[0]
@@ -295,10 +299,12 @@ def penalty(model: torch.nn.Module) -> torch.Tensor:
 
 
 def _penalties(layers):
-    taken, missing = {}, []
+    taken, missing, usable = {}, [], {}
     for _, owner, p in layers:
         w, (done, i) = owner.original, p.slot.result or (None, 0)
-        if done is not None and done.unchanged(i, p, w) and _usable(done):
+        if done is not None and done not in usable:
+            usable[done] = _usable(done)
+        if done is not None and usable[done] and done.unchanged(i, p, w):
             taken.setdefault(id(done.value.penalty), (done, []))[1].append(i)
         else:
             missing.append((p, w))

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import quantops as Q
-from quantops.nn import owners, quantized
+from quantops.nn import quantized
+from quantops.owners import owners
 from zoo import bert, convnext, gpt2, gpt_oss, images, llama, mixtral, qwen2, t5, tokens, vit
 
 TEXT = [gpt2, mixtral, gpt_oss, qwen2, llama, bert, t5]

@@ -11,7 +11,8 @@ from torch.nn.utils import parametrize
 
 import quantops as Q
 from quantops.layers import KINDS, kind_of, matrices, rows_of
-from quantops.nn import owners, quantized
+from quantops.nn import quantized
+from quantops.owners import owners
 
 CONFIGS = [
     Q.MSQConfig(bits=4, per_row=True),
@@ -277,3 +278,28 @@ def test_compiled_layers_see_q():
         _, model, x, _ = made(kind, Q.MSQConfig(bits=4, per_row=True))
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_a_read_within_the_forward_asks_hooks_masks_and_the_cache_of_torch():
+    """None is passed by, though a read asks the quantizer first."""
+    model = Q.quantize_(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), Q.MSQConfig(bits=3))
+    x, seen = torch.randn(2, 6), []
+    hook = model[0].parametrizations.weight.register_forward_hook(lambda m, args, q: seen.append(q))
+    model(x)
+    assert len(seen) == 1
+    hook.remove()
+    hook = model[0].parametrizations.weight[0].register_forward_hook(lambda m, args, q: 0 * q)
+    torch.testing.assert_close(model(x), model[1](model[0].bias).expand(2, 4))
+    hook.remove()
+    parametrize.register_parametrization(model[1], "weight", Zeroed())
+    assert torch.equal(model(x), model[1].bias.expand(2, 4))
+    with parametrize.cached():
+        assert model[0].weight is model[0].weight
+        model(x)
+
+
+class Zeroed(nn.Module):
+    """A mask of zeros."""
+
+    def forward(self, w):
+        return 0 * w

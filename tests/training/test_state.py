@@ -20,7 +20,7 @@ from quantops import (
     set_bits,
     unquantize_,
 )
-from quantops.activation import activations
+from quantops.calibration import activations
 from quantops.classes import QuantizedList
 from quantops.nn import quantized
 from quantops.state import Settings

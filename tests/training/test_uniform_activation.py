@@ -202,11 +202,19 @@ def test_codes_stand_for_what_comes_out():
 
 @pytest.mark.parametrize("scale", ["step", "clip", "tracked"])
 def test_where_values_start(scale):
-    x = torch.randn(400)
-    act = UniformActivation(3, scale=scale, front="relu")
+    x = torch.randn(5000)
+    act = UniformActivation(2, scale=scale, front="relu")
     act(x)
-    end = float(x.max()) if scale != "step" else 2 * float(x.relu().mean()) / 7**0.5 * 8
-    assert float(act.values()[0]) == pytest.approx(end, rel=1e-5)
+    end = float(act.values()[0].detach())
+    if scale == "tracked":
+        assert end == float(x.max())
+    else:  # where the squared error is least
+
+        def error(s):
+            return float((Q.quantize_activation(x, torch.tensor(s), 2, front="relu") - x.relu()).square().sum())
+
+        least = min(error(float(x.max()) * i / 400) for i in range(20, 401))
+        assert end < float(x.max()) and error(end) < 1.03 * least
     act(3 * x)
     assert float(act.values()[0]) == pytest.approx(1.2 * end if scale == "tracked" else end, rel=1e-5)
     act.eval()
@@ -214,7 +222,23 @@ def test_where_values_start(scale):
     assert float(act.values()[0]) == pytest.approx(1.2 * end if scale == "tracked" else end, rel=1e-5)
     dead = UniformActivation(2, scale=scale, front="relu")
     dead(torch.full((3,), -1.0))
-    assert dead.start == 1
+    assert dead.values()[0] == 1
+
+
+def test_where_values_start_in_each_channel_and_for_each_width():
+    size = torch.tensor([1.0, 10.0, 1e-3]).view(1, 3, 1, 1)
+    x = torch.randn(4, 3, 31, 17) * size
+    act = UniformActivation(2, signed=True, channels=3)
+    act(x)
+    ends = act.values()[0].detach() / size.flatten()
+    assert (ends > 1).all() and (ends < 2.5).all()  # of normal values, of about 1.5 to 2 of their deviation
+    widths = UniformActivation(widths=(8, 2), shared=False, signed=True)
+    Q.calibrate(widths, [x])
+    ends = [float(row) for row in (widths.step.detach() * torch.tensor([[2.0**7], [2.0]])).flatten()]
+    assert ends[1] < 0.7 * ends[0]
+    one = UniformActivation(widths=(8, 2), scale="clip", signed=True)
+    Q.calibrate(one, [x])
+    assert float(one.clip.detach()) == pytest.approx(ends[0])  # that of the widest
 
 
 def test_a_percentile_leaves_outliers_out():
@@ -231,7 +255,7 @@ def test_lsq_plus_and_channels():
     q.square().sum().backward()
     low, high = x.amin((0, 2, 3)), x.amax((0, 2, 3))
     torch.testing.assert_close(act.offset.detach()[0], low)
-    torch.testing.assert_close(act.values()[0].detach(), high - low)
+    torch.testing.assert_close(act.values()[0].detach(), high - low)  # least error, with 256 levels
     assert float((q - x).abs().max()) < float((high - low).max()) / 200 and act.step.grad.shape == (1, 3)
     assert act.offset.grad.abs().sum() >= 0 and not act.signed
 
