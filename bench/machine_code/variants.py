@@ -13,15 +13,14 @@ FAMILIES = ("uniform", "truncate")
 DEFAULT = "default"
 VARIANTS = {  # name: its definitions
     DEFAULT: (),
-    "stores-wb": ("QUANTOPS_STORES=0",),
     "stores-streaming": ("QUANTOPS_STORES=2",),
-    "segments-1024-65536": ("QUANTOPS_LEAST_SEGMENT=1024", "QUANTOPS_LARGEST_SEGMENT=65536"),
     "segments-256-2048": ("QUANTOPS_LARGEST_SEGMENT=2048",),
-    "segments-256-32768": ("QUANTOPS_LARGEST_SEGMENT=32768",),
-    "items-16384": ("QUANTOPS_ITEMS=16384",),
     "late-loads": ("QUANTOPS_EARLY_LOADS=0",),
-    "fewer-loads": ("QUANTOPS_ELEMENTS_IN_FLIGHT=16",),
-    "two-launches": ("QUANTOPS_LAST_BLOCK_ITEMS=0",),
+    "items-4096": ("QUANTOPS_ITEMS=4096",),
+    "items-4096-two-launches": ("QUANTOPS_ITEMS=4096", "QUANTOPS_LAST_BLOCK_ITEMS=0"),
+    "msq-2-blocks": ("QUANTOPS_MSQ_BLOCKS=2", "QUANTOPS_MSQ_BYTES=64"),
+    "msq-3-blocks": ("QUANTOPS_MSQ_BLOCKS=3", "QUANTOPS_MSQ_BYTES=48"),
+    "msq-64-bytes": ("QUANTOPS_MSQ_BYTES=64",),
 }
 
 

@@ -142,7 +142,7 @@ void run_with_gates(const Problem& p, Op op) {
     const Tensor scratch = empty_vector(items * kMaxLevels * int64_t(sizeof(double)), ScalarType::Byte, p.x[0]);
     op.of_gates = static_cast<double*>(scratch.data_ptr());
     launch_with_sums(on, p.x[0], table, items, op, [&](const Op& o) { launch_items(on, table, items, o); });
-    launch(on, gates_kernel<A, std::decay_t<decltype(table)>>, dim3(static_cast<unsigned>(table.count)), kFinishThreads,
+    launch(on, gates_kernel<A, std::decay_t<decltype(table)>>, dim3(static_cast<unsigned>(table.count)), kGateThreads,
            table, p.source, static_cast<const double*>(op.of_gates));
   });
 }

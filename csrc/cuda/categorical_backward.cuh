@@ -304,8 +304,9 @@ struct SoftBackward : BackwardBase<Acc<W>> {
 };
 
 // dL/dgates of every tensor from what its items have left, by a block.
+constexpr int kGateThreads = 512;
 template <class A, class T>
-__global__ void __launch_bounds__(kFinishThreads)
+__global__ void __launch_bounds__(kGateThreads)
     gates_kernel(const __grid_constant__ T table, const Source source, const double* of_gates) {
   const int which = blockIdx.x;
   const CategoricalEntry& e = table.entry[which];
@@ -316,7 +317,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   for (int t = 0; t < e.gate_count; ++t) {
     double sum = 0;
     if (t > 0 && t < kMaxLevels)
-      for (int64_t i = first + threadIdx.x; i < last; i += kFinishThreads) sum += of_gates[i * kMaxLevels + t];
+      for (int64_t i = first + threadIdx.x; i < last; i += kGateThreads) sum += of_gates[i * kMaxLevels + t];
     sum = block_reduce<Add>(sum);
     if (threadIdx.x != 0) continue;
     const bool in = t > 0 && t < levels.count;

@@ -15,7 +15,10 @@ struct None {};  // in the place of an element type: there is no such tensor
 
 __device__ __forceinline__ float widen(float v) { return v; }
 __device__ __forceinline__ double widen(double v) { return v; }
-__device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+// By a shift, which the compiler joins with what takes a word apart.
+__device__ __forceinline__ float widen(__nv_bfloat16 v) {
+  return __uint_as_float(static_cast<unsigned>(__bfloat16_as_ushort(v)) << 16);
+}
 __device__ __forceinline__ float widen(__half v) { return __half2float(v); }
 __device__ __forceinline__ int32_t widen(int32_t v) { return v; }
 
@@ -58,16 +61,31 @@ struct Pack<None, kCount> {};
 template <class P>
 using Word = std::conditional_t<sizeof(P) % 16 == 0, uint4, std::conditional_t<sizeof(P) == 8, uint2, unsigned>>;
 
+// A Pack whose elements are not yet wanted: taken apart, elements of 16 bits have a register each.
+template <class P>
+struct Raw {
+  Word<P> v[sizeof(P) / sizeof(Word<P>)];
+};
+
+template <class P>
+__device__ __forceinline__ Raw<P> load_raw(const void* from) {
+  Raw<P> words;
+  static_assert(sizeof(words) == sizeof(P));
+#pragma unroll
+  for (int i = 0; i < int(sizeof(P) / sizeof(Word<P>)); ++i) words.v[i] = static_cast<const Word<P>*>(from)[i];
+  return words;
+}
+
+template <class P>
+__device__ __forceinline__ P elements_of(const Raw<P>& words) {
+  P pack;
+  memcpy(&pack, &words, sizeof(P));
+  return pack;
+}
+
 template <class P>
 __device__ __forceinline__ P load_pack(const void* from) {
-  constexpr int kWords = sizeof(P) / sizeof(Word<P>);
-  static_assert(kWords * sizeof(Word<P>) == sizeof(P));
-  Word<P> words[kWords];
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) words[i] = static_cast<const Word<P>*>(from)[i];
-  P pack;
-  memcpy(&pack, words, sizeof(P));
-  return pack;
+  return elements_of(load_raw<P>(from));
 }
 
 template <class T>

@@ -36,6 +36,12 @@ void launch(const OnDevice&, void (*kernel)(Parameters...), dim3 grid, unsigned 
   emulate([&] { kernel(args...); }, grid, threads);
 }
 
+template <class... Parameters, class... Args>
+void launch_beside(const OnDevice& on, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+                   const Args&... args) {
+  launch(on, kernel, grid, threads, args...);
+}
+
 #else
 
 // A counter for a launch to come on this stream, or -1 where none is left. The launches of a stream take turns, so one
@@ -75,7 +81,48 @@ void launch(const OnDevice& on, void (*kernel)(Parameters...), dim3 grid, unsign
   check_cuda(cudaGetLastError(), "kernel launch");
 }
 
+// Whether the current device's code of a kernel has wait_for_launch_before: it may be made from what is for older ones.
+template <class... Parameters>
+bool waits_for_launch_before(void (*kernel)(Parameters...)) {
+  if (CUDART_VERSION < 12030) return false;  // no such launches in graphs
+  cudaFuncAttributes code;
+  check_cuda(cudaFuncGetAttributes(&code, kernel), "the attributes of a kernel");
+  return code.ptxVersion >= 90;
+}
+
+// A launch whose blocks may come while the last ones of the launch before it, which says let_next_launch, still run:
+// the time between the two is saved. The kernel says wait_for_launch_before.
+template <class... Parameters, class... Args>
+void launch_beside(const OnDevice& on, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+                   const Args&... args) {
+  if (!waits_for_launch_before(kernel)) return launch(on, kernel, grid, threads, args...);
+  cudaLaunchAttribute beside{};
+  beside.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  beside.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.stream = on.stream;
+  config.attrs = &beside;
+  config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, args...), "kernel launch");
+}
+
 #endif
+
+// By each block: the launch that launch_beside makes next may begin once all blocks have been here.
+__device__ __forceinline__ void let_next_launch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Until the launch before this one is done and what it wrote can be seen.
+__device__ __forceinline__ void wait_for_launch_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" : : : "memory");
+#endif
+}
 
 }  // namespace quantops::cuda
 

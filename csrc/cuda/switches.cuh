@@ -34,8 +34,18 @@
 #define QUANTOPS_ELEMENTS_IN_FLIGHT 32
 #endif
 
+// MSQ's forward pass: blocks that are to fit a multiprocessor, and the bytes that a lane asks for at a time where q is
+// written. 2 blocks leave a thread 128 registers, 3 leave 80, 4 leave 64, which are too few for 64 bytes. Its some 20
+// instructions for an element want many warps beside those that wait for memory.
+#ifndef QUANTOPS_MSQ_BLOCKS
+#define QUANTOPS_MSQ_BLOCKS 4
+#endif
+#ifndef QUANTOPS_MSQ_BYTES
+#define QUANTOPS_MSQ_BYTES 32
+#endif
+
 // Items up to which the last block of a launch adds up what all have left, in place of a second launch; 0: never. It
-// takes a round trip to memory for each 256 items, and one for each 8 sums.
+// takes a round trip to memory for each 1024 items, and one for each 8 sums.
 #ifndef QUANTOPS_LAST_BLOCK_ITEMS
 #define QUANTOPS_LAST_BLOCK_ITEMS 4096
 #endif
@@ -46,6 +56,7 @@ constexpr int64_t kLeastSegment = QUANTOPS_LEAST_SEGMENT, kLargestSegment = QUAN
 constexpr int64_t kWantedItems = QUANTOPS_ITEMS, kLastBlockItems = QUANTOPS_LAST_BLOCK_ITEMS;
 constexpr int64_t kLastBlockGroups = 64;
 constexpr int kElementsInFlight = QUANTOPS_ELEMENTS_IN_FLIGHT;
+constexpr int kMsqBlocks = QUANTOPS_MSQ_BLOCKS, kMsqBytes = QUANTOPS_MSQ_BYTES;
 constexpr bool kEarlyLoads = QUANTOPS_EARLY_LOADS;
 
 }  // namespace quantops::cuda

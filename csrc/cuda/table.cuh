@@ -180,8 +180,18 @@ __device__ __forceinline__ void finish_group(const T& table, const Op& op, int64
   const int rank = by_block ? threadIdx.x : threadIdx.x % kWarp, team = by_block ? blockDim.x : kWarp;
   typename Op::Combine combine;
   typename Op::Partial sum{};
-#pragma unroll 4
-  for (int64_t i = rank; i < items; i += team) sum = combine(sum, partial[i]);
+  constexpr int kInFlight = 4;  // a thread asks for so many at a time, whether there are as many or not
+#pragma unroll 1
+  for (int64_t i = rank; i < items; i += kInFlight * team) {
+    typename Op::Partial some[kInFlight];
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) {
+      some[j] = typename Op::Partial();
+      if (i + j * team < items) some[j] = partial[i + j * team];
+    }
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) sum = combine(sum, some[j]);
+  }
   sum = by_block ? block_reduce<typename Op::Combine>(sum) : warp_reduce<typename Op::Combine>(sum);
   if (rank == 0) op.write(entry, group, table.base + which, sum);
 }
@@ -198,10 +208,11 @@ __device__ __forceinline__ void finish_all(const T& table, const Op& op) {
 }
 
 // A warp, or a block, for each open group.
-constexpr int kFinishThreads = 512;
+constexpr int kFinishThreads = 1024;
 template <class Op, class T>
 __global__ void __launch_bounds__(kFinishThreads)
     sums_kernel(const __grid_constant__ T table, const __grid_constant__ Op op, int64_t groups, bool by_block) {
+  wait_for_launch_before();
   const int64_t group = by_block ? blockIdx.x : (int64_t(blockIdx.x) * kFinishThreads + threadIdx.x) / kWarp;
   if (group < groups) finish_group(table, op, group, by_block);  // whole warps
 }
@@ -226,36 +237,39 @@ __device__ __forceinline__ void run_item(const T& table, const Op& op, int64_t i
   const Place place = place_of(table, item);
   const auto& entry = table.entry[place.which];
   const int n = place.n;
-  const int64_t begin = place.begin;
 
-  const X* x = static_cast<const X*>(entry.w) + begin;
+  // `head` elements up to the first 16-byte boundary of w, where the pointers point, then whole vectors where the other
+  // tensors are aligned there too, then the rest. Head and rest, or everything, go element by element.
+  const X* x = static_cast<const X*>(entry.w) + place.begin;
+  const int head = static_cast<int>((-reinterpret_cast<uintptr_t>(x) & 15) / sizeof(X));
+  const int64_t begin = place.begin + head;
+  x += head;
   const G* g = nullptr;
   O* out = nullptr;
-  if constexpr (kHasG) g = entry.grad ? static_cast<const G*>(entry.grad) + begin : nullptr;
-  if constexpr (kHasO) out = static_cast<O*>(entry.out) + begin;
-
-  // `head` elements up to the first 16-byte boundary of w, then whole vectors where the other tensors are aligned
-  // there too, then the rest. Head and rest, or everything, go element by element.
-  int head = static_cast<int>((-reinterpret_cast<uintptr_t>(x) & 15) / sizeof(X));
-  int vectors = 0;
-  if (head < n) {
-    uintptr_t bits = reinterpret_cast<uintptr_t>(x + head);
-    if constexpr (kHasG) bits |= g ? reinterpret_cast<uintptr_t>(g + head) : 0;
-    if constexpr (kHasO) bits |= reinterpret_cast<uintptr_t>(out + head);
-    if ((bits & 15) == 0) vectors = (n - head) / V;
+  uintptr_t bits = 0;
+  if constexpr (kHasG) {
+    g = entry.grad ? static_cast<const G*>(entry.grad) + begin : nullptr;
+    bits |= reinterpret_cast<uintptr_t>(g);
   }
+  if constexpr (kHasO) {
+    out = static_cast<O*>(entry.out) + begin;
+    bits |= reinterpret_cast<uintptr_t>(out);
+  }
+  const int vectors = head < n && (bits & 15) == 0 ? (n - head) / V : 0;
 
-  auto load_x = [&](int v) { return load_pack<Pack<X, V>>(x + head + v * V); };
+  using RawX = Raw<Pack<X, V>>;
+  using RawG = std::conditional_t<kHasG, Raw<Pack<G, V>>, None>;
+  auto load_x = [&](int v) { return load_raw<Pack<X, V>>(x + v * V); };
   auto load_g = [&](int v) {
-    Pack<G, V> p{};
+    RawG words{};
     if constexpr (kHasG) {
-      if (g) p = load_pack<Pack<G, V>>(g + head + v * V);
+      if (g) words = load_raw<Pack<G, V>>(g + v * V);
     }
-    return p;
+    return words;
   };
   int v = lane;
-  Pack<X, V> xs[U];
-  Pack<G, V> gs[U];
+  RawX xs[U];
+  RawG gs[U];
   auto load = [&] {  // the next U vectors; whether there are so many
     if (v + (U - 1) * kWarp >= vectors) return false;
 #pragma unroll
@@ -269,7 +283,10 @@ __device__ __forceinline__ void run_item(const T& table, const Op& op, int64_t i
   typename Op::State state = op.begin(entry, place.row, table.base + place.which);
   if constexpr (!kEarlyLoads) more = load();
 
-  auto apply_pack = [&](int v, const Pack<X, V>& xs, const Pack<G, V>& gs) {
+  auto apply_pack = [&](int v, [[maybe_unused]] O* to, const RawX& of_xs, [[maybe_unused]] const RawG& of_gs) {
+    const Pack<X, V> xs = elements_of<Pack<X, V>>(of_xs);
+    Pack<G, V> gs;
+    if constexpr (kHasG) gs = elements_of<Pack<G, V>>(of_gs);
     Pack<O, V> os;
     if constexpr (Op::kRolled) {
       __shared__ Staged<X, V> of_x;
@@ -289,7 +306,7 @@ __device__ __forceinline__ void run_item(const T& table, const Op& op, int64_t i
       }
 #pragma unroll 1
       for (int j = 0; j < V; ++j) {
-        if constexpr (Op::kIndexed) state.index = begin + head + v * V + j;
+        if constexpr (Op::kIndexed) state.index = begin + v * V + j;
         if constexpr (kHasG)
           result(j) = op.apply(of_x.v[j][thread], of_g.v[j][thread], state);
         else
@@ -300,7 +317,7 @@ __device__ __forceinline__ void run_item(const T& table, const Op& op, int64_t i
     } else {
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        if constexpr (Op::kIndexed) state.index = begin + head + v * V + j;
+        if constexpr (Op::kIndexed) state.index = begin + v * V + j;
         if constexpr (kHasG && kHasO)
           os.v[j] = op.apply(xs.v[j], gs.v[j], state);
         else if constexpr (kHasO)
@@ -310,24 +327,24 @@ __device__ __forceinline__ void run_item(const T& table, const Op& op, int64_t i
       }
     }
     op.flush(state, xs.v);
-    if constexpr (kHasO) store_pack(out + head + v * V, os);
+    if constexpr (kHasO) store_pack(to, os);
   };
 
   for (; more; more = load()) {
+    O* const to = out + v * V;
 #pragma unroll
-    for (int u = 0; u < U; ++u) apply_pack(v + u * kWarp, xs[u], gs[u]);
+    for (int u = 0; u < U; ++u) apply_pack(v + u * kWarp, to + u * kWarp * V, xs[u], gs[u]);
     v += U * kWarp;
   }
   if constexpr (U > 1) {
 #pragma unroll 1
-    for (; v < vectors; v += kWarp) apply_pack(v, load_x(v), load_g(v));
+    for (; v < vectors; v += kWarp) apply_pack(v, out + v * V, load_x(v), load_g(v));
   }
 
   const int whole = vectors * V, single = n - whole;
-  if (vectors == 0) head = n;
 #pragma unroll 1
   for (int i = lane; i < single; i += kWarp) {
-    const int at = i < head ? i : i + whole;
+    const int at = (i < head ? i : i + whole) - head;
     if constexpr (Op::kIndexed) state.index = begin + at;
     const X one[1] = {x[at]};
     if constexpr (kHasG && kHasO)
@@ -346,6 +363,7 @@ __device__ __forceinline__ void run_item(const T& table, const Op& op, int64_t i
 template <class Op, int N>
 __global__ void __launch_bounds__(kThreads, Op::kBlocks)
     items_kernel(const __grid_constant__ Table<N, typename Op::E> table, const __grid_constant__ Op op) {
+  if constexpr (Op::kSums) let_next_launch();
   const int64_t item = int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
   if (item < table.first_item[table.count]) run_item(table, op, item);  // whole warps
   if constexpr (Op::kSums && Op::kLastBlock) {
@@ -419,7 +437,8 @@ void launch_with_sums(const OnDevice& on, const Tensor& like, const T& table, in
   const bool by_block = items > 2 * kWarp * groups;
   const int64_t blocks = by_block ? groups : (groups * kWarp + kFinishThreads - 1) / kFinishThreads;
   QUANTOPS_CHECK(blocks <= INT32_MAX, "scale: expected at most 2^35 of a list, got ", groups);
-  launch(on, sums_kernel<Op, T>, dim3(static_cast<unsigned>(blocks)), kFinishThreads, table, op, groups, by_block);
+  launch_beside(on, sums_kernel<Op, T>, dim3(static_cast<unsigned>(blocks)), kFinishThreads, table, op, groups,
+                by_block);
 }
 
 // Runs Op over the entries, with its sums where it has them.
