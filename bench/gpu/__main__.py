@@ -38,6 +38,7 @@ MORE = (
     "pack 4 bits,unpack 4 bits,decode packed 4 bits,absmean"
 )
 STEPS = "unquantized,quantops,quantops decoupled,eager chain"
+CAPTURED_STEPS = "unquantized captured,quantops captured,quantops decoupled captured"
 COMPILED_STEPS = "unquantized,compiled chain"
 OF_GPUS = "test_devices and not test_gpu_equals_cpu or test_limits"  # that one is the commands of ``equal``
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no", "--tool")
@@ -99,7 +100,7 @@ def stages(at):
     def sanitized(backend, tool):
         # Without torch's caching allocator every tensor is an allocation whose ends memcheck knows.
         (name, env), caching = backend, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
-        argv, under = f"-m bench small --device {at.device}".split(), () if at.dry else (*SANITIZER, tool)
+        argv, under = f"-m bench small --no-check --device {at.device}".split(), () if at.dry else (*SANITIZER, tool)
         return Command(f"{tool} {name}", tuple(argv), env + one_thread + caching, under)
 
     def tests(backend):
@@ -186,9 +187,15 @@ def stages(at):
         ),
         Stage(
             "steps",
-            446,
+            436,
             "whole training steps: float, quantops, the eager chain",
             (steps("steps-cuda", at.networks, "unquantized,quantops" if at.dry else STEPS),),
+        ),
+        Stage(
+            "captured",
+            458,
+            "the same as CUDA graphs, without the host's part",
+            (steps("steps-captured", at.networks, "unquantized,quantops" if at.dry else CAPTURED_STEPS),),
         ),
         Stage(
             "compiled",
