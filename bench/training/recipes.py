@@ -193,6 +193,19 @@ RECIPES = {
         "scale max|w| without tanh; the mean of the losses of all widths, so that lr means the same",
         claims="86.0 % at 8 bits; at 2 bits 57.5 % of ordinary training truncated, 85.8 % of this",
     ),
+    **{  # what its defaults are chosen by
+        f"truncquant-{name}": Recipe(
+            methods.Truncated,
+            _TRUNCATED | settings,
+            _TRUNCATION,
+            f"{text}; the mean of the losses of all widths, so that lr means the same",
+        )
+        for name, settings, text in (
+            ("gradient", {"scale_grad": True}, "scale max|w| without tanh, and the gradient through it"),
+            ("mean", {"scale": 2.5}, "scale 2.5 mean|w| without tanh"),
+            ("tanh", _EXACT | {"companding": "tanh", "out_scale": "absmean"}, "tanh, mean|w|, " + _PUBLIC),
+        )
+    },
     **{
         f"separate-{m}": Recipe(
             methods.Truncated, _ALONE | {"widths": (m,)}, _FLOOR, "one network for this width alone"
