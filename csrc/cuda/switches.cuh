@@ -24,6 +24,12 @@
 #define QUANTOPS_ITEMS 8192
 #endif
 
+// The same of reductions, MSQ's forward pass among them: as many as there are warps at work on an H100, 32 on each of
+// 132 multiprocessors. The last block adds up so many in place of a second launch.
+#ifndef QUANTOPS_REDUCTION_ITEMS
+#define QUANTOPS_REDUCTION_ITEMS 4096
+#endif
+
 // Whether a warp's first elements are asked for before its quantizer is made, which takes three divisions.
 #ifndef QUANTOPS_EARLY_LOADS
 #define QUANTOPS_EARLY_LOADS 1
@@ -54,6 +60,9 @@ namespace quantops::cuda {
 
 constexpr int64_t kLeastSegment = QUANTOPS_LEAST_SEGMENT, kLargestSegment = QUANTOPS_LARGEST_SEGMENT;
 constexpr int64_t kWantedItems = QUANTOPS_ITEMS, kLastBlockItems = QUANTOPS_LAST_BLOCK_ITEMS;
+constexpr int64_t kReductionItems = QUANTOPS_REDUCTION_ITEMS;
+constexpr int64_t kReductionStep =
+    512;  // of the elements of an item, above as many: all that a warp asks for at a time
 constexpr int64_t kLastBlockGroups = 64;
 constexpr int kElementsInFlight = QUANTOPS_ELEMENTS_IN_FLIGHT;
 constexpr int kMsqBlocks = QUANTOPS_MSQ_BLOCKS, kMsqBytes = QUANTOPS_MSQ_BYTES;
