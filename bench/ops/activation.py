@@ -36,6 +36,11 @@ class ActivationInputs(Inputs):
     def end_leaves(self):
         return [s.clone().requires_grad_() for s in self.ends]
 
+    @functools.cached_property
+    def inside(self):
+        """What the forward pass keeps, a bit for each element."""
+        return [kept for _, kept in _forward(self)]
+
 
 class GeluInputs(ActivationInputs):
     """The same behind a GELU, of signed codes."""
@@ -47,6 +52,10 @@ class GeluInputs(ActivationInputs):
     @functools.cached_property
     def nothing(self):
         return torch.empty(0, dtype=torch.uint8, device=self.w[0].device)
+
+
+def _forward(x):
+    return [ops.activation(t, s, None, x.bits, 0, False, 0, 1, 0, t.dtype) for t, s in zip(x.w, x.ends)]
 
 
 def _quantized(x, learn):
@@ -61,6 +70,16 @@ def _forward_check(got, x):
     return all(
         torch.equal(in_memory(q), torch.cat([reference.activation(t, s, BITS)[0] for t, _ in _pieces(x, i)]))
         for i, ((q, _), s) in enumerate(zip(got, x.ends))
+    )
+
+
+def _backward_check(got, x):
+    return all(
+        torch.equal(
+            in_memory(v),
+            torch.cat([reference.activation_backward(g, t, None, None, s, BITS)[0] for t, g in _pieces(x, i)]),
+        )
+        for i, ((v, _), s) in enumerate(zip(got, x.ends))
     )
 
 
@@ -207,13 +226,17 @@ def _gelu_step_check(got, x):
 
 
 CASES = [
+    Case("activation forward", ActivationInputs, lambda s: s, lambda s: s + 0.125, _forward, _forward_check),
     Case(
-        "activation forward",
+        "activation backward",
         ActivationInputs,
-        lambda s: s,
         lambda s: s + 0.125,
-        lambda x: [ops.activation(t, s, None, x.bits, 0, False, 0, 1, 0, t.dtype) for t, s in zip(x.w, x.ends)],
-        _forward_check,
+        lambda s: s,
+        lambda x: [
+            ops.activation_backward(g, None, None, kept, s, None, x.bits, 0, False, 0, 1, 0, g.dtype)
+            for g, kept, s in zip(x.grad, x.inside, x.ends)
+        ],
+        _backward_check,
     ),
     # x to q and 8 bits; then dL/dq and these to dL/dx.
     _case(
