@@ -79,8 +79,8 @@ struct AddSums {
 template <class W, class Out>
 struct Msq : SumOp<Sums, AddSums, false> {
   static constexpr bool kReduces = true;
-  static constexpr bool kWide = sizeof(Acc<W>) == 8 || std::is_same_v<Out, double>;  // no registers to spare
-  static constexpr int kBlocks = kWide ? 2 : kMsqBlocks;
+  static constexpr bool kWide = sizeof(Acc<W>) == 8;
+  static constexpr int kBlocks = kWide || std::is_same_v<Out, double> ? 2 : kMsqBlocks;
   static constexpr int kBytesInFlight = kWide || std::is_same_v<Out, None> ? 64 : kMsqBytes;
   using X = W;
   using G = None;
