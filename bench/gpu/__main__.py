@@ -38,7 +38,6 @@ MORE = (
     "categorical step, soft gradient, 4 bits,encode,decode,pack 4 bits,unpack 4 bits,decode packed 4 bits,absmean"
 )
 STEPS = "unquantized,quantops,quantops decoupled,eager chain"
-CAPTURED_STEPS = "unquantized captured,quantops captured,quantops decoupled captured"
 COMPILED_STEPS = "unquantized,compiled chain"
 OF_GPUS = "test_devices and not test_gpu_equals_cpu or test_limits"  # that one is the commands of ``equal``
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no", "--tool")
@@ -187,15 +186,9 @@ def stages(at):
         ),
         Stage(
             "steps",
-            436,
+            446,
             "whole training steps: float, quantops, the eager chain",
             (steps("steps-cuda", at.networks, "unquantized,quantops" if at.dry else STEPS),),
-        ),
-        Stage(
-            "captured",
-            458,
-            "the same as CUDA graphs, without the host's part",
-            (steps("steps-captured", at.networks, "unquantized,quantops" if at.dry else CAPTURED_STEPS),),
         ),
         Stage(
             "compiled",

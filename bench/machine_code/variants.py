@@ -17,6 +17,7 @@ VARIANTS = {  # name: its definitions
     "segments-256-2048": ("QUANTOPS_LARGEST_SEGMENT=2048",),
     "late-loads": ("QUANTOPS_EARLY_LOADS=0",),
     "reductions-8192": ("QUANTOPS_REDUCTION_ITEMS=8192",),
+    "msq-4096": ("QUANTOPS_MSQ_ITEMS=4096",),
     "two-launches": ("QUANTOPS_LAST_BLOCK_ITEMS=0",),
     "msq-2-blocks": ("QUANTOPS_MSQ_BLOCKS=2", "QUANTOPS_MSQ_BYTES=64"),
     "msq-3-blocks": ("QUANTOPS_MSQ_BLOCKS=3", "QUANTOPS_MSQ_BYTES=48"),

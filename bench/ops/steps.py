@@ -8,7 +8,6 @@ quantizer alone and large networks fit. A step is timed to its end on the device
 
 import copy
 import dataclasses
-import functools
 import re
 from collections.abc import Callable
 
@@ -71,11 +70,10 @@ class _PaperMSQ(nn.Module):
 class Variant:
     """One way to train: the loss is differentiated, then ``after()`` runs, then the optimizer.
 
-    compiles: its first step takes long. holds: what its loss keeps is what a step keeps. captured: its steps are
-    replays of a CUDA graph of one, in which the host has no part.
+    compiles: its first step takes long. holds: what its loss keeps is what a step keeps.
     """
 
-    compiles, holds, captured = False, True, False
+    compiles, holds = False, True
 
     def __init__(self, model):
         self.model = sharing(model)
@@ -236,15 +234,6 @@ class CompiledWidths(EagerWidths):
         return self.call(list(self.weights.values()))
 
 
-def _captured(base):
-    """The same steps as replays of a CUDA graph."""
-
-    class Captured(base):
-        captured = True
-
-    return Captured
-
-
 VARIANTS = {
     BASE: Unquantized,
     "quantops": Fused,
@@ -257,12 +246,6 @@ COMPILED_MODELS = {
     "quantops, compiled model": _compiled(Fused),
     "eager chain, compiled model": _compiled(Eager),
 }
-CAPTURED = {
-    f"{BASE} captured": _captured(Unquantized),
-    "quantops captured": _captured(Fused),
-    "quantops decoupled captured": _captured(Decoupled),
-}
-
 JOINT = {
     JOINT_BASE: Passes,
     "quantops joint_step": JointStep,
@@ -312,22 +295,6 @@ class Training:
         variant.after()
         self.optimizer.step()
 
-    def steps_of(self, variant):
-        """A function that makes a step of ``variant``."""
-        if not variant.captured:
-            return lambda: self.step(variant)
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # what is made once is made before
-            for _ in range(3):
-                self.step(variant)
-        torch.cuda.current_stream().wait_stream(aside)
-        self.optimizer.zero_grad()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step(variant)
-        return graph.replay
-
 
 def check(training, fused, eager):
     """The quantized variants compute the same loss, or it is no comparison. Both are in training mode, so that batch
@@ -350,7 +317,7 @@ def measure_network(name, device, kinds, compile_seconds, budget, keep_caches=Fa
     """Rows of the result: the variants ``kinds`` of a network, timed in turn. ``keep_caches``: first steps take what
     was compiled before."""
     training = Training(name, device)
-    variants, absent, compiled, calls = {}, {}, {}, {}
+    variants, absent, compiled = {}, {}, {}
     for label, kind in kinds.items():
         try:
             if kind.compiles:
@@ -359,7 +326,6 @@ def measure_network(name, device, kinds, compile_seconds, budget, keep_caches=Fa
             with measure.time_box(compile_seconds), measure.empty_compile_cache(keep_caches):
                 variant = kind(training.model)
                 seconds = measure.seconds_of(lambda: training.step(variant), device)
-                step = training.steps_of(variant)
         except measure.TookTooLong:
             torch._dynamo.reset()
             absent[label] = f"its first step took more than {compile_seconds:.0f} s"
@@ -367,12 +333,13 @@ def measure_network(name, device, kinds, compile_seconds, budget, keep_caches=Fa
         except torch.OutOfMemoryError:
             absent[label] = "out of memory"
             continue
-        variants[label], calls[label] = variant, functools.partial(measure.seconds_of, step, device)
+        variants[label] = variant
         compiled[label] = {"first_step": seconds}
     ours = [label for label in variants if label.startswith("quantops") and variants[label].holds]
     if ours and "eager chain" in variants:
         check(training, variants[ours[0]], variants["eager chain"])
     first = next(iter(kinds))
+    calls = {label: (lambda v=v: measure.seconds_of(lambda: training.step(v), device)) for label, v in variants.items()}
     times = measure.interleave(calls, budget, least=7, most=60)
     peaks = {label: measure.peak_bytes(lambda v=v: training.step(v), device) for label, v in variants.items()}
     saved = {label: saved_bytes(training, v) for label, v in variants.items() if v.holds and not v.compiles}
@@ -416,7 +383,7 @@ def steps(args):
         if name not in NETWORKS:
             raise SystemExit(f"bench: expected networks of {', '.join(NETWORKS)}, got {name!r}")
         whole = args.compiled_models or (cuda and name in CUDA_COMPILED_MODELS)
-        groups = (VARIANTS, *([CAPTURED] if cuda else []), JOINT, *([COMPILED_MODELS] if whole else []))
+        groups = (VARIANTS, JOINT, COMPILED_MODELS) if whole else (VARIANTS, JOINT)
         for kinds in [_chosen(args.variants)] if args.variants else groups:
             if (name, next(iter(kinds))) in done:
                 continue
@@ -430,7 +397,7 @@ def steps(args):
 
 def _chosen(names):
     """The variants of these names, with commas."""
-    every = VARIANTS | COMPILED_MODELS | CAPTURED
+    every = VARIANTS | COMPILED_MODELS
     wanted = re.split(",(?! )", names)
     if unknown := set(wanted) - every.keys():
         raise SystemExit(f"bench: expected variants of {'; '.join(every)}, got {'; '.join(sorted(unknown))}")

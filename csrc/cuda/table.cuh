@@ -69,7 +69,7 @@ struct OpBase {
   static constexpr int kBytesInFlight = 64;  // of loads, per lane
   static constexpr bool kIndexed = false;    // where true, State has the place of the element in its tensor, `index`
   static constexpr int kBlocks = 2;          // at least that many on a multiprocessor: 128 registers
-  static constexpr bool kReduces = false;    // where true, segments are those of reductions: see kReductionItems
+  static constexpr int64_t kItems = 0;       // of a list, in the finer segments of reductions; 0: see segment_rule
   static constexpr bool kRolled = false;     // where true, `apply` is long: its code stands once, in a loop
   static constexpr bool kSums = false;       // see SumOp
   static constexpr bool kLastBlock = true;   // whether the last block may add up sums, which takes shared memory
@@ -382,10 +382,9 @@ inline int64_t segment_rule(int64_t elements) {
 }
 
 // Finer, so that there are almost as many items as are wanted.
-inline int64_t segment_of_reductions(int64_t elements) {
+inline int64_t segment_of_reductions(int64_t elements, int64_t items) {
   int64_t segment = kLeastSegment;
-  while (segment < kLargestSegment && segment * kReductionItems < elements)
-    segment += std::min(segment, int64_t(kReductionStep));
+  while (segment < kLargestSegment && segment * items < elements) segment += std::min(segment, int64_t(kReductionStep));
   return segment;
 }
 
@@ -409,11 +408,11 @@ void for_tables(const std::vector<E>& entries, int64_t segment, const F& f) {
   }
 }
 
-template <bool kReduces = false, class E, class F>
+template <int64_t kItems = 0, class E, class F>
 void for_tables(const std::vector<E>& entries, const F& f) {
   int64_t elements = 0;
   for (const E& e : entries) elements += e.rows * e.inner;
-  const int64_t segment = kReduces ? segment_of_reductions(elements) : segment_rule(elements);
+  const int64_t segment = kItems > 0 ? segment_of_reductions(elements, kItems) : segment_rule(elements);
   if (entries.size() <= kSmallTable<E>)
     for_tables<kSmallTable<E>>(entries, segment, f);
   else
@@ -454,7 +453,7 @@ void launch_with_sums(const OnDevice& on, const Tensor& like, const T& table, in
 template <class E, class Op>
 void run(const Tensor& like, const std::vector<E>& entries, Op op) {
   OnDevice on(like);
-  for_tables<Op::kReduces>(entries, [&](const auto& table, int64_t items) {
+  for_tables<Op::kItems>(entries, [&](const auto& table, int64_t items) {
     if constexpr (Op::kSums)
       launch_with_sums(on, like, table, items, op, [&](const Op& o) { launch_items(on, table, items, o); });
     else

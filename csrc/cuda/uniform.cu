@@ -78,7 +78,7 @@ struct AddSums {
 // q and its sums; the sums alone where Out is None.
 template <class W, class Out>
 struct Msq : SumOp<Sums, AddSums, false> {
-  static constexpr bool kReduces = true;
+  static constexpr int64_t kItems = kMsqItems;
   static constexpr bool kWide = sizeof(Acc<W>) == 8;
   static constexpr int kBlocks = kWide || std::is_same_v<Out, double> ? 2 : kMsqBlocks;
   static constexpr int kBytesInFlight = kWide || std::is_same_v<Out, None> ? 64 : kMsqBytes;
@@ -264,7 +264,7 @@ using MagnitudeBits = decltype(magnitude_bits(Acc<W>()));
 
 template <class W>
 struct AbsMax : SumOp<MagnitudeBits<W>, Max, true> {
-  static constexpr bool kReduces = true;
+  static constexpr int64_t kItems = kReductionItems;
   using X = W;
   using G = None;
   using O = None;
@@ -294,7 +294,7 @@ struct AddMagnitudes {
 template <class W>
 struct AbsMean
     : SumOp<double, std::conditional_t<std::is_same_v<W, double>, AddMagnitudes, Add>, true> {  // floats fit in doubles
-  static constexpr bool kReduces = true;
+  static constexpr int64_t kItems = kReductionItems;
   using X = W;
   using G = None;
   using O = None;
