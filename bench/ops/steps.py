@@ -246,6 +246,7 @@ COMPILED_MODELS = {
     "quantops, compiled model": _compiled(Fused),
     "eager chain, compiled model": _compiled(Eager),
 }
+
 JOINT = {
     JOINT_BASE: Passes,
     "quantops joint_step": JointStep,
