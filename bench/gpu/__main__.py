@@ -175,7 +175,7 @@ def stages(at):
             "the same of Triton",
             (ops(backend_of_triton, "ops-triton", OPS_OF_TRITON, at.workloads_of_triton),),
         ),
-        Stage("more", 330, "shares of a copy of other ops", (ops(at.cuda, "ops-more", MORE, at.workloads_of_more),)),
+        Stage("more", 330, "shares of a copy of other ops", (ops(at.cuda, "ops-cuda", MORE, at.workloads_of_more),)),
         # One measures, two start meanwhile.
         Stage(
             "variants",

@@ -15,6 +15,7 @@ BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 STEP = "msq step"  # the row that stands for training
 LSQ = "LSQ activation step"
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+HOPPER = ("H100", "H200")
 IMPLEMENTATIONS = {"cpp": "C++", "cuda": "CUDA", "triton": "Triton"}
 
 
@@ -44,7 +45,8 @@ class Device:
     def heading(self):
         """Device, software and state of the code, one sentence."""
         m = self.machine
-        states = sorted({f"{r['machine']['commit']} of {r['machine']['date']}" for r in self.all})
+        states = {f"{r['machine']['commit']} of {r['machine']['date']}" for r in self.all}
+        states = sorted(states | {row["commit"] for r in self.all for row in r["rows"] if "commit" in row})
         allocator = f", allocator: {m['allocator']['name']}" if "allocator" in m else ""
         cuda = f", CUDA {m['cuda']}" if "cuda" in m else ""
         return (
@@ -254,6 +256,7 @@ def call_line(device):
         + ", ".join(f"`{call}` {v:.1f}" for call, v in result["call_microseconds"].items())
         + "."
         for name, result in device.ops.items()
+        if "call_microseconds" in result
     )
 
 
@@ -318,12 +321,12 @@ def verdicts(device):
 
 
 def brief(device):
-    """What was measured, and the targets: the part in bench/README.md of all devices but the first."""
+    """What was measured, and the targets: the part in bench/README.md of other devices."""
     return f"**{device.heading()}**\n\n{targets.table(verdicts(device))}"
 
 
 def summary(device):
-    """The part of the first device in bench/README.md."""
+    """The part of the first device of a kind in bench/README.md."""
     parts = [brief(device)]
     if device.ops:
         parts += [
@@ -377,10 +380,10 @@ def page(device):
 
 
 def _measured(found):
-    """{(case, dtype, by): share of a copy} on an H100, at the largest size, beside what was counted."""
+    """{(case, dtype, by): share of a copy} on a GPU of Hopper, at the largest size, beside what was counted."""
     shares = {}
     for device in found:
-        if "H100" in device.machine["device"]:
+        if any(name in device.machine["device"] for name in HOPPER):
             for name, result in device.ops.items():
                 for r in result["rows"]:
                     if r["workload"] == _largest(device, r["dtype"]):
@@ -513,8 +516,8 @@ def _link(path, page):
 
 
 def report(args):
-    """Draws the plots and writes report.md beside the results; prints the summary of the first device and the targets
-    of the others, and writes that --into a page."""
+    """Draws the plots and writes report.md beside the results; prints the summary of the first CPU and the first GPU
+    and the targets of the others, and writes that --into a page."""
     found = devices(args.folders)
     if not found:
         raise SystemExit(f"bench: no results in {', '.join(map(str, args.folders)) or RESULTS}")
@@ -522,7 +525,8 @@ def report(args):
     for device in found:
         draw(device)
         (device.folder / "report.md").write_text(page(device))
-        text = summary(device) if device is found[0] else brief(device)
+        first = next(d for d in found if d.machine["kind"] == device.machine["kind"])
+        text = summary(device) if device is first else brief(device)
         texts.append(f"{text}\n\nEvery figure, and plots: {_link(device.folder / 'report.md', args.into)}.")
     costs = static.load()
     if costs:

@@ -155,7 +155,7 @@ def of_ops(result):
         max,
     )
     if result["machine"]["implementation"] in ("cpp", "cuda"):  # of Triton, Python is a part
-        calls = [(v, name) for name, v in result["call_microseconds"].items() if name.startswith("ops.")]
+        calls = [(v, name) for name, v in result.get("call_microseconds", {}).items() if name.startswith("ops.")]
         found += _verdict(
             f"an op's call takes {CALL_MICROSECONDS:.0f} microseconds or less",
             calls,

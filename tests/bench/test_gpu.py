@@ -97,7 +97,6 @@ def test_every_stage_runs_without_a_gpu(tmp_path):
         "gpu.json",
         "ops-cuda.json",
         "ops-triton.json",
-        "ops-more.json",
         "steps-cuda.json",
         "steps-compiled.json",
     }
