@@ -1,7 +1,7 @@
 """The README's short table and its two plots, drawn from the committed results; nothing in them is typed by hand.
 
-A figure that the results do not hold is left out. The table tells of one device, that of the latest op benchmark; the
-networks were trained where bench/results says.
+A figure that the results do not hold is left out. The table tells of the CPU of the latest op benchmark, and of a GPU
+where there are results of one; the networks were trained where bench/results says.
 """
 
 import statistics
@@ -14,6 +14,7 @@ from bench.training import tables
 
 BEGIN, END = "<!-- headline: begin -->", "<!-- headline: end -->"
 MOST_ROWS = 12
+GPU_CASES = ("msq forward", "msq backward", "truncate 8-4-2-1", "categorical hard")
 PEERS = ("eager", "compiled", "torch fake_quantize", "torchao", "Brevitas")
 LONG = ("msq-nearest-long", "float-long")  # the runs that the plot of bits shows
 
@@ -65,6 +66,26 @@ def _op_lines(device):
                 if (r["case"], r["workload"], r["dtype"]) == (case, row["workload"], "float32")
             ]
             lines += [(f"{case}, speed beside a copy of its bytes", where, f"{targets.share(r):.2f}x") for r in same]
+    return lines
+
+
+def _gpu_lines(device):
+    """What a GPU gave: shares of a copy, and whole steps."""
+    shares = {
+        r["case"]: targets.share(r)
+        for r in device.peers["rows"]
+        if r["workload"] in targets.LARGE and r["dtype"] == "float32" and r["case"] in GPU_CASES
+    }
+    name, lines = device.machine["device"], []
+    if shares:
+        told = "; ".join(f"{case} {shares[case]:.2f}x" for case in GPU_CASES if case in shares)
+        lines.append((f"speed beside a copy of its bytes, {name}", "16M weights, fp32", told))
+    steps = [r for result in device.steps.values() for r in result["rows"] if r["base"] == "unquantized"]
+    if steps:
+        told = "; ".join(
+            f"{r['network']} {r['ratio'][OURS]:.2f}, decoupled {r['ratio'][f'{OURS} decoupled']:.2f}" for r in steps
+        )
+        lines.append((f"training step, unquantized = 1, {name}", "eager, bf16 autocast", told))
     return lines
 
 
@@ -134,21 +155,22 @@ def _accuracy_lines(folders):
 
 def table(found, folders):
     """At most MOST_ROWS rows, and the device that they were measured on."""
-    device = found[0]
+    device, gpu = _first(found, "cpu"), _first(found, "cuda")
     name = device.machine["device"]
-    lines = [*_op_lines(device), *_cost_lines(folders, name), *_accuracy_lines(folders)]
+    lines = [*_op_lines(device), *_cost_lines(folders, name), *(_gpu_lines(gpu) if gpu else ())]
+    lines += _accuracy_lines(folders)
     assert len(lines) <= MOST_ROWS, lines
-    gpus = [d.machine["device"] for d in found if d.machine["kind"] != "cpu"]
-    gpu = (
-        ""
-        if gpus
-        else "\n\nNothing here was measured on a GPU: the CUDA and Triton kernels were compiled, their machine "
-        "code was checked, and\nthey were run on a CPU bit for bit; no GPU has run them yet."
-    )
     notes = (
-        f"{name}; networks were trained on one core of it. * quantizes to the nearest code alone: no LSBs, no penalty."
+        f"{name}, but where another device is named; networks were trained on one core of it. * quantizes to the "
+        "nearest code alone: no LSBs, no penalty."
     )
-    return report.markdown(["what", "where", "measured"], [list(line) for line in lines]) + f"\n\n{notes}{gpu}"
+    return report.markdown(["what", "where", "measured"], [list(line) for line in lines]) + f"\n\n{notes}"
+
+
+def _first(found, kind):
+    """The first device of a kind, or of any where there is none; no GPU: None."""
+    of_kind = [d for d in found if (d.machine["kind"] == "cpu") == (kind == "cpu")]
+    return of_kind[0] if of_kind else found[0] if kind == "cpu" else None
 
 
 def _draw_step(device, figure):
@@ -197,8 +219,9 @@ def headline(args):
     if not found:
         raise SystemExit(f"bench: no results of bench run in {', '.join(map(str, args.folders)) or RESULTS}")
     draw = {}
-    if _step_rows(found[0]):
-        draw["step"] = lambda figure: _draw_step(found[0], figure)
+    device = _first(found, "cpu")
+    if _step_rows(device):
+        draw["step"] = lambda figure: _draw_step(device, figure)
     if all(_final(folders, label) for label in LONG):
         draw["bits"] = lambda figure: _draw_bits(folders, figure)
     import matplotlib
