@@ -4,6 +4,7 @@ import ast
 import contextlib
 import json
 import math
+import multiprocessing
 import re
 import statistics
 import time
@@ -21,6 +22,7 @@ from quantops.files import write_whole
 COLD = 10  # steps of a process that are not timed
 CALIBRATION = 4  # batches that quantizers of activations start from
 TEST_BATCH = 1000
+METHOD = "{method}"  # in a label
 STATES = {  # of a run, after every epoch
     "configuration",
     "model",
@@ -205,7 +207,7 @@ class Run:
     # Results.
 
     def label(self):
-        return self.args.label or self.name
+        return self.args.label.replace(METHOD, self.name)
 
     def path(self):
         folder = self.args.folder or state.folder(self.machine["device"]) / "train"
@@ -355,52 +357,96 @@ def _check(args):
         raise ValueError(f"seed: expected integers, got {args.seed!r}") from None
     if args.epochs < 1:
         raise ValueError(f"epochs: expected at least 1, got {args.epochs}")
-    if args.label and len(args.methods) > 1:
-        raise ValueError("label: expected one method with it")
+    if args.label and len(args.methods) > 1 and METHOD not in args.label:
+        raise ValueError(
+            f"label: expected {METHOD} in it, which stands for each of several methods, got {args.label!r}"
+        )
+    if args.processes < 1:
+        raise ValueError(f"processes: expected at least 1, got {args.processes}")
     args.set = _settings(args.set, args.methods)
 
 
 def train(args):
     """Trains networks and writes a JSON file for each to bench/results/<device>/train/."""
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        raise SystemExit("bench: training needs tqdm: pip install tqdm") from None
     end = time.monotonic() + args.seconds
     try:
         _check(args)
         if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
             raise ValueError("device: no CUDA device")
-        images = data.load(args.data, cache=args.cache)
-        if args.subset is not None:
-            images = images._replace(train=images.train.subset(args.subset))
-        images = images._replace(train=images.train.to(args.device), test=images.test.to(args.device))
-        if torch.device(args.device).type == "cpu":
-            machine.keep_memory()
-        for name in args.methods:
-            for seed in args.seeds:
-                run = Run(name, seed, args, images)
-                result = run.finished() if args.resume else None
-                if result is None:
-                    if args.resume:
-                        run.resume()
-                    with tqdm(total=run.total, desc=f"{run.label()}, seed {seed}", unit="step", disable=None) as bar:
-                        result = run.go(end, bar)
-                if result is None:
-                    print("the time is up; the same command with --resume goes on")
-                    return UNFINISHED
-                print(
-                    f"{run.path()}: "
-                    + ", ".join(f"{k} {v:.2f} %" for k, v in result["accuracy"].items())
-                    + (f", {result['compression']:.2f}x" if result["compression"] else ""),
-                    flush=True,
-                )
+        runs = [(name, seed) for name in args.methods for seed in args.seeds]
+        status = _run(args, iter(runs), end) if args.processes == 1 else _beside_each_other(args, runs, end)
     except ValueError as error:
         raise SystemExit(f"bench: {error}") from None
     except KeyboardInterrupt:
         print("\ninterrupted; the same command with --resume goes on after the last whole epoch")
         return 130
+    if status == UNFINISHED:
+        print("the time is up; the same command with --resume goes on")
+    return status
+
+
+def _run(args, runs, end):
+    """Trains [(method, seed)] one after the other; UNFINISHED where the time is up before, else 0."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        raise SystemExit("bench: training needs tqdm: pip install tqdm") from None
+    images = data.load(args.data, cache=args.cache)
+    if args.subset is not None:
+        images = images._replace(train=images.train.subset(args.subset))
+    images = images._replace(train=images.train.to(args.device), test=images.test.to(args.device))
+    if torch.device(args.device).type == "cpu":
+        machine.keep_memory()
+    hidden = None if args.processes == 1 else True  # bars of several processes would overwrite each other
+    for name, seed in runs:
+        run = Run(name, seed, args, images)
+        result = run.finished() if args.resume else None
+        if result is None:
+            if args.resume:
+                run.resume()
+            with tqdm(total=run.total, desc=f"{run.label()}, seed {seed}", unit="step", disable=hidden) as bar:
+                result = run.go(end, bar)
+        if result is None:
+            return UNFINISHED
+        print(
+            f"{run.path()}: "
+            + ", ".join(f"{k} {v:.2f} %" for k, v in result["accuracy"].items())
+            + (f", {result['compression']:.2f}x" if result["compression"] else ""),
+            flush=True,
+        )
     return 0
+
+
+def _beside_each_other(args, runs, end):
+    """The same by several processes, each taking the next that none has: small networks leave most of a GPU idle."""
+    spawn = multiprocessing.get_context("spawn")
+    taken = spawn.Value("i", 0)
+    workers = [
+        spawn.Process(target=_work, args=(args, runs, taken, end)) for _ in range(min(args.processes, len(runs)))
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    found = {worker.exitcode for worker in workers}
+    return 1 if found - {0, UNFINISHED} else max(found)
+
+
+def _work(args, runs, taken, end):
+    """One of these processes."""
+
+    def mine():
+        while True:
+            with taken.get_lock():
+                place, taken.value = taken.value, taken.value + 1
+            if place >= len(runs):
+                return
+            yield runs[place]
+
+    try:
+        raise SystemExit(_run(args, mine(), end))
+    except ValueError as error:
+        raise SystemExit(f"bench: {error}") from None
 
 
 def add_arguments(parser):
@@ -421,6 +467,7 @@ def add_arguments(parser):
     parser.add_argument("--resume", action="store_true", help="go on where the same command stopped; skip what is done")
     parser.add_argument("--seconds", type=float, default=float("inf"), help=f"stop after this time, exit {UNFINISHED}")
     parser.add_argument("--folder", type=Path, help="of the results; default bench/results/<device>/train")
-    parser.add_argument("--label", help="name of the result; default the method")
+    parser.add_argument("--label", default=METHOD, help=f"name of the result; {METHOD} (default) is the method's")
+    parser.add_argument("--processes", type=int, default=1, help="train so many networks at a time, each by a process")
     parser.add_argument("--save", type=Path, help="folder for the state dicts of the finished networks")
     parser.set_defaults(call=train)

@@ -155,6 +155,21 @@ def test_resume_skips_what_is_done_and_stops_in_time(file, tmp_path, capsys):
     assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("*.json")} == written
 
 
+def test_processes_share_the_runs_and_change_nothing(file, tmp_path):
+    options = ["--method", "float,msq", "--epochs", "1", "--seed", "0,1", "--label", "{method}-short"]
+    assert run(file, tmp_path / "one", *options) == 0
+    assert run(file, tmp_path / "two", *options, "--processes", "2") == 0
+    one, two = (store.read_runs(tmp_path / name) for name in ("one", "two"))
+    assert list(one) == [f"{m}-short-seed{s}" for m in ("float", "msq") for s in (0, 1)] == list(two)
+    for name in one:
+        assert one[name]["accuracy"] == two[name]["accuracy"]
+        assert one[name]["epochs"][0]["loss"] == pytest.approx(two[name]["epochs"][0]["loss"], rel=1e-4)
+    assert run(file, tmp_path / "two", *options, "--processes", "2", "--resume", "--seconds", "0") == 0
+    assert run(file, tmp_path / "three", *options, "--processes", "2", "--seconds", "0") == train.UNFINISHED
+    with_error = ["--method", "float", "--epochs", "1", "--processes", "2", "--init", "absent.pt"]
+    assert run(file, tmp_path / "three", *with_error) == 1
+
+
 def test_gathered_results_are_the_same_and_done(file, tmp_path):
     folder, options = tmp_path / "train", ["--method", "float", "--epochs", "1", "--resume"]
     assert run(file, folder, *options, "--seed", "0,1") == 0
@@ -202,7 +217,8 @@ def test_a_damaged_checkpoint_is_named(file, tmp_path, monkeypatch):
         (["--method", "float", "--seed", "one"], "seed: expected integers"),
         (["--method", "float", "--subset", "25"], r"subset: expected 1..24 images, got 25"),
         (["--method", "float", "--subset", "3"], "subset: expected at least one batch of 8"),
-        (["--method", "float,msq", "--label", "x"], "label: expected one method"),
+        (["--method", "float,msq", "--label", "x"], r"label: expected {method} in it"),
+        (["--method", "float", "--processes", "0"], "processes: expected at least 1"),
         (
             ["--method", "msq", "--set", "strengh=1"],
             "set: expected SETTING=VALUE with a setting of msq, bits, k, target",
