@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from quantops import checks, packed
+from quantops.autograd import own_scale
 from quantops.autograd.common import call
 from quantops.layout import dense_rows, each_scale, empty_like
 from quantops.library import ops
@@ -33,17 +34,12 @@ def _reduce(mean, w, per_row, grad):
     w = checks.listed("w", w)
     checks.choice("grad", grad, (True, False))
 
-    def op(w, per_row):
-        if grad:
-            return call(ops.own_scale, w, per_row, mean)
-        return call(ops.absmean if mean else ops.absmax, w, per_row)
-
-    if not per_row:
-        return list(op(w, False).unbind())
     for i, t in enumerate(w):
-        if t.dim() == 0:
+        if per_row and t.dim() == 0:
             raise ValueError(f"w[{i}]: expected at least one dimension for a scale per row, got a 0-dim tensor")
-    return list(op(w, True).split([t.shape[0] for t in w]))
+    if grad:
+        return own_scale.of_each(w, per_row, mean)
+    return own_scale.split(call(ops.absmean if mean else ops.absmax, w, per_row), w, per_row)
 
 
 def absmax(w: Sequence[torch.Tensor], *, per_row: bool = False, grad: bool = False) -> list[torch.Tensor]:

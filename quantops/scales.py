@@ -5,6 +5,7 @@ import math
 import torch
 
 from quantops.autograd.common import call
+from quantops.autograd.own_scale import of_each, split
 from quantops.library import ops
 from quantops.sharded import any_sharded, maxima, means, own_scales, shards
 
@@ -21,26 +22,38 @@ def check_scale(value):
 
 def weight_scales(w, scale, per_row, grad=False):
     """[scale of each weight] from their values now, in one list call; constants for autograd, without ``grad``."""
-    values = measured(w, per_row, scale != ABSMAX, grad)
-    return split_scales(values if scale == ABSMAX else values * scale, w, per_row)
+    if grad or scale == ABSMAX:
+        values = each_measured(w, per_row, scale != ABSMAX, grad)
+        return values if scale == ABSMAX else [v * scale for v in values]
+    return split_scales(measured(w, per_row, True) * scale, w, per_row)
 
 
-def measured(w, per_row, mean, grad=False):
+def each_measured(w, per_row, mean, grad=False):
+    """[max|w| or mean|w| of each weight], with ``grad`` as functions of the weights."""
+    if not grad:
+        return split_scales(measured(w, per_row, mean), w, per_row)
+    if any_sharded(w):
+        return own_scales(_of_parts(w, per_row, mean), w, per_row, mean)
+    return of_each(w, per_row, mean)
+
+
+def measured(w, per_row, mean):
     """max|w| or mean|w| of a list, one after another."""
     if any_sharded(w):
-        parts = shards([t.detach() for t in w])
-        values = split_scales(measured(parts, per_row, mean), parts, per_row)
-        values = means(values, w, per_row) if mean else maxima(values, w, per_row)
-        values = own_scales(values, w, per_row, mean) if grad else values
-        return torch.cat([v.reshape(-1) for v in values])
-    if grad:
-        return call(ops.own_scale, w, per_row, mean)
+        return torch.cat([v.reshape(-1) for v in _of_parts(w, per_row, mean)])
     return call(ops.absmean if mean else ops.absmax, w, per_row)
+
+
+def _of_parts(w, per_row, mean):
+    """The list, of weights that are sharded."""
+    parts = shards([t.detach() for t in w])
+    values = split_scales(measured(parts, per_row, mean), parts, per_row)
+    return means(values, w, per_row) if mean else maxima(values, w, per_row)
 
 
 def split_scales(values, w, per_row):
     """What absmax and absmean give for a list, as a list."""
-    return list(values.split([t.shape[0] for t in shards(w)]) if per_row else values.unbind())
+    return split(values, shards(w), per_row)
 
 
 def largest(scale, w):

@@ -105,12 +105,14 @@ class _OwnScales(torch.autograd.Function):
     def forward(ctx, w, rows, mean, count, *tensors):
         ctx.w, ctx.rows, ctx.mean, ctx.count = w, rows, mean, count
         ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
         return tuple(t.view_as(t) for t in tensors[:count])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         values, parts = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        used, grads = grads, [torch.zeros_like(v) if g is None else g for g, v in zip(grads, values)]
         if ctx.mean:
             here = [torch.full_like(v, part.numel() // max(v.numel(), 1)) for v, part in zip(values, parts)]
         else:
@@ -122,7 +124,7 @@ class _OwnScales(torch.autograd.Function):
         everywhere = _reduce([h.double() for h in here], ctx.w, dist.ReduceOp.SUM, ctx.rows)
         given = [(g * h / n.clamp(min=1)).to(v.dtype) for g, h, n, v in zip(total, here, everywhere, values)]
         found = torch.ops.quantops.own_scale_backward(list(parts), list(values), given, ctx.mean)
-        return (None,) * (4 + ctx.count) + tuple(found)
+        return (None,) * (4 + ctx.count) + tuple(None if g is None else f for g, f in zip(used, found))
 
 
 def own_scales(values, w, rows, mean):

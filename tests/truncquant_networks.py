@@ -41,6 +41,9 @@ class Net(nn.Module):
         return self.fc2(checkpoint(self.features, x, use_reentrant=self.reentrant))
 
 
+TANH = {"companding": "tanh", "out_scale": "absmean", "scale_grad": True}  # as in TruncQuantConfig.paper()
+
+
 def make(dtype=torch.float32, affine=True, **config):
     torch.manual_seed(0)
     return quantize_(Net(affine).to(dtype), TruncQuantConfig(**config))

@@ -54,6 +54,7 @@ class _Truncate(torch.autograd.Function):
                 grad_w, sums = exact_slope(grad_w, sums, w, scale, out_scale, ctx.tanh)
             grad_w = [t if g else None for t, g in zip(grad_w, used)]
             if scale_grad:
+                sums = [[t if g else None for t, g in zip(v, used)] for v in sums]
                 grad_scale, grad_out_scale = [None] * n if ctx.covered else sums[0], sums[1]
         return None, None, None, *grad_w, *grad_scale, *grad_out_scale
 

@@ -256,7 +256,7 @@ class _Revive(torch.autograd.Function):
             True,
             ctx.scale_grad,
         )
-        return None, None, *(grad_w if r is not None else of_used(grad_q, grad_w)), *grad_scale
+        return None, None, *(grad_w if r is not None else of_used(grad_q, grad_w)), *of_used(grad_q, grad_scale)
 
 
 # The penalty.

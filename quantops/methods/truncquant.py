@@ -20,7 +20,7 @@ from quantops.per_thread import PerThread
 from quantops.reference.activation_front import SMOOTH
 from quantops.reference.truncate import COMPANDINGS, SLOPES
 from quantops.reference.uniform import MAX_BITS, RULES
-from quantops.scales import ABSMAX, check_scale, largest, measured, split_scales, weight_scales
+from quantops.scales import ABSMAX, check_scale, each_measured, largest, weight_scales
 from quantops.sharded import as_shards, shards, totals
 from quantops.types import ModelT
 
@@ -338,9 +338,9 @@ def _scales(quantizers, w, grad=False):
     if not p.out_scale:
         scale = weight_scales(w, p.scale, p.per_row, grad)
         return scale, scale if p.exact and p.tanh else None
-    mean = measured(w, p.per_row, True, grad)
-    top = measured(w, p.per_row, False, grad) if p.scale == ABSMAX else mean * p.scale
-    return split_scales(top, w, p.per_row), split_scales(mean, w, p.per_row)
+    mean = each_measured(w, p.per_row, True, grad)
+    top = each_measured(w, p.per_row, False, grad) if p.scale == ABSMAX else [v * p.scale for v in mean]
+    return top, mean
 
 
 class _Revive(torch.autograd.Function):
@@ -382,7 +382,7 @@ class _Revive(torch.autograd.Function):
         )
         if exact and out_scale:
             grad_w, sums = exact_slope(grad_w, sums, w, scale, out_scale, tanh)
-        return None, None, *of_used(grads, grad_w), *(t for v in sums for t in v)
+        return None, None, *of_used(grads, grad_w), *(t for v in sums for t in of_used(grads, v))
 
 
 # Choosing the width.

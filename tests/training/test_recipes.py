@@ -46,7 +46,7 @@ def msq_q(w, settings):
 
 
 def truncquant_q(w, settings):
-    out = quantops.absmean(w, grad=True) if "out_scale" in settings else None
+    out = quantops.absmean(w, grad=True) if settings["out_scale"] else None
     return quantops.truncate(
         w,
         scales(w, settings),
@@ -65,8 +65,8 @@ def truncquant_q(w, settings):
         (MSQConfig, {}),
         (MSQConfig, {"scale": 2.0, "grid": "sign"}),
         (MSQConfig, {"per_row": True, "penalty": "decoupled"}),
-        (TruncQuantConfig, {}),
-        (TruncQuantConfig, {"companding": "tanh", "slope": "exact"}),
+        (TruncQuantConfig, {"companding": None, "out_scale": None}),
+        (TruncQuantConfig, {"companding": "tanh", "slope": "exact", "out_scale": None}),
         (TruncQuantConfig, {"companding": "tanh", "out_scale": "absmean", "slope": "exact"}),
     ],
 )

@@ -34,7 +34,7 @@ from quantops import (
     unquantize_,
 )
 from quantops.nn import quantized
-from quantops.scales import measured
+from quantops.scales import each_measured
 from quantops.sharded import is_sharded
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
@@ -215,9 +215,9 @@ def _without_a_part(rank):
         for mean in (False, True):
             whole_w = torch.tensor([[0.5, -2.0, 1.0]], requires_grad=True)
             w = distribute_tensor(whole_w.detach(), mesh, [Shard(0)]).requires_grad_()
-            (3 * measured([whole_w], rows, mean, grad=True)).sum().backward()
+            (3 * each_measured([whole_w], rows, mean, grad=True)[0]).sum().backward()
             # The gradient of a scale is the sum of what the processes have of it.
-            (3 / (1 if rows else PROCESSES) * measured([w], rows, mean, grad=True)).sum().backward()
+            (3 / (1 if rows else PROCESSES) * each_measured([w], rows, mean, grad=True)[0]).sum().backward()
             assert torch.equal(w.grad.full_tensor(), whole_w.grad), (rows, mean)
 
 

@@ -16,7 +16,7 @@ from quantops import TruncQuantConfig, bit_report, joint_loss, joint_step, plain
 from quantops.methods.joint import _Scope
 from quantops.methods.truncquant import network_of
 from quantops.nn import quantized
-from truncquant_networks import FUSES, RULES, STEPS, WIDTHS, Net, joint, loss_of, make, separately
+from truncquant_networks import FUSES, RULES, STEPS, TANH, WIDTHS, Net, joint, loss_of, make, separately
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -132,27 +132,33 @@ def test_weights_of_the_losses_and_accumulation(kind):
 @FUSES
 @STEPS
 @pytest.mark.parametrize("cache", [False, True])
-def test_one_call_reads_the_weights_for_all_widths(fuse, kind, cache):
-    model = make(fuse=fuse, cache=cache)
+@pytest.mark.parametrize("config", [{}, TANH], ids=["default", "tanh"])
+def test_one_call_reads_the_weights_for_all_widths(fuse, kind, cache, config):
+    model, times = make(fuse=fuse, cache=cache, **config), 1 if fuse == "model" else 4
+    scales = {"own_scale": 2, "own_scale_backward": 2} if config else {"absmax": 1}
     for _ in range(2):
         with Calls() as calls:
             joint(model, kind)
-        assert calls.counts == {"absmax": 1, "truncate": 1, "truncate_backward": 1}
+        assert calls.counts == {**scales, "truncate": 1, "truncate_backward": 1}
     with Calls() as calls:
-        loss_of(model).backward()  # outside of it: the selected width alone, whose backward is the identity
-    times = 1 if fuse == "model" else 4
-    assert calls.counts == {"absmax": times, "truncate": times}
+        loss_of(model).backward()  # outside of it: the selected width alone, whose default backward is the identity
+    if not config:
+        assert calls.counts == {"absmax": times, "truncate": times}
+    elif not cache:
+        assert calls.counts == {k: n * times for k, n in {**scales, "truncate": 1, "truncate_backward": 1}.items()}
 
 
 @FUSES
-def test_nothing_is_saved_for_backward_but_parameters_and_scalars(fuse):
-    model, saved = make(fuse=fuse), []
+@pytest.mark.parametrize("config, lists", [({}, 1), (TANH, 4)], ids=["default", "tanh"])
+def test_nothing_is_saved_for_backward_but_parameters_and_scalars(fuse, config, lists):
+    """``lists`` of scales: of tanh two, each for its function of the weights and for q."""
+    model, saved = make(fuse=fuse, **config), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         scope = _Scope(network_of(model))
         scope.open(detached=False)
     kept = {p.untyped_storage().data_ptr() for p in model.parameters()}
     extra = [t for t in saved if t.untyped_storage().data_ptr() not in kept]
-    assert len(saved) > len(extra) and sum(t.numel() for t in extra) <= 4 * (1 + len(WIDTHS) + 1)  # scales, bits, base
+    assert len(saved) > len(extra) and sum(t.numel() for t in extra) <= 4 * (lists + len(WIDTHS) + 1)  # and bits, base
     scope.close()
 
 

@@ -5,7 +5,7 @@ import torch
 
 from networks import close, data, grads, noting, same, state
 from quantops import set_bits
-from truncquant_networks import FUSES, STEPS, WIDTHS, joint, loss_of, make, objective
+from truncquant_networks import FUSES, STEPS, TANH, WIDTHS, joint, loss_of, make, objective
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,15 +44,17 @@ def test_joint_steps_of_a_compiled_model_run_one_graph(kind, fresh_compiler):
 
 
 @FUSES
-def test_compiled_joint_loss_is_one_graph_with_one_read_of_the_weights(fuse, fresh_compiler):
+@pytest.mark.parametrize("config", [{}, TANH], ids=["default", "tanh"])
+def test_compiled_joint_loss_is_one_graph_with_one_read_of_the_weights(fuse, config, fresh_compiler):
     ops = []
     from torch._dynamo.backends.common import aot_autograd
 
-    model, eager = make(fuse=fuse), make(fuse=fuse)
+    model, eager = make(fuse=fuse, **config), make(fuse=fuse, **config)
     step = torch.compile(objective, fullgraph=True, backend=aot_autograd(fw_compiler=noting(ops)))
     for seed in range(2):
         step(model, *data(seed=seed)).backward()
         objective(eager, *data(seed=seed)).backward()
     assert close(grads(model), grads(eager), 1e-5) and same(state(model), state(eager)) and graphs() == 1
-    assert sorted(ops[0]) == ["absmax.default", "truncate.default"]
-    assert ops[1] == ["truncate_backward.default"]
+    scales = ["own_scale.default"] * 2 if config else ["absmax.default"]
+    assert sorted(ops[0]) == [*scales, "truncate.default"]
+    assert sorted(ops[1]) == [*["own_scale_backward.default"] * (2 * bool(config)), "truncate_backward.default"]
