@@ -100,18 +100,28 @@ def _images_seen(results):
     return results[0]["configuration"]["epochs"] * results[0]["images"]["train"]
 
 
+def _is_float(result):
+    return result["configuration"]["method"] in ("float", "vit-float")
+
+
+def _trained_alike(result):
+    """What networks have to have in common for one to be beside the other: the network and the steps."""
+    recipe = RECIPES.get(result["configuration"]["method"])
+    return "resnet20" if recipe is None else recipe.network, _budget(result)
+
+
 def runs_table(folder):
     """What each method has come to, the longest runs first, and how far below float training for as long."""
     networks = [item for item in folder.runs.items() if not _is_detail(item[1])]
     body, ordered = [], sorted(networks, key=lambda item: -_images_seen(item[1]))
     unquantized = {
-        _budget(runs[0]): statistics.mean(r["accuracy"]["final"] for r in runs)
+        _trained_alike(runs[0]): statistics.mean(r["accuracy"]["final"] for r in runs)
         for _, runs in ordered
-        if runs[0]["configuration"]["method"] == "float"
+        if _is_float(runs[0])
     }
     for label, results in ordered:
         first, reached = results[0], statistics.mean(r["accuracy"]["final"] for r in results)
-        without = None if first["configuration"]["method"] == "float" else unquantized.get(_budget(first))
+        without = None if _is_float(first) else unquantized.get(_trained_alike(first))
         state = first["parameter_bytes"] + first["gradient_bytes"] + first["optimizer_bytes"]
         body.append(
             [
