@@ -30,10 +30,16 @@ def table():
             op = getattr(ops, name).default
             if not op._schema.is_mutable and name not in _LEFT_OUT:
                 found[op] = getattr(getattr(default, family), name)
+    found[ops.own_scale.default] = _own_scale
     found[ops.categorical.default] = _categorical
     found[ops.activation.default] = _activation
     found[ops.categorical_activation.default] = _categorical_activation
     return found
+
+
+def _own_scale(w, per_row, mean):
+    """Its default is another op."""
+    return (default.uniform.absmean if mean else default.uniform.absmax)(w, per_row)
 
 
 def _activation(x, scale, offset, bits, rule, signed, front, keep, learn, dtype):

@@ -103,9 +103,15 @@ def test_what_an_opset_has_no_integers_for_leaves_as_float_ops(tmp_path):
         assert (run(proto, x)[0] - want).abs().max() <= 1e-5 * want.abs().max()
 
 
-@pytest.mark.parametrize("name", ["msq 3 sign", "truncquant", "cpq, activations", "dropbits"])
+GRADIENTS = {  # scales that are functions of the weights
+    "msq, gradient": Q.MSQConfig(bits=4, scale_grad=True),
+    "truncquant, paper": Q.TruncQuantConfig.paper(bits=(4, 2)),
+}
+
+
+@pytest.mark.parametrize("name", ["msq 3 sign", "truncquant", "cpq, activations", "dropbits", *GRADIENTS])
 def test_torch_onnx_export_by_itself(name):
-    model, x = made(CONFIGS[name])
+    model, x = made({**CONFIGS, **GRADIENTS}[name])
     proto = torch.onnx.export(model, (x,), dynamo=True, verbose=False).model_proto
     want = model(x).detach()
     assert (run(proto, x)[0] - want).abs().max() <= 1e-5 * want.abs().max()
