@@ -80,7 +80,12 @@ def _gpu_lines(device):
     if shares:
         told = "; ".join(f"{case} {shares[case]:.2f}x" for case in GPU_CASES if case in shares)
         lines.append((f"speed beside a copy of its bytes, {name}", "16M weights, fp32", told))
-    steps = [r for result in device.steps.values() for r in result["rows"] if r["base"] == "unquantized"]
+    steps = [  # a row with a commit of its own is of older code than the others
+        r
+        for result in device.steps.values()
+        for r in result["rows"]
+        if r["base"] == "unquantized" and "commit" not in r
+    ]
     if steps:
         told = "; ".join(
             f"{r['network']} {r['ratio'][OURS]:.2f}, decoupled {r['ratio'][f'{OURS} decoupled']:.2f}" for r in steps

@@ -52,7 +52,7 @@ class UniformActivation(Settings, torch.nn.Module):
 
     Values start with the first training batch, or with those of :func:`calibrate`: what is learned at the least squared
     error of q on a sample of 65,536 of its elements, as LSQ+ starts, with an offset at the minimum; what is tracked at
-    the maximum or the percentile. (LSQ's own start, 2 mean|x| / sqrt(last level), needs long training to recover.)
+    the maximum or the percentile. (LSQ itself starts at 2 mean|x| / sqrt(last level).)
     An evaluation before either raises RuntimeError. Before a model is wrapped in DDP, calibrate it or run a forward:
     each process would start from a batch of its own. A learned value that an optimizer takes below 1/1024 of its start
     counts as that, with its gradient. In a joint step each thread has the width that it trains, for itself.

@@ -30,7 +30,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 OPS = "msq forward,msq backward,msq step,lsb_stats,absmax per row,truncate 8-4-2-1,categorical hard"
 SOFT_OPS = "categorical soft, 4 bits,categorical backward"
 OPS_OF_TRITON = "msq forward,msq backward,absmax per row"
-OPS_OF_VARIANTS = "msq forward,msq backward"
+OPS_OF_VARIANTS = "msq forward,msq backward,lsb_stats,absmax per row"
 MORE = (
     "activation forward,activation backward,LSQ activation step,PACT activation step,activation gelu forward,"
     "activation gelu backward,LSQ activation gelu step,categorical activation step,truncate step,own_scale,"
