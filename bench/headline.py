@@ -145,7 +145,7 @@ def _accuracy_lines(folders):
                     f"{ours[0]:.1f} %; float {unquantized[0]:.1f} %",
                 )
             )
-    ours, usual = _final(folders, "truncquant-2.5"), _final(folders, "qat")
+    ours, usual = _final(folders, "truncquant"), _final(folders, "qat")
     if ours and usual:
         two = [statistics.mean(r["accuracy"]["2 bits"] for r in found[1]) for found in (ours, usual)]
         lines.append(

@@ -105,7 +105,7 @@ class Fused(Variant):
 
     def __init__(self, model):
         super().__init__(model)
-        quantops.quantize_(self.model, quantops.MSQConfig(bits=BITS, k=K, penalty=self.mode))
+        quantops.quantize_(self.model, quantops.MSQConfig(bits=BITS, k=K, scale="absmax", penalty=self.mode))
 
     def penalty(self):
         return quantops.penalty(self.model)
@@ -188,7 +188,7 @@ class JointLoss(Variant):
 
     def __init__(self, model):
         super().__init__(model)
-        quantops.quantize_(self.model, quantops.TruncQuantConfig(bits=WIDTHS, batch_norm=False))
+        quantops.quantize_(self.model, quantops.TruncQuantConfig(bits=WIDTHS, scale="absmax", batch_norm=False))
 
     def loss(self, training):
         return quantops.joint_loss(self.model, training.task_loss, training.x).loss

@@ -90,7 +90,7 @@ _TRUNCATED = dict(
     companding=None,
     batch_norm=True,
     distill=0.0,
-    scale="absmax",  # or a number f, f mean|w|: with 2.5 TruncQuant's 2 bits are 5 points better
+    scale="absmax",  # or a number f, f mean|w|
 )
 _ALONE = _TRUNCATED | {"joint": False, "batch_norm": False}  # trained at its widest width
 _TWO = _ALONE | {"widths": (2,)}
@@ -188,12 +188,12 @@ RECIPES = {
     ),
     "truncquant": Recipe(
         methods.Truncated,
-        _TRUNCATED,
+        _TRUNCATED | {"scale": 2.5},
         _TRUNCATION,
-        "scale max|w| without tanh; the mean of the losses of all widths, so that lr means the same",
+        "scale 2.5 mean|w| without tanh; the mean of the losses of all widths, so that lr means the same",
         claims="86.0 % at 8 bits; at 2 bits 57.5 % of ordinary training truncated, 85.8 % of this",
     ),
-    **{  # what its defaults are chosen by
+    **{  # what its default was chosen from
         f"truncquant-{name}": Recipe(
             methods.Truncated,
             _TRUNCATED | settings,
@@ -201,8 +201,8 @@ RECIPES = {
             f"{text}; the mean of the losses of all widths, so that lr means the same",
         )
         for name, settings, text in (
+            ("absmax", {}, "scale max|w| without tanh"),
             ("gradient", {"scale_grad": True}, "scale max|w| without tanh, and the gradient through it"),
-            ("mean", {"scale": 2.5}, "scale 2.5 mean|w| without tanh"),
             ("tanh", _EXACT | {"companding": "tanh", "out_scale": "absmean"}, "tanh, mean|w|, " + _PUBLIC),
         )
     },
@@ -342,9 +342,9 @@ ACTIVATIONS = {
     ),
     "truncquant-activations": Recipe(
         methods.Truncated,
-        _TRUNCATED | {"act_bits": "weights", "act": "input"} | _IMAGE,
+        _TRUNCATED | {"scale": 2.5, "act_bits": "weights", "act": "input"} | _IMAGE,
         _TRUNCATION,
-        f"{_ACTS}a step for each width, where the paper clamps to [0, 1]; scale max|w| without tanh",
+        f"{_ACTS}a step for each width, where the paper clamps to [0, 1]; scale 2.5 mean|w| without tanh",
     ),
     **{
         f"cpq-w{n}a{n}": Recipe(
