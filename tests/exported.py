@@ -56,16 +56,16 @@ def weighted(name, module):
 
 
 CONFIGS = {
-    "msq 4": Q.MSQConfig(bits=4, scale=2.8),
-    "msq 8": Q.MSQConfig(bits=8),
-    "msq 2 per row": Q.MSQConfig(bits=2, per_row=True),
+    "msq 4": Q.MSQConfig(bits=4),
+    "msq 8": Q.MSQConfig(bits=8, scale="absmax"),
+    "msq 2 per row": Q.MSQConfig(bits=2, scale="absmax", per_row=True),
     "msq 16": Q.MSQConfig(bits=16),
     "msq 0": Q.MSQConfig(bits=0, k=0),
     "msq 4 full": Q.MSQConfig(bits=4, grid="full", per_row=True),
     "msq 3 sign": Q.MSQConfig(bits=3, grid="sign", scale=2.8),
-    "truncquant": Q.TruncQuantConfig(bits=(8, 4, 2, 1), scale=2.5, per_row=True),
-    "truncquant tanh": Q.TruncQuantConfig(bits=(8, 3), companding="tanh", out_scale="absmean"),
-    "truncquant tanh only": Q.TruncQuantConfig(bits=(8, 3), companding="tanh"),
+    "truncquant": Q.TruncQuantConfig(bits=(8, 4, 2, 1), per_row=True),
+    "truncquant tanh": Q.TruncQuantConfig(bits=(8, 3), scale="absmax", companding="tanh", out_scale="absmean"),
+    "truncquant tanh only": Q.TruncQuantConfig(bits=(8, 3), scale="absmax", companding="tanh"),
     "cpq, activations": Q.CPQConfig(bits=4, act_bits=4),
     "cpq per row": Q.CPQConfig(bits=3, per_row=True),
     "dropbits": Q.CPQConfig(bits=4, dropbits="learned"),

@@ -49,8 +49,9 @@ def layered(dtype=torch.float32):
 
 
 def make_msq(dtype=torch.float32, **config):
+    """With max|w|: by a scale that is a mean, weights that clamp would be in the way of what is compared."""
     torch.manual_seed(0)
-    return quantize_(Net().to(dtype), MSQConfig(**{"bits": 5, **config}))
+    return quantize_(Net().to(dtype), MSQConfig(**{"bits": 5, "scale": "absmax", **config}))
 
 
 def make_cpq(dtype=torch.float32, **config):

@@ -41,12 +41,13 @@ class Net(nn.Module):
         return self.fc2(checkpoint(self.features, x, use_reentrant=self.reentrant))
 
 
-TANH = {"companding": "tanh", "out_scale": "absmean", "scale_grad": True}  # as in TruncQuantConfig.paper()
+TANH = {"scale": "absmax", "companding": "tanh", "out_scale": "absmean", "scale_grad": True}  # as in .paper()
 
 
 def make(dtype=torch.float32, affine=True, **config):
+    """With max|w|, so that of one width the backward pass is the identity."""
     torch.manual_seed(0)
-    return quantize_(Net(affine).to(dtype), TruncQuantConfig(**config))
+    return quantize_(Net(affine).to(dtype), TruncQuantConfig(**{"scale": "absmax", **config}))
 
 
 def loss_of(model, seed=1, dtype=torch.float32):

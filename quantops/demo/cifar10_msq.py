@@ -25,7 +25,7 @@ def main(folder, epochs=30, batch=128, out="resnet20.safetensors"):
     """Accuracy in percent, with the report of bits."""
     (x, y), (x_test, y_test) = (images(Path(folder) / part) for part in ("train", "test"))
     model = ResNet20(classes=int(y.max()) + 1)
-    Q.quantize_(model, Q.MSQConfig(bits=8, scale=2.8, penalty="decoupled", penalty_unit="gradient"))
+    Q.quantize_(model, Q.MSQConfig(bits=8, penalty="decoupled", penalty_unit="gradient"))
     steps = epochs * (len(x) // batch)
     controller = Q.MSQController(model, target=12.8, interval=max(1, steps // 40), threshold=0.4, samples=2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)

@@ -46,7 +46,7 @@ class LearnedStep(nn.Module):
 def quantized(model, method, bits):
     """The model trained by ``method``."""
     if method == STE:
-        return quantops.quantize_(model, quantops.MSQConfig(bits=bits, k=0))
+        return quantops.quantize_(model, quantops.MSQConfig(bits=bits, k=0, scale="absmax"))
     if method == STEP:
         for layer in (model.conv1, model.conv2, model.conv3, model.fc):
             parametrize.register_parametrization(layer, "weight", LearnedStep(layer.weight, bits))

@@ -30,7 +30,7 @@ def main(file, folder="gpt2", length=128, steps=2000, batch=16, **config):
     text = Path(file).read_bytes()
     cut = len(text) * 9 // 10
     model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_positions=length, bos_token_id=0, eos_token_id=0, **config))
-    Q.quantize_(model, Q.TruncQuantConfig(bits=(8, 4, 2), scale=2.5))
+    Q.quantize_(model, Q.TruncQuantConfig(bits=(8, 4, 2)))
     args = TrainingArguments(folder, max_steps=steps, per_device_train_batch_size=batch, learning_rate=5e-4)
     trainer = JointTrainer(model, args, train_dataset=rows(text[:cut], length), eval_dataset=rows(text[cut:], length))
     trainer.train()

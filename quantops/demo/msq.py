@@ -79,7 +79,7 @@ def costs(data):
 
     def make(quantized):
         torch.manual_seed(0)
-        return quantops.quantize_(Net(), quantops.MSQConfig(bits=8)) if quantized else Net()
+        return quantops.quantize_(Net(), quantops.MSQConfig(bits=8, scale="absmax")) if quantized else Net()
 
     steps = {
         "float": (make(False), float_step),

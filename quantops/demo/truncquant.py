@@ -31,7 +31,9 @@ def ordinary(untouched, data, epochs, seed, bar, companding):
     """A network trained at 8 bits alone with the usual codes. What its truncations share are its batch norms."""
     model = quantops.quantize_(
         copy.deepcopy(untouched),
-        quantops.TruncQuantConfig(bits=WIDTHS, rule="nearest", companding=companding, slope="ste", batch_norm=False),
+        quantops.TruncQuantConfig(
+            bits=WIDTHS, rule="nearest", scale="absmax", companding=companding, slope="ste", batch_norm=False
+        ),
     )
     train(model, data, epochs, seed, bar)
     return model
@@ -79,7 +81,7 @@ def costs(data):
 
     def make(quantized):
         torch.manual_seed(0)
-        config = quantops.TruncQuantConfig(bits=WIDTHS, batch_norm=False)
+        config = quantops.TruncQuantConfig(bits=WIDTHS, scale="absmax", batch_norm=False)
         return quantops.quantize_(Net(), config) if quantized else Net()
 
     def floats(model):

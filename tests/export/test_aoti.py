@@ -56,7 +56,9 @@ class Networks(nn.Module):
         "msq": Q.MSQConfig(bits=4, act_bits=4),
         "scale_grad": Q.MSQConfig(bits=2, scale=2.8, scale_grad=True, per_row=True),
         "truncquant": Q.TruncQuantConfig(bits=(8, 4), act_bits="weights"),
-        "out_scale": Q.TruncQuantConfig(bits=(4, 2), companding="tanh", out_scale="absmean", batch_norm=False),
+        "out_scale": Q.TruncQuantConfig(
+            bits=(4, 2), scale="absmax", companding="tanh", out_scale="absmean", batch_norm=False
+        ),
         "cpq": Q.CPQConfig(bits=3, act_bits=4),
         "dropbits": Q.CPQConfig(bits=4, dropbits="learned"),
     }

@@ -32,15 +32,17 @@ class Net(nn.Module):
 
 
 CONFIGS = {
-    "msq": Q.MSQConfig(bits=4, act_bits=4),
+    "msq": Q.MSQConfig(bits=4, scale="absmax", act_bits=4),
     "msq input": Q.MSQConfig(bits=3, grid="sign", per_row=True, act_bits=8, act="input", act_scale="tracked", last=8),
-    "msq mean": Q.MSQConfig(bits=2, scale=2.8, overrides={"fc": {"bits": 0, "k": 0}}),
+    "msq mean": Q.MSQConfig(bits=2, overrides={"fc": {"bits": 0, "k": 0}}),
     "msq sign, mean": Q.MSQConfig(bits=3, k=0, grid="sign", scale=2.8),
     "msq mean, rows": Q.MSQConfig(bits=5, scale=3.5, per_row=True, grid="full"),
-    "truncquant mean": Q.TruncQuantConfig(bits=(4, 2), scale=2.5),
+    "truncquant mean": Q.TruncQuantConfig(bits=(4, 2)),
     "msq full": Q.MSQConfig(bits=2, grid="full", overrides={"fc": {"bits": 0, "k": 0}}),
-    "truncquant": Q.TruncQuantConfig(bits=(8, 4, 1), act_bits="weights", first="skip"),
-    "truncquant tanh": Q.TruncQuantConfig(bits=(5, 2), base_bits=8, rule="round_clamp", companding="tanh"),
+    "truncquant": Q.TruncQuantConfig(bits=(8, 4, 1), scale="absmax", act_bits="weights", first="skip"),
+    "truncquant tanh": Q.TruncQuantConfig(
+        bits=(5, 2), base_bits=8, rule="round_clamp", scale="absmax", companding="tanh"
+    ),
     "truncquant paper": Q.TruncQuantConfig.paper(bits=(8, 2), first="quantize", last="quantize"),
     "truncquant tanh, two means, rows": Q.TruncQuantConfig(
         bits=(8, 2), companding="tanh", scale=2.5, out_scale="absmean", per_row=True
@@ -195,9 +197,13 @@ def test_models_that_do_not_fit_stay_as_they_were(tmp_path, monkeypatch):
         ("m", wide, "m: fc.weight: the file has shape"),
         ("m", absent, "m: out.weight: the model has no parameter"),
         ("m", more, "m: model: the file and the model differ in extra"),
-        ("m", Q.quantize_(Net(), Q.MSQConfig(bits=4)), "differ in act"),
-        ("m", Q.quantize_(Net(), Q.MSQConfig(bits=4, act_bits=4, scale=2.8)), "settings .*scale=2.8"),
-        ("m", Q.quantize_(Net(), Q.MSQConfig(bits=4, act_bits=4, act_scale="clip")), "differ in .*clip"),
+        ("m", Q.quantize_(Net(), Q.MSQConfig(bits=4, scale="absmax")), "differ in act"),
+        ("m", Q.quantize_(Net(), Q.MSQConfig(bits=4, act_bits=4)), "settings .*scale=2.8"),
+        (
+            "m",
+            Q.quantize_(Net(), Q.MSQConfig(bits=4, scale="absmax", act_bits=4, act_scale="clip")),
+            "differ in .*clip",
+        ),
         ("mean", Q.quantize_(Net(), CONFIGS["msq mean"]), r"no float weights are known .*floats=True"),
     ]
     for file, model, text in cases:

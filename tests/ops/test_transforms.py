@@ -92,7 +92,7 @@ def test_tracers_that_cannot_record_the_ops_are_told_so(trace):
 MODELS = [
     Q.MSQConfig(),
     Q.MSQConfig(fuse="layer", act_bits=4),
-    Q.TruncQuantConfig(companding="tanh"),
+    Q.TruncQuantConfig(scale="absmax", companding="tanh"),
     Q.TruncQuantConfig(act_bits="weights"),
     Q.CPQConfig(),
     Q.CPQConfig(act_bits=4, dropbits="learned"),

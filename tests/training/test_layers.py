@@ -15,7 +15,7 @@ from quantops.nn import quantized
 from quantops.owners import owners
 
 CONFIGS = [
-    Q.MSQConfig(bits=4, per_row=True),
+    Q.MSQConfig(bits=4, per_row=True, scale="absmax"),
     Q.CPQConfig(bits=3, per_row=True),
     Q.TruncQuantConfig(bits=(8, 3), per_row=True),
 ]

@@ -37,8 +37,10 @@ def test_the_unit_of_a_code_needs_one_step_per_layer():
 
 
 def scales(w, settings):
-    reduce = quantops.absmean if "scale" in settings else quantops.absmax
-    return reduce(w, per_row=settings.get("per_row", False), grad=True) * settings.get("scale", 1.0)
+    f, per_row = settings["scale"], settings.get("per_row", False)
+    if f == "absmax":
+        return quantops.absmax(w, per_row=per_row, grad=True)
+    return f * quantops.absmean(w, per_row=per_row, grad=True)
 
 
 def msq_q(w, settings):
@@ -62,12 +64,12 @@ def truncquant_q(w, settings):
 @pytest.mark.parametrize(
     "config, settings",
     [
-        (MSQConfig, {}),
+        (MSQConfig, {"scale": "absmax"}),
         (MSQConfig, {"scale": 2.0, "grid": "sign"}),
-        (MSQConfig, {"per_row": True, "penalty": "decoupled"}),
-        (TruncQuantConfig, {"companding": None, "out_scale": None}),
-        (TruncQuantConfig, {"companding": "tanh", "slope": "exact", "out_scale": None}),
-        (TruncQuantConfig, {"companding": "tanh", "out_scale": "absmean", "slope": "exact"}),
+        (MSQConfig, {"scale": "absmax", "per_row": True, "penalty": "decoupled"}),
+        (TruncQuantConfig, {"scale": "absmax", "companding": None, "out_scale": None}),
+        (TruncQuantConfig, {"scale": "absmax", "companding": "tanh", "slope": "exact", "out_scale": None}),
+        (TruncQuantConfig, {"scale": "absmax", "companding": "tanh", "out_scale": "absmean", "slope": "exact"}),
     ],
 )
 def test_scales_with_a_gradient(config, settings, cache):

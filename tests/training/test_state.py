@@ -28,10 +28,10 @@ from quantops.state import Settings
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIGS = [
     MSQConfig(bits=3),
-    MSQConfig(bits=3, scale=2.8, per_row=True, grid="full"),
+    MSQConfig(bits=3, scale="absmax", per_row=True, grid="full"),
     TruncQuantConfig(bits=(8, 4)),
     TruncQuantConfig(bits=(8, 2)),
-    TruncQuantConfig(companding="tanh", out_scale="absmean"),
+    TruncQuantConfig(scale="absmax", companding="tanh", out_scale="absmean"),
     CPQConfig(act_bits=4),
     CPQConfig(act_bits=3),
     CPQConfig(bits=3, dropbits="learned"),
@@ -105,8 +105,8 @@ def test_every_constant_is_made_again():
         (
             0,
             1,
-            "0: expected a state of the settings that the model has, grid='dyadic', scale='absmax', per_row=False, got "
-            "one of grid='full', scale=2.8, per_row=True",
+            "0: expected a state of the settings that the model has, grid='dyadic', scale=2.8, per_row=False, got "
+            "one of grid='full', scale='absmax', per_row=True",
         ),
         (2, 3, r"widths=\[8, 4\], got one of widths=\[8, 2\]"),
         (5, 6, "2: .* bits=4, got one of bits=3"),

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_weights_are_truncate_and_integers_decode_to_them_at_every_width(fuse, options, dtype):
     model = make(dtype, fuse=fuse, **options)
-    config = TruncQuantConfig(**options)
+    config = TruncQuantConfig(**{"scale": "absmax", **options})
     weights = to_int(model)
     for m in config.bits:
         set_bits(model, m)
@@ -255,7 +255,7 @@ def test_autocast(fuse, kind):
                 return super().forward(x).float()
 
     torch.manual_seed(0)
-    inside = quantize_(Inside(), TruncQuantConfig(fuse=fuse))
+    inside = quantize_(Inside(), TruncQuantConfig(scale="absmax", fuse=fuse))
     joint(inside, kind)
     assert close(grads(inside), grads(model), 1e-2)
 
