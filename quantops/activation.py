@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from quantops import checks
 from quantops.autograd.common import call
@@ -364,9 +365,12 @@ def finite(statistics):
 INPUT, OUTPUT = "input_quantizer", "output_quantizer"
 
 
-def _quantize_input(layer, args):
+def _quantize_input(layer, args, kwargs):
     """Forward pre-hook; looks the module up, so that a copied layer has its own."""
-    return (getattr(layer, INPUT)(args[0]), *args[1:])
+    quantizer = getattr(layer, INPUT)
+    if args:
+        return (quantizer(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "input": quantizer(kwargs["input"])}  # as torch's layers call it
 
 
 def _quantize_output(layer, args, output):
@@ -400,11 +404,15 @@ def replace_fronts(model, make):
 
 
 def quantize_inputs(layers, make):
-    """Puts ``make(weight, bits)`` in front of each of [(layer, bits)]; bits None: the layer keeps its float input."""
+    """Puts ``make(weight, bits)`` in front of each of [(layer, bits)], in the place of a quantizer that stands there; bits
+    None: the layer keeps the input that it has."""
     for layer, bits in layers:
-        if bits is not None:
-            layer.add_module(INPUT, make(layer.weight, bits))
-            layer.register_forward_pre_hook(_quantize_input)
+        # nn.MultiheadAttention reads the weight of its output layer, and does not call it.
+        if bits is None or isinstance(layer, NonDynamicallyQuantizableLinear):
+            continue
+        if not hasattr(layer, INPUT):
+            layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
+        layer.add_module(INPUT, make(layer.weight, bits))
 
 
 def outputs_named(model, patterns):
@@ -419,10 +427,11 @@ def outputs_named(model, patterns):
 
 
 def quantize_outputs(modules, make, like):
-    """Puts ``make(like)`` behind each module."""
+    """Puts ``make(like)`` behind each module, or in the place of the quantizer that stands there."""
     for _, module in modules:
+        if not hasattr(module, OUTPUT):
+            module.register_forward_hook(_quantize_output)
         module.add_module(OUTPUT, make(like))
-        module.register_forward_hook(_quantize_output)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -34,13 +34,13 @@ def calibrate(
         steps: so many batches at most, all where None. progress: show a bar (needs tqdm).
 
     Raises ValueError for a model without such modules, for no batches at all, and for NaN or infinities that come to a
-    module, naming it; TypeError for batches that cannot be iterated over.
+    module, naming it; TypeError for batches that are no iterable of inputs.
     """
     found = [(n, m) for n, m in activations(model) if isinstance(m, UniformActivation)]
     if not found:
         raise ValueError(f"model: expected modules of UniformActivation, {type(model).__name__} has none")
-    if not isinstance(batches, Iterable):
-        raise TypeError(f"batches: expected an iterable of inputs, got {type(batches).__name__}")
+    if not isinstance(batches, Iterable) or isinstance(batches, (torch.Tensor, dict)):
+        raise TypeError(f"batches: expected an iterable of inputs, such as [x], got {type(batches).__name__}")
     if steps is not None:
         check_int("steps", steps, 1, 2**62)
     training, count = {m: m.training for m in model.modules()}, 0
@@ -57,6 +57,8 @@ def calibrate(
                 break
             if isinstance(batch, dict):
                 model(**batch)
+            elif batch is None or isinstance(batch, (list, tuple)) and not batch:
+                raise TypeError(f"batches: expected inputs, got {batch!r} as batch {count}")
             else:
                 model(batch[0] if isinstance(batch, (list, tuple)) else batch)
             count += 1

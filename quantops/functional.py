@@ -363,7 +363,8 @@ def quantize_activation(
             "clip"   PACT (arXiv 1805.06085): dL/dscale = sum of g * (the last value / scale) where v > scale (on the
                      full grid: of g), less that below -scale where signed
             "step"   LSQ (arXiv 1902.08153): to this the sum of g * (q - v)/scale inside is added, and all is divided by
-                     sqrt(elements of the scale * last level)
+                     sqrt(elements of the scale * last level). LSQ's inside ends at the last value, as it does by
+                     rule="nearest"; by round_clamp it ends a step later, at scale, and gradients differ in between
 
             and dL/doffset = sum of g outside, divided likewise. NaN counts as below.
         out_dtype: dtype of q; default x's own, under autocast the autocast dtype.

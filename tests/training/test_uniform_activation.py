@@ -99,6 +99,41 @@ def test_what_is_replaced():
     assert Q.unquantize_(model) is model and hasattr(model[3], "input_quantizer")
 
 
+def test_quantized_again_each_input_has_one_quantizer():
+    model, count = Q.quantize_(net(), CONFIGS["msq, overrides"]), []
+    Q.quantize_(Q.unquantize_(model), CONFIGS["msq, overrides"])
+    for m in (model[3].input_quantizer, model[7].output_quantizer):
+        m.register_forward_hook(lambda *args: count.append(0))
+    train(model, 1)
+    assert len(count) == 2
+
+
+def test_layers_called_by_keyword():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x, by_name=True):
+            return self.fc(input=x) if by_name else self.fc(x)
+
+    torch.manual_seed(0)
+    model, x = Q.quantize_(Net(), Q.MSQConfig(act_bits=3, act="input")), torch.randn(5, 4)
+    assert torch.equal(model(x), model(x, by_name=False)) and int(model.fc.input_quantizer.bits) == 3
+
+
+def test_attention_has_no_quantizer_that_is_never_called():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = Q.quantize_(layer, Q.MSQConfig(act_bits=4, act="input"))
+    model(torch.randn(2, 3, 8)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert {row.name for row in Q.bit_report(model).activations} == {
+        "linear1.input_quantizer",
+        "linear2.input_quantizer",
+    }
+
+
 def smooth_net():
     torch.manual_seed(0)
     return nn.Sequential(
@@ -444,7 +479,9 @@ def test_errors_of_calls():
             Q.calibrate(model, [torch.ones(2, 4), x.expand(2, 4)])
         assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
     for batches, options, error, text in (
-        (3, {}, TypeError, "batches: expected an iterable of inputs, got int"),
+        (3, {}, TypeError, "batches: expected an iterable of inputs, such as .*, got int"),
+        (torch.ones(2, 4), {}, TypeError, "batches: expected an iterable of inputs, such as .*, got Tensor"),
+        ([torch.ones(2, 4), ()], {}, TypeError, r"batches: expected inputs, got \(\) as batch 1"),
         ([torch.ones(2, 4)], {"steps": 0}, ValueError, "steps: expected an integer 1"),
     ):
         with pytest.raises(error, match=text):
