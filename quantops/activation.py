@@ -404,8 +404,9 @@ def replace_fronts(model, make):
 
 
 def quantize_inputs(layers, make):
-    """Puts ``make(weight, bits)`` in front of each of [(layer, bits)], in the place of a quantizer that stands there; bits
-    None: the layer keeps the input that it has."""
+    """Puts ``make(weight, bits)`` in front of each of [(layer, bits)], in the place of a quantizer that stands there.
+
+    bits None: the layer keeps the input that it has."""
     for layer, bits in layers:
         # nn.MultiheadAttention reads the weight of its output layer, and does not call it.
         if bits is None or isinstance(layer, NonDynamicallyQuantizableLinear):
