@@ -29,8 +29,8 @@ def calibrate(
     batch reaches are left as they are, and are not in the result.
 
     Args:
-        batches: inputs: tensors; tuples or lists, of which the first entry goes in (as a DataLoader gives x and y); or
-            dicts, as keyword arguments.
+        batches: inputs (a tensor is a stack of them): tensors; tuples or lists, of which the first entry goes in (as a
+            DataLoader gives x and y); or dicts, as keyword arguments.
         steps: so many batches at most, all where None. progress: show a bar (needs tqdm).
 
     Raises ValueError for a model without such modules, for no batches at all, and for NaN or infinities that come to a
@@ -39,7 +39,7 @@ def calibrate(
     found = [(n, m) for n, m in activations(model) if isinstance(m, UniformActivation)]
     if not found:
         raise ValueError(f"model: expected modules of UniformActivation, {type(model).__name__} has none")
-    if not isinstance(batches, Iterable) or isinstance(batches, (torch.Tensor, dict)):
+    if not isinstance(batches, Iterable) or isinstance(batches, dict):
         raise TypeError(f"batches: expected an iterable of inputs, such as [x], got {type(batches).__name__}")
     if steps is not None:
         check_int("steps", steps, 1, 2**62)

@@ -480,7 +480,7 @@ def test_errors_of_calls():
         assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
     for batches, options, error, text in (
         (3, {}, TypeError, "batches: expected an iterable of inputs, such as .*, got int"),
-        (torch.ones(2, 4), {}, TypeError, "batches: expected an iterable of inputs, such as .*, got Tensor"),
+        ({"x": torch.ones(2, 4)}, {}, TypeError, "batches: expected an iterable of inputs, such as .*, got dict"),
         ([torch.ones(2, 4), ()], {}, TypeError, r"batches: expected inputs, got \(\) as batch 1"),
         ([torch.ones(2, 4)], {"steps": 0}, ValueError, "steps: expected an integer 1"),
     ):
