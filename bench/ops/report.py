@@ -531,7 +531,8 @@ def report(args):
     costs = static.load()
     if costs:
         path = static.PATH.with_suffix(".md")
-        path.write_text(static.page(costs, _measured(found)))
+        if not args.folders:  # of some of them alone it would lose what the others have measured
+            path.write_text(static.page(costs, _measured(found)))
         texts.append(f"{static.heading(costs)} {static.summary(costs)} The table: {_link(path, args.into)}.")
     text = "\n\n".join(texts)
     print(text)
