@@ -2,6 +2,8 @@
 
 import dataclasses
 import fnmatch
+import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -365,12 +367,12 @@ def finite(statistics):
 INPUT, OUTPUT = "input_quantizer", "output_quantizer"
 
 
-def _quantize_input(layer, args, kwargs):
-    """Forward pre-hook; looks the module up, so that a copied layer has its own."""
+def _quantize_input(name, layer, args, kwargs):
+    """Forward pre-hook; looks the module up, so that a copied layer has its own. name: of forward's first argument."""
     quantizer = getattr(layer, INPUT)
     if args:
         return (quantizer(args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "input": quantizer(kwargs["input"])}  # as torch's layers call it
+    return args, {**kwargs, name: quantizer(kwargs[name])}
 
 
 def _quantize_output(layer, args, output):
@@ -412,7 +414,8 @@ def quantize_inputs(layers, make):
         if bits is None or isinstance(layer, NonDynamicallyQuantizableLinear):
             continue
         if not hasattr(layer, INPUT):
-            layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
+            name = next(iter(inspect.signature(layer.forward).parameters))
+            layer.register_forward_pre_hook(functools.partial(_quantize_input, name), with_kwargs=True)
         layer.add_module(INPUT, make(layer.weight, bits))
 
 

@@ -38,7 +38,7 @@ class MSQConfig(ActivationConfig):
         2.8, is a departure from the paper's max|w|, for the bits to come: at 2 bits the squared error of many normal
         weights is within 2 % of the least, a third of that with max|w|, which leaves most of them at 0, and networks
         end 4 points higher (bench/README.md). Before any training 8 bits lose accuracy by it, since 1 in 40 of normal
-        weights clamps: ResNet-20 starts at 38 %, with "absmax" at the 82 % of its float weights.
+        weights clamps: ResNet-20 starts at 38 %, with "absmax" at 82 (float weights: 81).
     scale_grad: True takes the scale as the function of the weights that it is: its gradient reaches the weight that is
         the maximum, or all of them. The backward pass is then no identity: it sums up the gradient of the scale, a
         pass over the weights makes each one's part of it (the bench's own_scale), and autograd adds that. Worth 3

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -108,18 +109,19 @@ def test_quantized_again_each_input_has_one_quantizer():
     assert len(count) == 2
 
 
-def test_layers_called_by_keyword():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.fc = nn.Linear(4, 3)
+class Named(nn.Linear):
+    def forward(self, x):  # as transformers' Conv1D has it
+        return super().forward(x)
 
-        def forward(self, x, by_name=True):
-            return self.fc(input=x) if by_name else self.fc(x)
 
+@pytest.mark.parametrize("kind, name", [(nn.Linear, "input"), (Named, "x")])
+def test_layers_called_by_keyword(kind, name):
     torch.manual_seed(0)
-    model, x = Q.quantize_(Net(), Q.MSQConfig(act_bits=3, act="input")), torch.randn(5, 4)
-    assert torch.equal(model(x), model(x, by_name=False)) and int(model.fc.input_quantizer.bits) == 3
+    model, x = Q.quantize_(nn.Sequential(kind(4, 3)), Q.MSQConfig(act_bits=3, act="input")), torch.randn(5, 4)
+    out = model(x)
+    for m in (model, pickle.loads(pickle.dumps(model))):
+        assert torch.equal(m[0](**{name: x}), out)
+    assert torch.equal(torch.compile(lambda x: model[0](**{name: x}), fullgraph=True, backend="eager")(x), out)
 
 
 def test_attention_has_no_quantizer_that_is_never_called():
