@@ -2,7 +2,8 @@
 need, and the time that their instructions need, whichever is longer.
 
 Counted is the main path: for CUDA the main loop (what a thread does besides is ``setup``), for Triton the program as a
-whole, which takes its elements all at once. Second stages of sums are left out. Assumed: full use of memory and issue
+whole, which takes its elements all at once. Bits that are kept of elements, a fraction of a byte for each, move in
+narrow accesses beside the wide ones. Second stages of sums are left out. Assumed: full use of memory and issue
 slots, which no kernel reaches; roundings and conversions at 16 lanes a clock, the rate of MUFU.
 """
 
@@ -114,6 +115,20 @@ def accesses(kernel, op, code):
     return found
 
 
+def bits(code, op, elements, each):
+    """Addresses of the first accesses of one width that move the fraction in ``each`` bytes of an element, if any."""
+    needed, found = (each - math.floor(each)) * elements, {}
+    for at, text in code:
+        if sass.opcode(text) == op:
+            found.setdefault(sass.width(text), []).append(at)
+    for width, places in found.items() if needed else ():
+        if needed % width == 0 and needed // width <= len(places):
+            return places[: int(needed // width)]
+    if needed:
+        raise NoMainPath(f"{op} of {needed:g} bytes a thread expected for bits")
+    return []
+
+
 def choose(kernel, op, code, needed):
     """(addresses, trips) of the widest accesses that move ``needed`` bytes; those of a loop may turn several times."""
     found = accesses(kernel, op, code)
@@ -136,28 +151,42 @@ class NoMainPath(Exception):
     """The machine code has no path that moves the case's bytes in one width; says what there is."""
 
 
-def cuda_cost(kernel, reads, writes, longest=True, table=0):
-    """The main loop of a kernel of csrc/cuda: the smallest that has the most wide loads. ``longest``: on the longest
-    way, with all that optional arguments ask for. ``table``: see Case. Setup is the shortest way around the loop."""
-
-    def inside(span):
-        return [(at, text) for at, text in kernel.code if span[0] <= at <= span[1]]
-
-    loads = {span: accesses(kernel, "LDG", inside(span)).get(WIDE, []) for span in kernel.spans(nested=True)}
-    if not any(loads.values()):
+def cuda_cost(kernel, reads, writes, longest=True, table=0, optional=0):
+    """The main loop of a kernel of csrc/cuda: of those with the most wide loads the smallest, or where its ways part
+    before the last of these, the next one. ``longest``: on the longest way, with all that optional arguments ask for.
+    ``table``, ``optional``: see Case. Setup is the shortest way around the loop."""
+    loads = {span: accesses(kernel, "LDG", _inside(kernel, span)).get(WIDE, []) for span in kernel.spans(nested=True)}
+    found = sorted((s for s in loads if loads[s]), key=lambda s: (-len(loads[s]), s[1] - s[0]))
+    if not found:
         raise NoMainPath("no loop with wide loads")
-    most = max(len(places) for places in loads.values())
-    span = min((s for s in loads if len(loads[s]) == most), key=lambda s: s[1] - s[0])
-    elements, through, trips = WIDE * most / reads, loads[span], {}
+    for span in found:
+        try:
+            elements = WIDE * len(loads[span]) / (math.floor(reads) + optional)
+            way, trips = _loop(kernel, span, loads[span], elements, reads, writes, longest, table)
+        except (NoMainPath, ValueError) as error:
+            if span == found[-1]:
+                raise
+            reason = error
+            continue
+        return cost(kernel, way, trips, elements * (reads + writes), elements, len(kernel.shortest([])), 256)
+    raise reason
+
+
+def _inside(kernel, span):
+    return [(at, text) for at, text in kernel.code if span[0] <= at <= span[1]]
+
+
+def _loop(kernel, span, through, elements, reads, writes, longest, table):
+    """(way, trips) once through a loop with the wide loads ``through``."""
+    code, trips = _inside(kernel, span), {}
     if writes:
-        stores, trips = choose(kernel, "STG", inside(span), elements * writes)
+        stores, trips = choose(kernel, "STG", code, elements * math.floor(writes))
         through = sorted([*through, *stores])
+    through = sorted([*through, *bits(code, "LDG", elements, reads), *bits(code, "STG", elements, writes)])
     if table:
-        rows, turns = table_rows(kernel, inside(span), int(elements), table)
+        rows, turns = table_rows(kernel, code, int(elements), table)
         through, trips = sorted([*through, *rows]), {**trips, **turns}
-    way = kernel.around(*span, [at for at in through if span[0] < at < span[1]], longest)
-    moved = elements * writes + WIDE * most
-    return cost(kernel, way, trips, moved, elements, len(kernel.shortest([])), 256)
+    return kernel.around(*span, [at for at in through if span[0] < at < span[1]], longest), trips
 
 
 def table_rows(kernel, code, elements, table):
@@ -179,8 +208,8 @@ def triton_cost(kernel, constants, reads, writes):
     for op, each in (("STG", writes), ("LDG", reads)):
         if each:  # of the loads those before the first store: the path of the last elements may be as wide
             code = [(at, text) for at, text in kernel.code if not through or at < through[0]]
-            places, turns = choose(kernel, op, code, elements * each)
-            through = [*places, *through]
+            places, turns = choose(kernel, op, code, elements * math.floor(each))
+            through = sorted([*places, *bits(code, op, elements, each)]) + through
             trips.update(turns)
     way = kernel.shortest(sorted(through))
     return cost(kernel, way, trips, elements * (reads + writes), elements, 0, threads)
@@ -232,7 +261,9 @@ def _cuda_row(case, dtype, kernels):
         raise NoMainPath(f"no kernel {name}")
     return {
         "kernel": name,
-        **cuda_cost(kernels[str(ARCH), name], case.reads(size), case.writes(size), case.longest, case.table),
+        **cuda_cost(
+            kernels[str(ARCH), name], case.reads(size), case.writes(size), case.longest, case.table, case.optional(size)
+        ),
     }
 
 

@@ -226,7 +226,17 @@ def _gelu_step_check(got, x):
 
 
 CASES = [
-    Case("activation forward", ActivationInputs, lambda s: s, lambda s: s + 0.125, _forward, _forward_check),
+    # The longest way of these two is that of residuals, and of x kept.
+    Case(
+        "activation forward",
+        ActivationInputs,
+        lambda s: s,
+        lambda s: s + 0.125,
+        _forward,
+        _forward_check,
+        cuda="activation_kernel<T, T, false, false>",
+        longest=False,
+    ),
     Case(
         "activation backward",
         ActivationInputs,
@@ -237,6 +247,9 @@ CASES = [
             for g, kept, s in zip(x.grad, x.inside, x.ends)
         ],
         _backward_check,
+        cuda="gradient_kernel<T, false, false>",
+        longest=False,
+        optional=lambda s: s,  # q, for the sum of a clip
     ),
     # x to q and 8 bits; then dL/dq and these to dL/dx.
     _case(

@@ -55,6 +55,7 @@ class Case:
     turns: whether loops of its kernels turn as often as there are bits or classes, so that no static table counts them.
     table: words of 16 bytes that its kernel in csrc/cuda reads per element from a table in shared memory: its way leads
         through them, and past what is done without a table. Where turns holds as well, Triton's alone are not counted.
+    optional: element size -> bytes per element that its kernel in csrc/cuda can load besides, in other calls.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Case:
     longest: bool = True
     turns: bool = False
     table: int = 0
+    optional: Callable[[int], float] = lambda size: 0.0
     family: str = ""
 
     def bytes(self, size):

@@ -65,3 +65,53 @@ def test_a_loop_over_results_is_counted_as_often_as_it_turns():
 def test_occupancy():
     assert static.occupancy(sass.Kernel(0, 0, 80), 256) == 24 / 64  # three blocks of 8 warps in 65536 registers
     assert static.occupancy(sass.Kernel(0, 0, 32, shared=100 * 1024), 128) == 8 / 64
+
+
+def test_bits_kept_beside_wide_accesses_are_on_the_way():
+    """4 elements and a nibble for each: the way leads through the byte's load and not past it."""
+    kernel = sass.Kernel(0, 0, 32)
+    kernel.code = [
+        (16 * i, text)
+        for i, text in enumerate(
+            [
+                "LDG.E.128 R4, desc[UR4][R2.64]",
+                "@P2 BRA 0x50",
+                "LDG.E.U16 R8, desc[UR4][R2.64]",
+                "SHF.R R8, R8, R9",
+                "FMUL R4, R4, R8",
+                "STG.E.128 desc[UR4][R2.64], R4",
+                "@P1 BRA 0x0",
+                "EXIT",
+            ]
+        )
+    ]
+    found = static.cuda_cost(kernel, reads=4.5, writes=4, longest=False)
+    assert found["elements"] == 4 and found["bytes"] == 8.5 and found["instructions"]["issue"] == 7 / 4
+    assert static.cuda_cost(kernel, reads=4, writes=4, longest=False)["instructions"]["issue"] == 4 / 4
+    assert static.cuda_cost(kernel, reads=2, writes=4, longest=False, optional=2)["bytes"] == 6
+    with pytest.raises(static.NoMainPath, match="LDG of 1 bytes a thread expected for bits"):
+        static.cuda_cost(kernel, reads=4.25, writes=4)
+
+
+def test_where_ways_part_between_loads_a_loop_with_fewer_is_counted():
+    kernel = sass.Kernel(0, 0, 32)
+    kernel.code = [
+        (16 * i, text)
+        for i, text in enumerate(
+            [
+                "@P0 BRA 0x40",
+                "LDG.E.128 R4, desc[UR4][R2.64]",
+                "STG.E.128 desc[UR4][R2.64], R4",
+                "BRA 0x60",
+                "LDG.E.128 R4, desc[UR4][R2.64]",
+                "STG.E.128 desc[UR4][R2.64], R4",
+                "@P1 BRA 0x0",
+                "LDG.E.128 R4, desc[UR4][R2.64]",
+                "STG.E.128 desc[UR4][R2.64], R4",
+                "@P1 BRA 0x70",
+                "EXIT",
+            ]
+        )
+    ]
+    found = static.cuda_cost(kernel, reads=4, writes=4)
+    assert found["elements"] == 4 and found["instructions"]["issue"] == 3 / 4
