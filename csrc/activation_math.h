@@ -110,11 +110,13 @@ QUANTOPS_INLINE A residual_of(A value, A v, const Grid<A>& p) {
   return at_most(at_least((value - v) * p.per_code, -p.one), p.one);
 }
 
-// The number that is kept of an element, as a float.
+// The number that is kept of an element, as a float, from m * step. Inside, rho may leave -1..1 by a rounding that this
+// one takes back; outside it is not looked at.
 template <class A>
-QUANTOPS_INLINE A residual_number(A rho, A v, const Grid<A>& p) {
-  const A number = rint_small(A(kResiduals) * rho) + A(kMiddle), outside = v > p.high ? A(kAbove) : A(kBelow);
-  return inside(v, p) ? number : outside;
+QUANTOPS_INLINE A residual_number(A value, A v, const Grid<A>& p) {
+  const A number = rint_small(A(kResiduals) * ((value - v) * p.per_code)) + A(kMiddle);
+  const A below_or_in = v >= p.low ? number : A(kBelow);
+  return v > p.high ? A(kAbove) : below_or_in;
 }
 
 // What q of an element that is not inside is compared with: above where it is larger.

@@ -64,6 +64,9 @@ _MSQ_DEVIATIONS = (
 # Quickly down: where all layers end at 2 bits, what counts are the steps that are left then.
 _NEAREST = {"hessian": False, "threshold": 0.55, "prune": 0.2, "nearest": 1.87}
 
+# The default of MSQController, the same for all networks.
+_RELATIVE = {"penalty": "decoupled", "penalty_unit": "gradient", "strength": 1.0}
+
 # The sign grid counts bits as BSQ does: n of magnitude beside a sign. The scales have the least squared error of normal
 # weights at 1 and at 2 bits.
 _SIGN = {"grid": "sign", "min_bits": 1, "scale": 3.07}
@@ -167,7 +170,7 @@ RECIPES = {
     ),
     "msq-relative": Recipe(
         methods.MSQ,
-        _MSQ | {"penalty": "decoupled", "penalty_unit": "gradient", "strength": 1.0, "threshold": 0.4},
+        _MSQ | _RELATIVE,
         _MSQ_PAPER,
         _MSQ_DEVIATIONS + "; lambda is a part of the task's gradient in each layer, the default of MSQController",
     ),
@@ -369,6 +372,15 @@ VIT = {
         _MSQ_PAPER,
         _VIT_TEXT
         + "4 bits on average; inputs of all layers, and queries, keys and values, have 4 bits; "
+        + _MSQ_DEVIATIONS,
+        **_VIT,
+    ),
+    "vit-msq-relative": Recipe(
+        methods.MSQ,
+        _MSQ | _RELATIVE | _VIT_ACTS | {"target": 8.0},
+        _MSQ_PAPER,
+        _VIT_TEXT
+        + "as vit-msq-w4a4, but lambda is a part of the task's gradient in each layer, the default of MSQController; "
         + _MSQ_DEVIATIONS,
         **_VIT,
     ),

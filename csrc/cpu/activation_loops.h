@@ -13,26 +13,15 @@ QUANTOPS_INLINE constexpr int place_of_lane(int j) {
   return !kPairs ? j : j < kLanes / 2 ? 2 * j : 2 * (j - kLanes / 2) + 1;
 }
 
-// kLanes numbers of 8 bits, lane by lane, in the order of memory.
-template <bool kPairs>
-QUANTOPS_INLINE void put_numbers(uint8_t* to, const int32_t* lanes) {
-  if constexpr (kPairs) {
-    uint16_t words[kLanes / 2];
-    for (int j = 0; j < kLanes / 2; j++) words[j] = static_cast<uint16_t>(lanes[j] | lanes[j + kLanes / 2] << 8);
-    std::memcpy(to, words, sizeof(words));
-  } else {
-    for (int j = 0; j < kLanes; j++) to[j] = static_cast<uint8_t>(lanes[j]);
-  }
-}
-
+// kLanes numbers of 8 bits in the order of memory, lane by lane.
 template <bool kPairs>
 QUANTOPS_INLINE void get_numbers(const uint8_t* from, int32_t* lanes) {
   if constexpr (kPairs) {
-    uint16_t words[kLanes / 2];
-    std::memcpy(words, from, sizeof(words));
     for (int j = 0; j < kLanes / 2; j++) {
-      lanes[j] = words[j] & 0xff;
-      lanes[j + kLanes / 2] = words[j] >> 8;
+      uint16_t word;
+      std::memcpy(&word, from + 2 * j, sizeof(word));
+      lanes[j] = word & 0xff;
+      lanes[j + kLanes / 2] = word >> 8;
     }
   } else {
     for (int j = 0; j < kLanes; j++) lanes[j] = from[j];
@@ -50,7 +39,7 @@ QUANTOPS_INLINE void quantize_lanes(const In* x, R&& y, uint8_t* kept, const Gri
     const A v = kPlain ? from[j] : from[j] - p.offset, value = grid_level<kPlain>(v, p) * p.step;
     y.set(j, kPlain ? value : value + p.offset);
     if constexpr (kKeep == kBits) lanes[j] = inside(v, p) ? int32_t(uint32_t(1) << place_of_lane<kPairs>(j)) : 0;
-    if constexpr (kKeep == kResidual) lanes[j] = static_cast<int32_t>(residual_number(residual_of(value, v, p), v, p));
+    if constexpr (kKeep == kResidual) lanes[j] = static_cast<int32_t>(residual_number(value, v, p));
   }
   y.finish();
   if constexpr (kKeep == kBits) {
@@ -58,7 +47,8 @@ QUANTOPS_INLINE void quantize_lanes(const In* x, R&& y, uint8_t* kept, const Gri
     for (int j = 0; j < kLanes; j++) word |= static_cast<uint32_t>(lanes[j]);
     std::memcpy(kept, &word, sizeof(word));
   }
-  if constexpr (kKeep == kResidual) put_numbers<kPairs>(kept, lanes);
+  if constexpr (kKeep == kResidual)
+    for (int j = 0; j < kLanes; j++) kept[j] = static_cast<uint8_t>(lanes[j]);
 }
 
 template <Keep kKeep>
@@ -69,7 +59,7 @@ constexpr int kKeptOfLanes = kKeep == kInput  ? 0
 template <Keep kKeep, bool kPlain, class In, class Out, class A>
 QUANTOPS_SIMD void activation_loop(const In* __restrict x, Out* __restrict q, bool streaming, uint8_t* __restrict kept,
                                    int64_t n, const Grid<A>& grid) {
-  constexpr bool kPairs = kAllPairs<In, Out>;
+  constexpr bool kPairs = kKeep != kResidual && kAllPairs<In, Out>;  // numbers are written in the order of memory
   const Grid<A> p = grid;
   int64_t i = 0;
   for (; i + kRun <= n; i += kRun) {
@@ -90,7 +80,7 @@ QUANTOPS_SIMD void activation_loop(const In* __restrict x, Out* __restrict q, bo
       if (j % 8 == 0) kept[j / 8] = 0;
       kept[j / 8] |= static_cast<uint8_t>(inside(v, p) << j % 8);
     }
-    if constexpr (kKeep == kResidual) kept[j] = static_cast<uint8_t>(residual_number(residual_of(value, v, p), v, p));
+    if constexpr (kKeep == kResidual) kept[j] = static_cast<uint8_t>(residual_number(value, v, p));
   }
 }
 
@@ -224,7 +214,7 @@ QUANTOPS_SIMD void activation_channels_loop(const A* __restrict x, A* __restrict
     const A v = x[i] - p.offset, value = grid_level<false>(v, p) * p.step;
     q[i] = value + p.offset;
     if constexpr (kKeep == kBits) kept[i] = inside(v, p) ? 1 : 0;
-    if constexpr (kKeep == kResidual) kept[i] = static_cast<int32_t>(residual_number(residual_of(value, v, p), v, p));
+    if constexpr (kKeep == kResidual) kept[i] = static_cast<int32_t>(residual_number(value, v, p));
   }
 }
 

@@ -85,10 +85,10 @@ struct Elements<BFloat16, true> {
   float at[kLanes];
 
   QUANTOPS_INLINE explicit Elements(const BFloat16* from) {
-    uint32_t words[kLanes / 2];
-    std::memcpy(words, from, sizeof(words));
     for (int j = 0; j < kLanes / 2; j++) {
-      const uint32_t first = words[j] << 16, second = words[j] & 0xffff0000;
+      uint32_t word;  // each by itself: of all at once AVX2's clone made copies in halves, and waited for them
+      std::memcpy(&word, from + 2 * j, sizeof(word));
+      const uint32_t first = word << 16, second = word & 0xffff0000;
       std::memcpy(at + j, &first, 4);
       std::memcpy(at + kLanes / 2 + j, &second, 4);
     }

@@ -63,8 +63,7 @@ template <class A>
 __device__ __forceinline__ A quantized(A x, const Grid<A>& p, int32_t keep, uint32_t& number) {
   const A v = x - p.offset, value = grid_level<false>(v, p) * p.step;
   number = inside(v, p) ? 1 : 0;
-  if (keep == kResidual)
-    number = static_cast<uint32_t>(static_cast<int32_t>(residual_number(residual_of(value, v, p), v, p)));
+  if (keep == kResidual) number = static_cast<uint32_t>(static_cast<int32_t>(residual_number(value, v, p)));
   return value + p.offset;
 }
 
