@@ -120,46 +120,70 @@ QUANTOPS_INLINE A known_residual(A x, int32_t kept, const Grid<A>& p) {
 template <Keep kKeep, Learn kLearn>
 constexpr bool kReadsOther = kKeep == kInput || (kKeep == kBits && kLearn != kLearnNone);
 
-// g: dL/dq; xq: x or q, where it is needed; both and the result as they are stored. Outside, g is counted as above or
-// not; what is below is what is left.
+// Sums of g over elements, lane by lane.
+template <class A>
+struct LaneSums {
+  A inside[kLanes] = {}, above[kLanes] = {}, below[kLanes] = {};
+};
+
+// kLanes elements: their dL/dx in `y`; xq: x or q, where it is needed. Outside, g is counted as above or not; what is
+// below is what is left. A loop for each condition: of two of them in one loop the compiler makes branches.
+template <Keep kKeep, Learn kLearn, bool kPairs, class T, class R, class A>
+QUANTOPS_INLINE void gradient_lanes(const T* g, const T* xq, const uint8_t* kept, R&& y, A middle, const Grid<A>& p,
+                                    LaneSums<A>& sums) {
+  int32_t known[kLanes] = {};
+  if constexpr (kKeep == kBits) {
+    uint32_t word;
+    std::memcpy(&word, kept, sizeof(word));
+    for (int j = 0; j < kLanes; j++) known[j] = int32_t(word & (uint32_t(1) << place_of_lane<kPairs>(j)));
+  }
+  if constexpr (kKeep == kResidual) get_numbers<kPairs>(kept, known);
+  const Elements<T, kPairs> from(g), other(xq);
+  A outside[kLanes];
+  for (int j = 0; j < kLanes; j++) {
+    const A v = from[j];
+    const bool in = known_inside<kKeep>(A(other[j]), known[j], p);
+    y.set(j, in ? v : A(0));
+    outside[j] = in ? A(0) : v;
+  }
+  y.finish();
+  if constexpr (kLearn != kLearnNone)
+    for (int j = 0; j < kLanes; j++) {
+      const bool above = known_above<kKeep>(A(other[j]), known[j], middle, p);
+      sums.above[j] += above ? outside[j] : A(0);
+      sums.below[j] += above ? A(0) : outside[j];
+    }
+  if constexpr (kLearn == kLearnStep)
+    for (int j = 0; j < kLanes; j++) {
+      const A v = from[j], t = other[j], term = v * known_residual<kKeep>(t, known[j], p);
+      sums.inside[j] += known_inside<kKeep>(t, known[j], p) ? term : A(0);
+    }
+}
+
+// g: dL/dq; xq: x or q, where it is needed; both and the result as they are stored. Written in runs: while lanes are,
+// sums cannot stay in registers.
 template <Keep kKeep, Learn kLearn, class T, class A>
 QUANTOPS_SIMD void activation_grad_loop(const T* __restrict g, const T* __restrict xq, const uint8_t* __restrict kept,
                                         T* __restrict out, bool streaming, int64_t n, const Grid<A>& grid,
                                         SideSums& total) {
   constexpr bool kPairs = kAllPairs<T>;
+  constexpr int kBytes = kKeptOfLanes<kKeep>;
   const Grid<A> p = grid;
   const A middle = middle_of(p);
-  A of_inside[kLanes] = {}, of_above[kLanes] = {}, of_below[kLanes] = {};
+  const T* second = kReadsOther<kKeep, kLearn> ? xq : g;
+  LaneSums<A> sums;
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes, kept += kKeptOfLanes<kKeep>) {
+  for (; i + kRun <= n; i += kRun) {
+    alignas(64) T run[kRun];
+    for (int k = 0; k < kRun; k += kLanes, kept += kBytes)
+      gradient_lanes<kKeep, kLearn, kPairs>(g + i + k, second + i + k, kept, Results<T, T, kPairs>(run + k), middle, p,
+                                            sums);
+    for (int k = 0; k < kRun; k += kLanes) put_lanes(out + i + k, run + k, streaming);
+  }
+  for (; i + kLanes <= n; i += kLanes, kept += kBytes) {
     alignas(64) T lanes[kLanes];
-    int32_t known[kLanes];
-    if constexpr (kKeep == kBits) {
-      uint32_t word;
-      std::memcpy(&word, kept, sizeof(word));
-      for (int j = 0; j < kLanes; j++) known[j] = int32_t(word & (uint32_t(1) << place_of_lane<kPairs>(j)));
-    } else if constexpr (kKeep == kResidual) {
-      get_numbers<kPairs>(kept, known);
-    } else {
-      for (int j = 0; j < kLanes; j++) known[j] = 0;
-    }
-    const Elements<T, kPairs> from(g + i), other((kReadsOther<kKeep, kLearn> ? xq : g) + i);
-    Results<T, T, kPairs> y(lanes);
-    for (int j = 0; j < kLanes; j++) {
-      const A v = from[j];
-      y.set(j, known_inside<kKeep>(A(other[j]), known[j], p) ? v : A(0));
-    }
-    y.finish();
+    gradient_lanes<kKeep, kLearn, kPairs>(g + i, second + i, kept, Results<T, T, kPairs>(lanes), middle, p, sums);
     put_lanes(out + i, lanes, streaming);
-    if constexpr (kLearn != kLearnNone)
-      for (int j = 0; j < kLanes; j++) {
-        const A v = from[j], t = other[j];
-        const bool in = known_inside<kKeep>(t, known[j], p), above = known_above<kKeep>(t, known[j], middle, p);
-        const A outside = in ? A(0) : v, up = above ? outside : A(0);
-        of_above[j] += up;
-        of_below[j] += above ? A(0) : outside;
-        if constexpr (kLearn == kLearnStep) of_inside[j] += in ? v * known_residual<kKeep>(t, known[j], p) : A(0);
-      }
   }
   for (int j = 0; i < n; i++, j++) {
     const int32_t known = kKeep == kBits ? kept[j / 8] >> j % 8 & 1 : kKeep == kResidual ? kept[j] : 0;
@@ -167,14 +191,14 @@ QUANTOPS_SIMD void activation_grad_loop(const T* __restrict g, const T* __restri
     const bool in = known_inside<kKeep>(t, known, p);
     narrow_from<T>(in ? v : A(0), out[i]);
     if constexpr (kLearn != kLearnNone) {
-      (known_above<kKeep>(t, known, middle, p) ? of_above : of_below)[j] += in ? A(0) : v;
-      if constexpr (kLearn == kLearnStep) of_inside[j] += in ? v * known_residual<kKeep>(t, known, p) : A(0);
+      (known_above<kKeep>(t, known, middle, p) ? sums.above : sums.below)[j] += in ? A(0) : v;
+      if constexpr (kLearn == kLearnStep) sums.inside[j] += in ? v * known_residual<kKeep>(t, known, p) : A(0);
     }
   }
   for (int j = 0; j < kLanes; j++) {
-    total.inside += of_inside[j];
-    total.above += of_above[j];
-    total.below += of_below[j];
+    total.inside += sums.inside[j];
+    total.above += sums.above[j];
+    total.below += sums.below[j];
   }
 }
 
