@@ -66,23 +66,39 @@ struct FrontValue {
   A h, slope;
 };
 
-// kNormal: S is the normal distribution, else logistic.
+// kNormal: S is the normal distribution, else logistic. In steps: of which exponential, what it is divided into, and h.
 template <bool kNormal, class A>
-QUANTOPS_INLINE FrontValue<A> front_and_slope(A x, const FrontSettings<A>& p) {
-  const A low = at_least(x, -p.limit), t = at_most(low, p.limit), square = t * t;
-  A small, density;  // 1 - S(|x|), S'(x)
+QUANTOPS_INLINE A front_exponent(A x, const FrontSettings<A>& p) {
+  const A t = at_most(at_least(x, -p.limit), p.limit), square = t * t;
+  if constexpr (kNormal) return square * A(0.5);
+  return absolute_of(t * (p.first + p.second * square));
+}
+
+template <bool kNormal, class A>
+QUANTOPS_INLINE A front_inverse(A x, A exponential, const FrontSettings<A>& p) {
+  if constexpr (!kNormal) return A(1) / (exponential + A(1));
+  const A t = at_most(at_least(x, -p.limit), p.limit);
+  return A(1) / (ratio_bottom(absolute_of(t)) * exponential);
+}
+
+template <bool kNormal, class A>
+QUANTOPS_INLINE FrontValue<A> front_value(A x, A inverse, const FrontSettings<A>& p) {
+  const A low = at_least(x, -p.limit), t = at_most(low, p.limit), a = absolute_of(t);
+  A small = inverse, density;  // 1 - S(|x|), S'(x)
   if constexpr (kNormal) {
-    const A a = t < A(0) ? -t : t, bottom = ratio_bottom(a);
-    const A inverse = A(1) / (bottom * exponential_of(square * A(0.5)));
     small = ratio_top(a) * inverse;
-    density = bottom * inverse * A(0.3989422804014327);
+    density = ratio_bottom(a) * inverse * A(0.3989422804014327);
   } else {
-    const A z = t * (p.first + p.second * square);
-    small = A(1) / (exponential_of(z < A(0) ? -z : z) + A(1));
-    density = small * (A(1) - small) * (p.first + p.third * square);
+    density = small * (A(1) - small) * (p.first + p.third * (t * t));
   }
   const A gate = t < A(0) ? small : A(1) - small;
   return {low * gate, x == x ? gate + t * density : A(0)};
+}
+
+template <bool kNormal, class A>
+QUANTOPS_INLINE FrontValue<A> front_and_slope(A x, const FrontSettings<A>& p) {
+  const A exponential = exponential_of(front_exponent<kNormal>(x, p));
+  return front_value<kNormal>(x, front_inverse<kNormal>(x, exponential, p), p);
 }
 
 }  // namespace quantops

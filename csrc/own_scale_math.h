@@ -1,14 +1,9 @@
 // The gradient of a scale that is max|w| or mean|w| per element: one inline statement for the CPU and the CUDA kernels,
 // the arithmetic of quantops/reference/own_scale.py.
 #pragma once
-#include <cmath>
-
 #include "quant_math.h"
 
 namespace quantops {
-
-QUANTOPS_INLINE float absolute_of(float w) { return fabsf(w); }
-QUANTOPS_INLINE double absolute_of(double w) { return fabs(w); }
 
 // Whether a weight carries gradient: those of size `least`, the maximum, or from 0 on, all.
 template <class A>

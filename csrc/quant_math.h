@@ -6,6 +6,7 @@
 // on the way to a code or to q only where the product is exact, which gives the same bits. Comparisons are written as
 // ternaries, which vectorize, where fmin does not.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <limits>
 
@@ -30,6 +31,9 @@ constexpr int kMaxBits = 16;
 constexpr int32_t kInvalid = INT32_MIN;  // integer results of a tensor whose bits, k or scale are out of range
 
 enum Rule : int64_t { kRoundClamp = 0, kFloor = 1, kNearest = 2, kRules };  // the order of RULES in the reference
+
+QUANTOPS_INLINE float absolute_of(float v) { return fabsf(v); }
+QUANTOPS_INLINE double absolute_of(double v) { return fabs(v); }
 
 // a * b + c, rounded once. An instruction on GPUs and on CPUs since 2013; on older ones a slow call.
 QUANTOPS_INLINE float fused(float a, float b, float c) {

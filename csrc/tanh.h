@@ -49,15 +49,19 @@ constexpr A kRoundingPower = sizeof(A) == 4 ? A(12582912.) : A(6755399441055744.
 // y = k ln(2) + r for 0 <= y < 43 (21 in float), |r| <= ln(2) / 2.
 template <class A>
 struct Reduced {
-  A sum;    // k + kRoundingPower
-  A small;  // e^r - 1
+  A sum, r;  // k + kRoundingPower
 };
 
 template <class A>
 QUANTOPS_INLINE Reduced<A> reduced(A y) {
   const A sum = y * A(1.44269504088896340736) + kRoundingPower<A>, k = sum - kRoundingPower<A>;
-  const A r = (y - k * Ln2<A>::high) - k * Ln2<A>::low;
-  return {sum, r + r * r * expm1_tail(r)};
+  return {sum, (y - k * Ln2<A>::high) - k * Ln2<A>::low};
+}
+
+// e^r - 1 for such r.
+template <class A>
+QUANTOPS_INLINE A small_exponential_minus_one(A r) {
+  return r + r * r * expm1_tail(r);
 }
 
 // v 2^k for a normal v and result. Of NaN some number may come.
@@ -70,9 +74,12 @@ QUANTOPS_INLINE double times_power(double v, double sum) {
 
 // e^y for such y, to a few units in the last place.
 template <class A>
+QUANTOPS_INLINE A exponential_of(const Reduced<A>& v) {
+  return times_power(small_exponential_minus_one(v.r) + A(1), v.sum);
+}
+template <class A>
 QUANTOPS_INLINE A exponential_of(A y) {
-  const Reduced<A> v = reduced(y);
-  return times_power(v.small + A(1), v.sum);
+  return exponential_of(reduced(y));
 }
 
 // e^y - 1 = 2^k (e^r - 1) + (2^k - 1), likewise. NaN stays NaN.
@@ -80,7 +87,7 @@ template <class A>
 QUANTOPS_INLINE A exponential_minus_one(A y) {
   const Reduced<A> v = reduced(y);
   const A power = times_power(A(1), v.sum);
-  return power * v.small + (power - A(1));
+  return power * small_exponential_minus_one(v.r) + (power - A(1));
 }
 
 // E / (E + 2) with E = e^(2|x|) - 1, to a few units in the last place. Beyond the limit it is 1.

@@ -216,8 +216,6 @@ void with_gradient(const Problem& p, const Other& other, const Targets& out, int
   with_block<A>(out.data[0], out.type, i, n, out.streaming, [&](A* to) { f(from, xq, to, false); });
 }
 
-constexpr int64_t kPart = 512;  // elements of a block at a time, so that what is between loops stays in the cache
-
 // Behind a smooth front: dL/dh as without one, times dh/dx.
 template <Learn kLearn, class A>
 void front_backward(const Problem& p, const Other& x, const Targets& out, int64_t i, int64_t n, const Grid<A>& grid,

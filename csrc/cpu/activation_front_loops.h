@@ -1,27 +1,46 @@
 // Loops over blocks of what stands in front of a quantizer, in the arithmetic dtype: h goes to a block that stays in
 // the cache, which the loops of activation_loops.h take for x.
 #pragma once
+#include <algorithm>
+
 #include "activation_front.h"
 #include "cpu/blocks.h"
 #include "cpu/simd.h"
 
 namespace quantops {
 
+constexpr int64_t kPart = 512;  // elements at a time, so that what is between loops stays in the cache
+
+// f(i, 1 / ...) of front_value for elements [0, n), n up to kPart. In a loop for each step: of one for all of them,
+// whose operations wait for each other, a processor holds too few elements at once.
+template <bool kNormal, class A, class F>
+QUANTOPS_INLINE void for_inverses(const A* __restrict x, int64_t n, const FrontSettings<A>& p, const F& f) {
+  A sum[kPart], v[kPart];
+  for (int64_t i = 0; i < n; i++) {
+    const Reduced<A> y = reduced(front_exponent<kNormal>(x[i], p));
+    sum[i] = y.sum;
+    v[i] = y.r;
+  }
+  for (int64_t i = 0; i < n; i++) v[i] = exponential_of(Reduced<A>{sum[i], v[i]});
+  for (int64_t i = 0; i < n; i++) v[i] = front_inverse<kNormal>(x[i], v[i], p);
+  for (int64_t i = 0; i < n; i++) f(i, v[i]);
+}
+
 template <bool kNormal, class A>
 QUANTOPS_SIMD void front_loop(const A* __restrict x, A* __restrict h, int64_t n, const FrontSettings<A>& settings) {
   const FrontSettings<A> p = settings;
-  for (int64_t i = 0; i < n; i++) h[i] = front_and_slope<kNormal>(x[i], p).h;
+  for_inverses<kNormal>(x, n, p, [&](int64_t i, A v) QUANTOPS_LANES { h[i] = front_value<kNormal>(x[i], v, p).h; });
 }
 
 template <bool kNormal, class A>
 QUANTOPS_SIMD void front_slope_loop(const A* __restrict x, A* __restrict h, A* __restrict slope, int64_t n,
                                     const FrontSettings<A>& settings) {
   const FrontSettings<A> p = settings;
-  for (int64_t i = 0; i < n; i++) {
-    const FrontValue<A> v = front_and_slope<kNormal>(x[i], p);
-    h[i] = v.h;
-    slope[i] = v.slope;
-  }
+  for_inverses<kNormal>(x, n, p, [&](int64_t i, A v) QUANTOPS_LANES {
+    const FrontValue<A> y = front_value<kNormal>(x[i], v, p);
+    h[i] = y.h;
+    slope[i] = y.slope;
+  });
 }
 
 // dL/dx from dL/dh; 0 and not -0 outside.
@@ -35,13 +54,20 @@ QUANTOPS_SIMD void front_product_loop(const A* __restrict of_h, const A* __restr
 template <class A>
 void front_block(int64_t front, const A* x, A* h, int64_t n) {
   const FrontSettings<A> p = front_settings<A>(front);
-  front == kGelu ? front_loop<true>(x, h, n, p) : front_loop<false>(x, h, n, p);
+  for (int64_t i = 0; i < n; i += kPart) {
+    const int64_t m = std::min(kPart, n - i);
+    front == kGelu ? front_loop<true>(x + i, h + i, m, p) : front_loop<false>(x + i, h + i, m, p);
+  }
 }
 
 template <class A>
 void front_slope_block(int64_t front, const A* x, A* h, A* slope, int64_t n) {
   const FrontSettings<A> p = front_settings<A>(front);
-  front == kGelu ? front_slope_loop<true>(x, h, slope, n, p) : front_slope_loop<false>(x, h, slope, n, p);
+  for (int64_t i = 0; i < n; i += kPart) {
+    const int64_t m = std::min(kPart, n - i);
+    front == kGelu ? front_slope_loop<true>(x + i, h + i, slope + i, m, p)
+                   : front_slope_loop<false>(x + i, h + i, slope + i, m, p);
+  }
 }
 
 }  // namespace quantops
