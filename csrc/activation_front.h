@@ -66,7 +66,7 @@ struct FrontValue {
   A h, slope;
 };
 
-// kNormal: S is the normal distribution, else logistic. In steps: of which exponential, what it is divided into, and h.
+// kNormal: S is the normal distribution, else logistic. In steps: of which exponential, what it is divided by, and h.
 template <bool kNormal, class A>
 QUANTOPS_INLINE A front_exponent(A x, const FrontSettings<A>& p) {
   const A t = at_most(at_least(x, -p.limit), p.limit), square = t * t;
@@ -75,19 +75,23 @@ QUANTOPS_INLINE A front_exponent(A x, const FrontSettings<A>& p) {
 }
 
 template <bool kNormal, class A>
-QUANTOPS_INLINE A front_inverse(A x, A exponential, const FrontSettings<A>& p) {
-  if constexpr (!kNormal) return A(1) / (exponential + A(1));
-  const A t = at_most(at_least(x, -p.limit), p.limit);
-  return A(1) / (ratio_bottom(absolute_of(t)) * exponential);
+QUANTOPS_INLINE A front_bottom(A x, const FrontSettings<A>& p) {
+  if constexpr (!kNormal) return A(1);
+  return ratio_bottom(absolute_of(at_most(at_least(x, -p.limit), p.limit)));
 }
 
 template <bool kNormal, class A>
-QUANTOPS_INLINE FrontValue<A> front_value(A x, A inverse, const FrontSettings<A>& p) {
-  const A low = at_least(x, -p.limit), t = at_most(low, p.limit), a = absolute_of(t);
+QUANTOPS_INLINE A front_inverse(A bottom, A exponential) {
+  return A(1) / (kNormal ? bottom * exponential : exponential + bottom);
+}
+
+template <bool kNormal, class A>
+QUANTOPS_INLINE FrontValue<A> front_value(A x, A bottom, A inverse, const FrontSettings<A>& p) {
+  const A low = at_least(x, -p.limit), t = at_most(low, p.limit);
   A small = inverse, density;  // 1 - S(|x|), S'(x)
   if constexpr (kNormal) {
-    small = ratio_top(a) * inverse;
-    density = ratio_bottom(a) * inverse * A(0.3989422804014327);
+    small = ratio_top(absolute_of(t)) * inverse;
+    density = bottom * inverse * A(0.3989422804014327);
   } else {
     density = small * (A(1) - small) * (p.first + p.third * (t * t));
   }
@@ -97,8 +101,8 @@ QUANTOPS_INLINE FrontValue<A> front_value(A x, A inverse, const FrontSettings<A>
 
 template <bool kNormal, class A>
 QUANTOPS_INLINE FrontValue<A> front_and_slope(A x, const FrontSettings<A>& p) {
-  const A exponential = exponential_of(front_exponent<kNormal>(x, p));
-  return front_value<kNormal>(x, front_inverse<kNormal>(x, exponential, p), p);
+  const A bottom = front_bottom<kNormal>(x, p), exponential = exponential_of(front_exponent<kNormal>(x, p));
+  return front_value<kNormal>(x, bottom, front_inverse<kNormal>(bottom, exponential), p);
 }
 
 }  // namespace quantops

@@ -11,33 +11,35 @@ namespace quantops {
 
 constexpr int64_t kPart = 512;  // elements at a time, so that what is between loops stays in the cache
 
-// f(i, 1 / ...) of front_value for elements [0, n), n up to kPart. In a loop for each step: of one for all of them,
-// whose operations wait for each other, a processor holds too few elements at once.
+// f(i, h and dh/dx) for elements [0, n), n up to kPart. In a loop for each step: of one for all of them, whose
+// operations wait for each other, a processor holds too few elements at once.
 template <bool kNormal, class A, class F>
-QUANTOPS_INLINE void for_inverses(const A* __restrict x, int64_t n, const FrontSettings<A>& p, const F& f) {
-  A sum[kPart], v[kPart];
+QUANTOPS_INLINE void for_fronts(const A* __restrict x, int64_t n, const FrontSettings<A>& p, const F& f) {
+  A u[kPart], v[kPart];
   for (int64_t i = 0; i < n; i++) {
     const Reduced<A> y = reduced(front_exponent<kNormal>(x[i], p));
-    sum[i] = y.sum;
+    u[i] = y.sum;
     v[i] = y.r;
   }
-  for (int64_t i = 0; i < n; i++) v[i] = exponential_of(Reduced<A>{sum[i], v[i]});
-  for (int64_t i = 0; i < n; i++) v[i] = front_inverse<kNormal>(x[i], v[i], p);
-  for (int64_t i = 0; i < n; i++) f(i, v[i]);
+  for (int64_t i = 0; i < n; i++) v[i] = exponential_of(Reduced<A>{u[i], v[i]});
+  for (int64_t i = 0; i < n; i++) {
+    u[i] = front_bottom<kNormal>(x[i], p);
+    v[i] = front_inverse<kNormal>(u[i], v[i]);
+  }
+  for (int64_t i = 0; i < n; i++) f(i, front_value<kNormal>(x[i], u[i], v[i], p));
 }
 
 template <bool kNormal, class A>
 QUANTOPS_SIMD void front_loop(const A* __restrict x, A* __restrict h, int64_t n, const FrontSettings<A>& settings) {
   const FrontSettings<A> p = settings;
-  for_inverses<kNormal>(x, n, p, [&](int64_t i, A v) QUANTOPS_LANES { h[i] = front_value<kNormal>(x[i], v, p).h; });
+  for_fronts<kNormal>(x, n, p, [&](int64_t i, const FrontValue<A>& y) QUANTOPS_LANES { h[i] = y.h; });
 }
 
 template <bool kNormal, class A>
 QUANTOPS_SIMD void front_slope_loop(const A* __restrict x, A* __restrict h, A* __restrict slope, int64_t n,
                                     const FrontSettings<A>& settings) {
   const FrontSettings<A> p = settings;
-  for_inverses<kNormal>(x, n, p, [&](int64_t i, A v) QUANTOPS_LANES {
-    const FrontValue<A> y = front_value<kNormal>(x[i], v, p);
+  for_fronts<kNormal>(x, n, p, [&](int64_t i, const FrontValue<A>& y) QUANTOPS_LANES {
     h[i] = y.h;
     slope[i] = y.slope;
   });
