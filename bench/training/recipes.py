@@ -65,7 +65,7 @@ _MSQ_DEVIATIONS = (
 _NEAREST = {"hessian": False, "threshold": 0.55, "prune": 0.2, "nearest": 1.87}
 
 # The default of MSQController, the same for all networks.
-_RELATIVE = {"penalty": "decoupled", "penalty_unit": "gradient", "strength": 1.0}
+_RELATIVE = {"penalty": "decoupled", "penalty_unit": "gradient", "strength": 0.3}
 
 # The sign grid counts bits as BSQ does: n of magnitude beside a sign. The scales have the least squared error of normal
 # weights at 1 and at 2 bits.

@@ -27,7 +27,7 @@ def main(folder, epochs=30, batch=128, out="resnet20.safetensors"):
     model = ResNet20(classes=int(y.max()) + 1)
     Q.quantize_(model, Q.MSQConfig(bits=8, penalty="decoupled", penalty_unit="gradient"))
     steps = epochs * (len(x) // batch)
-    controller = Q.MSQController(model, target=12.8, interval=max(1, steps // 40), threshold=0.4, samples=2)
+    controller = Q.MSQController(model, target=12.8, interval=max(1, steps // 40), threshold=0.5, samples=2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):

@@ -156,7 +156,7 @@ def test_controller_errors(options, text):
 
 def test_strength_has_a_default_in_units_of_the_gradient():
     model = make_msq(penalty="decoupled", penalty_unit="gradient")
-    assert MSQController(model, 8, threshold=0.1).strength == 1.0
+    assert MSQController(model, 8, threshold=0.1).strength == 0.3
     assert MSQController(model, 8, threshold=0.1, strength=0.25).strength == 0.25
 
 
