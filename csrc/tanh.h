@@ -49,7 +49,7 @@ constexpr A kRoundingPower = sizeof(A) == 4 ? A(12582912.) : A(6755399441055744.
 // y = k ln(2) + r for 0 <= y < 43 (21 in float), |r| <= ln(2) / 2.
 template <class A>
 struct Reduced {
-  A sum, r;  // k + kRoundingPower
+  A sum, r;  // sum: k + kRoundingPower
 };
 
 template <class A>
