@@ -160,7 +160,7 @@ def _accuracy_lines(folders):
 
 def table(found, folders):
     """At most MOST_ROWS rows, and the device that they were measured on."""
-    device, gpu = _first(found, "cpu"), _first(found, "cuda")
+    device, gpu = _fullest(found, "cpu"), _fullest(found, "cuda")
     name = device.machine["device"]
     lines = [*_op_lines(device), *_cost_lines(folders, name), *(_gpu_lines(gpu) if gpu else ())]
     lines += _accuracy_lines(folders)
@@ -172,10 +172,12 @@ def table(found, folders):
     return report.markdown(["what", "where", "measured"], [list(line) for line in lines]) + f"\n\n{notes}"
 
 
-def _first(found, kind):
-    """The first device of a kind, or of any where there is none; no GPU: None."""
+def _fullest(found, kind):
+    """The first device of a kind that has whole steps too, or else ops; of any where there is none; no GPU: None."""
     of_kind = [d for d in found if (d.machine["kind"] == "cpu") == (kind == "cpu")]
-    return of_kind[0] if of_kind else found[0] if kind == "cpu" else None
+    if not of_kind:
+        return found[0] if kind == "cpu" else None
+    return max(of_kind, key=lambda d: bool(d.steps))
 
 
 def _draw_step(device, figure):
@@ -224,7 +226,7 @@ def headline(args):
     if not found:
         raise SystemExit(f"bench: no results of bench run in {', '.join(map(str, args.folders)) or RESULTS}")
     draw = {}
-    device = _first(found, "cpu")
+    device = _fullest(found, "cpu")
     if _step_rows(device):
         draw["step"] = lambda figure: _draw_step(device, figure)
     if all(_final(folders, label) for label in LONG):
