@@ -372,6 +372,10 @@ def _quantize_input(name, layer, args, kwargs):
     quantizer = getattr(layer, INPUT)
     if args:
         return (quantizer(args[0]), *args[1:]), kwargs
+    if name not in kwargs:
+        raise TypeError(
+            f"{type(layer).__name__}: expected its input first or as {name}=, got {', '.join(kwargs) or 'none'}"
+        )
     return args, {**kwargs, name: quantizer(kwargs[name])}
 
 
@@ -414,7 +418,10 @@ def quantize_inputs(layers, make):
         if bits is None or isinstance(layer, NonDynamicallyQuantizableLinear):
             continue
         if not hasattr(layer, INPUT):
-            name = next(iter(inspect.signature(layer.forward).parameters))
+            first = next(iter(inspect.signature(layer.forward).parameters.values()))
+            name = (
+                "input" if first.kind in (first.VAR_POSITIONAL, first.VAR_KEYWORD) else first.name
+            )  # as torch's have it
             layer.register_forward_pre_hook(functools.partial(_quantize_input, name), with_kwargs=True)
         layer.add_module(INPUT, make(layer.weight, bits))
 

@@ -160,16 +160,14 @@ def cuda_cost(kernel, reads, writes, longest=True, table=0, optional=0):
     if not found:
         raise NoMainPath("no loop with wide loads")
     for span in found:
+        elements = WIDE * len(loads[span]) / (math.floor(reads) + optional)
         try:
-            elements = WIDE * len(loads[span]) / (math.floor(reads) + optional)
             way, trips = _loop(kernel, span, loads[span], elements, reads, writes, longest, table)
-        except (NoMainPath, ValueError) as error:
+            break
+        except (NoMainPath, ValueError):
             if span == found[-1]:
                 raise
-            reason = error
-            continue
-        return cost(kernel, way, trips, elements * (reads + writes), elements, len(kernel.shortest([])), 256)
-    raise reason
+    return cost(kernel, way, trips, elements * (reads + writes), elements, len(kernel.shortest([])), 256)
 
 
 def _inside(kernel, span):

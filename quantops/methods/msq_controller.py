@@ -53,8 +53,8 @@ class MSQController:
         interval: calls of step() per decision.
         threshold: beta below which a layer loses k bits, in (0, 1].
         strength: lambda of the penalty, read back through :attr:`strength`. None: 0.3 with
-            penalty_unit="gradient", the one unit in which it means the same for all networks and optimizers; with a
-            threshold of 0.5 it did on ResNet-20, a CNN and a ViT.
+            penalty_unit="gradient", the one unit in which it means the same for all networks and optimizers; chosen
+            with a threshold of 0.5, on ResNet-20 and a ViT.
         hessian: True: traces by second derivatives, and by differences of gradients with FSDP2, through which there
             are none; scales are constants in both. "differences": by these everywhere, as through compiled models
             and ops with a first derivative alone. False: k stays 1, and layers are taken in order of increasing beta;

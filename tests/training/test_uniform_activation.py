@@ -114,7 +114,12 @@ class Named(nn.Linear):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("kind, name", [(nn.Linear, "input"), (Named, "x")])
+class Passing(nn.Linear):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind, name", [(nn.Linear, "input"), (Named, "x"), (Passing, "input")])
 def test_layers_called_by_keyword(kind, name):
     torch.manual_seed(0)
     model, x = Q.quantize_(nn.Sequential(kind(4, 3)), Q.MSQConfig(act_bits=3, act="input")), torch.randn(5, 4)
@@ -122,6 +127,8 @@ def test_layers_called_by_keyword(kind, name):
     for m in (model, pickle.loads(pickle.dumps(model))):
         assert torch.equal(m[0](**{name: x}), out)
     assert torch.equal(torch.compile(lambda x: model[0](**{name: x}), fullgraph=True, backend="eager")(x), out)
+    with pytest.raises(TypeError, match=f"{kind.__name__}: expected its input first or as {name}=, got y"):
+        model[0](y=x)
 
 
 def test_attention_has_no_quantizer_that_is_never_called():
