@@ -139,9 +139,10 @@ class UniformActivation(Settings, torch.nn.Module):
         self.seen = PerThread()  # statistics of what comes in, while a thread calibrates
         if number:
             self.clip.fill_(float(scale))
-            self.start.fill_(float(scale))
+            self.start.fill_(0.0 if offset else float(scale))
         known = False if relu or offset else signed
-        self.signed, self.place, self.started = known, 0, [number and known is not None] * rows
+        self.asks_sign = known is None
+        self.signed, self.place, self.started = known, 0, [number and known is not None and not offset] * rows
         self.write(bits=self.widths[0], index=0, is_signed=-1 if known is None else int(known))
 
     def settings(self) -> dict[str, Any]:
@@ -229,7 +230,8 @@ class UniformActivation(Settings, torch.nn.Module):
             refuse_recomputing(self)
         seen = self.seen.get()
         if seen is not None:
-            seen.append(self._statistics(x))
+            if x.numel():
+                seen.append(self._statistics(x))
             return by_torch(x, self.front)
         if x.is_meta or self.start.is_meta:  # a shape alone
             checks.all_or_none_on_meta({"x": x, "scale": self.start})
@@ -239,11 +241,13 @@ class UniformActivation(Settings, torch.nn.Module):
                     "UniformActivation: evaluated before it has a scale; expected a training forward, "
                     "quantops.calibrate(model, batches) or a state dict first"
                 )
+            if x.numel() == 0:  # as of an expert without tokens: the next batch will start it
+                return by_torch(x, self.front).to(checks.dtype_of(None, [x]))
             first = self._statistics(x)
             if not torch.compiler.is_compiling() and not finite([first]):
                 raise ValueError("x: expected finite values to take a scale from, got NaN or infinity")
             self._begin([first])
-        elif self.scale == "tracked" and self.training:
+        elif self.scale == "tracked" and self.training and x.numel():
             self._track(x)
         acc, (bits, place) = acc_dtype(x.dtype), self._width()
         scale, offset = (None if v is None else v.to(acc) for v in self._values(bits, place))
@@ -275,8 +279,6 @@ class UniformActivation(Settings, torch.nn.Module):
         if count > 1 and (x.dim() < 2 or x.shape[1] != count):
             raise ValueError(f"x: expected {count} channels in dim 1, got shape {tuple(x.shape)}")
         rows = x.transpose(0, 1).reshape(count, -1) if count > 1 else x.reshape(1, -1)
-        if rows.shape[1] == 0:
-            raise ValueError(f"x: expected values to take a scale from, got shape {tuple(x.shape)}")
         size = rows.abs()
         if self.percentile < 100:
             end = _sample(size, SAMPLE).quantile(self.percentile / 100, dim=1)
@@ -291,7 +293,8 @@ class UniformActivation(Settings, torch.nn.Module):
         sample = torch.cat([s for s, *_ in statistics])
         end, low, high, negative = (torch.stack(v) for v in list(zip(*statistics))[1:])
         place = self._place()
-        self.negative.copy_(negative.mean(0))
+        if self.offset is None:  # codes of x less an offset have none below 0
+            self.negative.copy_(negative.mean(0))
         if self.signed is None:
             self._change(is_signed=int(low.min() < 0))
         end, low, high = end.amax(0) if self.percentile == 100 else end.mean(0), low.amin(0), high.amax(0)
@@ -309,6 +312,8 @@ class UniformActivation(Settings, torch.nn.Module):
             self.start[place].copy_(torch.where(given, self.start[place], start))
             target = self.step if self.scale == "step" else self.clip
             target[place].copy_(torch.where(given, target[place], start))
+        else:
+            self.start[place].fill_(float(self.scale))
         self.started[place] = True
 
     def _least_error(self, sample, end, bits):
@@ -341,8 +346,10 @@ class UniformActivation(Settings, torch.nn.Module):
     @torch.no_grad()
     def report(self) -> tuple[Any, ...]:
         """(bits, signed, end of the grid, part below 0), see :class:`quantops.report.ActivationBits`."""
-        end = float(self.values()[0].max()) if self.started[self.place] else float("nan")
-        return int(self.bits), bool(self.signed), end, float(self.negative)
+        scale, offset = self.values()
+        end = scale if offset is None else scale + offset
+        shown = float(end.max()) if self.started[self.place] else float("nan")
+        return int(self.bits), bool(self.signed), shown, float(self.negative)
 
     def extra_repr(self) -> str:
         bits = "?" if self.bits.is_meta else int(self.bits)
@@ -365,6 +372,7 @@ def finite(statistics):
 # Where they stand in a network.
 
 INPUT, OUTPUT = "input_quantizer", "output_quantizer"
+WITHOUT_INPUT = (NonDynamicallyQuantizableLinear, torch.nn.Embedding, torch.nn.EmbeddingBag)
 
 
 def _quantize_input(name, layer, args, kwargs):
@@ -414,11 +422,12 @@ def quantize_inputs(layers, make):
 
     bits None: the layer keeps the input that it has."""
     for layer, bits in layers:
-        # nn.MultiheadAttention reads the weight of its output layer, and does not call it.
-        if bits is None or isinstance(layer, NonDynamicallyQuantizableLinear):
+        # nn.MultiheadAttention reads the weight of its output layer, and does not call it. Embeddings
+        # take integers, and a layer of weights alone nothing.
+        first = next(iter(inspect.signature(layer.forward).parameters.values()), None)
+        if bits is None or first is None or isinstance(layer, WITHOUT_INPUT):
             continue
         if not hasattr(layer, INPUT):
-            first = next(iter(inspect.signature(layer.forward).parameters.values()))
             name = (
                 "input" if first.kind in (first.VAR_POSITIONAL, first.VAR_KEYWORD) else first.name
             )  # as torch's have it
@@ -462,7 +471,8 @@ class ActivationConfig(QuantConfig):
         each other, as the projections of queries, keys and values are in attention.
 
     With act="input" overrides may set "act_bits" of a layer, None for a float input; a layer that "skip" leaves float
-    keeps a float input too. Modules inside nn.MultiheadAttention are not called by it: their inputs stay float.
+    keeps a float input too. Modules inside nn.MultiheadAttention are not called by it: their inputs stay float, as do
+    those of layers whose weights have other names than "weight" (LSTM, GRU, attention), and of embeddings.
     """
 
     act_bits: int | str | None = None
@@ -531,3 +541,6 @@ class ActivationConfig(QuantConfig):
                 lambda like, n: self.activation(like, n, None),
             )
         quantize_outputs(outputs, lambda like: self.activation(like, self.act_bits, None), like)
+        for m in model.modules():  # it would make nested tensors of padded batches, which no op of ours takes
+            if isinstance(m, torch.nn.TransformerEncoder):
+                m.use_nested_tensor = False

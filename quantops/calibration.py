@@ -83,6 +83,8 @@ def calibrate(
                 m.select(row)
             if isinstance(m.scale, str):
                 m.start[m.place].zero_()
+            if m.asks_sign:
+                m.signed = None
             m._begin(seen)
         if len(m.start) > 1:
             m.select(before)
@@ -92,8 +94,10 @@ def calibrate(
 
 def activation_scales(model: torch.nn.Module) -> dict[str, Any]:
     """{name: dict} of what integer arithmetic needs of each quantizer of activations that has started: scale, offset,
-    bits, rule, signed, front. With these, ``encode`` gives the codes of front(x) (less the offset) and ``decode`` what
-    the module gives; those of :class:`quantops.CategoricalActivation` are the unsigned codes of round_clamp."""
+    bits, rule, signed, front. With these, ``encode`` gives the codes of front(x) (less the offset) and ``decode``, with
+    grid="full" for the floor and nearest rules, what the module gives; those of :class:`quantops.CategoricalActivation`
+    are the unsigned codes of round_clamp. Values of one per channel (dim 1) are those per row of
+    ``x.transpose(0, 1)``."""
     found = {}
     for name, m in activations(model):
         if isinstance(m, UniformActivation) and m.started[m.place]:

@@ -81,6 +81,8 @@ class CategoricalActivation(Settings, torch.nn.Module):
         if x.is_meta or self.alpha_start.is_meta:
             checks.all_or_none_on_meta({"x": x, "alpha": self.alpha_start})
         elif not self.started:
+            if x.numel() == 0:  # as of an expert without tokens: the next batch will start it
+                return x.to(checks.dtype_of(None, [x]))
             self._start(x)
         acc = acc_dtype(x.dtype)
         alpha = positive(self.alpha_start, self.log_alpha).to(acc)

@@ -33,7 +33,7 @@ class MSQ(NamedTuple):
 def _reduce(mean, w, per_row, grad):
     w = checks.listed("w", w)
     checks.choice("grad", grad, (True, False))
-
+    checks.choice("per_row", per_row, (True, False))
     for i, t in enumerate(w):
         if per_row and t.dim() == 0:
             raise ValueError(f"w[{i}]: expected at least one dimension for a scale per row, got a 0-dim tensor")

@@ -205,10 +205,11 @@ def truncate(
         dL/ds = - sum_m sum g_m * x * inside;  dL/d out_scale = sum_m sum g_m * q_m/out_scale        with one
 
     Under companding dL/dw is multiplied by 1 - tanh(w)^2, and x = (tanh(w) / tanh(s)) * (1 - tanh(s)^2): the same
-    equations through tanh. ``slope="exact"`` multiplies dL/dw, and dL/ds where there is an out_scale, by the slope that
-    q has, out_scale/s, under companding out_scale/tanh(s): the true derivative of out_scale tanh(w)/tanh(s). One pass
-    more where the slope is not 1. All gradients of a call are read once; nothing is saved but the inputs. Second
-    derivatives count w and s as constants in these, as the STE has it, but for the slope of tanh.
+    equations through tanh. ``slope="exact"`` multiplies dL/dw, and the terms of dL/ds that have x, by the slope that q
+    has, out_scale/s, under companding out_scale/tanh(s), where out_scale is s if there is none: the true derivative of
+    out_scale tanh(w)/tanh(s). One pass more where the slope is not 1. All gradients of a call are read once; nothing is
+    saved but the inputs. Second derivatives count w and s as constants in these, as the STE has it, but for the slope
+    of tanh.
 
     A bit-width, base width or scale out of range raises ValueError on CPU; on other devices values in tensors are not
     read back and give NaN for that output.
@@ -354,9 +355,10 @@ def quantize_activation(
             tanh), "silu": as torch's own to 1.5 units in the last place of max(|x|, 1), with the same bits on every
             backend; h(-inf) is 0 in the last places.
         keep: what autograd keeps of each element: "bits", whether it is inside, 1 bit, and q, which the next layer
-            keeps too, where learn="clip"; "residual", 8 bits, in which (q - x) / step is known to 1/252; "input", x
-            itself, 0 bits where somebody keeps it anyway, the only one with GELU or SiLU in front. Default: "input"
-            with these, "residual" with learn="step", else "bits".
+            keeps too, where learn="clip" (the side that an element is on is read from it: take "input" where an offset
+            is so large that the first and the last value are one number of q's dtype); "residual", 8 bits, in which
+            (q - x) / step is known to 1/252; "input", x itself, 0 bits where somebody keeps it anyway, the only one
+            with GELU or SiLU in front. Default: "input" with these, "residual" with learn="step", else "bits".
         learn: what gradient scale and offset get, if they require one. With "inside" as above:
 
             None     none
@@ -381,7 +383,7 @@ def quantize_activation(
     s, o = checks.activation.channel_values("scale", scale, x), None
     if offset is not None:
         o = checks.activation.channel_values("offset", offset, x)
-        s, o = (v.expand(max(s.numel(), o.numel())).contiguous() for v in (s, o))
+        s, o = (v.reshape(-1).expand(max(s.numel(), o.numel())).contiguous() for v in (s, o))
     n, dtype = checks.bits(bits, [x]).reshape(1), checks.dtype_of(out_dtype, [x])
 
     def quantized(x, s, o):

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from quantops.reference.uniform import acc_dtype
+
 VERSION = 1
 KEY = "_extra_state"
 version = operator.attrgetter("_version")
@@ -132,7 +134,7 @@ class Settings:
 
     def _apply(self, fn, recurse=True):
         own = self.sealed is not None and all(a is b for a, b in zip(self._tensors(), self.sealed))
-        super()._apply(fn, recurse)
+        super()._apply(lambda t: _in_full(fn, t), recurse)
         self._restore_constants()
         if own:
             self.sealed, self.noted = self._tensors(), None  # they have moved; whether they are good is looked at next
@@ -221,6 +223,13 @@ class Settings:
                 "such numbers should be those of one, or its model has changed since",
                 stacklevel=1,
             )
+
+
+def _in_full(fn, t):
+    """fn(t), but numbers of quantizers stay in the dtype of arithmetic where a model is cast to a narrower one."""
+    made = fn(t)
+    acc = acc_dtype(made.dtype) if made.is_floating_point() else made.dtype
+    return made if made.dtype == acc else t.to(made.device, acc)
 
 
 def _others(*sides):

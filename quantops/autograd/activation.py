@@ -56,8 +56,7 @@ class _ActivationBackward(torch.autograd.Function):
         grad_x, sums = below_autograd(keyset, op, args)
         _, x, q, kept, scale, offset, bits, *settings, _, _ = args
         ctx.set_materialize_grads(False)
-        ctx.settings, ctx.dtype = settings, grad.dtype
-        ctx.stride = grad.stride()
+        ctx.settings, ctx.dtype, ctx.stride = settings, grad.dtype, grad.stride()
         ctx.save_for_backward(x, kept, scale, offset, bits, None if smooth_x is None else grad)
         return grad_x, *sums
 
@@ -73,7 +72,8 @@ class _ActivationBackward(torch.autograd.Function):
         x, *saved, grad = ctx.saved_tensors
         gg, of_grad, of_x = relaid(gg, ctx.stride), None, None
         if ctx.needs_input_grad[3]:
-            of_grad, _ = call(ops.activation_backward, gg, x, None, *saved, *ctx.settings, 0, ctx.dtype)
+            of_grad, _ = call(ops.activation_backward, gg, x, None, *saved, *ctx.settings, 0, saved[1].dtype)
+            of_grad = of_grad.to(ctx.dtype)
         if ctx.needs_input_grad[4]:
             _, scale, offset, bits = saved
             rule, signed, front, _ = ctx.settings

@@ -47,7 +47,7 @@ class _EachOwnScale(torch.autograd.Function):
         found = [None] * len(w)
         if used:
             parts = [s.reshape(-1) for s in split(scale, w, ctx.per_row)]
-            given = [grads[i].reshape(-1) for i in used]
+            given = [grads[i].reshape(-1).contiguous() for i in used]  # that of a sum is expanded
             slopes = call(ops.own_scale_backward, [w[i] for i in used], [parts[i] for i in used], given, ctx.mean)
             for i, slope_ in zip(used, slopes):
                 found[i] = slope_
@@ -74,7 +74,8 @@ class _OwnScaleBackward(torch.autograd.Function):
                 found.append(None)
                 continue
             part = g.to(s.dtype) * slope(t, s, torch.ones_like(s), mean=ctx.mean).to(s.dtype)
-            found.append((part.sum() if s.numel() == 1 else part.reshape(s.numel(), -1).sum(1)).reshape(s.shape))
+            rows = part.reshape(s.numel(), part.numel() if s.numel() == 1 else t[:1].numel())
+            found.append(rows.sum(1).reshape(s.shape))
         return None, None, None, *found
 
 

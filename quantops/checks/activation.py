@@ -19,6 +19,8 @@ def channel_values(name, value, x):
     if not isinstance(value, torch.Tensor):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name}: expected a number or a tensor, got {kind(value)}")
+        if not abs(value) <= torch.finfo(dtype).max:
+            raise ValueError(f"{name}: expected a finite number of {dtype}, got {value}")
         value = torch.full((1,), value, dtype=dtype, device=x.device)
     if value.dtype not in FLOATS:
         raise TypeError(f"{name}: expected one of {names(FLOATS)}, got {value.dtype}")

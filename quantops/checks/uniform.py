@@ -65,8 +65,8 @@ def strength(value):
     """A factor of the penalty, as a Python number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"strength: expected a number or a tensor, got {kind(value)}")
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"strength: expected a finite number >= 0, got {value}")
+    if not 0 <= value <= torch.finfo(torch.float32).max:
+        raise ValueError(f"strength: expected a finite float32 number >= 0, got {value}")
 
 
 def decode_scales(value, codes, out_dtype):

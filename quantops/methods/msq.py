@@ -433,6 +433,7 @@ def add_penalty_grad_(model: torch.nn.Module, strength: Scale) -> None:
     layers = msq_layers(model)
     layers[0][2].penalized = True
     pairs = [(p, owner.original) for _, owner, p in layers if owner.original.requires_grad]
+    pairs = [(p, w) for p, w in pairs if p.unit != "gradient" or w.grad is not None]
     for quantizers, w in batches(pairs):
         for t in w:
             if t.grad is None:

@@ -396,7 +396,7 @@ BAD = {
     "scale text": (dict(scale="1"), TypeError, r"scale: expected a number or a tensor, got str"),
     "scale integers": (dict(scale=torch.ones(1, dtype=torch.int32)), TypeError, r"scale: .*int32"),
     "scale device": (dict(scale=torch.ones(1, device="meta")), ValueError, r"scale: expected device cpu"),
-    "offset NaN": (dict(offset=NAN), ValueError, r"offset: expected finite values"),
+    "offset NaN": (dict(offset=NAN), ValueError, r"offset: expected a finite number"),
     "offset length": (dict(offset=torch.ones(4)), ValueError, r"offset: .*per channel"),
     "bits": (dict(bits=17), ValueError, r"bits: expected 0\.\.16, got 17"),
     "bits in a tensor": (dict(bits=torch.tensor(-1)), ValueError, r"bits.*0\.\.16, got -1"),
@@ -494,3 +494,37 @@ def test_reference_marks_values_out_of_range():
         assert q.isnan().all()
         found = Q.reference.activation_backward(x, None, None, kept, scale, bits, offset=offset, learn="step")
         assert all(v.isnan().all() for v in found)
+
+
+@pytest.mark.parametrize("front", [None, "gelu"])
+@pytest.mark.parametrize(
+    "dtype, out_dtype", [*itertools.permutations((torch.float32, torch.bfloat16, torch.float64), 2)]
+)
+def test_second_derivatives_where_q_has_another_dtype(dtype, out_dtype, front):
+    """dL/dq of q's dtype, dL/dx of x's: the second pass gives the first one's gradient in q's."""
+
+    def second(x, out_dtype):
+        q = Q.quantize_activation(x, 1.0, 4, out_dtype=out_dtype, front=front)
+        g = torch.ones_like(q, requires_grad=True)
+        (first,) = torch.autograd.grad(q, x, g, create_graph=True)
+        return torch.autograd.grad(first.double().square().sum(), g)[0]
+
+    x = torch.linspace(-2, 2, 33).to(dtype)
+    got, wide = second(x.requires_grad_(), out_dtype), second(x.detach().double().requires_grad_(), torch.float64)
+    assert got.dtype == out_dtype
+    torch.testing.assert_close(got.double(), wide, rtol=0.03, atol=0.01)
+
+
+def test_scales_and_offsets_of_any_shape_with_an_entry_per_channel():
+    x = torch.randn(2, 3, 4, 4)
+    want = Q.quantize_activation(x, torch.ones(3), 4, offset=torch.zeros(3))
+    for scale, offset in ((torch.ones(3, 1, 1), torch.zeros(3, 1, 1)), (torch.ones(3), torch.zeros(1, 1))):
+        assert torch.equal(Q.quantize_activation(x, scale, 4, offset=offset), want)
+
+
+@pytest.mark.parametrize("value", [1e300, 10**400, float("nan"), float("inf")])
+def test_numbers_that_are_none_of_the_dtype(value):
+    with pytest.raises(ValueError, match="scale: expected a finite number of torch.float32"):
+        Q.quantize_activation(torch.ones(3), value, 4)
+    with pytest.raises(ValueError, match="offset: expected a finite number of torch.float32"):
+        Q.quantize_activation(torch.ones(3), 1.0, 4, offset=value)

@@ -127,3 +127,19 @@ def test_truncation_through_its_scales(companding, slope):
     assert torch.autograd.gradcheck(lambda w: whole(w, factor).sum(), w)
     (want,) = torch.autograd.grad(whole(w, factor).sum(), w)
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("fn", [Q.absmax, Q.absmean])
+def test_the_expanded_gradient_of_a_sum(fn):
+    w = torch.tensor([[3.0, -4.0], [-2.0, 1.0]], requires_grad=True)
+    fn(w, per_row=True, grad=True).sum().backward()
+    share = torch.tensor([[0.0, -1.0], [-1.0, 0.0]]) if fn is Q.absmax else torch.sign(w.detach()) / 2
+    assert torch.equal(w.grad, share)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_second_derivatives_of_rows_without_elements(shape):
+    w = torch.randn(shape, requires_grad=True)
+    (first,) = torch.autograd.grad(Q.absmax(w, per_row=True, grad=True).square().sum(), w, create_graph=True)
+    first.square().sum().backward()
+    assert w.grad is None or w.grad.shape == shape

@@ -165,3 +165,10 @@ def test_activation_errors(options, text):
         CategoricalActivation()(torch.ones(3, dtype=torch.int64))
     with pytest.raises(TypeError, match="x: expected a tensor, got list"):
         CategoricalActivation()([1.0])
+
+
+def test_a_first_batch_without_elements_starts_nothing():
+    m = CategoricalActivation(4)
+    assert m(torch.empty(0, 3)).shape == (0, 3) and not m.started
+    m(torch.rand(5, 3))
+    assert m.started and m.alpha_start != 1

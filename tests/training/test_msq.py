@@ -171,7 +171,11 @@ def test_units_of_the_gradient_need_that_gradient():
         MSQConfig(penalty_unit="gradient")
     model = make_msq(penalty="decoupled", penalty_unit="gradient")
     add_penalty_grad_(model, 0.5)  # no task, no penalty
-    assert all(not t.grad.any() for t in originals(model).values())
+    assert all(t.grad is None for t in originals(model).values())
+    head = originals(model)["head"]
+    head.grad = torch.ones_like(head)
+    add_penalty_grad_(model, 0.5)
+    assert head.grad.ne(1).any() and originals(model)["conv"].grad is None
     plain = make_msq(penalty="decoupled")
     assert penalty(model).item() == penalty(plain).item()
 

@@ -474,8 +474,6 @@ def test_errors_of_calls():
         act(torch.rand(4, 2))
     with pytest.raises(TypeError, match="x: expected one of float32"):
         act(torch.ones(3, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"x: expected values to take a scale from, got shape \(0,\)"):
-        UniformActivation()(torch.empty(0))
     for bad in (float("nan"), float("inf")):
         module, x = UniformActivation(4), torch.ones(4)
         x[2] = bad
@@ -495,3 +493,83 @@ def test_errors_of_calls():
     ):
         with pytest.raises(error, match=text):
             Q.calibrate(model, batches, **options)
+
+
+@pytest.mark.parametrize("scale", [2.0, "clip", "step", "tracked"])
+def test_offsets_start_with_the_first_batch(scale):
+    m = UniformActivation(4, scale=scale, offset=True)
+    x = torch.rand(1000) - 3
+    q = m(x)
+    assert m.offset.item() == x.min() and len(q.unique()) > 7
+    bits, signed, end, negative = m.report()
+    assert not signed and negative == 0 and -2.1 < end < -0.9
+    other = UniformActivation(4, scale=scale, offset=True)
+    other.load_state_dict(m.state_dict())
+    assert torch.equal(other.eval()(x), m.eval()(x))
+
+
+def test_calibrate_decides_the_sign_again():
+    m = nn.Sequential(UniformActivation(4, scale="tracked"))
+    for sign, x in ((False, torch.rand(100)), (True, torch.randn(1000) - 1), (False, torch.rand(100))):
+        Q.calibrate(m, [x])
+        assert m[0].signed is sign
+    fixed = nn.Sequential(UniformActivation(4, scale="tracked", signed=False))
+    Q.calibrate(fixed, [torch.randn(1000)])
+    assert fixed[0].signed is False
+
+
+@pytest.mark.parametrize("scale", ["clip", "step", "tracked"])
+def test_batches_without_elements_leave_values_alone(scale):
+    m, x = UniformActivation(4, scale=scale), torch.randn(50, 3)
+    assert m(x[:0]).shape == (0, 3) and not m.started[0]
+    m(x)
+    before = m.values()[0].clone()
+    assert m(x[:0]).shape == (0, 3) and torch.equal(m.values()[0], before)
+    Q.calibrate(nn.Sequential(m), [x[:0], x])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("act", ["relu", "input"])
+@pytest.mark.parametrize("scale", ["clip", "step", "tracked"])
+def test_models_that_are_cast_later(scale, act, dtype, tmp_path):
+    """Numbers of quantizers stay in the dtype of arithmetic, so that nothing is rounded."""
+    m, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(20, 4)
+    Q.quantize_(m, Q.MSQConfig(act_bits=4, act=act, act_scale=scale)).to(dtype)(x.to(dtype))
+    Q.calibrate(m, [x.to(dtype)])
+    values = {name: a["scale"] for name, a in Q.activation_scales(m).items()}
+    Q.save_int(m, tmp_path / "file.safetensors")
+    m.float().to(dtype)
+    assert all(torch.equal(a["scale"], values[name]) for name, a in Q.activation_scales(m).items())
+    assert all(v.dtype == torch.float32 for v in values.values())
+    assert m.double()(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("act", ["relu", "input"])
+@pytest.mark.parametrize("config", [Q.MSQConfig, Q.CPQConfig])
+def test_an_encoder_evaluates_padded_batches(config, act):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, activation=nn.ReLU(), batch_first=True)
+    m, x = nn.TransformerEncoder(layer, 2), torch.randn(2, 5, 8)
+    padded = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    Q.quantize_(m, config(act_bits=4, act=act))(x, src_key_padding_mask=padded)
+    want = m.eval()(x, src_key_padding_mask=padded)
+    with torch.no_grad():
+        got = m(x, src_key_padding_mask=padded)
+    torch.testing.assert_close(got[~padded], want[~padded])
+
+
+class Prompt(nn.Module):
+    """Weights alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self):
+        return self.weight
+
+
+def test_layers_without_a_float_input_have_no_quantizer_in_front():
+    m = nn.ModuleDict({"e": nn.Embedding(10, 4), "p": Prompt(), "l": nn.Linear(4, 3)})
+    Q.quantize_(m, Q.MSQConfig(act_bits=4, act="input"), ["*weight"])
+    assert [n for n, k in m.named_modules() if isinstance(k, UniformActivation)] == ["l.input_quantizer"]
+    m["l"](torch.cat([m["e"](torch.tensor([1, 2])), m["p"]()])).sum().backward()
