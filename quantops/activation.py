@@ -388,6 +388,10 @@ def _quantize_input(name, layer, args, kwargs):
 
 
 def _quantize_output(layer, args, output):
+    if not isinstance(output, torch.Tensor):
+        raise TypeError(
+            f"act_outputs: expected modules that give a tensor, {type(layer).__name__} gave {type(output).__name__}"
+        )
     return getattr(layer, OUTPUT)(output)
 
 

@@ -469,6 +469,9 @@ def test_errors_of_calls():
         Q.calibrate(net(), [data()[0]])
     with pytest.raises(ValueError, match="batches: expected at least one batch"):
         Q.calibrate(Q.quantize_(net(), Q.MSQConfig(act_bits=4)), [])
+    lstm = Q.quantize_(nn.Sequential(nn.LSTM(3, 4)), Q.MSQConfig(act_bits=4, act="input", act_outputs=("0",)))
+    with pytest.raises(TypeError, match="act_outputs: expected modules that give a tensor, .*LSTM gave tuple"):
+        lstm(torch.rand(2, 3))
     act = UniformActivation(channels=3)
     with pytest.raises(ValueError, match=r"x: expected 3 channels in dim 1, got shape \(4, 2\)"):
         act(torch.rand(4, 2))
