@@ -493,6 +493,13 @@ class ActivationConfig(QuantConfig):
         check_choice("act", self.act, PLACES)
         check_choice("act_signed", self.act_signed, (None, True, False))
         self.check_act_bits("act_bits", self.act_bits)
+        for pattern, settings in self.overrides.items():
+            if "act_bits" in settings and (self.act != "input" or self.act_bits is None):
+                raise ValueError(
+                    f"overrides[{pattern!r}]: act_bits: expected act='input' and act_bits with it, got "
+                    f"act={self.act!r}, act_bits={self.act_bits}"
+                )
+            self.check_act_bits(f"overrides[{pattern!r}]: act_bits", settings.get("act_bits"))
         number = isinstance(self.act_scale, (int, float)) and not isinstance(self.act_scale, bool)
         if self.act_scale not in SCALES and not (number and 2.0**-100 <= self.act_scale <= 2.0**100):
             raise ValueError(
@@ -526,14 +533,6 @@ class ActivationConfig(QuantConfig):
 
     def prepare(self, model: torch.nn.Module, layers: dict[str, Any]) -> None:
         super().prepare(model, layers)
-        bits = {name: settings.get("act_bits", self.act_bits) for name, (_, settings) in layers.items()}
-        for name, (_, settings) in layers.items():
-            if "act_bits" in settings and (self.act != "input" or self.act_bits is None):
-                raise ValueError(
-                    f"{name}: act_bits of a layer: expected act='input' and act_bits, got act="
-                    f"{self.act!r}, act_bits={self.act_bits}"
-                )
-            self.check_act_bits(f"{name}: act_bits", bits[name])
         if self.act_bits is None:
             return
         outputs, like = outputs_named(model, self.act_outputs), next(model.parameters())
@@ -541,7 +540,7 @@ class ActivationConfig(QuantConfig):
             replace_fronts(model, lambda like, front: self.activation(like, self.act_bits, front))
         else:
             quantize_inputs(
-                [(module, bits[name]) for name, (module, _) in layers.items()],
+                [(module, settings.get("act_bits", self.act_bits)) for module, settings in layers.values()],
                 lambda like, n: self.activation(like, n, None),
             )
         quantize_outputs(outputs, lambda like: self.activation(like, self.act_bits, None), like)
