@@ -292,12 +292,17 @@ class Pass:
         return other
 
 
+def op_node(node):
+    """The node of the op behind those of views, such as those of rows, which take no weak references."""
+    while node is not None and not hasattr(type(node), "_raw_saved_tensors") and node.next_functions:
+        node = node.next_functions[0][0]
+    return node
+
+
 def used_up(node):
-    """Whether a backward pass has gone through a node of a graph, so that no other can. Behind views, such as those of
-    rows, it is the node of the op that counts."""
+    """Whether a backward pass has gone through a node of a graph, so that no other can."""
     try:
-        while node is not None and not hasattr(node, "_raw_saved_tensors") and node.next_functions:
-            node = node.next_functions[0][0]
+        node = op_node(node)
         return node is not None and node._raw_saved_tensors is None  # raises where it has
     except RuntimeError:
         return True
@@ -481,7 +486,7 @@ class WeightGroup:
             p.slot.result = place
         if torch.is_grad_enabled():
             self.latest.update(zip(done.quantizers, places))
-            node = done.value.q[0].grad_fn
+            node = op_node(done.value.q[0].grad_fn)
             if done.quantizers[0].draws and node is not None:
                 for ref in list(self.drawn):
                     if (old := ref()) is None or used_up(old):

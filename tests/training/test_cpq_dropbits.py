@@ -48,6 +48,17 @@ def test_dropped_bits_drop_those_above(dropbits):
         assert abs(counts[bits] - expected) < 4 * expected**0.5, counts
 
 
+@pytest.mark.parametrize(
+    "options", [{"dropbits": "learned"}, {"mode": "sample"}, {"dropbits": "fixed", "gate_rows": 2}]
+)
+def test_what_is_drawn_for_a_weight_with_other_rows_first_is_followed(options):
+    model = nn.Sequential(nn.ConvTranspose2d(4, 6, 3), nn.Conv2d(6, 4, 3))
+    quantize_(model, quantops.CPQConfig(per_row=True, **options))
+    for _ in range(2):  # the second finds the graph of the first used up
+        model(torch.randn(2, 4, 5, 5)).sum().backward()
+        assert len(quantizers(model)["0"].group.drawn) == 1
+
+
 def test_fixed_gates_are_no_parameters_and_all_bits_stay():
     model = make_cpq(dropbits="fixed", nonzero=0.2)
     assert not any(name.endswith("log_a") for name, _ in model.named_parameters())
