@@ -282,13 +282,13 @@ def remove_quantizers(model, leave_quantized):
     """Makes weights plain Parameters, with the values of q or the float ones, in their old places among the others."""
     layers = sorted(owners(model), key=lambda entry: entry[2][0].place)
     if leave_quantized:  # in Parameters of their own: others may share those of the layers, and are not quantized
-        made = {}
-        for _, _, owner in layers:
-            w = owner.original
+        made = {}  # by the quantizer and the weight: torch may have untied layers that shared theirs
+        weights = [owner.original for _, _, owner in layers]
+        for (_, _, owner), w in zip(layers, weights):
             q = torch.empty_like(w).copy_(owner().detach())
-            made.setdefault(owner[0].source, torch.nn.Parameter(q, w.requires_grad))
-        for _, _, owner in layers:
-            owner.original = made[owner[0].source]
+            made.setdefault((owner[0].source, id(w)), torch.nn.Parameter(q, w.requires_grad))
+        for (_, _, owner), w in zip(layers, weights):
+            owner.original = made[owner[0].source, id(w)]
     for path, parameter, owner in layers:
         layer = model.get_submodule(path)
         own_class(layer)

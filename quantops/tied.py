@@ -73,11 +73,24 @@ def ends(model, places, everywhere, check):
 
 
 def shared_names(model):
-    """{quantizer: names of the parameters of others that have its weight}."""
-    found = {}
-    for path, parameter, owner in owners(model):
-        if isinstance(owner[0], SharedWeight):
-            found.setdefault(owner[0].source, []).append(f"{path}.{parameter}".removeprefix("."))
+    """{quantizer: names of the parameters of others that have its weight}. ValueError where torch has untied them."""
+    layers, found = owners(model), {}
+    own = {owner[0]: (path, parameter, owner) for path, parameter, owner in layers}
+    for path, parameter, owner in layers:
+        source = owner[0].source
+        if source is owner[0]:
+            continue
+        if source in own and owner.original is not own[source][2].original:
+            ends = [
+                (".".join(filter(None, names)), ".".join(filter(None, (names[0], "parametrizations", names[1]))))
+                for names in ((path, parameter), own[source][:2])
+            ]
+            raise ValueError(
+                f"{ends[0][0]}: expected one Parameter for it and {ends[1][0]}, which shared their weight when they "
+                "were quantized, got two, as load_state_dict(assign=True) and to_empty() leave them; "
+                f"{ends[0][1]}.original = {ends[1][1]}.original makes them one again"
+            )
+        found.setdefault(source, []).append(f"{path}.{parameter}".removeprefix("."))
     return found
 
 

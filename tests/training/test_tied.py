@@ -123,6 +123,38 @@ def test_files_name_those_that_share(tmp_path):
         Q.load_int(tmp_path / "w.safetensors", plain)
 
 
+def _assigned(model):
+    model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+
+
+def _emptied(model):
+    state = copy.deepcopy(model.state_dict())
+    model.to("meta").to_empty(device="cpu").load_state_dict(state)
+
+
+@METHODS
+@pytest.mark.parametrize("untie", [_assigned, _emptied])
+def test_ends_that_torch_has_untied_are_two_weights(config, untie, tmp_path):
+    model = Q.quantize_(Tied(), config).eval()
+    untie(model)
+    lists = [layer.parametrizations.weight for layer in (model.embedding, model.head)]
+    with torch.no_grad():
+        lists[0].original.mul_(-0.5)
+    plain = Q.plain_model(model)
+    assert torch.equal(plain(X), model(X)) and not torch.equal(plain.embedding.weight, plain.head.weight)
+    text = (
+        "embedding.weight: expected one Parameter for it and head.weight, .*embedding.parametrizations.weight.original "
+        "= head.parametrizations.weight.original makes them one again"
+    )
+    for use in (Q.to_int, lambda m: Q.save_int(m, tmp_path / "w.safetensors")):
+        with pytest.raises(ValueError, match=text):
+            use(model)
+    lists[0].original = lists[1].original
+    assert Q.to_int(model)["head.weight"].shared == ("embedding.weight",)
+    plain = Q.plain_model(model)
+    assert torch.equal(plain(X), model(X)) and plain.embedding.weight is plain.head.weight
+
+
 def test_an_end_that_lost_its_quantizer_says_so():
     model = Q.quantize_(Tied(), Q.MSQConfig(bits=3))
     parametrize.remove_parametrizations(model.head, "weight", leave_parametrized=False)
