@@ -364,6 +364,16 @@ def _check_weight(label, module, parameter):
                     f"{label}: its weight is computed from {replaced} before each forward; expected a "
                     f"plain one: take that off by {remove}(layer), or {PRUNED} where it is pruned"
                 )
+    if parameter == WEIGHT and isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
+        if module.max_norm is not None:
+            raise ValueError(
+                f"{label}: max_norm: expected None, got {module.max_norm}: the forward pass would scale entries of the "
+                "quantized weight, off their grid"
+            )
+        if module.sparse:
+            raise ValueError(
+                f"{label}: sparse: expected False, got True: gradients go through the quantizer, which takes dense ones"
+            )
     w = module._parameters.get(parameter)
     if w is None:
         raise ValueError(

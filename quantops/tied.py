@@ -63,11 +63,12 @@ def ends(model, places, everywhere, check):
             del places[name]
             found.setdefault(first, []).append((module, parameter))
     if everywhere:
-        for module in model.modules():
+        for name, module in model.named_modules():
             for parameter, w in module._parameters.items():
                 first = owner.get(id(w)) if w is not None else None
                 taken = first is not None and [places[first], *found.get(first, ())]
                 if taken and not any(module is m and parameter == n for m, n in taken):
+                    check(name or "model", module, parameter)
                     found.setdefault(first, []).append((module, parameter))
     return found
 

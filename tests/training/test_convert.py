@@ -79,6 +79,12 @@ def _complex():
     return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.complex64))
 
 
+def _tied_to(**options):
+    model = nn.Sequential(nn.Embedding(4, 4, **options), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    return model
+
+
 @pytest.mark.parametrize(
     "make, config, filter_fn, text",
     [
@@ -99,6 +105,10 @@ def _complex():
         (_complex, {}, None, "1: expected a floating-point weight .*complex64"),
         (lambda: nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3)), {}, None, "1: .*not initialized"),
         (lambda: nn.Linear(2, 2, device="meta"), {}, None, "model: .*not initialized"),
+        (lambda: nn.Embedding(2, 2, max_norm=1.0), {}, ["weight"], r"model: max_norm: expected None, got 1\.0"),
+        (lambda: nn.EmbeddingBag(2, 2, sparse=True), {}, ["weight"], "model: sparse: expected False, got True"),
+        (lambda: _tied_to(max_norm=2), {}, None, "0: max_norm: expected None, got 2"),
+        (lambda: _tied_to(sparse=True), {}, None, "0: sparse: expected False, got True"),
     ],
 )
 def test_errors_leave_the_model_untouched(make, config, filter_fn, text):
