@@ -351,6 +351,8 @@ def _full(name, parameter):
 
 def _check_weight(label, module, parameter):
     """ValueError for a parameter that cannot be quantized."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError(f"{label}: expected a layer in Python, got a ScriptModule: quantize_ before torch.jit")
     if parametrize.is_parametrized(module, parameter):
         kinds = ", ".join(type(p).__name__ for p in module.parametrizations[parameter])
         raise ValueError(

@@ -124,8 +124,9 @@ def adapters(model):
     """The modules of adapters (LoRA and others of peft): what a layer has beside the ``base_layer`` that it wraps."""
     found = set()
     for module in model.modules():
-        if isinstance(module._modules.get("base_layer"), torch.nn.Module):
-            own = (m for name, child in module.named_children() if name != "base_layer" for m in child.modules())
+        children = dict(module.named_children())  # of ScriptModules too, whose _modules are no dict
+        if children.pop("base_layer", None) is not None:
+            own = (m for child in children.values() for m in child.modules())
             found.update(own)
     return found
 

@@ -108,6 +108,7 @@ def _tied_to(**options):
         (lambda: nn.Embedding(2, 2, max_norm=1.0), {}, ["weight"], r"model: max_norm: expected None, got 1\.0"),
         (lambda: nn.EmbeddingBag(2, 2, sparse=True), {}, ["weight"], "model: sparse: expected False, got True"),
         (lambda: _tied_to(max_norm=2), {}, None, "0: max_norm: expected None, got 2"),
+        (lambda: torch.jit.script(nn.Linear(2, 2)), {}, ["weight"], "model: expected a layer in Python, got a Script"),
         (lambda: _tied_to(sparse=True), {}, None, "0: sparse: expected False, got True"),
     ],
 )
@@ -118,6 +119,15 @@ def test_errors_leave_the_model_untouched(make, config, filter_fn, text):
         quantize_(model, MSQConfig(**config), filter_fn)
     assert keys == list(model.state_dict()) and classes == [type(m) for m in model.modules()]
     assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("filter_fn", [None, ["0.weight"]])
+def test_scripted_parts_stay_as_they_are(filter_fn):
+    model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU())))
+    with pytest.warns(UserWarning, match=r"50\.0% of the weights .* in float stay 1\.0\.weight"):
+        quantize_(model, MSQConfig(bits=3), filter_fn)
+    x = torch.randn(2, 4)
+    assert list(to_int(model)) == ["0.weight"] and torch.equal(quantops.plain_model(model)(x), model(x))
 
 
 def test_twice_and_compiled_and_wrong_config_are_errors():
