@@ -51,8 +51,8 @@ class QuantConfig:
 
     fuse: "model", all layers in one call at the start of each forward of the root, or "layer"; see quantops/nn.py.
     cache: keep q while no weight and no bits change (gradient accumulation).
-    first, last: for the first and the last of the layers chosen, in module order: "quantize" as the others, "skip", or
-        a number of bits that stays fixed.
+    first, last: for the first and the last of the layers chosen, in module order, with all their weights (an LSTM has
+        several): "quantize" as the others, "skip", or a number of bits that stays fixed.
     tied: for a Parameter that several layers share (an embedding and the head of a language model): "both", all of them
         see the same quantized weight, or "chosen", only those that were chosen; the others keep the float one.
     overrides: {pattern (fnmatch) of layer names, or of ``layer.parameter``: {setting: value}}; later patterns win, and
@@ -161,9 +161,9 @@ def quantize_(
         places = _chosen(model, lambda name, module: module not in skipped and has_matrices(name, module))
     else:
         places = _chosen(model, filter_fn)
-    chosen = tuple(places)
+    chosen = dict(places)
     shared = ends(model, places, config.tied == "both", _check_weight)
-    settings = _settings(list(places), config)
+    settings = _settings(chosen, places, config)
     made = {}
     for name, values in settings.items():
         module, parameter = places[name]
@@ -197,7 +197,7 @@ def quantize_(
     else:
         for layer in layers:
             layer[1].group = WeightGroup([layer], False, config.cache)
-    model.__dict__.setdefault(RECORD, []).append((config, chosen))
+    model.__dict__.setdefault(RECORD, []).append((config, tuple(chosen)))
     join_transformers(model)
     warn_of_the_rest(model)
     _warn_of_order(before, model)
@@ -390,14 +390,26 @@ def _check_weight(label, module, parameter):
         )
 
 
-def _settings(names, config):
-    """{layer name: settings} of the layers that are quantized, by the policies and the overrides."""
-    ends = [(names[0], config.first), (names[-1], config.last)]
-    skipped = {name for name, policy in ends if policy == "skip"}
-    settings = {name: {} for name in names if name not in skipped}
+def _at_end(module, chosen, places):
+    """Names in ``places`` of the weights that were chosen of a layer, be they another's too."""
+    own = [m._parameters[p] for m, p in chosen.values() if m is module]
+    return [name for name, (m, p) in places.items() if any(m._parameters[p] is w for w in own)]
+
+
+def _settings(chosen, places, config):
+    """{name: settings} of the weights that are quantized, by the policies and the overrides. ``chosen``, ``places``:
+    all, and each Parameter once."""
+    modules = [module for module, _ in chosen.values()]
+    policies = [
+        (name, policy)
+        for module, policy in ((modules[0], config.first), (modules[-1], config.last))
+        for name in _at_end(module, chosen, places)
+    ]
+    skipped = {name for name, policy in policies if policy == "skip"}
+    settings = {name: {} for name in places if name not in skipped}
     if not settings:
         raise ValueError("first, last: skip every layer that filter_fn chose")
-    for name, policy in ends:
+    for name, policy in policies:
         if isinstance(policy, int) and name in settings:
             settings[name] = dict(config.fixed(policy))
     for pattern, values in config.overrides.items():

@@ -69,6 +69,24 @@ def test_first_last_and_overrides():
     assert precision(model) == {"0": (3, 0, False), "3": (8, 1, True), "5": (3, 0, False), "6": (8, 1, True)}
 
 
+def test_the_first_and_the_last_layer_are_whole_ones():
+    make = lambda: nn.Sequential(nn.LSTM(4, 4), nn.Linear(4, 4), nn.LSTM(4, 3))  # noqa: E731
+    assert names(quantize_(make(), TruncQuantConfig.paper(bits=(4, 2)))) == ["1"]
+    found = precision(quantize_(make(), MSQConfig(bits=4, first=8, last=6)))
+    assert [bits for bits, _, _ in found.values()] == [8, 8, 4, 6, 6]
+    with pytest.raises(ValueError, match="first, last: skip every layer"):
+        quantize_(nn.LSTM(4, 4), MSQConfig(first="skip"))
+
+
+def test_the_last_layer_may_share_the_weight_of_the_first():
+    model = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    for options, bits in (({"last": 8}, 8), ({"first": 6}, 6), ({"first": 6, "last": 8}, 8)):
+        found = precision(quantize_(copy.deepcopy(model), MSQConfig(bits=4, **options), ["*weight"]))
+        assert {name: bits for name, (bits, _, _) in found.items()} == {"0": bits, "1": 4}
+    assert names(quantize_(model, MSQConfig(last="skip"), ["*weight"])) == ["1"]
+
+
 def _parametrized():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     nn.utils.parametrizations.weight_norm(model[1])
