@@ -6,6 +6,9 @@ quantizer; what would change its shape, its memory or its type raises.
 
 It holds for the tensor itself, its ``data``, ``view_as`` and what indices give; not for other views, such as
 ``layer.weight.detach()``, for the ``out`` of an op, and within the forward of a network with fuse="model".
+
+Copies hold the values of q alone: ``copy.deepcopy(layer.weight)``, ``layer.weight.data.clone()``. Of such copies torch
+makes Parameters, of the tensor itself it does not.
 """
 
 import torch
@@ -64,6 +67,9 @@ class Computed(torch.Tensor):
 
     def __reduce_ex__(self, protocol):
         return self.detach().requires_grad_(self.requires_grad).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo):
+        return self.detach().clone().requires_grad_(self.requires_grad)
 
 
 def computed(q, float_weight, name):

@@ -105,6 +105,12 @@ def test_a_read_weight_is_a_tensor_as_any():
     for made in (q + 1, q.t(), q.detach(), q.clone(), nn.functional.linear(torch.ones(1, 6), q)):
         assert type(made) is torch.Tensor
     assert torch.equal(pickle.loads(pickle.dumps(q)), q)
+    one, same = copy.deepcopy([q, q])
+    assert one is same and type(one) is torch.Tensor and one.is_leaf and one.requires_grad and torch.equal(one, q)
+    one.detach().zero_()
+    assert torch.equal(model.weight, q) and q.abs().sum() > 0
+    for made in (copy.deepcopy(q.data), q.data.clone()):
+        assert torch.equal(nn.Parameter(made), q)
     assert torch.equal(Q.absmax(q), q.abs().max()) and Q.round_clamp(q, 1.0, 3).shape == q.shape
     q.sum().backward()
     assert torch.equal(original(model).grad, torch.ones(4, 6))
