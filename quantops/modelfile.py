@@ -27,6 +27,7 @@ from quantops.methods.multibn import MultiBatchNorm, replace
 from quantops.methods.truncquant import TruncQuantWeight, network_of, set_bits
 from quantops.nn import parameter_name, quantized
 from quantops.owners import check_module
+from quantops.recorded import check_recorded
 from quantops.state import Settings
 from quantops.types import ModelT, Path
 from quantops.version import __version__
@@ -46,11 +47,13 @@ def save_model(model: torch.nn.Module, path: Path, *, floats: bool = False) -> N
     floats: the float weights too, at 4 bytes each, so that training goes on from the file exactly where it was.
 
     The file appears whole or not at all, as that of ``save_int``. Needs safetensors (``pip install 'quantops[io]'``).
-    Raises ValueError as :func:`quantops.to_int` does, for a config that is not quantops' own, and for extra state of
-    other modules that is no tensor; OSError where the file cannot be written.
+    Raises ValueError as :func:`quantops.to_int` does, for a model that has changed since ``quantize_`` or of which a
+    slice was given to that, naming what no call explains, for a config that is not quantops' own, and for extra state
+    of other modules that is no tensor; OSError where the file cannot be written.
     """
     check_module(model)
     model = getattr(model, "_orig_mod", model)
+    check_recorded(model)
     weights = to_int(model)
     text = config_json.to_json(model)
     tensors, about = parts_of(weights)

@@ -302,3 +302,62 @@ def test_weights_of_other_names_rows_and_layers(config, tmp_path):
         Q.save_model(model, tmp_path / "m", floats=floats)
         assert torch.equal(Q.load_model(tmp_path / "m", Kinds(1).eval())(ids), want)
         assert torch.equal(Q.load_model(tmp_path / "m", Q.quantize_(Kinds(1), config, Kinds.names).eval())(ids), want)
+
+
+def small(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+
+
+def replaced(model, name, module):
+    setattr(model, name, module)
+    return model
+
+
+def sliced(**settings):
+    model = small()
+    Q.quantize_(model[0:1], Q.TruncQuantConfig(bits=(8, 4), batch_norm=False, fuse="layer", **settings))
+    return model
+
+
+def part_again(model):
+    Q.quantize_(replaced(model, "4", nn.Linear(4, 3)), Q.CPQConfig(bits=3), ["4.weight"])
+    return model
+
+
+MSQ, WIDTHS = Q.MSQConfig(bits=4, act_bits=4), Q.TruncQuantConfig(bits=(8, 4))
+CHANGED = {
+    "a slice": (sliced, "0.weight are quantized by no call"),
+    "a slice beside a call": (lambda: Q.quantize_(sliced(), MSQ, ["2.weight"]), "0.weight are quantized by no call"),
+    "a layer": (lambda: replaced(Q.quantize_(small(), MSQ), "4", nn.Linear(4, 3)), "4.weight were .*not any more"),
+    "a layer quantized again": (lambda: part_again(Q.quantize_(small(), WIDTHS)), "4.weight were .*and by another"),
+    "a ReLU": (lambda: replaced(Q.quantize_(small(), MSQ), "1", nn.ReLU()), "which 1 would become"),
+    "a norm": (lambda: replaced(Q.quantize_(small(), WIDTHS), "3", nn.BatchNorm1d(4)), "which 3 would become"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_model_that_no_call_describes_is_not_written(name, tmp_path):
+    make, text = CHANGED[name]
+    model = make()
+    with pytest.raises(ValueError, match=text):
+        Q.save_model(model, tmp_path / "m")
+    assert not os.listdir(tmp_path)
+
+
+def test_what_is_skipped_or_tied_is_described(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.mid, self.head = nn.Embedding(8, 4), nn.Linear(4, 4), nn.Linear(4, 8, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x):
+            return self.head(self.mid(self.embed(x)))
+
+    ids = torch.arange(8)
+    for settings in ({}, {"first": "skip"}, {"last": "skip"}, {"tied": "chosen"}):
+        for chosen in (["*.weight"], ["mid.weight", "head.weight"]):
+            model, other = (Q.quantize_(Tied(), Q.MSQConfig(bits=4, **settings), chosen) for _ in range(2))
+            Q.save_model(model, tmp_path / "m", floats=True)
+            assert torch.equal(Q.load_model(tmp_path / "m", other)(ids), model(ids)), (settings, chosen)
