@@ -4,7 +4,8 @@
 
 ``module`` is the name, within the model, of what :func:`quantops.quantize_` was called with; ``chosen`` are the names,
 within that, of the weights that its ``filter_fn`` chose, those included that ``first`` and ``last`` then left out: of
-the layer for its ``weight``, or ``layer.parameter``.
+the layer for its ``weight``, or ``layer.parameter``. ``activations``, which older files have not, are all quantizers of
+activations, see kept_activations.py: those of methods that :func:`quantops.unquantize_` took off are of no call.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import glob
 import json
 
 from quantops.convert import QuantConfig, quantize_, records
+from quantops.kept_activations import described, put_back
 from quantops.layers import WEIGHT
 from quantops.methods.cpq import CPQConfig
 from quantops.methods.msq import MSQConfig
@@ -49,18 +51,12 @@ def to_json(model):
     ]
     if not calls:
         raise ValueError(f"model: expected one that quantops.quantize_ quantized, got {type(model).__name__}")
-    return json.dumps({"version": VERSION, "calls": calls})
+    return json.dumps({"version": VERSION, "calls": calls, "activations": described(model)})
 
 
 def parsed(text):
     """[(module, config, chosen)] of such a text. ValueError for anything else."""
-    try:
-        found = json.loads(text)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"config: not JSON: {error}") from None
-    if not isinstance(found, dict) or found.get("version") != VERSION or type(found.get("calls")) is not list:
-        raise ValueError(f"config: expected version {VERSION} with a list of calls")
-    calls = []
+    found, calls = _read(text), []
     for call in found["calls"]:
         if not isinstance(call, dict) or call.keys() != {"module", "config", "chosen"}:
             raise ValueError("config: expected calls of module, config and chosen")
@@ -71,6 +67,18 @@ def parsed(text):
             raise ValueError("config: expected names of layers")
         calls.append((call["module"], config_from_dict(call["config"]), tuple(chosen)))
     return calls
+
+
+def _read(text):
+    try:
+        found = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"config: not JSON: {error}") from None
+    if not isinstance(found, dict) or found.get("version") != VERSION or type(found.get("calls")) is not list:
+        raise ValueError(f"config: expected version {VERSION} with a list of calls")
+    if type(found.get("activations", [])) is not list:
+        raise ValueError("config: expected a list of activations")
+    return found
 
 
 def quantize_as(model, text, **how):
@@ -92,4 +100,5 @@ def quantize_as(model, text, **how):
         full = [name if name in weights else f"{name}.{WEIGHT}".removeprefix(".") for name in chosen]
         config = dataclasses.replace(config, **how)
         quantize_(modules[module], config, [glob.escape(name) for name in full])
+    put_back(model, _read(text).get("activations", []))
     return model

@@ -42,7 +42,8 @@ def save_model(model: torch.nn.Module, path: Path, *, floats: bool = False) -> N
     Tensors: those of :func:`quantops.save_int` for the quantized weights, and, named ``state/<name in the state
     dict>``, all others: biases, norms (of every width), the scales and settings of activations, bits, alpha and sigma,
     other parameters and buffers. Metadata: the configs of the ``quantize_`` calls and the layers that they chose, the
-    version of quantops, and a checksum of every tensor.
+    quantizers of activations, those included that :func:`quantops.unquantize_` left, the version of quantops, and a
+    checksum of every tensor.
 
     floats: the float weights too, at 4 bytes each, so that training goes on from the file exactly where it was.
 

@@ -361,3 +361,66 @@ def test_what_is_skipped_or_tied_is_described(tmp_path):
             model, other = (Q.quantize_(Tied(), Q.MSQConfig(bits=4, **settings), chosen) for _ in range(2))
             Q.save_model(model, tmp_path / "m", floats=True)
             assert torch.equal(Q.load_model(tmp_path / "m", other)(ids), model(ids)), (settings, chosen)
+
+
+CHAINS = {
+    "relu": MSQ,
+    "input": Q.MSQConfig(bits=4, act_bits=8, act="input"),
+    "tracked": Q.MSQConfig(bits=4, act_bits=8, act="input", act_scale="tracked", act_signed=True),
+    "output": Q.MSQConfig(bits=4, act_bits=3, act_scale=2.0, act_outputs=("0", "4")),
+    "widths": Q.TruncQuantConfig(bits=(8, 4), batch_norm=False, act_bits="weights", act_scale="clip"),
+    "cpq": Q.CPQConfig(bits=3, act_bits=3),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_activations_that_unquantize_left_come_back(name, tmp_path):
+    config = Q.TruncQuantConfig(bits=(8, 4), batch_norm=False)
+    x, model = torch.randn(16, 4), Q.quantize_(small(), CHAINS[name])
+    for bits in (8, 4):
+        model(x)
+        if name == "widths":
+            Q.set_bits(model, bits)
+    model(x)
+    Q.quantize_(Q.unquantize_(model), config)
+    model.eval()
+    Q.save_model(model, tmp_path / "m")
+    for bits in (8, 4):
+        Q.set_bits(model, bits)
+        assert torch.equal(Q.load_model(tmp_path / "m", small(1).eval(), bits)(x), model(x))
+    Q.set_bits(model)
+    Q.save_model(model, tmp_path / "m", floats=True)
+    prepared = Q.prepare(small(1), tmp_path / "m")
+    assert [k for k, _ in prepared.named_parameters()] == [k for k, _ in model.named_parameters()]
+    made, state = prepared.state_dict(), model.state_dict()
+    assert made.keys() == state.keys() and all(torch.equal(made[k], state[k]) for k in state)
+    assert torch.equal(prepared.eval()(x), model(x))
+    prepared.train()(x).sum().backward()
+
+
+def test_activations_that_do_not_fit(tmp_path):
+    model = Q.quantize_(small(), MSQ)
+    model(torch.randn(8, 4))
+    Q.save_model(Q.quantize_(Q.unquantize_(model), Q.MSQConfig()), tmp_path / "m")
+    with pytest.raises(ValueError, match="m: model: 1: expected a quantizer of activations .*relu, got GELU"):
+        Q.load_model(tmp_path / "m", replaced(small(), "1", nn.GELU()))
+    damage = {
+        "expected a list of activations": {},
+        "activations of name, class": [3],
+        "one of UniformActivation": [{"name": "1", "class": "os.system", "settings": {}}],
+        "one of UniformActivation.*got 1": [{"name": 1, "class": [], "settings": {}}],
+        "1: expected a dict of settings": [{"name": "1", "class": "UniformActivation", "settings": []}],
+        "config: 1: .*nothing": [
+            {"name": "1", "class": "UniformActivation", "settings": {"front": "relu", "nothing": 3}}
+        ],
+        "config: 1: bits: expected": [
+            {"name": "1", "class": "UniformActivation", "settings": {"front": "relu", "bits": 99}}
+        ],
+    }
+    for text, found in damage.items():
+
+        def change(tensors, metadata, found=found):
+            metadata["config"] = json.dumps({**json.loads(metadata["config"]), "activations": found})
+
+        with pytest.raises(ValueError, match=text):
+            Q.load_model(changed(tmp_path / "m", change), small())
