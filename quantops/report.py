@@ -8,7 +8,7 @@ import torch
 from quantops.calibration import activations
 from quantops.coverage import left_in_float
 from quantops.nn import batches, quantized, rows_of
-from quantops.sharded import any_sharded, gathered, whole
+from quantops.sharded import any_sharded, gathered, shards, whole
 
 
 class LayerBits(NamedTuple):
@@ -97,7 +97,7 @@ def bit_report(model: torch.nn.Module) -> BitReport:
     the width that is selected, with CPQ those that stay in evaluation, and k is 0. ``left`` has the parameters that
     stay in float, each with a reason, and ``whole_compression`` counts them too, with 32 bits. One list call; reads the
     values back. The quantizers of activations follow as ``activations``. Raises ValueError for a model without
-    quantized weights, and for weights with NaN or inf.
+    quantized weights, and for weights with NaN or inf, naming the layer.
     """
     layers = quantized(model)
     if not layers:
@@ -138,8 +138,21 @@ def measure(pairs):
     """{quantizer: (bits, k, beta, sq_error, scale)} as Python numbers, of pairs (quantizer, weight)."""
     found = {}
     for quantizers, w in batches(pairs):
-        for p, t, row in zip(quantizers, w, _rows(quantizers, w)):
+        try:
+            rows = _rows(quantizers, w)
+        except ValueError:  # of the scale of such a weight, by its place in the list
+            for p, t, part in zip(quantizers, w, shards(w)):
+                if not part.isfinite().all():
+                    raise _not_finite(p, t) from None
+            raise
+        for p, t, row in zip(quantizers, w, rows):
             if not math.isfinite(row[3]):
-                raise ValueError(f"weight of shape {tuple(t.shape)}: expected finite values, got NaN or infinity")
+                raise _not_finite(p, t)
             found[p] = row
     return found
+
+
+def _not_finite(quantizer, w):
+    return ValueError(
+        f"{quantizer.layer}: expected finite values in its weight of shape {tuple(w.shape)}, got NaN or infinity"
+    )

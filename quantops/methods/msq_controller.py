@@ -3,7 +3,9 @@
 import copy
 import logging
 import math
+import re
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from quantops.sharded import fsdp_modules
 from quantops.types import Path
 
 STRENGTH = 0.3  # in units of the gradient
+_PARAMS = re.compile(r"params\[([0-9, ]+)\]")  # in errors of traces, which know weights by their places
 
 logger = logging.getLogger("quantops.controller")
 
@@ -343,7 +346,14 @@ class MSQController:
         for module in whole:
             module.reshard()  # a forward without a backward pass may have left weights whole
         weights = [owner.original for _, owner, _ in self._layers]
-        with torch.enable_grad(), processes.unsynchronized(self._model):
+        for name, owner, _ in self._layers:
+            if not owner.original.requires_grad:
+                raise ValueError(
+                    f"{name or 'model'}: expected a weight that requires grad, got one that was frozen after the "
+                    "controller was made; a trace needs its gradient, MSQController(hessian=False) does not"
+                )
+        names = [name or "model" for name, _, _ in self._layers]
+        with torch.enable_grad(), processes.unsynchronized(self._model), _naming(names):
             if whole or self.hessian == "differences":
                 with holding_q(self._layers) as inside:
                     return trace_by_differences(
@@ -418,6 +428,19 @@ class MSQController:
         log = copy.deepcopy(state["log"])
         self._steps, self._decisions, self._done = steps, state["decisions"], state["done"]
         self.seed, self.log = state["seed"], log
+
+
+@contextmanager
+def _naming(names):
+    """The names of layers in errors that have their places in the list alone."""
+    try:
+        yield
+    except ValueError as error:
+        found = _PARAMS.match(str(error))
+        if found is None:
+            raise
+        layers = ", ".join(names[int(i)] for i in found[1].split(","))
+        raise ValueError(f"loss_fn: {layers}{str(error)[found.end() :]}") from error
 
 
 def _is_decision(entry, names):

@@ -69,3 +69,13 @@ def test_the_penalty_is_0_where_a_method_has_none(config):
         assert r.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     with pytest.raises(ValueError, match="Linear has none"):
         penalty(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("config", [MSQConfig(), TruncQuantConfig(bits=(4,)), CPQConfig()], ids=["m", "t", "c"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_report_names_the_layer_whose_weight_is_not_finite(config, value):
+    model = quantize_(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)), config)
+    with torch.no_grad():
+        model[2].parametrizations.weight.original[1, 2] = value
+    with pytest.raises(ValueError, match=r"^2: expected finite values in its weight of shape \(3, 4\), got NaN or inf"):
+        bit_report(model)

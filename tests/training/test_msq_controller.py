@@ -432,11 +432,16 @@ def test_differences_of_gradients_give_the_same_traces(options, compiled):
     assert min(map(abs, traces[0])) > 0
 
 
-def test_differences_need_a_loss_of_all_weights():
+@pytest.mark.parametrize("hessian", [True, "differences"])
+def test_traces_need_a_loss_of_all_weights(hessian):
     model = make_msq(bits=6)
-    control = MSQController(model, 8, threshold=0.5, strength=0.01, hessian="differences")
-    with pytest.raises(ValueError, match="loss_fn: expected a scalar tensor that requires grad"):
+    control = MSQController(model, 8, threshold=0.5, strength=0.01, hessian=hessian)
+    with pytest.raises(ValueError, match="^loss.*: expected a scalar tensor that requires grad"):
         control.step(lambda: loss_of(model).detach())
-    with pytest.raises(ValueError, match=r"params\[[0-9, ]+\]: the loss does not depend on them"):
+    with pytest.raises(ValueError, match=r"^loss_fn: conv, mid.0, mid.2: the loss does not depend on them"):
         control.step(lambda: originals(model)["head"].square().sum())
+    originals(model)["mid.2"].requires_grad_(False)
+    with pytest.raises(ValueError, match="^mid.2: expected a weight that requires grad, got one that was frozen"):
+        control.step(lambda: loss_of(model))
+    originals(model)["mid.2"].requires_grad_()
     assert control.step(lambda: loss_of(model))["layers"][0]["trace"] != 0
