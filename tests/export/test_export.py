@@ -182,8 +182,18 @@ def test_a_mean_may_differ_in_its_last_place():
     torch.testing.assert_close(got, model(x), rtol=1e-5, atol=1e-6)
 
 
-def test_what_has_no_aten_form_says_so():
-    model, x = made(CONFIGS["dropbits"])
+@pytest.mark.parametrize("evaluate, train", [("threshold", True), ("gate", True), ("gate", False)])
+def test_what_has_no_aten_form_says_so(evaluate, train):
+    model, x = made(Q.CPQConfig(bits=4, dropbits="learned", evaluate=evaluate))
+    program = torch.export.export(model.train(train), (x,))
+    with pytest.raises(ValueError, match=r"expected classes without gates .*; export quantops.plain_model\(model\)"):
+        export.to_aten(program)
+    plain = export.to_aten(torch.export.export(Q.plain_model(model).eval(), (x,)))  # what it says to do
+    assert torch.equal(plain.module()(x), model.eval()(x))
+
+
+def test_what_is_drawn_has_no_aten_form():
+    model, x = made(Q.CPQConfig(bits=4, mode="sample"))
     program = torch.export.export(model.train(), (x,))
     with pytest.raises(Exception, match=r"expected mode 'hard' without gates .*call model.eval\(\)"):
         export.to_aten(program)
