@@ -45,7 +45,9 @@ def save_model(model: torch.nn.Module, path: Path, *, floats: bool = False) -> N
     quantizers of activations, those included that :func:`quantops.unquantize_` left, the version of quantops, and a
     checksum of every tensor.
 
-    floats: the float weights too, at 4 bytes each, so that training goes on from the file exactly where it was.
+    floats: the float weights too, at 4 bytes each (2 for bfloat16 and float16), so that training goes on from the file
+        exactly where it was. Models of bfloat16, float16 and float64 with scales that are means need them, see
+        :func:`load_model`.
 
     The file appears whole or not at all, as that of ``save_int``. Needs safetensors (``pip install 'quantops[io]'``).
     Raises ValueError as :func:`quantops.to_int` does, for a model that has changed since ``quantize_`` or of which a
@@ -89,8 +91,11 @@ def load_model(path: Path, model: ModelT, bits: int | None = None) -> ModelT:
         for; a quantized one, of TruncQuant alone, at one of its widths.
 
     A quantized model takes its float weights from the file where it has them (``floats=True``). Where it has not, they
-    are some of which its quantizer makes the very integers, see quantops/inverse.py; should none be found, which can
-    happen where scales are means, a ValueError says so.
+    are some of which its quantizer makes the very integers, see quantops/inverse.py; should none be found, a ValueError
+    says so. That can happen where scales are means, or multiples of them, as they are by default but with CPQConfig:
+    seldom with float32 weights, more often with float64, and next to always with bfloat16 and float16, since no weights
+    of so few digits have the very mean. Save such models with ``floats=True`` to load them into quantized ones, or load
+    the file into a plain model, which always works.
 
     Raises ValueError naming ``path`` and what is wrong for a file that is truncated, corrupt or of another format, for
     a model that does not fit, and for ``bits`` that it has not; the model is then as it was. FileNotFoundError where

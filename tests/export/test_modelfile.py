@@ -424,3 +424,17 @@ def test_activations_that_do_not_fit(tmp_path):
 
         with pytest.raises(ValueError, match=text):
             Q.load_model(changed(tmp_path / "m", change), small())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", ["msq mean", "truncquant mean", "cpq"])
+def test_other_dtypes_come_back_with_floats_and_into_plain_models(name, dtype, tmp_path):
+    model = Q.quantize_(Net().to(dtype), CONFIGS[name])
+    x = X.to(dtype)
+    model(x)
+    model.eval()
+    Q.save_model(model, tmp_path / "m")
+    assert torch.equal(Q.load_model(tmp_path / "m", Net(1).to(dtype).eval())(x), model(x))
+    Q.save_model(model, tmp_path / "m", floats=True)
+    other = Q.load_model(tmp_path / "m", Q.quantize_(Net(1).to(dtype), CONFIGS[name]))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
