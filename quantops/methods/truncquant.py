@@ -39,7 +39,8 @@ class TruncQuantConfig(ActivationConfig):
         points at 2 bits and costs 0.3 at 8, once trained (bench/README.md). Before any training max|w| loses nothing at
         8 bits, where ResNet-20 starts at 29 % by the default; it suits networks that stay at 4 bits or more.
     out_scale: None (the scale) or "absmean", mean|w|.
-    slope: "exact", see :func:`quantops.truncate`, which is 1 without companding and out_scale, or "ste", 1 always.
+    slope: "exact", see :func:`quantops.truncate`, which is 1 without companding and out_scale, or "ste", 1 always. With
+        either of them the exact one of a weight of zeros (per_row: a row) is 0/0, which counts as 0: that never trains.
     scale_grad: True takes the scales as the functions of the weights that they are, see MSQConfig. With tanh and
         "absmax", the exact slope is worth 4 points at 2 bits, the gradient two more.
     per_row: scales per row: the outputs of a layer; quantops/layers.py has the table of their dims.
@@ -116,6 +117,9 @@ class TruncQuantConfig(ActivationConfig):
         network, as here, or trained along as a width of its own, as in the Any-Precision code; for that take bits=(16,
         8, 4, 2, 1), whose 16 bits stand for float weights, and no teacher. That code also clamps activations to [0, 1]
         and gives them the bits of the weights, act_bits="weights", act_scale=1.0, in a pre-activation ResNet-20.
+
+        A layer that starts with a weight of zeros alone never trains, see ``slope``: start it from other values, leave
+        it float, or give it {"slope": "ste"} in overrides.
         """
         return cls(
             **{

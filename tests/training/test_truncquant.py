@@ -453,3 +453,16 @@ def test_training_learns_at_every_width():
     for m in WIDTHS:
         set_bits(model, m)
         assert (model(x).argmax(1) == y).float().mean() > (0.75 if m > 1 else 0.5), m  # a quarter by chance
+
+
+@pytest.mark.parametrize("slope, moves", [("exact", False), ("ste", True)])
+def test_a_weight_of_zeros_trains_by_the_straight_slope_alone(slope, moves):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    nn.init.zeros_(model[2].weight)
+    settings = {"batch_norm": False, "first": "quantize", "last": "quantize", "overrides": {"2": {"slope": slope}}}
+    quantize_(model, TruncQuantConfig.paper(bits=(4, 2), **settings))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):
+        joint_step(model, lambda out: (out - 1).square().mean(), torch.randn(8, 4))
+        optimizer.step()
+    assert bool(originals(model)["2"].any()) == moves
