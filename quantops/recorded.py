@@ -47,7 +47,7 @@ def _more(names):
 
 def _weights(modules, path, config, chosen):
     """{name in the model: its quantizer, None where it has none} of what a call quantized, each weight once."""
-    found, seen = {}, set()
+    found, ids, of_module = {}, {}, []
     for name in chosen:
         full = f"{path}.{name}".strip(".")
         module, parameter = modules.get(full), WEIGHT
@@ -55,12 +55,13 @@ def _weights(modules, path, config, chosen):
             module, parameter = modules.get(full.rpartition(".")[0]), full.rpartition(".")[2]
         owner = _owner(module, parameter)
         w = owner.original if owner is not None else getattr(module, parameter, None)
-        if w is None or id(w) not in seen:
-            found[f"{full}.{WEIGHT}".removeprefix(".") if parameter == WEIGHT else full] = owner and owner[0].source
-        seen.add(id(w))
-    names = list(found)
-    skipped = {names[i] for i, policy in ((0, config.first), (-1, config.last)) if policy == "skip"}
-    return {name: quantizer for name, quantizer in found.items() if name not in skipped}
+        of_module.append((module, id(w)))
+        if w is None or id(w) not in ids.values():
+            label = f"{full}.{WEIGHT}".removeprefix(".") if parameter == WEIGHT else full
+            found[label], ids[label] = owner and owner[0].source, id(w)
+    ends = [of_module[i][0] for i, policy in ((0, config.first), (-1, config.last)) if policy == "skip"]
+    skipped = {w for module, w in of_module if any(module is end for end in ends)}
+    return {label: quantizer for label, quantizer in found.items() if ids[label] not in skipped}
 
 
 def _owner(module, parameter):
