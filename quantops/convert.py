@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from quantops.checks import FLOATS
 from quantops.classes import fit_class, own_class, own_lists, plain_again
 from quantops.coverage import warn_of_the_rest
-from quantops.layers import ROWS, WEIGHT, adapters, check_rows, has_matrices, matrices, rows_of, to_rows
+from quantops.layers import ROWS, WEIGHT, adapters, check_rows, has_matrices, is_cast, matrices, rows_of, to_rows
 from quantops.nn import WeightGroup, check_only, quantized, trackable
 from quantops.owners import check_module, owners
 from quantops.reference.uniform import MAX_BITS
@@ -173,6 +173,7 @@ def quantize_(
         rows = rows if by_row else ROWS
         made[name] = config.quantizer(label, to_rows(w, rows), values)
         made[name].row_dims, made[name].parameter, made[name].layer = rows, parameter, label
+        made[name].cast = all(is_cast(m) for m, _ in (places[name], *shared.get(name, ())))
         made[name].recipe, made[name].shape = _recipe(config, values, _full_name(name, parameter)), w.shape
         if config.tied == "chosen":
             paths = {m: path for path, m in model.named_modules()}

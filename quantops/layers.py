@@ -1,7 +1,7 @@
 """The weight matrices of each kind of layer, and which of their dims are its outputs: the rows that per_row scales.
 
     layer                                           parameters                              rows
-    Linear, Bilinear, Conv1d, 2d, 3d                weight                                  dim 0
+    Linear, Conv1d, 2d, 3d; Bilinear (1)            weight                                  dim 0
     ConvTranspose1d, 2d, 3d                         weight; its groups share the scales     dim 1
     Conv1D of transformers (GPT-2)                  weight, (in, out)                       dim 1
     MultiheadAttention                              in_proj_weight, or q_proj_weight,       dim 0
@@ -10,8 +10,10 @@
     experts: a module with ``num_experts``          every parameter with 3 dims,            dims 0 and 1: a scale for
                                                     (experts, out, in)                      each expert and row
     the same with ``is_transposed``                 (experts, in, out)                      dims 0 and 2
-    Embedding, EmbeddingBag; not by default         weight                                  dim 0: each entry
+    Embedding, EmbeddingBag (1); not by default     weight                                  dim 0: each entry
     any other module, where chosen                  weight                                  dim 0
+
+(1) Under autocast these compute with their weights as they are, and q has the dtype of the weight.
 
 ``overrides={pattern: {"rows": 1}}`` sets the rows of a weight that lies in another way, a dim or a tuple of dims.
 """
@@ -33,6 +35,7 @@ class Kind(NamedTuple):
     rows: tuple[int, ...] = ROWS
     dims: int | None = None  # that a parameter must have
     default: bool = True  # whether has_matrices chooses it
+    cast: bool = True  # whether autocast casts its parameters, or what it computes with them
 
 
 def _named(name, library):
@@ -48,14 +51,15 @@ def _is(*classes):
 
 _nn = torch.nn
 KINDS = (
-    Kind(_is(_nn.Linear, _nn.Bilinear, _nn.Conv1d, _nn.Conv2d, _nn.Conv3d), (WEIGHT,)),
+    Kind(_is(_nn.Linear, _nn.Conv1d, _nn.Conv2d, _nn.Conv3d), (WEIGHT,)),
+    Kind(_is(_nn.Bilinear), (WEIGHT,), cast=False),
     Kind(_is(_nn.ConvTranspose1d, _nn.ConvTranspose2d, _nn.ConvTranspose3d), (WEIGHT,), (1,)),
     Kind(_named("Conv1D", "transformers"), (WEIGHT,), (1,)),
     Kind(_is(_nn.MultiheadAttention), ("in_proj_weight", "[qkv]_proj_weight")),
     Kind(_is(_nn.RNNBase, _nn.RNNCellBase), ("weight_[ih][hr]*",)),
     Kind(lambda m: hasattr(m, "num_experts") and getattr(m, "is_transposed", False), ("*",), (0, 2), 3),
     Kind(lambda m: hasattr(m, "num_experts"), ("*",), (0, 1), 3),
-    Kind(_is(_nn.Embedding, _nn.EmbeddingBag), (WEIGHT,), default=False),
+    Kind(_is(_nn.Embedding, _nn.EmbeddingBag), (WEIGHT,), default=False, cast=False),
 )
 
 
@@ -85,6 +89,12 @@ def _of(module):
     for name, owner in getattr(module, "parametrizations", {}).items():
         if hasattr(owner, "original"):
             yield name, owner.original
+
+
+def is_cast(module):
+    """Whether autocast casts the weights of ``module``."""
+    kind = kind_of(module)
+    return kind is None or kind.cast
 
 
 def rows_of(module, parameter):

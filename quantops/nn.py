@@ -50,7 +50,7 @@ from itertools import cycle
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from quantops import checks
+from quantops.autocast import dtype_for, of_layers
 from quantops.autograd.common import refuse_tracing
 from quantops.computed import PLAIN, Computed, computed
 from quantops.layers import ROWS, WEIGHT, from_rows, to_rows
@@ -83,6 +83,7 @@ class WeightQuantizer(Settings, torch.nn.Module):
     identity = False  # True where the gradient of q is that of the weight, so that no backward pass uses its graph up
     by_shards = False  # True where its functions take weights that are sharded, each process its own part
     bypassed = False  # True while the weight holds q itself, which is read as it is
+    cast = True  # False for a layer whose weights autocast leaves as they are
     draws = False  # True while every forward draws a q of its own, which the cache must not keep
 
     def __init__(self):
@@ -166,7 +167,7 @@ class WeightQuantizer(Settings, torch.nn.Module):
         if self.bypassed:
             return original
         given = self.given.get()
-        if given is not None and given.dtype == checks.dtype_of(None, [original]):
+        if given is not None and given.dtype == dtype_for(self, [original]):
             return given
         if torch.compiler.is_compiling():
             traced = self.slot.traced
@@ -228,7 +229,7 @@ class Pass:
         self.marks = [_mark(p, t) if trackable(t) else None for p, t in zip(quantizers, w)]
         self.state = [(*p._buffers.values(), *p._parameters.values()) for p in quantizers]  # alive: ids stay theirs
         self.steps, self.inference = _steps[0], torch.is_inference_mode_enabled()
-        self.dtype, self.device = checks.dtype_of(None, w), w[0].device.type
+        self.dtype, self.device = dtype_for(quantizers[0], w), w[0].device.type
         self.task = torch._C._current_graph_task_id()
         self.turn = None  # of the forwards that draw, where it has drawn
         self.running = True  # until the forward it was made for ends, in which no backward pass uses its graph up
@@ -249,7 +250,7 @@ class Pass:
         return (
             self.value.q is not None
             and self.unchanged(i, quantizer, w)
-            and self.dtype == checks.dtype_of(None, [w])
+            and self.dtype == dtype_for(quantizer, [w])
             and (not torch.is_grad_enabled() or self.value.q[i].requires_grad == quantizer.wants_grad(w))
         )
 
@@ -270,7 +271,7 @@ class Pass:
         """True where the whole list call would give the same values now, and nobody has written into those it gave."""
         return (
             len(w) == len(self.w)
-            and self.dtype == checks.dtype_of(None, w)
+            and self.dtype == dtype_for(quantizers[0], w)
             and all(t._version == v for t, v in zip(self.value.q, self.versions))
             and all(p is o for p, o in zip(quantizers, self.quantizers))
             and all(self.unchanged(i, p, t) for i, (p, t) in enumerate(zip(quantizers, w)))
@@ -431,7 +432,7 @@ class WeightGroup:
         """Where no forward of the root has done it, q of all layers; False where this one has to compute its own, as
         where autocast is on for a part of them."""
         done, i = p.slot.result or (None, 0)
-        other_dtype = done is not None and done.dtype != checks.dtype_of(None, [w])
+        other_dtype = done is not None and done.dtype != dtype_for(p, [w])
         if not trackable(w) or (other_dtype and done.value.q is not None and done.unchanged(i, p, w)):
             return False
         self._start(running=False)
@@ -517,7 +518,8 @@ def launch(quantizers, w):
         )
     refuse_tracing("a quantized weight")
     try:
-        return as_weights(quantizers, w, quantizers[0].launch(quantizers, rows_of(quantizers, w)))
+        with of_layers(quantizers, w):
+            return as_weights(quantizers, w, quantizers[0].launch(quantizers, rows_of(quantizers, w)))
     except ValueError as error:
         found = re.match(r"(\w+)(?:\[\d+\])*?(?:\[(\d+)\])?: ", str(error))
         if not found or (found[2] is None and len(quantizers) > 1):
@@ -529,7 +531,8 @@ def launch(quantizers, w):
 def revive(quantizers, w, result):
     """A result without a graph, as that of a new forward that has one."""
     result = result._replace(q=rows_of(quantizers, result.q))
-    return as_weights(quantizers, w, quantizers[0].revive(quantizers, rows_of(quantizers, w), result))
+    with of_layers(quantizers, w):
+        return as_weights(quantizers, w, quantizers[0].revive(quantizers, rows_of(quantizers, w), result))
 
 
 def rows_of(quantizers, w):
@@ -549,7 +552,8 @@ def batches(pairs):
     """Groups (quantizer, weight) pairs into the lists (quantizers, weights) that one call can take, in order."""
     found = {}
     for p, w in pairs:
-        quantizers, weights = found.setdefault((p.batch_key, w.dtype, w.device, p.wants_grad(w)), ([], []))
+        key = p.batch_key, w.dtype, w.device, dtype_for(p, [w]), p.wants_grad(w)
+        quantizers, weights = found.setdefault(key, ([], []))
         quantizers.append(p)
         weights.append(w)
     return list(found.values())

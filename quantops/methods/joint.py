@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from quantops import processes
+from quantops.autocast import of_layers
 from quantops.convert import check_choice
 from quantops.methods.truncquant import network_of
 from quantops.nn import as_weights, batches, rows_of, trackable
@@ -223,7 +224,8 @@ class _Scope:
             for owner, p in self.network.layers
             if torch.compiler.is_compiling() or trackable(owner.original)
         ):
-            result = quantizers[0].launch_all(quantizers, rows_of(quantizers, w))
+            with of_layers(quantizers, w):
+                result = quantizers[0].launch_all(quantizers, rows_of(quantizers, w))
             q = given = as_weights(quantizers, w, result).q
             if detached:
                 given = [t.detach().requires_grad_(t.requires_grad) for t in q]

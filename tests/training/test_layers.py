@@ -244,7 +244,7 @@ def test_rows_can_be_set():
 def test_the_table_is_that_of_the_docstring():
     import quantops.layers
 
-    assert len(KINDS) == 8 and all(isinstance(k.rows, tuple) for k in KINDS)
+    assert len(KINDS) == 9 and all(isinstance(k.rows, tuple) for k in KINDS)
     for module, parameter, rows in (
         (nn.Conv1d(1, 1, 1), "weight", (0,)),
         (nn.Embedding(3, 3), "weight", (0,)),
@@ -271,6 +271,57 @@ def test_torchs_own_removal_leaves_no_hook(leave):
         assert not (m._forward_pre_hooks or m._forward_hooks or m._load_state_dict_pre_hooks)
         assert "_quantizers" not in vars(m) and not type(m).__name__.startswith("Parametrized")
     assert model(torch.randn(2, 3))[0].shape == (2, 3)
+
+
+class Uncast(nn.Module):
+    """Layers that autocast does not cast, one of which shares its weight, and one that it casts."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.bag, self.pair = nn.Embedding(5, 4), nn.EmbeddingBag(5, 4, mode="sum"), nn.Bilinear(4, 4, 4)
+        self.mid, self.head = nn.Linear(4, 4), nn.Linear(4, 5, bias=False)
+        self.head.weight, self.share = self.table.weight, nn.Parameter(torch.rand(2, 3))
+
+    def forward(self, x):
+        a, b = self.table(x).sum(1), self.bag(x, per_sample_weights=self.share)
+        assert a.dtype == b.dtype == torch.float32
+        return self.head(self.mid(self.pair(a, b)))
+
+
+IDS = torch.tensor([[0, 1, 2], [3, 4, 4]])
+AUTOCAST = torch.autocast("cpu", torch.bfloat16)
+
+
+@METHODS
+@pytest.mark.parametrize("how", [{}, {"fuse": "layer"}, {"cache": True}], ids=str)
+def test_under_autocast_layers_have_the_dtype_of_the_plain_ones(how, config):
+    chosen = ["*weight"] if how else ["bag.weight", "pair.weight", "mid.weight", "head.weight"]
+    model = Q.quantize_(Uncast(), dataclasses.replace(config, **how), chosen).eval()
+    plain = Q.plain_model(model)
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context, AUTOCAST:
+            out = model(IDS)
+            assert torch.equal(out, plain(IDS)) and out.dtype == model.mid.weight.dtype == torch.bfloat16
+            assert model.pair.weight.dtype == model.table.weight.dtype == torch.float32
+        assert model(IDS).dtype == torch.float32
+    out.float().sum().backward()
+    assert all(owner.original.grad is not None for _, _, owner in owners(model))
+    torch.compiler.reset()  # of the models of the other cases
+    with AUTOCAST:
+        assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(IDS), out)
+
+
+def test_under_autocast_joint_steps_give_every_layer_its_width():
+    model, found = Q.quantize_(Uncast(), Q.TruncQuantConfig(bits=(8, 1)), ["*weight"]), []
+
+    def loss(out):
+        found.append([owner().dtype for _, _, owner in owners(model)])
+        assert len(model.pair.weight.unique()) <= 2 if len(found) == 2 else len(model.pair.weight.unique()) > 2
+        return out.float().square().sum()
+
+    with AUTOCAST:
+        Q.joint_step(model, loss, IDS)
+    assert found == 2 * [[torch.float32 if "mid" not in name else torch.bfloat16 for name, _, _ in owners(model)]]
 
 
 def test_compiled_layers_see_q():
