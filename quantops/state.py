@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from quantops.reference.uniform import acc_dtype
 
 VERSION = 1
+UNSEALED = 7  # bits of the hash that ``seal`` is without: it has 24, which averages in float32 keep
 KEY = "_extra_state"
 version = operator.attrgetter("_version")
 
@@ -35,14 +36,14 @@ class Settings:
     may set it to}. ``constants``: {name of a buffer that is not in the state dict: its value}.
 
     Averages of models may be taken of buffers too (AveragedModel with use_buffers=True, loops over state dicts), where
-    3 becomes 2 and 8 and 2 become 5. ``seal``, a hash of counts and constants in a buffer beside them, is then another
-    number than theirs, and :meth:`check_written` raises. Copies of buffers copy it too.
+    3 becomes 2 and 8 and 2 become 5. ``seal``, of a hash of counts and constants, in a buffer beside them, is then
+    another number than theirs, and :meth:`check_written` raises. Copies of buffers copy it too.
     """
 
     counts: dict[str, Any] = {}  # {name: a container of integers}
     constants: dict[str, torch.Tensor] = {}
     sealed: Any = None
-    hashed = 0  # what ``seal`` is
+    hashed = 0  # that hash
     noted: Any = None
     # Of torch.nn.Module, and of write().
     register_buffer: Any
@@ -78,7 +79,7 @@ class Settings:
             like = next(t for t in self._buffers.values() if t is not None)
             self.register_buffer("seal", torch.zeros((), dtype=torch.int32, device=like.device), persistent=False)
         self.hashed = self._hash([counts[name] for name in self.counts])
-        self.seal.fill_(self.hashed)
+        self.seal.fill_(self.hashed >> UNSEALED)
         self._note()
 
     def _note(self):
@@ -105,14 +106,15 @@ class Settings:
             self.write(**{name: self._buffers[name].item() for name in self.counts})
             return
         *found, seal = [t.tolist() for t in values]
-        if seal != self._hash(found[: len(self.counts)]) or found[len(self.counts) :] != list(self.constants.values()):
+        hashed = self._hash(found[: len(self.counts)])  # itself, where an earlier version has pickled the module
+        if seal not in (hashed >> UNSEALED, hashed) or found[len(self.counts) :] != list(self.constants.values()):
             told = ", ".join(f"{n} = {v}" for n, v in zip((*self.counts, *self.constants), found))
             raise ValueError(
                 f"{self.layer}: {told}: expected values that quantops has set, got others, as where models "
                 "are averaged; take AveragedModel(use_buffers=False), which copies such numbers, and "
                 "set_precision or set_bits to change them"
             )
-        self.hashed = seal
+        self.hashed = hashed
         self._note()
 
     def _restore_constants(self):

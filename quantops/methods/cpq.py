@@ -208,7 +208,7 @@ class CPQWeight(WeightQuantizer):
                 self.log_a = torch.nn.Parameter(log_a)
             else:
                 self.register_buffer("log_a", log_a)
-            self.register_buffer("finished", torch.zeros((), dtype=torch.bool, device=device))
+            self.register_buffer("finished", torch.zeros((), dtype=torch.uint8, device=device))  # averages fail on bool
             self.counts = {"bits": range(MAX_BITS + 1), "finished": (False, True)}
             self.write(bits=bits, finished=False)
         else:
@@ -241,7 +241,7 @@ class CPQWeight(WeightQuantizer):
         stay = (self.min_bits + (closed.cumsum(0) == 0).sum()).to(torch.int32)  # not by cumprod, which ONNX has not
         if self.by_gate:
             return stay
-        return torch.where(self.finished, self.bits, stay)  # copies get buffers in place, and not ``gated``
+        return torch.where(self.finished.bool(), self.bits, stay)  # copies get buffers in place, and not ``gated``
 
     def finish(self):
         """The bits that stay are the layer's bits from now on, without gates."""

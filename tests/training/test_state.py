@@ -16,6 +16,7 @@ from quantops import (
     TruncQuantConfig,
     UniformActivation,
     calibrate,
+    finish_dropbits,
     quantize_,
     set_bits,
     unquantize_,
@@ -343,6 +344,36 @@ def test_an_average_has_the_bits_of_the_model_or_is_an_error(config, how):
     kept = AveragedModel(model)
     kept.update_parameters(model)
     assert torch.equal(kept(batch()), model(batch()))
+
+
+@pytest.mark.parametrize(
+    "config", [MSQConfig(bits=6), TruncQuantConfig(bits=(6, 4)), CPQConfig(dropbits="learned")], ids=str
+)
+def test_an_average_of_models_of_the_same_bits_has_them_too(config):
+    model = make(config)
+    average = AveragedModel(model, use_buffers=True)
+    for _ in range(7):
+        average.update_parameters(model)
+    assert torch.equal(average.eval()(batch()), model.eval()(batch())) and precision(average) == precision(model)
+
+
+def test_states_of_earlier_versions_have_other_seals_and_booleans():
+    model = make(CPQConfig(dropbits="learned"))
+    finish_dropbits(model)
+    old, state = copy.deepcopy(model), model.state_dict()
+    for _, _, p in quantized(old):
+        p.seal.fill_(p.hashed)  # as whole models were pickled
+    for key in [key for key in state if key.endswith("finished")]:
+        state[key] = state[key].bool()
+    loaded = [make(CPQConfig(dropbits="learned")) for _ in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded[0].load_state_dict(state)
+        loaded[1].load_state_dict(state, assign=True)
+        for other in (old, *loaded):
+            assert torch.equal(other.eval()(batch()), model.eval()(batch()))
+            for (_, _, p), (_, _, own) in zip(quantized(other), quantized(model)):
+                assert p.finished and p.hashed == own.hashed
 
 
 @pytest.mark.parametrize("config, value", [(CONFIGS[0], 2), (CONFIGS[3], 5), (CONFIGS[7], 2)])
