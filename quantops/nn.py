@@ -552,7 +552,7 @@ def batches(pairs):
     """Groups (quantizer, weight) pairs into the lists (quantizers, weights) that one call can take, in order."""
     found = {}
     for p, w in pairs:
-        key = p.batch_key, w.dtype, w.device, dtype_for(p, [w]), p.wants_grad(w)
+        key = p.batch_key, w.dtype, w.device, p.cast, p.wants_grad(w)
         quantizers, weights = found.setdefault(key, ([], []))
         quantizers.append(p)
         weights.append(w)
