@@ -13,8 +13,11 @@ def dtype_for(quantizer, w):
     return checks.dtype_of(None if quantizer.cast else w[0].dtype, w)
 
 
+def is_cast(quantizer, w):
+    """False for a weight that autocast leaves as it is while it casts others: they are no list with those."""
+    return quantizer.cast or w.is_meta or not torch.is_autocast_enabled(w.device.type)
+
+
 def of_layers(quantizers, w):
     """In this context a list call gives q of that dtype."""
-    device = w[0].device.type
-    off = not quantizers[0].cast and device != "meta" and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if off else nullcontext()
+    return nullcontext() if is_cast(quantizers[0], w[0]) else torch.autocast(w[0].device.type, enabled=False)

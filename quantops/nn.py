@@ -50,7 +50,7 @@ from itertools import cycle
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from quantops.autocast import dtype_for, of_layers
+from quantops.autocast import dtype_for, is_cast, of_layers
 from quantops.autograd.common import refuse_tracing
 from quantops.computed import PLAIN, Computed, computed
 from quantops.layers import ROWS, WEIGHT, from_rows, to_rows
@@ -552,7 +552,7 @@ def batches(pairs):
     """Groups (quantizer, weight) pairs into the lists (quantizers, weights) that one call can take, in order."""
     found = {}
     for p, w in pairs:
-        key = p.batch_key, w.dtype, w.device, p.cast, p.wants_grad(w)
+        key = p.batch_key, w.dtype, w.device, is_cast(p, w), p.wants_grad(w)
         quantizers, weights = found.setdefault(key, ([], []))
         quantizers.append(p)
         weights.append(w)
