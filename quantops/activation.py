@@ -67,6 +67,7 @@ class UniformActivation(Settings, torch.nn.Module):
     start: torch.Tensor
     clip: torch.Tensor
     negative: torch.Tensor
+    asks_sign = False  # whether the first batch says whether codes are signed
 
     def __init__(
         self,
@@ -414,11 +415,16 @@ def replace_fronts(model, make):
             f"{type(model).__name__} has none; act='input' quantizes what goes into each layer"
         )
     replace(model, lambda m: make(like, front_of(m)) if front_of(m) else None)
-    for m in model.modules():  # nn.TransformerEncoderLayer evaluates a fused ReLU or GELU by this number
-        if isinstance(getattr(m, "activation", None), (UniformActivation, CategoricalActivation)) and hasattr(
-            m, "activation_relu_or_gelu"
-        ):
-            m.activation_relu_or_gelu = 0
+
+
+def leave_fused_evaluation(model):
+    """Takes torch's fused evaluation from transformer layers and encoders that have quantizers of activations."""
+    kinds = (UniformActivation, CategoricalActivation)
+    for m in model.modules():
+        if isinstance(getattr(m, "activation", None), kinds) and hasattr(m, "activation_relu_or_gelu"):
+            m.activation_relu_or_gelu = 0  # by this number a layer evaluates a fused ReLU or GELU
+        if isinstance(m, torch.nn.TransformerEncoder) and any(isinstance(part, kinds) for part in m.modules()):
+            m.use_nested_tensor = False  # what it makes of padded batches, which no op of ours takes
 
 
 def quantize_inputs(layers, make):
@@ -544,6 +550,4 @@ class ActivationConfig(QuantConfig):
                 lambda like, n: self.activation(like, n, None),
             )
         quantize_outputs(outputs, lambda like: self.activation(like, self.act_bits, None), like)
-        for m in model.modules():  # it would make nested tensors of padded batches, which no op of ours takes
-            if isinstance(m, torch.nn.TransformerEncoder):
-                m.use_nested_tensor = False
+        leave_fused_evaluation(model)

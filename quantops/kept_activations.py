@@ -5,7 +5,15 @@
 
 import torch
 
-from quantops.activation import INPUT, OUTPUT, UniformActivation, front_of, quantize_inputs, quantize_outputs
+from quantops.activation import (
+    INPUT,
+    OUTPUT,
+    UniformActivation,
+    front_of,
+    leave_fused_evaluation,
+    quantize_inputs,
+    quantize_outputs,
+)
 from quantops.calibration import activations
 from quantops.categorical_activation import CategoricalActivation
 from quantops.methods.multibn import replace
@@ -52,6 +60,7 @@ def put_back(model, found):
         modules = dict(model.named_modules(remove_duplicate=False))
         if not isinstance(modules.get(name), tuple(CLASSES.values())):
             _put(model, modules, name, CLASSES[kind], entry["settings"])
+    leave_fused_evaluation(model)
 
 
 def _put(model, modules, name, kind, settings):
@@ -76,8 +85,4 @@ def _put(model, modules, name, kind, settings):
             f"model: {name}: expected a quantizer of activations or what one stands for, {front}, got "
             f"{'nothing' if old is None else type(old).__name__}"
         )
-    made = {old: make(next(model.parameters()))}
-    replace(model, made.get)
-    for m in modules.values():  # as quantops.activation.replace_fronts does it
-        if getattr(m, "activation", None) is made[old] and hasattr(m, "activation_relu_or_gelu"):
-            m.activation_relu_or_gelu = 0
+    replace(model, {old: make(next(model.parameters()))}.get)

@@ -576,3 +576,17 @@ def test_layers_without_a_float_input_have_no_quantizer_in_front():
     Q.quantize_(m, Q.MSQConfig(act_bits=4, act="input"), ["*weight"])
     assert [n for n, k in m.named_modules() if isinstance(k, UniformActivation)] == ["l.input_quantizer"]
     m["l"](torch.cat([m["e"](torch.tensor([1, 2])), m["p"]()])).sum().backward()
+
+
+def test_an_encoder_that_was_quantized_anew_evaluates_padded_batches_from_its_file(tmp_path):
+    make = lambda: nn.TransformerEncoder(  # noqa: E731
+        nn.TransformerEncoderLayer(8, 2, 16, activation=nn.ReLU(), batch_first=True), 1
+    )
+    m, x, padded = make(), torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    Q.quantize_(m, Q.MSQConfig(act_bits=4))(x)
+    Q.quantize_(Q.unquantize_(m), Q.MSQConfig()).eval()
+    Q.save_model(m, tmp_path / "m")
+    loaded = Q.load_model(tmp_path / "m", make().eval())
+    with torch.no_grad():  # plain attention is torch's fused one here, which sums in another order
+        got, want = (each(x, src_key_padding_mask=padded) for each in (loaded, m))
+    torch.testing.assert_close(got[~padded], want[~padded])
